@@ -1,0 +1,81 @@
+"""Files appear under their final name only when they are whole: write aside, fsync, rename."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import CheckpointError
+
+PARTIAL = ".partial"
+
+
+def cache_directory() -> Path:
+    """Where sparsify keeps what it can make again: `$SPARSIFY_CACHE`, else `$XDG_CACHE_HOME/sparsify`, else `~/.cache/sparsify`."""
+    if chosen := os.environ.get("SPARSIFY_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsify"
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or a directory entry to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(aside: Path, final: Path) -> None:
+    """Make the finished file or flat directory `aside` appear as `final`: fsync the contents, rename, fsync the parent."""
+    if aside.is_dir():
+        for entry in aside.iterdir():
+            fsync(entry)
+    fsync(aside)
+    os.replace(aside, final)
+    fsync(final.parent)
+
+
+def atomic_write(path: str | Path, content: bytes | str) -> None:
+    """Write a file so that a reader sees the old content or the new, never half of it."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        publish(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(final: str | Path) -> Iterator[Path]:
+    """Yield an empty directory beside `final`; it takes that name when the block ends well and is removed when it raises."""
+    final = Path(final)
+    if final.exists():
+        raise CheckpointError(f"{final} exists already; choose another output or remove it first")
+    aside = final.with_name(f".{final.name}.{os.getpid()}{PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        publish(aside, final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON atomically; NaN is refused because JSON has none."""
+    atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a missing or damaged one raises CheckpointError with its name."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; is this a complete checkpoint directory?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); download or create it again") from None

