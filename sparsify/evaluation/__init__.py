@@ -1,0 +1,118 @@
+"""How good a compressed model still is: perplexity, divergence from the dense model, agreement with it.
+
+The protocol behind every figure: the whole text is tokenised at once, cut into consecutive chunks, and the first
+`chunks` of them are scored in float32; perplexity is exp(mean next-token negative log-likelihood).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from sparsify import __version__
+from sparsify.errors import SparsifyError
+from sparsify.evaluation.load import LoadedModel, format_name, load_model, load_tokenizer, pick_device
+from sparsify.evaluation.result import EvaluationResult, table
+from sparsify.evaluation.score import Score, chunked, score_logits, score_models
+from sparsify.evaluation.text import SELF, file_chunks, self_chunks
+from sparsify.progress import progress
+
+__all__ = [
+    "EvaluationResult", "LoadedModel", "Score", "chunked", "evaluate", "evaluate_all", "format_name", "load_model",
+    "load_tokenizer", "pick_device", "score_logits", "score_models", "table",
+]  # fmt: skip
+
+# Text of one's own has to be sampled token by token, which costs much more than scoring a file.
+FILE_SIZE = (1024, 48)
+SELF_SIZE = (512, 16)
+
+
+def evaluate(
+    model: str | Path,
+    dense: str | Path | None = None,
+    text: str | Path | None = None,
+    sequence_length: int | None = None,
+    chunks: int | None = None,
+    *,
+    device: str | None = None,
+    cache_dir: Path | None = None,
+    quiet: bool = False,
+) -> EvaluationResult:
+    """Scores one model; see `evaluate_all`."""
+    results = evaluate_all(
+        [model], dense, text, sequence_length, chunks, device=device, cache_dir=cache_dir, quiet=quiet
+    )
+    return results[0]
+
+
+def evaluate_all(
+    models: Sequence[str | Path],
+    dense: str | Path | None = None,
+    text: str | Path | None = None,
+    sequence_length: int | None = None,
+    chunks: int | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    device: str | None = None,
+    cache_dir: Path | None = None,
+    quiet: bool = False,
+) -> list[EvaluationResult]:
+    """Scores several compressed models against one dense model in one pass; the dense logits are computed once.
+
+    text:   a plain text file (`PATH` or `file:PATH`), or None for text that the dense model samples from itself
+    sequence_length, chunks: 1024 and 48 on a file, 512 and 16 on sampled text, unless given
+    labels: names for the results instead of the specs
+    """
+    if not models:
+        raise SparsifyError("nothing to evaluate: give at least one model directory")
+    own = text is None or str(text) == SELF
+    if own and dense is None:
+        raise SparsifyError("no text to score: give --text FILE, or --dense MODEL whose own samples are the text")
+    default_length, default_chunks = SELF_SIZE if own else FILE_SIZE
+    length, count = sequence_length or default_length, chunks or default_chunks
+
+    # The cheap things that can be wrong come first: text and tokenizer, then the weights.
+    tokenizer = load_tokenizer(models[0] if dense is None else dense)
+    ids = None if text is None or own else file_chunks(text, tokenizer, length, count)
+    reference = None if dense is None else load_model(dense, device)
+    loaded = [load_model(spec, device) for spec in models]
+    if ids is None:
+        assert reference is not None
+        ids = self_chunks(reference.model, tokenizer, length, count, cache_dir)
+
+    started = time.perf_counter()
+    scores, dense_score = score_models(
+        [(m.spec, m.model) for m in loaded],
+        ids,
+        None if reference is None else (reference.spec, reference.model),
+        lambda rows: progress(rows, description="evaluate", total=len(ids), quiet=quiet),
+    )
+    seconds = time.perf_counter() - started
+    names = labels or [m.spec for m in loaded]
+    return [
+        EvaluationResult(
+            model=name,
+            format=item.format,
+            nbytes=item.nbytes,
+            perplexity=score.perplexity,
+            tokens=score.tokens,
+            text=SELF if own else Path(str(text).removeprefix("file:")).name,
+            text_source="self" if own else "file",
+            sequence_length=length,
+            chunks=len(ids),
+            dense=None if reference is None else reference.spec,
+            dense_nbytes=None if reference is None else reference.nbytes,
+            dense_perplexity=None if dense_score is None else dense_score.perplexity,
+            kl=None if dense_score is None else score.mean_kl,
+            top1_agreement=None if dense_score is None else score.agreement,
+            seconds=seconds,
+            versions=_versions(),
+        )
+        for name, item, score in zip(names, loaded, scores, strict=True)
+    ]
+
+
+def _versions() -> dict[str, str]:
+    return {"sparsify": __version__, "torch": version("torch"), "transformers": version("transformers")}

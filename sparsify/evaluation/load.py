@@ -1,0 +1,65 @@
+"""Opens any model the project knows for evaluation: float32, on one device, ready to be called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify.errors import CheckpointError
+from sparsify.model.checkpoint import open_checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory and what describes it on disk."""
+
+    spec: str
+    directory: Path
+    model: nn.Module
+    nbytes: int
+    format: str
+
+
+def format_name(config: dict[str, Any]) -> str:
+    """`sparse24`, `pack-quantized`, ... as config.json declares it; `dense` when it declares nothing."""
+    quantization = config.get("quantization_config") or {}
+    return str(quantization.get("format") or quantization.get("quant_method") or "dense")
+
+
+def pick_device(device: str | None = None) -> torch.device:
+    """The device asked for, else the accelerator, else the CPU."""
+    if device:
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(spec: str | Path, device: str | None = None) -> LoadedModel:
+    """Loads a directory, a hub id, a .gguf file or `embedded:NAME` in float32."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = open_checkpoint(spec)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{spec}: transformers cannot load this model ({reason})") from error
+    model.to(pick_device(device)).eval()
+    return LoadedModel(str(spec), checkpoint.directory, model, checkpoint.nbytes(), format_name(checkpoint.config))
+
+
+def load_tokenizer(spec: str | Path) -> Any:
+    """The tokenizer that belongs to a model."""
+    from transformers import AutoTokenizer
+
+    checkpoint = open_checkpoint(spec)
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.directory)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(
+            f"{spec} has no usable tokenizer ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+            "copy tokenizer.json and tokenizer_config.json from the dense model"
+        ) from error

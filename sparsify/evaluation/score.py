@@ -1,0 +1,131 @@
+"""One pass over token chunks that yields perplexity, divergence and agreement together.
+
+All models see the same chunk one after another and only the logits of that chunk are alive, so the peak is the
+weights plus (models + 1) x S x V floats, however long the text is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import NumericalError, SparsifyError
+
+# Positions whose log-probabilities are alive at once: 256 x 128k x 4 bytes = 128 MiB for the widest vocabularies.
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over every scored position, so that scores of several texts can be added."""
+
+    tokens: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    agreements: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            self.tokens + other.tokens, self.nll + other.nll, self.kl + other.kl, self.agreements + other.agreements
+        )
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean next-token negative log-likelihood."""
+        try:
+            return math.exp(self.nll / self.tokens)
+        except OverflowError:  # a mean above 709 nats: the model is destroyed, and that is a result
+            return math.inf
+
+    @property
+    def mean_kl(self) -> float:
+        return self.kl / self.tokens
+
+    @property
+    def agreement(self) -> float:
+        return self.agreements / self.tokens
+
+
+def chunked(ids: Tensor, sequence_length: int, chunks: int) -> Tensor:
+    """Cuts one long text into consecutive chunks and drops the tail.
+
+    ids: [T];  returns [min(chunks, T // S), S]
+    """
+    if sequence_length < 2:
+        raise SparsifyError(f"sequence length {sequence_length} scores nothing: give at least 2")
+    if chunks < 1:
+        raise SparsifyError(f"{chunks} chunks score nothing: give at least 1")
+    count = min(chunks, ids.shape[0] // sequence_length)
+    return ids[: count * sequence_length].reshape(count, sequence_length)
+
+
+def score_logits(logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> Score:
+    """logits: [S, V] before each target;  targets: [S];  reference: [S, V] logits of the dense model or None.
+
+    KL is KL(reference || model) in nats: what is lost when the model codes text drawn from the reference.
+    Softmax runs in float32 as the models do; sums over positions in float64.
+    """
+    total = Score()
+    for start in range(0, targets.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        log_q = torch.log_softmax(logits[rows].float(), dim=-1)
+        nll = -log_q.gather(-1, targets[rows, None]).double().sum().item()
+        kl, agreements = 0.0, 0
+        if reference is not None:
+            log_p = torch.log_softmax(reference[rows].float(), dim=-1)
+            # kl_div gives p * (log p - log q) and 0 where p is 0, also when log p is -inf.
+            kl = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum().item()
+            agreements = int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
+        total += Score(log_q.shape[0], nll, kl, agreements)
+    return total
+
+
+@torch.inference_mode()
+def score_models(
+    models: Sequence[tuple[str, nn.Module]],
+    chunks: Tensor,
+    dense: tuple[str, nn.Module] | None = None,
+    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+) -> tuple[list[Score], Score | None]:
+    """Scores named causal language models, and the dense one, on the same chunks.
+
+    chunks: [C, S] token ids; the first token of a chunk is context, the other S - 1 are scored.
+    Returns one Score per model, and the dense model's own (None without it).
+    """
+    scores = [Score() for _ in models]
+    dense_score = None if dense is None else Score()
+    for chunk in progress(chunks):
+        ids = chunk[None]
+        targets = chunk[1:]
+        reference = None
+        if dense is not None and dense_score is not None:
+            reference = _logits(*dense, ids)
+            dense_score += score_logits(reference, targets.to(reference.device))
+        for i, (name, model) in enumerate(models):
+            logits = _logits(name, model, ids)
+            if reference is not None and logits.shape != reference.shape:
+                raise SparsifyError(
+                    f"{name} has {logits.shape[-1]} token logits and the dense model {reference.shape[-1]}: "
+                    "divergence needs two models of one vocabulary; give the model it was compressed from"
+                )
+            expected = None if reference is None else reference.to(logits.device)
+            scores[i] += score_logits(logits, targets.to(logits.device), expected)
+            del logits
+    return scores, dense_score
+
+
+def _logits(name: str, model: nn.Module, ids: Tensor) -> Tensor:
+    """ids: [1, S];  returns the logits that predict ids[0, 1:]: [S - 1, V]."""
+    device = next(model.parameters()).device
+    # use_cache=False: nothing is decoded, and a cache would hold every layer's keys and values.
+    logits = model(ids.to(device), use_cache=False).logits[0, :-1]
+    if not torch.isfinite(logits).all():
+        raise NumericalError(
+            f"{name} gives NaN or infinite logits on the evaluation text: its weights are damaged or overflow; "
+            "check them with `sparsify inspect`"
+        )
+    return logits

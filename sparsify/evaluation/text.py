@@ -1,0 +1,50 @@
+"""Where evaluation tokens come from: a file, or the dense model's own samples when there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import SparsifyError
+from sparsify.evaluation.score import chunked
+
+SELF = "self"
+
+# Calibration samples its text from the same model, with seed 0 unless the recipe says otherwise. Evaluation must never
+# see the calibration text, so its samples start far away from every seed that people write by hand.
+SELF_SEED = 0x5EED_0E7A
+
+
+def file_chunks(path: str | Path, tokenizer: Any, sequence_length: int, chunks: int) -> Tensor:
+    """The protocol: the whole file is tokenised at once and cut into consecutive chunks. Returns [C, S]."""
+    path = Path(str(path).removeprefix("file:")).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SparsifyError(f"{path}: cannot read the evaluation text ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise SparsifyError(f"{path}: the evaluation text is not UTF-8; evaluation reads plain text files") from None
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+    result = chunked(ids, sequence_length, chunks)
+    if not len(result):
+        raise SparsifyError(
+            f"{path} gives {len(ids)} tokens, fewer than one chunk of {sequence_length}: "
+            "use a longer text or a smaller --sequence-length"
+        )
+    return result
+
+
+def self_chunks(
+    dense: nn.Module, tokenizer: Any, sequence_length: int, chunks: int, cache_dir: Path | None = None
+) -> Tensor:
+    """Text that the dense model samples from itself at temperature 1. Returns [C, S]."""
+    from sparsify.data import calibration_tokens
+    from sparsify.recipe.schema import Calibration
+
+    spec = Calibration(source=SELF, samples=chunks, sequence_length=sequence_length, seed=SELF_SEED)
+    factory: Callable[[], Any] = lambda: dense  # noqa: E731 - the model is loaded already
+    return calibration_tokens(spec, tokenizer, factory, cache_dir=cache_dir)
