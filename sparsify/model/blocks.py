@@ -1,0 +1,312 @@
+"""Finding the decoder blocks of any Hugging Face decoder and loading them one at a time.
+
+Nothing here knows an architecture by name. The model is built on the meta device, its decoder blocks are the module
+list that holds most of its parameters, and what each block is called with is learnt by watching the model call it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import CheckpointError
+from sparsify.model.checkpoint import Checkpoint
+
+ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # mixture-of-experts routers that are plain linears
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the model passes to a block beside the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class BlockModel:
+    """A model whose parameters are on the meta device until a block is loaded.
+
+    model:   the transformers model
+    blocks:  names of the decoder blocks in order, e.g. "model.layers.0"
+    sources: checkpoint tensor name -> (parameter name in the model, whether it is the same tensor under that name)
+    dtype:   the type the walk computes in
+    """
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    blocks: list[str]
+    sources: dict[str, tuple[str, bool]]
+    dtype: torch.dtype
+    _by_prefix: dict[str, list[str]] = field(default_factory=dict)
+
+    def block(self, index: int) -> nn.Module:
+        return self.model.get_submodule(self.blocks[index])
+
+    def owner(self, parameter: str) -> int | None:
+        """Index of the block that holds a parameter, None when it lies outside the blocks."""
+        for index, name in enumerate(self.blocks):
+            if parameter.startswith(name + "."):
+                return index
+        return None
+
+    def source_names(self, index: int | None) -> list[str]:
+        """Checkpoint tensors that belong to one block, or with None to none of them."""
+        return [source for source, (target, _) in self.sources.items() if self.owner(target) == index]
+
+    def source_of(self, parameter: str) -> str | None:
+        """The checkpoint tensor stored as is for a parameter; None when transformers assembles it from several."""
+        for source, (target, same) in self.sources.items():
+            if target == parameter and same:
+                return source
+        return None
+
+    def load(self, index: int | None) -> None:
+        """Read the parameters of one block (None: everything outside the blocks) from the checkpoint."""
+        _load(self.model, {name: self.checkpoint.tensor(name) for name in self.source_names(index)}, self.dtype)
+        if index is None:
+            return  # what is missing there (an untied lm_head, say) is noticed only if the walk needs it
+        for name, parameter in self.block(index).named_parameters():
+            if parameter.is_meta:
+                raise CheckpointError(
+                    f"{self.checkpoint.spec} lacks the tensor {self.blocks[index]}.{name}; is it complete and of this model type?"
+                )
+
+    def unload(self, index: int) -> None:
+        """Return the parameters of a block to the meta device, which frees their memory."""
+        for module in self.block(index).modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """Plain linears of a block by their name inside the block, in definition order."""
+        return {name: m for name, m in self.block(index).named_modules() if type(m) is nn.Linear}
+
+    def other_parameters(self, index: int) -> list[str]:
+        """Names inside the block of weight matrices that belong to no plain linear: fused experts, routers, convolutions."""
+        linears = set(self.linears(index))
+        return [
+            name
+            for name, parameter in self.block(index).named_parameters()
+            if parameter.dim() >= 2 and name.rsplit(".", 1)[0] not in linears
+        ]
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils import logging as transformers_logging
+
+    show = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        info, _ = convert_and_load_state_dict_in_model(
+            model=model,
+            state_dict=state,
+            load_config=LoadStateDictConfig(dtype=dtype, weight_mapping=get_model_conversion_mapping(model)),
+        )
+    finally:
+        if show:
+            transformers_logging.enable_progress_bar()
+    if info.mismatched_keys or info.conversion_errors:
+        problem = sorted(map(str, info.mismatched_keys or info.conversion_errors))[0]
+        raise CheckpointError(f"checkpoint tensor {problem} does not fit the model that config.json describes")
+
+
+def _source_map(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[str, bool]]:
+    """Where transformers puts each checkpoint tensor, by its own renaming rules."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state = {name: p for name, p in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    sources = {}
+    for name in checkpoint.names():
+        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state and name in state:
+            target, converter = name, None
+        if target in state:
+            sources[name] = (target, converter is None)
+    return sources
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the decoder blocks: the outermost module list that holds most parameters."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    outer = {name: m for name, m in lists.items() if not any(name.startswith(other + ".") for other in lists)}
+    if not outer:
+        raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks; only decoder models can be compressed")
+    best = max(outer, key=lambda name: sum(p.numel() for p in outer[name].parameters()))
+    return [f"{best}.{index}" for index in range(len(outer[best]))]
+
+
+def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> BlockModel:
+    """Build the model of a checkpoint on the meta device, with the rules of where each tensor goes.
+
+    dtype: what to compute in; default bfloat16 for a bfloat16 checkpoint and float32 otherwise.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method", "an unknown method")
+        raise CheckpointError(f"{checkpoint.spec} is compressed already ({method}); give the dense model it was made from")
+    if dtype is None:
+        stored = {checkpoint.dtype(name) for name in checkpoint.names()}
+        dtype = torch.bfloat16 if torch.bfloat16 in stored else torch.float32
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{checkpoint.spec}: transformers cannot build this model from config.json: {error}") from None
+    model.eval().requires_grad_(False)
+    blocks = find_blocks(model)
+    opened = BlockModel(checkpoint, model, blocks, _source_map(model, checkpoint), dtype)
+    _check_shapes(opened)
+    return opened
+
+
+def _check_shapes(opened: BlockModel) -> None:
+    parameters = dict(opened.model.named_parameters(remove_duplicate=False))
+    stored = {target for target, _ in opened.sources.values()}
+    for source, (target, same) in opened.sources.items():
+        if same and target in parameters and opened.checkpoint.shape(source) != tuple(parameters[target].shape):
+            raise CheckpointError(
+                f"{opened.checkpoint.spec}: {source} has shape {list(opened.checkpoint.shape(source))}, "
+                f"but config.json asks for {list(parameters[target].shape)}"
+            )
+    for index, block in enumerate(opened.blocks):
+        for name, _ in opened.block(index).named_parameters():
+            if f"{block}.{name}" not in stored and not any(s.startswith(f"{block}.{name}") for s in stored):
+                if all(same for _, same in opened.sources.values()):
+                    raise CheckpointError(
+                        f"{opened.checkpoint.spec} lacks the tensor {block}.{name}; is it complete and of this model type?"
+                    )
+
+
+class _Stop(Exception):
+    """Ends the model's forward once the last block has been reached."""
+
+
+@contextmanager
+def _recording(model: BlockModel, calls: list[BlockCall], hidden: list[Tensor], as_tuple: bool) -> Iterator[None]:
+    """Replace every block's forward by one that notes its arguments and returns its input."""
+
+    def record(index: int) -> Any:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append(BlockCall(args, kwargs))
+            hidden.append(x)
+            if index == len(model.blocks) - 1:
+                raise _Stop
+            return (x,) if as_tuple else x
+
+        return forward
+
+    modules = [model.block(index) for index in range(len(model.blocks))]
+    for index, module in enumerate(modules):
+        module.forward = record(index)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    """The hidden state that enters block 0 and the arguments of every block, without running any block.
+
+    tokens: int64 [B, T]. Returns hidden [B, T, d] and one call per block. What lies before the blocks must be loaded.
+    """
+    for as_tuple in (False, True):  # some blocks return a tuple, and the model takes its first element
+        calls: list[BlockCall] = []
+        hidden: list[Tensor] = []
+        try:
+            with _recording(model, calls, hidden, as_tuple), torch.no_grad():
+                model.model(input_ids=tokens, use_cache=False)
+        except _Stop:
+            pass
+        except NotImplementedError as error:
+            raise CheckpointError(f"{model.checkpoint.spec}: a tensor needed before the decoder blocks is missing ({error})") from None
+        if len(calls) == len(model.blocks) and all(h.shape == hidden[0].shape for h in hidden):
+            return hidden[0], calls
+    raise CheckpointError(
+        f"{type(model.model).__name__} does not call its blocks one after another on one hidden state; it is not supported"
+    )
+
+
+def share_equal(calls: Sequence[BlockCall], known: Sequence[BlockCall]) -> list[BlockCall]:
+    """Replace tensors in `calls` by equal ones of `known`, so that many micro-batches keep one mask and one rotary table."""
+
+    def same(value: Any, other: Any) -> Any:
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            equal = value.shape == other.shape and value.dtype == other.dtype and torch.equal(value, other)
+            return other if equal else value
+        if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
+            return tuple(same(v, o) for v, o in zip(value, other, strict=True))
+        return value
+
+    return [
+        BlockCall(
+            tuple(same(v, o) for v, o in zip(new.args, old.args, strict=True)),
+            {key: same(value, old.kwargs.get(key)) for key, value in new.kwargs.items()},
+        )
+        for new, old in zip(calls, known, strict=True)
+    ]
+
+
+def run_block(block: nn.Module, x: Tensor, call: BlockCall) -> Tensor:
+    """One block on one micro-batch: hidden [B, T, d] in, hidden [B, T, d] out."""
+    output = block(x, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of a block that read the same tensor, in call order. names are relative to the block; K is shared."""
+
+    names: tuple[str, ...]
+    in_features: int
+
+
+@torch.no_grad()
+def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[LinearGroup], dict[str, str]]:
+    """Group the plain linears of a loaded block by the tensor they read, from one probe forward.
+
+    x: [B, T, d], a small hidden state. Returns the groups in call order, and for each linear that the walk cannot
+    handle the reason why.
+    """
+    linears = {m: name for name, m in block.named_modules() if type(m) is nn.Linear}
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.setdefault(linears[module], []).append(args[0])  # keeps the tensor alive, so its address stays unique
+
+    hooks = [m.register_forward_pre_hook(note) for m in linears]
+    try:
+        run_block(block, x, call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    skipped = {name: "not called in a forward pass" for name in linears.values() if name not in seen}
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, inputs in seen.items():
+        t = inputs[0]
+        if ROUTER.search(name):
+            skipped[name] = "routes tokens to experts"
+        elif len(inputs) > 1:
+            skipped[name] = f"called {len(inputs)} times in one forward pass"
+        elif t.numel() != x.shape[0] * x.shape[1] * t.shape[-1]:
+            skipped[name] = "does not read every token"
+        else:
+            groups.setdefault((t.data_ptr(), t.shape, t.stride()), []).append(name)
+    return [LinearGroup(tuple(names), key[1][-1]) for key, names in groups.items()], skipped
