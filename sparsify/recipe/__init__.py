@@ -1,0 +1,115 @@
+"""A YAML file becomes a typed, validated `Recipe`. Nothing here imports torch: checking takes milliseconds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sparsify.errors import RecipeError
+from sparsify.recipe import llmcompressor
+from sparsify.recipe.document import Document, dump, parse
+from sparsify.recipe.explain import explain
+from sparsify.recipe.overrides import override
+from sparsify.recipe.patterns import ignored_by
+from sparsify.recipe.ready import ready_recipes
+from sparsify.recipe.schema import PASSES, Calibration, Evaluation, Export, Pass, Prune, Quantize, Recipe
+from sparsify.recipe.words import closest
+
+__all__ = [
+    "Calibration",
+    "Evaluation",
+    "Export",
+    "Pass",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "dump_recipe",
+    "ignored_by",
+    "json_schema",
+    "load_recipe",
+    "parse_recipe",
+    "ready_recipes",
+]
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
+    """Read a recipe file, or a ready one by its name (`2of4-w4a16`), apply `--set` overrides and `--model`, validate.
+
+    Every problem raises RecipeError with file and line. Recipes of llm-compressor are translated when they can be."""
+    path = find_recipe(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text file; a recipe is YAML in UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    return parse_recipe(text, _short(path), overrides, model)
+
+
+def parse_recipe(text: str, name: str = "recipe", overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
+    """`load_recipe` for a text that is already at hand; `name` is what errors call it."""
+    document = parse(text, name)
+    if document.data is None:
+        raise RecipeError(f"{name}: the recipe is empty; start from a ready one: {', '.join(ready_recipes())}")
+    if not isinstance(document.data, dict):
+        raise document.error((), "a recipe is a mapping that starts with 'version: 1'")
+    if llmcompressor.recognised(document):
+        document = llmcompressor.translate(document)
+    document = override(document, overrides)
+    if model is not None:
+        document = Document(
+            name, {**document.data, "model": model}, {**document.origins, ("model",): f"--model {model}"}
+        )
+    try:
+        return Recipe.model_validate(document.data)
+    except ValidationError as error:
+        raise explain(error, document) from None
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file meant by a path or by the name of a ready recipe. A file wins over a name, a directory does not."""
+    path = Path(source).expanduser()
+    ready = ready_recipes()
+    if path.is_file():
+        return path
+    if str(source) in ready:
+        return ready[str(source)]
+    what = "is a directory, not a recipe" if path.is_dir() else "is neither a recipe file nor a ready recipe"
+    guess = closest(path.stem, ready)
+    raise RecipeError(f"'{source}' {what}{guess or ';'} ready recipes: {', '.join(ready) or 'none found'}")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML with every setting written out, defaults too; `parse_recipe` gives the same recipe back."""
+    return dump(recipe.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors. Passes appear in their YAML form, a mapping of one key."""
+    schema = Recipe.model_json_schema(mode="validation")
+    definitions = schema["$defs"]
+    for definition in (schema, *definitions.values()):
+        for value in definition["properties"].values():
+            value.pop("title", None)  # pydantic's title is the key in capitals, noise in an editor
+    schema["properties"]["passes"]["items"] = {
+        "oneOf": [
+            {
+                "type": "object",
+                "description": definitions[model.__name__].get("description", ""),
+                "properties": {kind: {"$ref": f"#/$defs/{model.__name__}"}},
+                "required": [kind],
+                "additionalProperties": False,
+            }
+            for kind, model in PASSES.items()
+        ]
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _short(path: Path) -> str:
+    """The path as errors show it: relative when it lies below the current directory."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

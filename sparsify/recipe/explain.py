@@ -1,0 +1,126 @@
+"""Validation errors in the words of someone who writes a recipe: place, what is wrong, what would be right."""
+
+import typing
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from sparsify.errors import RecipeError
+from sparsify.recipe.document import Document, KeyPath
+from sparsify.recipe.schema import PASSES, Recipe, problem_path
+from sparsify.recipe.words import closest, either, is_number, shown
+
+_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+
+
+def explain(error: ValidationError, document: Document) -> RecipeError:
+    """Every problem of the document on a line of its own."""
+    lines = []
+    for detail in error.errors(include_url=False):
+        path = detail["loc"]
+        if detail["type"] == "refused":
+            path += problem_path(detail["ctx"])
+        lines.append(f"{document.origin(path)}: {_message(detail, path)}")
+    return RecipeError("\n".join(dict.fromkeys(lines)))
+
+
+def model_at(path: KeyPath) -> type[BaseModel] | None:
+    """The model that describes the mapping at `path` of a recipe, None where there is no mapping."""
+    if not path:
+        return Recipe
+    if len(path) == 3 and path[0] == "passes":
+        return PASSES.get(str(path[2]))
+    if len(path) > 1 or path[0] not in Recipe.model_fields:
+        return None
+    annotation = Recipe.model_fields[str(path[0])].annotation
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def options_at(path: KeyPath) -> tuple[Any, ...]:
+    """The values a key may take when there is a list of them."""
+    model = model_at(path[:-1])
+    field = model.model_fields.get(str(path[-1])) if model else None
+    return typing.get_args(field.annotation) if field and typing.get_origin(field.annotation) is typing.Literal else ()
+
+
+def unknown_key(path: KeyPath) -> str:
+    model = model_at(path[:-1])
+    known = list(model.model_fields) if model else []
+    where = path[-2] if len(path) > 1 else "the recipe"
+    guess = closest(str(path[-1]), known) or ";"
+    return f"unknown key '{path[-1]}' in {where}{guess} known keys: {', '.join(known)}"
+
+
+def _message(detail: ErrorDetails, path: KeyPath) -> str:
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    name = ".".join(map(str, path)) or "the recipe"
+    if kind == "refused":
+        return str(context["message"])
+    if kind == "extra_forbidden":
+        return unknown_key(path)
+    if kind == "missing":
+        return _missing(path)
+    if kind == "literal_error":
+        return _wrong_option(path, value)
+    if kind == "model_type":
+        return f"{name} must be a mapping of settings, not {shown(value)}"
+    if kind == "list_type":
+        return f"{name} must be a list, one '- ' entry per line, not {shown(value)}"
+    if kind == "too_short":
+        return f"{name} is empty, so there is nothing to do; add for instance '- prune: {{method: sparsegpt}}'"
+    if kind == "string_too_short":
+        return f"{name} is empty"
+    if kind == "finite_number":
+        return f"{name} must be a finite number, not {shown(value)}"
+    if kind in _TYPES:
+        return f"{name} must be {_TYPES[kind]}, not {shown(value)}{_quotes(kind, value)}"
+    if kind in _BOUNDS:
+        words, key = _BOUNDS[kind]
+        return f"{name} must be {words} {context[key]}, not {shown(value)}"
+    return f"{name}: {detail['msg']}"
+
+
+def _missing(path: KeyPath) -> str:
+    where = path[-2] if len(path) > 1 else "the recipe"
+    if path == ("version",):
+        return "the recipe needs the key 'version'; start the file with 'version: 1'"
+    options = options_at(path)
+    return f"{where} needs the key '{path[-1]}'" + (f": {either(options)}" if options else "")
+
+
+def _wrong_option(path: KeyPath, value: Any) -> str:
+    if path == ("version",):
+        return f"this sparsify reads recipes of version 1, not {shown(value)}"
+    options = options_at(path)
+    message = f"{path[-1]} must be {either(options)}, not {shown(value)}"
+    if path[-1] == "group_size" and not isinstance(value, bool) and value in (-1, 0, None):
+        return f"{message}; for one scale per row write channel"
+    if path[-1] == "bits" and value == 16:
+        return f"{message}; for 16 bits leave the quantize pass out"
+    if isinstance(value, str):
+        if any(value == str(option) for option in options):
+            return f"{message}; remove the quotes"
+        return message + closest(value, [option for option in options if isinstance(option, str)])
+    return message
+
+
+def _quotes(kind: str, value: Any) -> str:
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return "; put it in quotes"
+    return "; remove the quotes" if isinstance(value, str) and is_number(value) else ""

@@ -1,0 +1,22 @@
+"""Which linears an `ignore` list names."""
+
+import fnmatch
+import re
+from collections.abc import Iterable
+
+
+def ignored_by(module: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that names `module` (`model.layers.0.mlp.down_proj`), or None.
+
+    A pattern is compared with the full name and with every run of last components (`mlp.down_proj`, `down_proj`). It
+    is a name, a name with `*`, `?`, `[..]`, or `re:REGEX`. As in compressed-tensors a regular expression is anchored
+    at the start only, so that lists written for it keep their meaning."""
+    parts = module.split(".")
+    names = [".".join(parts[start:]) for start in range(len(parts))]
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if any(re.match(pattern[3:], name) for name in names):
+                return pattern
+        elif any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            return pattern
+    return None

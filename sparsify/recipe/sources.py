@@ -1,0 +1,58 @@
+"""The little language of calibration sources: `self`, `file:PATH`, `hub:ID[:CONFIG[:SPLIT]]`."""
+
+import filecmp
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source. `path` is set for files, `dataset`, `config` and `split` for hub data sets."""
+
+    kind: Literal["self", "file", "hub"]
+    path: Path | None = None
+    dataset: str = ""
+    config: str | None = None
+    split: str = "train"
+
+
+def source_problem(text: str) -> str | None:
+    """What is wrong with a source and how to write it, or None when it is fine."""
+    forms = "self, file:PATH or hub:ID[:CONFIG[:SPLIT]]"
+    if text == "self":
+        return None
+    scheme, colon, rest = text.partition(":")
+    if not colon or scheme not in ("file", "hub"):
+        if Path(text).expanduser().is_file():
+            return f"source '{text}' is a file: write file:{text}"
+        return f"source '{text}' is not one of {forms}"
+    if not rest:
+        return f"source '{text}' names nothing after the colon; write {forms}"
+    if scheme == "hub":
+        parts = rest.split(":")
+        if len(parts) > 3 or not parts[0] or (len(parts) == 3 and not parts[2]):
+            return f"source '{text}' should read hub:ID[:CONFIG[:SPLIT]], for instance hub:allenai/c4:en:train"
+    return None
+
+
+def parse_source(text: str) -> Source:
+    """Split a source that `source_problem` accepted."""
+    if text == "self":
+        return Source("self")
+    scheme, _, rest = text.partition(":")
+    if scheme == "file":
+        return Source("file", path=Path(rest).expanduser())
+    dataset, config, split = (rest.split(":") + ["", ""])[:3]
+    return Source("hub", dataset=dataset, config=config or None, split=split or "train")
+
+
+def same_text(calibration: str, evaluation: str) -> bool:
+    """Whether two sources are one file, under one name, through a link, or as a copy."""
+    if not (calibration.startswith("file:") and evaluation.startswith("file:")):
+        return False
+    one, other = parse_source(calibration).path, parse_source(evaluation).path
+    assert one is not None and other is not None
+    if one.resolve() == other.resolve():
+        return True
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
