@@ -120,6 +120,28 @@ def tensor_layout(scheme: ModuleScheme, dtype: torch.dtype) -> dict[str, tuple[t
     return layout
 
 
+def checked_tensors(module: str, tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> dict[str, Tensor]:
+    """The tensors of one linear (the bias aside) without decoding them, when each byte is fit for a kernel.
+
+    Checks the scheme, presence, shapes, types, finite scales and values, and ascending positions; CheckpointError names
+    the first bad tensor. Codes need no check: every bit pattern of weight_packed is a code.
+    """
+    if problem := scheme_problem(scheme):
+        raise CheckpointError(f"{module}: {problem}; {NOT_OWN}")
+    layout = tensor_layout(scheme, FLOATS[0])
+    for suffix in sorted(SUFFIXES & set(tensors) - set(layout)):
+        kind = f"a {scheme.bits}-bit linear of pattern {scheme.pattern}"
+        raise CheckpointError(f"{module}.{suffix}: expected no such tensor in {kind}, found one; {NOT_OWN}")
+    checked = {
+        suffix: take_tensor(module, tensors, suffix, shape, FLOATS if dtype in FLOATS else (dtype,))
+        for suffix, (shape, dtype) in layout.items()
+    }
+    if scheme.pattern == "2:4" and not nibbles_ascend(unpack_nibbles(checked["weight_meta"])):
+        expected = "expected two ascending positions in every nibble, found first >= second"
+        raise CheckpointError(f"{module}.weight_meta: {expected}; {AGAIN}")
+    return checked
+
+
 class Sparse24:
     """2:4 sparse with 4, 8 or 16 bits, and quantized without sparsity where a module asks for it."""
 
@@ -147,23 +169,10 @@ class Sparse24:
         return with_bias(encoded, linear)
 
     def decode(self, module: str, tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> LinearWeights:
-        if problem := scheme_problem(scheme):
-            raise CheckpointError(f"{module}: {problem}; {NOT_OWN}")
-        layout = tensor_layout(scheme, FLOATS[0])
-        for suffix in sorted(SUFFIXES & set(tensors) - set(layout)):
-            kind = f"a {scheme.bits}-bit linear of pattern {scheme.pattern}"
-            raise CheckpointError(f"{module}.{suffix}: expected no such tensor in {kind}, found one; {NOT_OWN}")
-        checked = {
-            suffix: take_tensor(module, tensors, suffix, shape, FLOATS if dtype in FLOATS else (dtype,))
-            for suffix, (shape, dtype) in layout.items()
-        }
+        checked = checked_tensors(module, tensors, scheme)
         stored = checked["weight_values"] if scheme.bits == 16 else unpack_words(checked["weight_packed"], scheme.bits)
         if scheme.pattern == "2:4":
-            nibbles = unpack_nibbles(checked["weight_meta"])
-            if not nibbles_ascend(nibbles):
-                expected = "expected two ascending positions in every nibble, found first >= second"
-                raise CheckpointError(f"{module}.weight_meta: {expected}; {AGAIN}")
-            stored = put_kept(stored, nibbles)
+            stored = put_kept(stored, unpack_nibbles(checked["weight_meta"]))
         bias = take_bias(module, tensors, scheme.shape[0])
         if scheme.bits == 16:
             return LinearWeights(16, scheme.pattern, scheme.group_size, values=stored, bias=bias)
