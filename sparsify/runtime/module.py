@@ -1,0 +1,96 @@
+"""`Sparse24Linear`: the torch module that stands where an `nn.Linear` stood."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.formats import ModuleScheme
+from sparsify.formats.sparse24 import checked_tensors, tensor_layout
+from sparsify.runtime.backends import announce, choose_backend
+from sparsify.runtime.op import sparse24_linear
+
+logger = logging.getLogger(__name__)
+
+
+class Sparse24Linear(nn.Module):
+    """y = x @ W.T + bias with W: [N, K] held as the tensors of a sparse24 checkpoint.
+
+    The checkpoint's tensors are buffers under their names on disk, so that state dicts and `save_pretrained` give back
+    the very bytes. What a back end makes of them is a cache beside them, prepared for one device and one dtype of
+    activations and rebuilt when either changes.
+    """
+
+    def __init__(self, name: str, scheme: ModuleScheme, scale_dtype: torch.dtype, bias: bool) -> None:
+        """name: of the module in its checkpoint, for error messages. scale_dtype: of weight_scale or weight_values.
+
+        The tensors are empty: loading fills them. They are created on torch's default device.
+        """
+        super().__init__()
+        self.name = name
+        self.scheme = scheme
+        self.out_features, self.in_features = scheme.shape
+        for suffix, (shape, dtype) in tensor_layout(scheme, scale_dtype).items():
+            self.register_buffer(suffix, torch.empty(shape, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(scheme.shape[0]), requires_grad=False) if bias else None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._backend: str | None = None
+        self._prepared: list[Tensor] = []
+        self._prepared_for: tuple[torch.device, torch.dtype] | None = None
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the checkpoint, by suffix."""
+        return {suffix: self.get_buffer(suffix) for suffix in tensor_layout(self.scheme, torch.bfloat16)}
+
+    @torch.compiler.disable
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Check the tensors and hand them to a back end for activations of `dtype`; CheckpointError names a bad one."""
+        tensors = self.packed_tensors()
+        device = next(iter(tensors.values())).device
+        if device.type == "meta":
+            raise CheckpointError(f"{self.name} holds no weights (offloaded or not loaded); move it to a device first")
+        with torch.no_grad():
+            checked_tensors(self.name, tensors, self.scheme)
+            backend = choose_backend(self.scheme, device, dtype)
+            self._prepared = backend.prepare(tensors, self.scheme, dtype)
+        self._backend, self._prepared_for = backend.name, (device, dtype)
+        announce(logger, backend, self.scheme, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., K]. Returns [..., N]."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise SparsifyError(
+                f"{self.name}: sparse24 weights have no gradient; run under torch.no_grad(), "
+                "or train the `dense` export of this checkpoint"
+            )
+        if self._prepared_for != (x.device, x.dtype):
+            self.prepare(x.dtype)
+        assert self._backend is not None
+        return sparse24_linear(x, self._prepared, self.bias, self.scheme, self._backend)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sparse24Linear":
+        """Follow `.to(device)`, but keep the scales as they are on disk: `.half()` must not round a bfloat16 scale."""
+        kept = {suffix: tensor for suffix, tensor in self.packed_tensors().items() if tensor.is_floating_point()}
+        super()._apply(fn, recurse)
+        for suffix, tensor in kept.items():
+            moved = self.get_buffer(suffix)
+            if moved.dtype != tensor.dtype:
+                setattr(self, suffix, tensor.to(moved.device))
+        self._forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the checkpoint's tensors only; they prepare again at first use."""
+        return {**self.__dict__, "_backend": None, "_prepared": [], "_prepared_for": None}
+
+    def extra_repr(self) -> str:
+        size = f", group_size={self.scheme.group_size}" if self.scheme.bits < 16 else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.scheme.bits}, pattern={self.scheme.pattern}{size}"
+        )

@@ -1,0 +1,248 @@
+"""The vLLM plugin: `vllm serve DIR` on a sparse24 directory, found through the entry point `vllm.general_plugins`.
+
+vLLM shards and merges linears while it loads: `qkv_proj` is q, k and v stacked on the outputs, tensor parallelism
+splits outputs (column parallel) or inputs (row parallel). Every tensor of sparse24 has the outputs in its first
+dimension and the inputs, packed, in its second, so vLLM's own parameter classes do the slicing; what is left to do here
+is to say which linears are compressed and how, to check the bytes once they have arrived, and to hand them to a back
+end.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import (
+    WEIGHT_LOADER_V2_SUPPORTED,
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, PackedvLLMParameter
+
+from sparsify.errors import CheckpointError
+from sparsify.formats import ModuleScheme
+from sparsify.formats.scheme import FLOATS, INPUT_MULTIPLE, Label, scheme_problem
+from sparsify.formats.sparse24 import Sparse24Config as ConfigOnDisk
+from sparsify.formats.sparse24 import checked_tensors, tensor_layout
+from sparsify.runtime.backends import announce, choose_backend
+from sparsify.runtime.op import sparse24_linear
+
+METHOD = "sparse24"
+FIRST_TWO_OF_FOUR = 0x44  # a valid pair of meta nibbles: inputs 0 and 1 of both quads
+
+# vLLM prints the records of loggers below "vllm" only
+logger = logging.getLogger("vllm.sparsify")
+
+
+def register() -> None:
+    """Entry point. vLLM calls it in every process, some call it twice."""
+    register_quantization_config(METHOD)(Sparse24Config)
+    if Sparse24LinearMethod.__name__ not in WEIGHT_LOADER_V2_SUPPORTED:
+        WEIGHT_LOADER_V2_SUPPORTED.append(Sparse24LinearMethod.__name__)
+
+
+class Sparse24Config(QuantizationConfig):
+    """Which modules are compressed, and how. vLLM pickles it by name for its workers."""
+
+    def __init__(self, on_disk: ConfigOnDisk) -> None:
+        super().__init__()
+        self.on_disk = on_disk
+
+    @classmethod
+    def get_name(cls) -> str:
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0  # the reference back end runs everywhere; every other one says itself what it needs
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # everything is in config.json
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
+        return cls(ConfigOnDisk.from_dict(config))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Rename modules as vLLM's model class does."""
+        self.on_disk = ConfigOnDisk(
+            default=self.on_disk.default,
+            ignore=frozenset(hf_to_vllm_mapper.apply_list(sorted(self.on_disk.ignore))),
+            modules=hf_to_vllm_mapper.apply_dict(dict(self.on_disk.modules)),
+        )
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase):
+            label = self._label(prefix, layer.input_size)
+            return UnquantizedLinearMethod() if label is None else Sparse24LinearMethod(label, prefix)
+        if isinstance(layer, VocabParallelEmbedding) and prefix in self.on_disk.modules:
+            if not isinstance(layer, ParallelLMHead):
+                raise CheckpointError(f"{prefix}: compressed embeddings cannot be served; add {prefix} to ignore")
+            return Sparse24LinearMethod(self.on_disk.modules[prefix], prefix)
+        return None  # attention, experts, embeddings: as in the dense model
+
+    def _label(self, prefix: str, inputs: int) -> Label | None:
+        """How the linear `prefix` is compressed; linears that vLLM merges must all be compressed alike."""
+        parent, dot, last = prefix.rpartition(".")
+        parts = [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
+        labels = {part: self.on_disk.label(part) for part in parts}
+        # "channel" and a group of all inputs are one scheme, so compare what the labels mean for this many inputs
+        if len({label and label.scheme((1, inputs)) for label in labels.values()}) > 1:
+            found = "; ".join(f"{part}: {label or 'dense'}" for part, label in labels.items())
+            raise CheckpointError(
+                f"vLLM merges {', '.join(parts)} into one linear, so they must be compressed alike, found {found}; "
+                "use one setting for all of them in the recipe"
+            )
+        return labels[parts[0]]
+
+
+class Sparse24LinearMethod(LinearMethodBase):
+    """Loads, checks and runs one (possibly merged, possibly sharded) sparse24 linear."""
+
+    def __init__(self, label: Label, prefix: str) -> None:
+        self.label = label
+        self.prefix = prefix
+        self.scheme: ModuleScheme  # of this rank's shard
+        self.backend: str
+        self.buffers: tuple[str, ...]  # names on the layer of what the back end prepared
+        self.loaded: dict[str, set[Any]] = {}  # suffix -> the shards that have arrived
+        self.merged = 1  # how many linears of the checkpoint make up this one
+        self.dummy = False
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        whole = self.label.scheme((output_size, input_size))
+        if problem := scheme_problem(whole):
+            raise CheckpointError(f"{self.prefix}: {problem}; config.json and the model do not belong together")
+        self.scheme = _shard(self.prefix, whole, n, k)
+        self.merged = len(output_partition_sizes)
+        config = get_current_vllm_config_or_none()
+        self.dummy = config is not None and config.load_config.load_format == "dummy"
+        scales_per_channel = whole.bits < 16 and whole.group_size == input_size
+        for suffix, (shape, dtype) in tensor_layout(self.scheme, FLOATS[0]).items():
+            arguments = {
+                "data": torch.empty(shape, dtype=dtype),
+                "output_dim": 0,
+                "weight_loader": self._checked_loader(suffix, extra_weight_attrs["weight_loader"]),
+            }
+            parameter: nn.Parameter
+            if suffix != "weight_scale":
+                per_column = k // shape[1]
+                parameter = PackedvLLMParameter(input_dim=1, packed_dim=1, packed_factor=per_column, **arguments)
+            elif scales_per_channel:  # no inputs to split: each row-parallel rank needs all of them
+                parameter = ChannelQuantScaleParameter(**arguments)
+            else:
+                parameter = GroupQuantScaleParameter(input_dim=1, **arguments)
+            layer.register_parameter(suffix, parameter)
+
+    def _checked_loader(self, suffix: str, load: Callable[..., None]) -> Callable[..., None]:
+        """vLLM's loader with what it lacks: it converts types silently and asserts shapes without a name."""
+        name = f"{self.prefix}.{suffix}"
+
+        def checked(parameter: nn.Parameter, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
+            if suffix in ("weight_scale", "weight_values") and loaded.dtype in FLOATS and not self.loaded.get(suffix):
+                parameter.data = parameter.data.to(loaded.dtype)  # which of the two floats is not known before
+            if loaded.dtype != parameter.dtype:
+                found = f"expected {parameter.dtype}, found {loaded.dtype}"
+                raise CheckpointError(f"{name}: {found}; the checkpoint is damaged")
+            try:
+                load(parameter, loaded, *shard, **keywords)
+            except (AssertionError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{name}: {list(loaded.shape)} from the checkpoint does not fit into {list(parameter.shape)} "
+                    f"({str(error) or 'other shape'}); config.json and the files do not belong together"
+                ) from error
+            self.loaded.setdefault(suffix, set()).add(shard[0] if shard else None)
+
+        return checked
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        tensors = {suffix: getattr(layer, suffix).data for suffix in tensor_layout(self.scheme, FLOATS[0])}
+        if self.dummy and not self.loaded:
+            _fill_with_noise(tensors)
+        else:
+            self._refuse_missing(tensors)
+        if isinstance(layer, ParallelLMHead) and "weight_meta" in tensors:
+            # vLLM pads the vocabulary with rows of zero bytes, which are no positions
+            tensors["weight_meta"][layer.num_org_embeddings_per_partition :] = FIRST_TWO_OF_FOUR
+        device = next(iter(tensors.values())).device
+        checked_tensors(self.prefix, tensors, self.scheme)
+        dtype: torch.dtype = layer.params_dtype  # type: ignore[assignment]
+        backend = choose_backend(self.scheme, device, dtype)
+        prepared = backend.prepare(tensors, self.scheme, dtype)
+        self.buffers = tuple(f"sparse24_{i}" for i in range(len(prepared)))
+        for name, tensor in zip(self.buffers, prepared, strict=True):
+            layer.register_buffer(name, tensor, persistent=False)
+        for suffix in tensors:
+            delattr(layer, suffix)
+        self.backend = backend.name
+        announce(logger, backend, self.scheme, device)
+
+    def _refuse_missing(self, tensors: dict[str, Tensor]) -> None:
+        """vLLM does not notice when tensors of a quantized model are missing and would serve uninitialised memory."""
+        for suffix in tensors:
+            shards = self.loaded.get(suffix, set())
+            arrived = sum(len(shard) if isinstance(shard, tuple) else 1 for shard in shards)
+            if arrived < self.merged and None not in shards:
+                raise CheckpointError(
+                    f"{self.prefix}.{suffix}: the checkpoint holds {arrived} of the {self.merged} tensors it is made of; "
+                    "download or create it again"
+                )
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        prepared = [getattr(layer, name) for name in self.buffers]
+        return sparse24_linear(x, prepared, bias, self.scheme, self.backend)
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        raise CheckpointError(
+            f"{self.prefix} is compressed and tied to the embeddings; set tie_word_embeddings to false in config.json"
+        )
+
+
+def _shard(prefix: str, whole: ModuleScheme, n: int, k: int) -> ModuleScheme:
+    """The scheme of one rank's [n, k] of the linear `whole`."""
+    inputs = whole.shape[1]
+    if k == inputs:
+        return ModuleScheme(whole.bits, whole.group_size, whole.pattern, (n, k))
+    if whole.bits == 16 or whole.group_size == inputs:
+        multiple, group_size = INPUT_MULTIPLE, k
+    else:
+        multiple = max(INPUT_MULTIPLE, whole.group_size)
+        group_size = whole.group_size
+    if k % multiple:
+        raise CheckpointError(
+            f"{prefix}: tensor parallel {inputs // k} gives each rank {k} of {inputs} inputs, which must be a multiple "
+            f"of {multiple} (16 and the group size); use fewer ranks, or compress with smaller groups or per channel"
+        )
+    return ModuleScheme(whole.bits, group_size, whole.pattern, (n, k))
+
+
+def _fill_with_noise(tensors: dict[str, Tensor]) -> None:
+    """`--load-format dummy`: small random weights in valid bytes, to measure the speed of a model one does not have."""
+    for suffix, tensor in tensors.items():
+        if suffix == "weight_meta":
+            tensor.fill_(FIRST_TWO_OF_FOUR)
+        elif suffix == "weight_packed":
+            tensor.random_()
+        else:
+            tensor.uniform_(-1e-3, 1e-3)
