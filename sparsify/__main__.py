@@ -1,0 +1,7 @@
+"""`python -m sparsify` is the command `sparsify`."""
+
+import sys
+
+from sparsify.cli import main
+
+sys.exit(main())

@@ -1,0 +1,435 @@
+"""The commands. Each one parses its arguments, calls one function of the package and prints what it returned.
+
+Nothing heavy is imported before a command runs, so that `sparsify --help` is instant. While a command runs, whatever
+libraries print on stdout goes to stderr: stdout carries the result alone, with `--json` exactly one JSON object.
+"""
+
+import argparse
+import errno
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify import __version__
+from sparsify.errors import RecipeError, SparsifyError
+
+FAILED = 1
+INTERRUPTED = 130
+PIPE_WIDTH = 160  # columns of a table that is not printed on a terminal
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command found: plain JSON values, the same for people (strings and rich tables), and the exit status."""
+
+    data: dict[str, Any]
+    shown: Sequence[Any]
+    status: int = 0
+
+
+Handler = Callable[[argparse.Namespace], Outcome]
+
+# Defaults of the workloads, said here too because importing sparsify.bench to print a help page would take seconds.
+# A test holds them equal to those of sparsify.bench.
+LATENCY = {"input_len": 128, "output_len": 64, "batch_size": 1, "iterations": 5, "warmup": 2}
+THROUGHPUT = {"input_len": 128, "output_len": 64, "prompts": 32, "warmup": 4}
+WORKLOAD_HELP = {
+    "input_len": "prompt tokens per request",
+    "output_len": "generated tokens per request",
+    "batch_size": "requests that run together",
+    "iterations": "measured repetitions",
+    "warmup": "repetitions before measuring",
+    "prompts": "requests handed over at once",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+def apply(args: argparse.Namespace) -> Outcome:
+    from sparsify.compiler.run import apply
+    from sparsify.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.set, args.model)
+    result = apply(recipe, named_model(recipe.model), args.output, resume=args.resume, quiet=args.quiet)
+    return Outcome(result.to_json(), [result.table()])
+
+
+def plan(args: argparse.Namespace) -> Outcome:
+    from sparsify.compiler.plan import make_plan
+    from sparsify.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.set, args.model)
+    result = make_plan(recipe, named_model(recipe.model))
+    return Outcome(result.to_json(), [result.table()])
+
+
+def recipes(args: argparse.Namespace) -> Outcome:
+    from rich.table import Table
+
+    from sparsify.recipe import ready_recipes
+
+    table = Table("recipe", "what it does", "file")
+    found = {}
+    for name, path in ready_recipes().items():
+        found[name] = {"path": str(path), "description": first_comment(path.read_text(encoding="utf-8"))}
+        table.add_row(name, found[name]["description"], str(path))
+    return Outcome({"recipes": found}, [table])
+
+
+def first_comment(text: str) -> str:
+    """The sentence a recipe begins with; the line before it tells editors where the schema is."""
+    lines = (line.lstrip("#").strip() for line in text.splitlines() if line.startswith("#"))
+    return next((line for line in lines if line and not line.startswith("yaml-language-server")), "")
+
+
+def inspect(args: argparse.Namespace) -> Outcome:
+    from sparsify.formats.inspection import inspect, table
+
+    result = inspect(args.directory)
+    return Outcome(result.to_json(), [table(result)])
+
+
+def export(args: argparse.Namespace) -> Outcome:
+    from sparsify.formats.directory import export
+
+    written = export(args.source, args.format, args.output)
+    return Outcome({"output": str(written), "format": args.format}, [f"{args.format} checkpoint written to {written}"])
+
+
+def evaluate(args: argparse.Namespace) -> Outcome:
+    from sparsify.evaluation import evaluate, table
+
+    result = evaluate(
+        args.directory,
+        args.dense,
+        args.text,
+        sequence_length=args.sequence_length,
+        chunks=args.chunks,
+        quiet=args.quiet,
+    )
+    return Outcome(result.to_json(), [table([result])])
+
+
+def bench(args: argparse.Namespace) -> Outcome:
+    from sparsify.bench import BenchOptions, LatencyWorkload, ThroughputWorkload, latency, table, throughput
+
+    options = BenchOptions(repeats=args.repeats, eager=args.eager, engine_args=args.vllm_args, quiet=args.quiet)
+    if args.benchmark == "latency":
+        workload = LatencyWorkload(**{name: getattr(args, name) for name in LATENCY})
+        result = latency(args.directories, workload, options)
+    else:
+        load = ThroughputWorkload(**{name: getattr(args, name) for name in THROUGHPUT})
+        result = throughput(args.directories, load, options)
+    return Outcome(result.to_json(), [table(result)])
+
+
+def serve(args: argparse.Namespace) -> Outcome:
+    from sparsify.bench import serve
+
+    serve(args.directory, args.vllm_args)
+    return Outcome({}, [])
+
+
+def doctor(args: argparse.Namespace) -> Outcome:
+    from sparsify.doctor import examine, table
+
+    report = examine()
+    return Outcome(report.to_json(), [table(report), report.summary()], 0 if report.healthy else FAILED)
+
+
+def demo(args: argparse.Namespace) -> Outcome:
+    from sparsify.demo import run_demo
+
+    result = run_demo(args.output, quiet=args.quiet)
+    return Outcome(result.to_json(), [result.table()])
+
+
+def named_model(model: str | None) -> str:
+    """The model of a recipe after `--model` was applied; a recipe may leave it open."""
+    if model is None:
+        raise RecipeError("the recipe names no model: add --model with a directory, a Hub id or embedded:NAME")
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------ parser
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error (or set SPARSIFY_DEBUG=1)")
+    shows_json = argparse.ArgumentParser(add_help=False)
+    shows_json.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
+    )
+    is_quiet = argparse.ArgumentParser(add_help=False)
+    is_quiet.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
+    takes_recipe = argparse.ArgumentParser(add_help=False)
+    takes_recipe.add_argument(
+        "recipe", metavar="RECIPE", help="name of a ready recipe (see `sparsify recipes`) or a YAML file"
+    )
+    takes_recipe.add_argument(
+        "--model",
+        "-m",
+        metavar="M",
+        help="directory, .gguf file, Hub id or embedded:NAME; overrides the recipe's model",
+    )
+    takes_recipe.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="change one setting of the recipe, such as calibration.samples=64 or passes.0.prune.damping=0.02; repeatable",
+    )
+
+    parser = argparse.ArgumentParser(
+        prog="sparsify",
+        description="Compile a large language model to a 2:4 sparse, 4-bit checkpoint, and serve it in vLLM.",
+        epilog=examples(
+            "sparsify demo                                      the whole story on a small embedded model",
+            "sparsify apply 2of4-w4a16 --model M --output DIR   compile",
+            "sparsify inspect DIR                               what is in it, and is it really 2:4",
+            "sparsify serve DIR                                 OpenAI-compatible server",
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"sparsify {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(
+        to: Any, name: str, handler: Handler, about: str, *parents: argparse.ArgumentParser, shown: Sequence[str] = ()
+    ) -> argparse.ArgumentParser:
+        # --debug is accepted before and after the command; SUPPRESS keeps the second place from resetting the first.
+        late = argparse.ArgumentParser(add_help=False)
+        late.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        command: argparse.ArgumentParser = to.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            epilog=examples(*shown),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[*parents, late],
+        )
+        command.set_defaults(handler=handler)
+        return command
+
+    command = add(
+        commands, "apply", apply, "apply a recipe to a model and write the checkpoint",
+        takes_recipe, is_quiet, shows_json,
+        shown=(
+            "sparsify apply 2of4-w4a16 --model embedded:smollm2-135m-instruct --output out/smollm2",
+            "sparsify apply my.yaml --model ./llama --output out/llama --set calibration.samples=256",
+            "sparsify apply my.yaml --model ./llama --output out/llama --resume     go on after an interruption",
+        ),
+    )  # fmt: skip
+    command.add_argument("--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist")
+    command.add_argument(
+        "--resume", action="store_true", help="go on with a run that was interrupted; the result is the same"
+    )
+
+    add(
+        commands, "plan", plan, "show what a recipe will do to a model, without doing it",
+        takes_recipe, shows_json,
+        shown=("sparsify plan 2of4-w4a16 --model embedded:smollm2-135m-instruct",),
+    )  # fmt: skip
+
+    command = add(
+        commands, "inspect", inspect, "show sparsity, 2:4 validity, bits and bytes of every tensor",
+        shows_json,
+        shown=("sparsify inspect out/smollm2",),
+    )  # fmt: skip
+    command.add_argument("directory", metavar="DIR", help="checkpoint directory")
+
+    command = add(
+        commands, "export", export, "write a checkpoint in another format",
+        shows_json,
+        shown=(
+            "sparsify export out/smollm2 --format pack-quantized --output out/smollm2-stock     runs without sparsify",
+            "sparsify export embedded:smollm2-135m-instruct --format dense --output out/dense",
+        ),
+    )  # fmt: skip
+    command.add_argument(
+        "source", metavar="DIR|MODEL", help="checkpoint directory, .gguf file, Hub id or embedded:NAME"
+    )
+    command.add_argument("--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized or dense")
+    command.add_argument("--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist")
+
+    command = add(
+        commands, "eval", evaluate, "measure perplexity, and the distance from the dense model",
+        is_quiet, shows_json,
+        shown=(
+            "sparsify eval out/smollm2 --text test.txt",
+            "sparsify eval out/smollm2 --dense embedded:smollm2-135m-instruct --text test.txt",
+        ),
+    )  # fmt: skip
+    command.add_argument("directory", metavar="DIR", help="checkpoint directory")
+    command.add_argument("--dense", metavar="M", help="dense model to compare with: KL divergence, top-1 agreement")
+    command.add_argument("--text", metavar="FILE", help="plain text; without it the dense model samples its own")
+    command.add_argument(
+        "--sequence-length", type=int, metavar="N", help="tokens per chunk (1024; 512 on sampled text)"
+    )
+    command.add_argument("--chunks", type=int, metavar="N", help="chunks to score (48; 16 on sampled text)")
+
+    benchmarks = commands.add_parser(
+        "bench",
+        help="measure latency or throughput in vLLM, several models in one run",
+        description="Measure with vLLM's own benchmarks. The first model is what the others are compared with.",
+    ).add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for name, workload, about in (
+        ("latency", LATENCY, "time of one batch of requests: first token, each further token"),
+        ("throughput", THROUGHPUT, "tokens per second of many requests together"),
+    ):
+        command = add(
+            benchmarks, name, bench, about,
+            is_quiet, shows_json,
+            shown=(
+                f"sparsify bench {name} out/dense out/smollm2",
+                f"sparsify bench {name} dense=out/dense sparse=out/smollm2 --repeats 3 -- --dtype bfloat16",
+            ),
+        )  # fmt: skip
+        command.usage = f"sparsify bench {name} [options] DIR [DIR ...] [-- ENGINE_ARGS]"
+        command.add_argument("directories", metavar="DIR", nargs="+", help="checkpoint directories; NAME=DIR names one")
+        for setting, value in workload.items():
+            option = "--" + setting.replace("_", "-")
+            command.add_argument(
+                option, type=int, default=value, metavar="N", help=f"{WORKLOAD_HELP[setting]} (default {value})"
+            )
+        command.add_argument("--repeats", type=int, default=1, metavar="N", help="rounds over all models (default 1)")
+        command.add_argument("--eager", action="store_true", help="without torch.compile: starts faster, runs slower")
+
+    command = add(
+        commands, "serve", serve, "serve a checkpoint with vLLM's OpenAI-compatible server",
+        shown=("sparsify serve out/smollm2", "sparsify serve out/smollm2 -- --port 8001 --max-model-len 2048"),
+    )  # fmt: skip
+    command.usage = "sparsify serve DIR [-- VLLM_ARGS]"
+    command.add_argument("directory", metavar="DIR", help="checkpoint directory")
+
+    add(commands, "doctor", doctor, "say what is installed, what this machine can run, and what is missing", shows_json)
+
+    command = add(
+        commands, "demo", demo, "compile, serve and compare a small embedded model: the whole story",
+        is_quiet, shows_json,
+        shown=("sparsify demo --output out/demo",),
+    )  # fmt: skip
+    command.add_argument(
+        "--output", "-o", default="out/demo", metavar="DIR", help="directory to write (default out/demo)"
+    )
+
+    add(commands, "recipes", recipes, "list the ready recipes", shows_json)
+    return parser
+
+
+def examples(*lines: str) -> str | None:
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines) if lines else None
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments after `--` go to vLLM untouched."""
+    own, extra = list(argv), []
+    if "--" in own:
+        at = own.index("--")
+        own, extra = own[:at], own[at + 1 :]
+    parser = command_parser()
+    args = parser.parse_args(own)
+    if extra and args.command not in ("serve", "bench"):
+        parser.error(f"{args.command} takes no arguments after --")
+    args.vllm_args = extra
+    return args
+
+
+# ------------------------------------------------------------------------------------------------- running and errors
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status. Usage errors exit with 2 on the way."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parse(argv)
+    try:
+        with only_results_on_stdout(args.command != "serve"):
+            outcome = args.handler(args)
+        show(outcome, getattr(args, "json", False))
+        return outcome.status
+    except (KeyboardInterrupt, Exception) as error:
+        if args.debug or os.environ.get("SPARSIFY_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        status, sentence = explain(error, args, argv)
+        if sentence:
+            print(sentence, file=sys.stderr)
+        return status
+
+
+@contextmanager
+def only_results_on_stdout(active: bool = True) -> Iterator[None]:
+    """Sends to stderr what libraries, native code and child processes write to stdout."""
+    if not active:
+        yield
+        return
+    sys.stdout.flush()
+    python_stdout, real_stdout = sys.stdout, os.dup(1)
+    try:
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+        yield
+    finally:
+        sys.stdout = python_stdout
+        os.dup2(real_stdout, 1)
+        os.close(real_stdout)
+
+
+def show(outcome: Outcome, as_json: bool) -> None:
+    """Print the result on stdout."""
+    if as_json:
+        print(json.dumps(outcome.data, indent=2, allow_nan=False))
+    elif outcome.shown:
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, soft_wrap=not sys.stdout.isatty())
+        for part in outcome.shown:
+            console.print(part, markup=False, highlight=False)
+    sys.stdout.flush()
+
+
+def explain(error: BaseException, args: argparse.Namespace, argv: Sequence[str]) -> tuple[int, str]:
+    """The exit status and the one sentence for an error that ended a command."""
+    again = ""
+    if args.command == "apply":
+        command = [*argv] if "--resume" in argv else [*argv, "--resume"]
+        again = f"; finished blocks are kept, go on with: {shlex.join(['sparsify', *command])}"
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, f"interrupted{again}"
+    if isinstance(error, BrokenPipeError):  # the reader of our stdout has gone, as in `sparsify inspect DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILED, ""
+    if isinstance(error, SparsifyError):
+        return FAILED, f"error: {error}"
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
+        return (
+            FAILED,
+            f"error: no space left on the disk{at_file(error)}: free some{again or ' and run the command again'}",
+        )
+    if isinstance(error, PermissionError):
+        return FAILED, f"error: permission denied{at_file(error)}: choose another place or change its rights"
+    if isinstance(error, OSError) and error.strerror:
+        return FAILED, f"error: {error.strerror}{at_file(error)}"
+    if isinstance(error, MemoryError):
+        return FAILED, f"error: out of memory: use fewer or shorter calibration samples{again}"
+    kind, said = type(error).__name__, " ".join(str(error).split())
+    hint = "this is a bug in sparsify or in what it calls; run again with --debug for the traceback"
+    return FAILED, f"error: {kind}: {said or 'no message'} ({hint})"
+
+
+def at_file(error: BaseException) -> str:
+    name = getattr(error, "filename", None)
+    return f" ({name})" if name else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
