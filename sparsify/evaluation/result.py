@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def table(results: Sequence[EvaluationResult]) -> Table:
     """One row for the dense model when it was scored, then one per model."""
     first = results[0]
     view = Table(
-        title=f"Accuracy on {source_label(first)}",
+        title=f"Accuracy on {escape(source_label(first))}",
         caption=f"{first.tokens} tokens in {first.chunks} chunks of {first.sequence_length}, float32; "
         "KL(dense || model) in nats per token",
         title_justify="left",
@@ -71,12 +73,12 @@ def table(results: Sequence[EvaluationResult]) -> Table:
     for heading in ("perplexity", "vs dense", "KL", "top-1 agreement"):
         view.add_column(heading, justify="right")
     if first.dense is not None:
-        view.add_row(first.dense, "dense", number(first.dense_perplexity), "1.00x", "0", "100.0%", style="dim")
+        view.add_row(Text(first.dense), "dense", number(first.dense_perplexity), "1.00x", "0", "100.0%", style="dim")
     for result in results:
         dense = result.dense_perplexity
         agreement = result.top1_agreement
         view.add_row(
-            result.model,
+            Text(result.model),
             result.format,
             number(result.perplexity),
             f"{number(result.perplexity / dense)}x" if dense else "–",

@@ -1,0 +1,356 @@
+"""Starts vLLM once per model and round, one process after another, and gathers what its benchmarks wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sparsify.bench.machine import describe_machine, installed_versions, recorded_environment, serving_environment
+from sparsify.bench.result import (
+    BenchResult,
+    LatencyWorkload,
+    ModelSpeed,
+    ThroughputWorkload,
+    latency_figures,
+    ratios,
+    throughput_figures,
+)
+from sparsify.errors import MissingDependency, SparsifyError
+from sparsify.files import read_json, write_json
+from sparsify.model.checkpoint import open_checkpoint
+from sparsify.progress import progress_bar
+
+TAIL_LINES = 12
+# vLLM's latency benchmark draws its prompt from the token ids below this.
+LATENCY_VOCABULARY = 10_000
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How to run, the same for every model.
+
+    repeats:     rounds; each round runs every model once, so that a slow spell of the machine hits them all (A B A B)
+    eager:       skip torch.compile: starts faster, decodes slower
+    engine_args: further arguments of vLLM's engine, such as ["--dtype", "bfloat16"]
+    environment: variables that override the defaults and the shell's
+    timeout:     seconds that one model may take in one round
+    """
+
+    repeats: int = 1
+    eager: bool = False
+    engine_args: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    timeout: float = 3600
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model to measure."""
+
+    label: str
+    directory: Path
+    format: str
+    nbytes: int
+
+
+@dataclass
+class Samples:
+    """Raw times of one model, gathered over the rounds."""
+
+    first: list[float] = field(default_factory=list)
+    full: list[float] = field(default_factory=list)
+    elapsed: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+
+def require_vllm() -> None:
+    """Raises MissingDependency with the way to install it."""
+    if find_spec("vllm") is None:
+        raise MissingDependency(
+            "this command needs vLLM, which is not installed: pip install 'sparsify-24[cpu]' "
+            "(on a machine with an NVIDIA GPU: pip install 'sparsify-24[cuda]')"
+        )
+
+
+def worker_command(job: Path) -> list[str]:
+    """The process that measures one model. Tests replace this and nothing else."""
+    return [sys.executable, "-m", "sparsify.bench.worker", str(job)]
+
+
+def measure(
+    models: Sequence[str | Path],
+    latency: LatencyWorkload | None = None,
+    throughput: ThroughputWorkload | None = None,
+    options: BenchOptions | None = None,
+    labels: Sequence[str] | None = None,
+) -> BenchResult:
+    """Measures every model on the same workloads; the first is what the others are compared with.
+
+    models: directories or anything `open_checkpoint` opens; `LABEL=DIR` names one
+    """
+    options = options or BenchOptions()
+    _check(latency, throughput, options)
+    require_vllm()
+    targets = open_targets(models, labels)
+    engine = engine_arguments(latency, throughput, options)
+    for target in targets:
+        _check_fits(target, latency, throughput)
+
+    environment = serving_environment(options.environment)
+    samples = {target.label: Samples() for target in targets}
+    started = time.perf_counter()
+    with progress_bar("bench", total=options.repeats * len(targets), quiet=options.quiet) as bar:
+        for round_number in range(options.repeats):
+            for target in targets:
+                bar.describe(target.label if options.repeats == 1 else f"{target.label}, round {round_number + 1}")
+                _measure_once(target, engine, latency, throughput, environment, options, samples[target.label])
+                bar.advance()
+    return BenchResult(
+        models=_rows(targets, samples, latency, throughput),
+        latency=latency,
+        throughput=throughput,
+        repeats=options.repeats,
+        eager=options.eager,
+        commands=[
+            shlex.join(["vllm", "bench", name, "--model", "MODEL", *engine, *arguments])
+            for name, arguments in benchmark_arguments(latency, throughput)
+        ],
+        environment=recorded_environment(environment),
+        machine=describe_machine(),
+        versions=installed_versions(),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def open_targets(models: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Target]:
+    """Opens every model cheaply, so that a missing one is found before the first is measured."""
+    if not models:
+        raise SparsifyError("nothing to measure: give at least one model directory")
+    if labels is not None and len(labels) != len(models):
+        raise SparsifyError(f"{len(labels)} labels for {len(models)} models: give one for each")
+    targets: list[Target] = []
+    for i, spec in enumerate(models):
+        label, text = "", str(spec)
+        if "=" in text and not Path(text).exists():
+            label, text = text.split("=", 1)
+        checkpoint = open_checkpoint(text)
+        label = labels[i] if labels else label or model_name(text)
+        if any(label == other.label for other in targets):
+            raise SparsifyError(f"two models are called {label}: name them, as in {label}-2={text}")
+        quantization = checkpoint.config.get("quantization_config") or {}
+        kind = str(quantization.get("format") or quantization.get("quant_method") or "dense")
+        targets.append(Target(label, checkpoint.directory, kind, checkpoint.nbytes()))
+    return targets
+
+
+def model_name(spec: str | Path) -> str:
+    """What people call a model: the name of its directory, or the spec itself."""
+    return Path(spec).resolve().name if Path(spec).is_dir() else str(spec)
+
+
+def engine_arguments(
+    latency: LatencyWorkload | None, throughput: ThroughputWorkload | None, options: BenchOptions
+) -> list[str]:
+    """Arguments of the vLLM engine, without the model."""
+    # Rounded up with room for a beginning-of-sequence token. The longest request decides the memory vLLM reserves.
+    longest = _longest_request(latency, throughput) // 16 * 16 + 32
+    arguments = ["--max-model-len", str(longest), "--no-enable-prefix-caching"]
+    if options.eager:
+        arguments.append("--enforce-eager")
+    return [*arguments, *options.engine_args]
+
+
+def benchmark_arguments(
+    latency: LatencyWorkload | None, throughput: ThroughputWorkload | None
+) -> list[tuple[str, list[str]]]:
+    """What runs for every model: (name of vLLM's benchmark, its arguments). Latency runs twice: one token, and all."""
+    runs = []
+    if latency:
+        for output_len in (1, latency.output_len):
+            arguments = ["--input-len", latency.input_len, "--output-len", output_len]
+            arguments += ["--batch-size", latency.batch_size, "--num-iters", latency.iterations]
+            arguments += ["--num-iters-warmup", latency.warmup]
+            runs.append(("latency", [str(a) for a in arguments]))
+    if throughput:
+        arguments = ["--dataset-name", "random", "--random-input-len", throughput.input_len]
+        arguments += ["--random-output-len", throughput.output_len, "--num-prompts", throughput.prompts]
+        arguments += ["--num-warmups", throughput.warmup]
+        runs.append(("throughput", [str(a) for a in arguments]))
+    return runs
+
+
+def _longest_request(latency: LatencyWorkload | None, throughput: ThroughputWorkload | None) -> int:
+    return max(work.input_len + work.output_len for work in (latency, throughput) if work)
+
+
+def _check(latency: LatencyWorkload | None, throughput: ThroughputWorkload | None, options: BenchOptions) -> None:
+    if latency is None and throughput is None:
+        raise SparsifyError("nothing to measure: ask for latency or throughput")
+    if latency and latency.output_len < 2:
+        raise SparsifyError("latency needs an output length of at least 2, to tell the first token from the others")
+    numbers: dict[str, int] = {"repeats": options.repeats}
+    if latency:
+        numbers |= {"batch size": latency.batch_size, "input length": latency.input_len}
+        numbers |= {"iterations": latency.iterations}
+    if throughput:
+        numbers |= {"prompts": throughput.prompts, "output length": throughput.output_len}
+        numbers |= {"input length": min(throughput.input_len, numbers.get("input length", throughput.input_len))}
+    for name, value in numbers.items():
+        if value < 1:
+            raise SparsifyError(f"{name} is {value}; it must be at least 1")
+
+
+def _check_fits(target: Target, latency: LatencyWorkload | None, throughput: ThroughputWorkload | None) -> None:
+    config = read_json(target.directory / "config.json")
+    config = {**config, **(config.get("text_config") or {})}
+    limit, longest = config.get("max_position_embeddings"), _longest_request(latency, throughput)
+    if isinstance(limit, int) and longest + 32 > limit:
+        raise SparsifyError(
+            f"{target.label} reads at most {limit} tokens and a request of this workload takes {longest} and up to 32 "
+            "of padding: use shorter --input-len or --output-len"
+        )
+    vocabulary = config.get("vocab_size")
+    if latency and isinstance(vocabulary, int) and vocabulary < LATENCY_VOCABULARY:
+        raise SparsifyError(
+            f"{target.label} has {vocabulary} tokens, and vLLM's latency benchmark draws its prompts from the first "
+            f"{LATENCY_VOCABULARY}: measure its throughput instead"
+        )
+
+
+def _measure_once(
+    target: Target,
+    engine: Sequence[str],
+    latency: LatencyWorkload | None,
+    throughput: ThroughputWorkload | None,
+    environment: Mapping[str, str],
+    options: BenchOptions,
+    samples: Samples,
+) -> None:
+    """One process: starts the engine, runs every benchmark, adds the times to `samples`."""
+    scratch = Path(tempfile.mkdtemp(prefix="sparsify-bench-"))
+    runs = benchmark_arguments(latency, throughput)
+    outputs = [scratch / f"{i}-{name}.json" for i, (name, _) in enumerate(runs)]
+    job = {
+        "engine": ["--model", str(target.directory), *engine],
+        "runs": [
+            {"benchmark": name, "arguments": [*arguments, "--output-json", str(output)]}
+            for (name, arguments), output in zip(runs, outputs, strict=True)
+        ],
+    }
+    write_json(scratch / "job.json", job)
+    log = scratch / "vllm.log"
+    status = run_logged(worker_command(scratch / "job.json"), environment, log, options.timeout)
+    missing = [output for output in outputs if not output.exists()]
+    if status != 0 or missing:
+        raise SparsifyError(failure(target.label, status, log))  # the log stays, for the one who reads the message
+    results: list[dict[str, Any]] = [json.loads(output.read_text()) for output in outputs]
+    if latency:
+        samples.first += results[0]["latencies"]
+        samples.full += results[1]["latencies"]
+    if throughput:
+        samples.elapsed.append(results[-1]["elapsed_time"])
+        samples.tokens = results[-1]["total_num_tokens"]
+    shutil.rmtree(scratch)
+
+
+def run_logged(command: Sequence[str], environment: Mapping[str, str], log: Path, timeout: float) -> int | None:
+    """Runs a command with its output in `log`; returns its exit status, or None when it took too long.
+
+    It gets a session of its own, because vLLM starts further processes and all must end with it, also on Ctrl-C.
+    """
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
+        )
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+# The engine process reports the cause first and everybody above it repeats that something failed.
+CAUSE = re.compile(r"\b((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)): (\S.*)")
+CONSEQUENCE = "Engine core initialization failed"
+
+
+def failure(label: str, status: int | None, log: Path) -> str:
+    """One clear sentence, the cause when the log shows one, and the end of the log."""
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if status is None:
+        happened = "took longer than the time limit"
+    elif status < 0:
+        happened = f"was killed by signal {signal.Signals(-status).name}"
+        happened += " (too little memory?)" if -status == signal.SIGKILL else ""
+    elif status == 0:
+        happened = "ended without writing its result"
+    else:
+        happened = f"failed with exit status {status}"
+    causes = [match for match in map(CAUSE.search, lines) if match and CONSEQUENCE not in match[2]]
+    cause = f": {causes[0][1]}: {causes[0][2]}" if causes else ""
+    tail = "\n".join(f"  {line}" for line in lines[-TAIL_LINES:]) or "  (empty)"
+    return f"{label}: vLLM {happened}{cause}\nlast lines of its log ({log}):\n{tail}"
+
+
+def _rows(
+    targets: Sequence[Target],
+    samples: Mapping[str, Samples],
+    latency: LatencyWorkload | None,
+    throughput: ThroughputWorkload | None,
+) -> list[ModelSpeed]:
+    delays = {
+        t.label: latency_figures(samples[t.label].first, samples[t.label].full, latency) for t in targets if latency
+    }
+    rates = {
+        t.label: throughput_figures(samples[t.label].elapsed, samples[t.label].tokens, throughput)
+        for t in targets
+        if throughput
+    }
+    base = targets[0]
+    return [
+        ModelSpeed(
+            model=target.label,
+            format=target.format,
+            nbytes=target.nbytes,
+            latency=delays.get(target.label),
+            throughput=rates.get(target.label),
+            ratios=ratios(
+                (target.nbytes, base.nbytes),
+                (delays[target.label], delays[base.label]) if latency else None,
+                (rates[target.label], rates[base.label]) if throughput else None,
+            ),
+        )
+        for target in targets
+    ]
+
+
+def serve(directory: str | Path, extra_args: Sequence[str] = (), replace: Callable[..., Any] = os.execvpe) -> None:
+    """Becomes `vllm serve` on a model, with the environment the benchmarks use; does not return."""
+    require_vllm()
+    checkpoint = open_checkpoint(directory)
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint.directory), *extra_args]
+    if not any(argument.split("=")[0] == "--served-model-name" for argument in extra_args):
+        # A path of the server makes a poor name in every client; the directory's name is what people call the model.
+        command += [
+            "--served-model-name",
+            Path(directory).resolve().name if Path(directory).is_dir() else str(directory),
+        ]
+    replace(command[0], command, serving_environment())

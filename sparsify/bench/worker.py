@@ -1,0 +1,46 @@
+"""Runs vLLM's own benchmarks for one model in this process: `python -m sparsify.bench.worker JOB.json`.
+
+The job names the engine arguments and a list of benchmarks (`vllm.benchmarks.latency`, `.throughput`) with their
+arguments, exactly those of `vllm bench`. Starting vLLM takes longer than measuring a small model, so all benchmarks of
+the job share one engine: the first one starts it and the others are handed the same object. Nothing else of vLLM is
+touched, and nothing of sparsify is imported: the plugin reaches vLLM the way it does in production.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def share_engine(llm_class: Any) -> None:
+    """Makes `LLM.from_engine_args` return the engine it built first."""
+    build = llm_class.from_engine_args
+    built: list[Any] = []
+
+    def from_engine_args(engine_args: Any) -> Any:
+        if not built:
+            built.append(build(engine_args))
+        return built[0]
+
+    llm_class.from_engine_args = staticmethod(from_engine_args)
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """job: {"engine": [argument...], "runs": [{"benchmark": "latency"|"throughput", "arguments": [...]}...]}"""
+    import vllm
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    share_engine(vllm.LLM)
+    for run in job["runs"]:
+        benchmark = importlib.import_module(f"vllm.benchmarks.{run['benchmark']}")
+        parser = FlexibleArgumentParser()
+        benchmark.add_cli_args(parser)
+        benchmark.main(parser.parse_args([*job["engine"], *run["arguments"]]))
+
+
+# vLLM starts its engine in a spawned process that imports this file again: only the real call may run the job.
+if __name__ == "__main__":
+    run_job(json.loads(Path(sys.argv[1]).read_text()))

