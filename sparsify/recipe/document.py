@@ -82,11 +82,6 @@ def parse(text: str, name: str) -> Document:
     return Document(name, data, origins)
 
 
-def parse_value(text: str) -> Any:
-    """The value of an override, read by the same rules as the recipe: `0.02`, `[lm_head]`, `channel`."""
-    return parse(text, "the value").data
-
-
 def dump(data: Any) -> str:
     """YAML text that `parse` (and any other YAML reader) turns back into `data`."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -257,6 +257,8 @@ def _weights(settings: _Settings) -> _Settings:
 
 def _preset(settings: _Settings, scheme: Any) -> _Settings:
     """The schemes that compressed-tensors defines by name."""
+    if scheme is None:
+        settings.refuse(None, "needs a scheme or config_groups that says how to quantize")
     name = scheme
     if isinstance(scheme, dict) and len(scheme) == 1:
         ((name, targets),) = scheme.items()

@@ -5,7 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 from sparsify.errors import RecipeError
-from sparsify.recipe.document import Document, KeyPath, parse_value
+from sparsify.recipe.document import Document, KeyPath, parse
 from sparsify.recipe.explain import model_at, unknown_key
 
 
@@ -19,7 +19,7 @@ def override(document: Document, assignments: Sequence[str]) -> Document:
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             raise RecipeError(f"{place}: write an override as path=value, for instance calibration.samples=64")
-        path = _assign(data, keys, parse_value(text), place)
+        path = _assign(data, keys, parse(text, place).data, place)
         origins = {known: origin for known, origin in origins.items() if known[: len(path)] != path}
         origins[path] = place
     return Document(document.name, data, origins)
@@ -27,40 +27,35 @@ def override(document: Document, assignments: Sequence[str]) -> Document:
 
 def _assign(data: Any, keys: list[str], value: Any, place: str) -> KeyPath:
     """Set the value inside `data`, making the mappings on the way that the recipe language knows; return its path."""
+    parent: Any = data
     path: KeyPath = ()
-    for position, key in enumerate(keys):
-        last = position == len(keys) - 1
-        if isinstance(data, list):
-            index = _index(data, key, path, place)
-            path += (index,)
-            if not key.isdecimal():  # passes.prune means the entry {prune: ...} and then its body
-                data, path = data[index], (*path, key)
-            if last:
-                data[path[-1]] = value
-            else:
-                data = data[path[-1]]
-        elif isinstance(data, dict):
-            path += (key,)
-            if last:
-                data[key] = value
-            elif data.get(key) is not None:
-                data = data[key]
-            elif (model := model_at(path[:-1])) is not None and key not in model.model_fields:
-                raise RecipeError(f"{place}: {unknown_key(path)}")
-            else:
-                data[key] = {}
-                data = data[key]
-        else:
-            raise RecipeError(f"{place}: {'.'.join(map(str, path))} is one value, so it has no '{key}' inside")
+    for key in keys:
+        if not isinstance(data, dict | list):
+            raise RecipeError(f"{place}: {_dotted(path)} is one value, so it has no '{key}' inside")
+        for step in _entry(data, key, path, place) if isinstance(data, list) else (key,):
+            parent, path = data, (*path, step)
+            if isinstance(parent, dict) and step not in parent:
+                model = model_at(path[:-1])
+                if model is not None and step not in model.model_fields:
+                    raise RecipeError(f"{place}: {unknown_key(path)}")
+                parent[step] = None
+            if parent[step] is None:
+                parent[step] = {}
+            data = parent[step]
+    parent[path[-1]] = value
     return path
 
 
-def _index(entries: list[Any], key: str, path: KeyPath, place: str) -> int:
-    where = ".".join(map(str, path))
+def _entry(entries: list[Any], key: str, path: KeyPath, place: str) -> KeyPath:
+    """Where `key` points in a list: an index, or the kind of a pass and then the body under that kind."""
     kinds = [next(iter(entry)) if isinstance(entry, dict) and len(entry) == 1 else None for entry in entries]
     if key in kinds:
-        return kinds.index(key)
+        return kinds.index(key), key
     if key.isdecimal() and int(key) < len(entries):
-        return int(key)
+        return (int(key),)
     names = [f"{index} ({kind})" if kind else str(index) for index, kind in enumerate(kinds)]
-    raise RecipeError(f"{place}: {where} has no entry '{key}'; it has {', '.join(names) or 'none'}")
+    raise RecipeError(f"{place}: {_dotted(path)} has no entry '{key}'; it has {', '.join(names) or 'none'}")
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))

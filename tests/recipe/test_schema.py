@@ -1,0 +1,202 @@
+"""What a recipe may say, and what an error says when it says something else."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from sparsify.errors import RecipeError
+from sparsify.recipe import Prune, Quantize, Recipe, dump_recipe, json_schema, load_recipe, parse_recipe, ready_recipes
+
+ROOT = Path(__file__).parents[2]
+PRUNE = "version: 1\npasses:\n  - prune:\n      method: sparsegpt\n"
+JOINT = """version: 1
+passes:
+  - prune: {method: sparsegpt, correction: 0.5}
+  - quantize: {method: gptq, bits: 4, group_size: 64, correction: 0.5}
+"""
+
+
+def refused(text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml", overrides)
+    message = str(caught.value)
+    assert "pydantic" not in message and "validation error" not in message
+    return message
+
+
+def test_a_recipe_becomes_typed_objects() -> None:
+    recipe = parse_recipe(JOINT)
+    assert recipe.prune == Prune(method="sparsegpt", correction=0.5)
+    assert recipe.quantize == Quantize(kind="quantize", method="gptq", bits=4, group_size=64, correction=0.5)
+    assert [step.kind for step in recipe.passes] == ["prune", "quantize"]
+    assert recipe.calibration.source == "self" and recipe.export.format == "sparse24" and recipe.model is None
+    assert recipe.quantize.scale_search and recipe.prune.ignore == ["lm_head"]
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
+    recipe = parse_recipe(JOINT)
+    with pytest.raises(ValidationError):
+        recipe.model = "other"  # type: ignore[misc]
+
+
+def test_dump_gives_the_same_recipe_back_and_other_yaml_readers_agree() -> None:
+    text = JOINT + 'model: "1e5"\ncalibration: {source: "hub:a/b:2:4", seed: 7}\nexport: {dtype: float16}\n'
+    recipe = parse_recipe(text)
+    dumped = dump_recipe(recipe)
+    assert parse_recipe(dumped) == recipe
+    read = yaml.safe_load(dumped)
+    assert read["model"] == "1e5" and read["passes"][0]["prune"]["pattern"] == "2:4"
+    assert Recipe.model_validate(read) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (PRUNE + "      dampning: 0.1\n", 5, "unknown key 'dampning' in prune; did you mean 'damping'? known keys: me"),
+        (PRUNE + "calibraton: {}\n", 5, "unknown key 'calibraton' in the recipe; did you mean 'calibration'?"),
+        (PRUNE + "calibration:\n  samples: 8\n  xyz: 1\n", 7, "unknown key 'xyz' in calibration; known keys: source,"),
+        (PRUNE + "      kind: prune\n", 5, "unknown key 'kind' in prune"),
+        ("version: 1\npasses:\n  - prune: {}\n", 3, "prune needs the key 'method': magnitude, wanda or sparsegpt"),
+        ("passes:\n  - prune: {method: wanda}\n", 1, "start the file with 'version: 1'"),
+        ("\nversion: 2\npasses:\n  - prune: {method: wanda}\n", 2, "version 1, not 2"),
+        ("version: 1\n", 1, "the recipe needs the key 'passes'"),
+        ("version: 1\npasses: []\n", 2, "passes is empty"),
+        ("version: 1\npasses: {prune: {method: wanda}}\n", 2, "passes must be a list"),
+        ("version: 1\npasses:\n  - prun: {method: wanda}\n", 3, "unknown pass 'prun'; did you mean 'prune'? known"),
+        ("version: 1\npasses:\n  - zzz: {}\n", 3, "unknown pass 'zzz'; known passes: prune, quantize"),
+        ("version: 1\npasses:\n  - tune: {}\n", 3, "pass 'tune' does not exist in this version"),
+        ("version: 1\npasses:\n  - prune\n", 3, "pass 'prune' needs its settings"),
+        ("version: 1\npasses:\n  - 3\n", 3, "a pass is a mapping of one key"),
+        ("version: 1\npasses:\n  - prune:\n    method: wanda\n", 4, "'method' stands beside 'prune'"),
+        ("version: 1\npasses:\n  - prune: {method: wanda}\n    quantize: {}\n", 4, "start each pass with its own '-'"),
+        (PRUNE + "      damping: '0.1'\n", 5, "must be a number, not the text '0.1'; remove the quotes"),
+        (PRUNE + "      damping: -1\n", 5, "at least 0"),
+        (PRUNE + "      damping: .nan\n", 5, "finite number"),
+        (PRUNE + "      correction: 1.5\n", 5, "at most 1"),
+        (PRUNE + "      ignore: lm_head\n", 5, "must be a list"),
+        (PRUNE + "      ignore:\n        - ok\n        - 're:('\n", 7, "'re:(' is not a valid regular expression"),
+        (PRUNE + "      pattern: 4:8\n", 5, "pattern must be \"2:4\", not the text '4:8'"),
+        (PRUNE + "calibration:\n", 5, "calibration must be a mapping of settings, not nothing"),
+        (PRUNE + "calibration: {samples: 0}\n", 5, "at least 1, not 0"),
+        (PRUNE + "calibration: {samples: true}\n", 5, "a whole number, not true"),
+        (PRUNE + "calibration: {samples: 1.5}\n", 5, "a whole number, not 1.5"),
+        (PRUNE + "calibration: {source: wiki}\n", 5, "source 'wiki' is not one of self, file:PATH or hub:ID"),
+        (PRUNE + "calibration: {source: 'file:'}\n", 5, "names nothing after the colon"),
+        (PRUNE + "calibration: {source: hub:a:b:c:d}\n", 5, "hub:ID[:CONFIG[:SPLIT]]"),
+        (PRUNE + "model: 135\n", 5, "model must be text, not 135; put it in quotes"),
+        (PRUNE + "model: ''\n", 5, "model is empty"),
+        (PRUNE + "evaluation: {text: wiki.txt}\n", 5, "evaluation text must be file:PATH"),
+        ("version: 1\npasses:\n  - quantize: {method: gptq, bits: 16, group_size: 64}\n", 3, "leave the quantize pass"),
+        ("version: 1\npasses:\n  - quantize: {method: gptq, bits: '4', group_size: 64}\n", 3, "remove the quotes"),
+        ("version: 1\npasses:\n  - quantize: {method: gptq, bits: 4, group_size: -1}\n", 3, "per row write channel"),
+        ("version: 1\npasses:\n  - quantize: {method: gptq, bits: 4, group_size: chanel}\n", 3, "mean 'channel'?"),
+    ],
+)  # fmt: skip
+def test_each_mistake_is_named_with_its_line(text: str, line: int, words: str) -> None:
+    message = refused(text)
+    assert message.startswith(f"r.yaml:{line}: "), message
+    assert words in message
+    assert "\n" not in message
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    message = refused("version: 1\npasses:\n  - prune: {method: x}\n  - quantize: {method: gptq, bits: 5}\nfoo: 1\n")
+    assert [line.split(": ")[0] for line in message.splitlines()] == ["r.yaml:3", "r.yaml:4", "r.yaml:4", "r.yaml:5"]
+
+
+@pytest.mark.parametrize(
+    ("passes", "line", "words"),
+    [
+        (
+            ["prune: {method: wanda}", "prune: {method: wanda}"],
+            4,
+            "pass 'prune' is here a second time (first as passes.0)",
+        ),
+        (["quantize: {method: rtn, bits: 4, group_size: 32}", "prune: {method: wanda}"], 4, "put prune first"),
+        (["prune: {method: magnitude, damping: 0.1}"], 3, "damping has no effect with method magnitude"),
+        (["prune: {method: magnitude, correction: 0.1}"], 3, "correction has no effect with method magnitude"),
+        (["prune: {method: wanda, damping: 0.1}"], 3, "damping has no effect with method wanda"),
+        (["quantize: {method: rtn, bits: 4, group_size: 32, activation_order: true}"], 3, "it looks at no activations"),
+        (
+            ["prune: {method: sparsegpt, correction: 0.5}", "quantize: {method: gptq, bits: 4, group_size: 32}"],
+            4,
+            "correction is 0.5 in prune but 0.0 in quantize",
+        ),
+        (
+            ["prune: {method: sparsegpt}", "quantize: {method: gptq, bits: 4, group_size: 32, damping: 0.1}"],
+            4,
+            "damping is 0.01 in prune but 0.1 in quantize",
+        ),
+    ],
+)
+def test_impossible_combinations_are_refused_with_the_reason(passes: list[str], line: int, words: str) -> None:
+    message = refused("version: 1\npasses:\n" + "".join(f"  - {entry}\n" for entry in passes))
+    assert message.startswith(f"r.yaml:{line}: ") and words in message
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        ["prune: {method: wanda, correction: 0.5, damping: 0.1}"],
+        ["prune: {method: wanda}", "quantize: {method: gptq, bits: 4, group_size: 32, damping: 0.1}"],
+        ["prune: {method: sparsegpt, correction: 0.5}", "quantize: {method: rtn, bits: 8, group_size: channel}"],
+        [
+            "prune: {method: magnitude, damping: 0.01}",
+            "quantize: {method: gptq, bits: 4, group_size: 32, damping: 0.1}",
+        ],
+    ],
+)
+def test_combinations_that_make_sense_are_accepted(passes: list[str]) -> None:
+    recipe = parse_recipe("version: 1\npasses:\n" + "".join(f"  - {entry}\n" for entry in passes))
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+def test_pack_quantized_needs_integers() -> None:
+    assert refused(PRUNE + "export:\n  format: pack-quantized\n").startswith("r.yaml:6: pack-quantized stores integers")
+
+
+def test_evaluating_on_the_calibration_text_is_refused(tmp_path: Path) -> None:
+    text, link, copy, other = (tmp_path / name for name in ("a.txt", "link.txt", "copy.txt", "other.txt"))
+    text.write_text("one text")
+    copy.write_text("one text")
+    other.write_text("two text")
+    link.symlink_to(text)
+
+    def recipe(path: object) -> str:
+        return PRUNE + f"calibration: {{source: 'file:{text}'}}\nevaluation:\n  text: file:{path}\n"
+
+    for same in (text, f"{tmp_path}/./a.txt", link, copy):
+        message = refused(recipe(same))
+        assert message.startswith("r.yaml:7: ") and "never calibrate on what is evaluated" in message
+    assert parse_recipe(recipe(other)).evaluation is not None
+
+
+def test_a_source_that_is_a_file_is_told_to_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("wiki.txt").write_text("x")
+    assert "write file:wiki.txt" in refused(PRUNE + "calibration: {source: wiki.txt}\n")
+
+
+def test_the_schema_for_editors_is_up_to_date() -> None:
+    """`make recipes` writes it again."""
+    assert json.loads((ROOT / "recipes" / "schema.json").read_text()) == json_schema()
+
+
+def test_the_schema_accepts_what_the_loader_accepts_and_refuses_what_it_refuses() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(json_schema())
+    for path in ready_recipes().values():
+        assert not list(validator.iter_errors(yaml.safe_load(path.read_text())))
+        assert not list(validator.iter_errors(yaml.safe_load(dump_recipe(load_recipe(path)))))
+    for passes in (
+        [],
+        [{"prune": {}}],
+        [{"prun": {"method": "wanda"}}],
+        [{"prune": {"method": "wanda", "x": 1}}],
+        ["prune"],
+    ):
+        assert list(validator.iter_errors({"version": 1, "passes": passes})), passes
+    assert list(validator.iter_errors({"version": 1, "passes": [{"prune": {"method": "wanda"}}], "foo": 1}))
