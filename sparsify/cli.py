@@ -186,7 +186,7 @@ def command_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="A.B=C",
-        help="change one setting of the recipe, such as calibration.samples=64 or passes.0.prune.damping=0.02; repeatable",
+        help="change a setting of the recipe: calibration.samples=64, passes.0.prune.damping=0.02; repeatable",
     )
 
     parser = argparse.ArgumentParser(

