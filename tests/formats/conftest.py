@@ -1,9 +1,13 @@
 """Random linears of every kind that formats store, and small checkpoints made of them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from sparsify.formats.directory import CheckpointWriter
+from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import CODE_RANGE, LinearWeights
 
 
@@ -69,3 +73,65 @@ def make_linear():
 def same():
     """`same(a, b)`: whether two linears are equal to the bit."""
     return _same
+
+
+LLAMA = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """`llama(tied=True)`: the directory of a tiny random bfloat16 Llama with what usually lies beside the weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made = {}
+
+    def make(tied: bool = True) -> Path:
+        if tied not in made:
+            torch.manual_seed(0)
+            directory = tmp_path_factory.mktemp("llama") / "model"
+            model = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=tied)).to(torch.bfloat16)
+            model.save_pretrained(directory)
+            for name in ("tokenizer.json", "chat_template.jinja", "README.md"):
+                (directory / name).write_text(f"this is {name}")
+            made[tied] = directory
+        return made[tied]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compress():
+    """`compress(source, output, format, recipe)`: write every block linear of a dense checkpoint with random codes.
+
+    recipe: module -> arguments of `make_linear`, or None to leave that linear dense. Returns (output, linears).
+    """
+
+    def run(source: Path, output: Path, format: str, recipe=None, files=None):
+        checkpoint = open_checkpoint(source)
+        writer = CheckpointWriter(output, format, checkpoint)
+        linears, tensors = plan(checkpoint, recipe or {})
+        for part in sorted({part_of(name) for name in [*linears, *tensors]}):
+            mine = {name: linear for name, linear in linears.items() if part_of(name) == part}
+            others = {name: tensor for name, tensor in tensors.items() if part_of(name) == part}
+            writer.write_part(part, mine, others)
+        return writer.finish({}, files or {}), linears
+
+    def plan(checkpoint, recipe):
+        linears = {}
+        for seed, name in enumerate(checkpoint.names()):
+            module, shape = name.removesuffix(".weight"), checkpoint.shape(name)
+            if len(shape) == 2 and (".layers." in name or module in recipe):
+                kind = recipe.get(module, {})
+                if kind is not None:
+                    linears[module] = _make_linear(*shape, **{"group_size": 32, **kind}, seed=seed)
+        written = {f"{module}.weight" for module in linears}
+        return linears, {name: checkpoint.tensor(name) for name in checkpoint.names() if name not in written}
+
+    def part_of(name):
+        pieces = name.split(".")
+        return f"block.{pieces[2]}" if ".layers." in name else "outside"
+
+    return run

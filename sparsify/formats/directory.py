@@ -1,0 +1,375 @@
+"""Checkpoint directories: written block by block so that a killed run can go on, and read with every byte checked."""
+
+import copy
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import CheckpointError
+from sparsify.files import PARTIAL, publish, read_json, write_json
+from sparsify.formats import get_format, known_formats
+from sparsify.formats.scheme import Format, ModuleScheme
+from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_tensors, writing
+from sparsify.model.checkpoint import INDEX, Checkpoint, TensorInfo, open_checkpoint, read_header
+from sparsify.model.linear import LinearWeights
+
+SHARD_BYTES = 2_000_000_000
+METADATA = {"format": "pt"}  # what transformers expects in the header of a weights file
+HEADS = ("lm_head", "embed_out")
+STALE = ("quantization_config", "compression_config", "sparsity_config", "torch_dtype", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a part file says of the linears in it, in the metadata of its header.
+
+    packed: linears in the encoding of the format; plain: linears that were written as a dense `weight`, whose codes and
+    scales are kept beside it so that nothing is lost for a resumed run; hidden: names of those extra tensors;
+    reasons: why linears stayed dense although they were to be packed.
+    """
+
+    format: str
+    packed: dict[str, ModuleScheme]
+    plain: dict[str, ModuleScheme]
+    hidden: list[str]
+    reasons: dict[str, str]
+
+    def to_metadata(self) -> dict[str, str]:
+        return {"sparsify": json.dumps(asdict(self), sort_keys=True)}
+
+    @classmethod
+    def from_metadata(cls, file: Path, metadata: Mapping[str, str]) -> "_Record":
+        try:
+            record = json.loads(metadata["sparsify"])
+            for key in ("packed", "plain"):
+                record[key] = {
+                    module: ModuleScheme(**{**scheme, "shape": tuple(scheme["shape"])})
+                    for module, scheme in record[key].items()
+                }
+            return cls(**record)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            work = file.parent.parent
+            raise CheckpointError(f"{file} is no part of a sparsify run; remove {work} and start again") from None
+
+
+class CheckpointWriter:
+    """Writes a checkpoint directory in parts that survive a kill.
+
+    Everything happens in `work`, which is `output` + ".partial" beside it; `output` itself appears in one rename at
+    the end of `finish`. The same parts give the same bytes, in whatever order and by however many runs they came.
+
+    source: the dense model, whose config.json and tokenizer the result carries.
+    resume: go on with the finished parts of an earlier run; without it such parts are refused.
+    identity: any text that must be equal for a run to be resumed, such as the recipe.
+    """
+
+    def __init__(
+        self, output: str | Path, format: str, source: Checkpoint, resume: bool = False, identity: str = ""
+    ) -> None:
+        self.output = Path(output)
+        self.format: Format = get_format(format)
+        self.source = source
+        self.work = partial_directory(self.output)
+        self._parts = self.work / "parts"
+        if self.output.exists():
+            raise CheckpointError(f"{self.output} exists already; choose another output or remove it first")
+        record = {"format": format, "source": source.spec, "identity": identity}
+        finished = list(self._parts.glob("*.safetensors"))
+        if finished and not resume:
+            raise CheckpointError(
+                f"{self.work} holds {len(finished)} finished parts of an interrupted run; "
+                "continue it with --resume, or remove that directory"
+            )
+        if finished:
+            for key, found in _read_record(self.work).items():
+                if record.get(key) != found:
+                    raise CheckpointError(
+                        f"{self.work} was begun with another {'recipe' if key == 'identity' else key}; "
+                        "resume with the same one, or remove that directory"
+                    )
+        with writing(self.work):
+            self._parts.mkdir(parents=True, exist_ok=True)
+            for stale in self._parts.glob(f".*{PARTIAL}"):
+                stale.unlink()
+            write_json(self.work / "writer.json", record)
+
+    def parts(self) -> set[str]:
+        """Names of the finished parts."""
+        return {file.stem for file in self._parts.glob("*.safetensors")}
+
+    def write_part(self, part: str, linears: Mapping[str, LinearWeights], tensors: Mapping[str, Tensor]) -> None:
+        """Write one part, such as one decoder block.
+
+        linears: compressed linears by module name; tensors: all other tensors of the part by full name.
+        A linear that the format cannot hold is written dense and listed in `dense_modules`.
+        """
+        encoded: dict[str, Tensor] = {}
+        record = _Record(self.format.name, {}, {}, [], {})
+        for module, linear in linears.items():
+            linear.validate(module)
+            reason = self.format.supports(linear)
+            if reason is None and self.format.suffixes:
+                record.packed[module] = ModuleScheme.of(linear)
+                new = self.format.encode(linear)
+            else:
+                record.plain[module] = ModuleScheme.of(linear)
+                record.reasons.update({module: reason} if reason else {})
+                extra = {"codes": linear.codes, "scale": linear.scale}
+                kept = {suffix: tensor for suffix, tensor in extra.items() if tensor is not None}
+                record.hidden.extend(f"{module}.{suffix}" for suffix in kept)
+                new = {**get_format("dense").encode(linear), **kept}
+            encoded |= {f"{module}.{suffix}": tensor for suffix, tensor in new.items()}
+        for name in sorted(set(encoded) & set(tensors)):
+            raise CheckpointError(f"part {part} holds {name} twice, as a compressed linear and as a plain tensor")
+        file = self._file(part)
+        aside = file.with_name(f".{file.name}.{os.getpid()}{PARTIAL}")
+        lazy = {name: LazyTensor.of(tensor) for name, tensor in {**encoded, **tensors}.items()}
+        try:
+            write_tensors(aside, lazy, record.to_metadata())
+            with writing(file):
+                publish(aside, file)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def read_part(self, part: str) -> tuple[dict[str, LinearWeights], dict[str, Tensor]]:
+        """Give back what `write_part` was given, to the bit. A 2:4 linear in dense format keeps its codes too."""
+        file = self._file(part)
+        infos, metadata = read_header(file)
+        record = _Record.from_metadata(file, metadata)
+        linears: dict[str, LinearWeights] = {}
+        taken: set[str] = set()
+        for module, scheme in {**record.packed, **record.plain}.items():
+            mine = _tensors_of(module, infos, self.format.suffixes | {"weight", "codes", "scale"})
+            taken |= {f"{module}.{suffix}" for suffix in mine}
+            tensors = {suffix: read_tensor(file, f"{module}.{suffix}") for suffix in mine}
+            if module in record.packed:
+                linears[module] = self.format.decode(module, tensors, scheme)
+            else:
+                linears[module] = _plain_linear(module, tensors, scheme)
+        return linears, {name: read_tensor(file, name) for name in infos if name not in taken}
+
+    def dense_modules(self) -> dict[str, str]:
+        """Linears that were to be packed and had to stay dense, with the reason."""
+        return {module: reason for _, record, _ in self._records() for module, reason in record.reasons.items()}
+
+    def discard(self) -> None:
+        """Remove everything that was written so far."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def finish(
+        self, config_updates: Mapping[str, Any] | None = None, extra_files: Mapping[str, str | bytes] | None = None
+    ) -> Path:
+        """Merge the parts, add config.json, the files beside the weights and `extra_files`, and let `output` appear.
+
+        A kill at any moment leaves either the parts, so that `finish` can be called again, or the finished directory.
+        """
+        final = self.work / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        with writing(final):
+            final.mkdir()
+        modules, tensors, plain = self._collect()
+        _write_shards(final, tensors)
+        config = self._config(modules, tensors, plain)
+        config.update(config_updates or {})
+        with writing(final):
+            write_json(final / "config.json", config)
+            for sidecar in self.source.sidecar_files():
+                shutil.copyfile(sidecar, final / sidecar.name)
+            for name, content in (extra_files or {}).items():
+                if Path(name).name != name:
+                    raise CheckpointError(f"extra file {name!r} must be a plain file name")
+                (final / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            if self.output.exists():
+                raise CheckpointError(f"{self.output} appeared meanwhile; remove it and continue with --resume")
+            publish(final, self.output)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return self.output
+
+    def _file(self, part: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", part):
+            raise CheckpointError(f"part name {part!r} must consist of letters, digits, '.', '_' and '-'")
+        return self._parts / f"{part}.safetensors"
+
+    def _records(self) -> Iterator[tuple[Path, _Record, dict[str, TensorInfo]]]:
+        for part in sorted(self.parts(), key=natural):
+            file = self._file(part)
+            infos, metadata = read_header(file)
+            yield file, _Record.from_metadata(file, metadata), infos
+
+    def _collect(self) -> tuple[dict[str, ModuleScheme], dict[str, LazyTensor], set[str]]:
+        """All parts together: packed modules, tensors in order of parts, linears written plainly."""
+        modules: dict[str, ModuleScheme] = {}
+        tensors: dict[str, LazyTensor] = {}
+        plain: set[str] = set()
+        for file, record, infos in self._records():
+            modules |= record.packed
+            plain |= set(record.plain)
+            for name in sorted(set(infos) - set(record.hidden), key=natural):
+                if name in tensors:
+                    problem = f"{name} is in two parts, one of them {file.name}"
+                    raise CheckpointError(f"{problem}; remove {self.work} and start again")
+                info = infos[name]
+                tensors[name] = LazyTensor(info.shape, info.dtype, partial(read_tensor, file, name))
+        if not tensors:
+            raise CheckpointError(f"{self.work} holds no finished part; nothing can become {self.output}")
+        return modules, tensors, plain
+
+    def _config(
+        self, modules: Mapping[str, ModuleScheme], tensors: Mapping[str, LazyTensor], plain: set[str]
+    ) -> dict[str, Any]:
+        config = copy.deepcopy(self.source.config)
+        text = config.get("text_config")
+        for level in (config, text if isinstance(text, dict) else {}):
+            for stale in STALE:
+                level.pop(stale, None)
+            if "dtype" in level or level is config:
+                level["dtype"] = str(_main_dtype(modules, tensors)).removeprefix("torch.")
+            # a head with weights of its own is not the embedding any more
+            if any(module.rpartition(".")[2] in HEADS for module in {*modules, *plain}):
+                level["tie_word_embeddings"] = False
+        matrices = [name for name, tensor in tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2]
+        ignore = {name.removesuffix(".weight") for name in matrices}
+        # a tied head is in no file, but it is a linear that transformers and vLLM would look for
+        ignore |= set() if ignore & set(HEADS) else {"lm_head"}
+        described = self.format.quantization_config(modules, sorted(ignore - set(modules), key=natural))
+        if described is not None:
+            config["quantization_config"] = described
+        return config
+
+
+def partial_directory(output: Path) -> Path:
+    """Where the unfinished state of `output` lives."""
+    return output.with_name(output.name + PARTIAL)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key in which block 10 comes after block 9."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+
+
+def _read_record(work: Path) -> dict[str, Any]:
+    record = read_json(work / "writer.json")
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{work / 'writer.json'} is damaged; remove {work} and start again")
+    return record
+
+
+def _tensors_of(module: str, names: Mapping[str, object], suffixes: frozenset[str] | set[str]) -> list[str]:
+    """Suffixes of the tensors that belong to a compressed linear."""
+    return [suffix for suffix in sorted({*suffixes, "bias"}) if f"{module}.{suffix}" in names]
+
+
+def _plain_linear(module: str, tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> LinearWeights:
+    """A linear of a part that was written dense: from its values, or from the codes kept beside them."""
+    values = tensors["weight"] if scheme.bits == 16 else None
+    linear = LinearWeights(
+        scheme.bits, scheme.pattern, scheme.group_size,
+        codes=tensors.get("codes"), scale=tensors.get("scale"), values=values, bias=tensors.get("bias"),
+    )  # fmt: skip
+    return linear.validate(module)
+
+
+def _main_dtype(modules: Mapping[str, ModuleScheme], tensors: Mapping[str, LazyTensor]) -> torch.dtype:
+    """The floating type of most bytes that are not part of a packed linear; that of the scales when there are none."""
+    floating = {name: t for name, t in tensors.items() if t.dtype.is_floating_point}
+    outside: Counter[torch.dtype] = Counter()
+    for name, tensor in floating.items():
+        if name.rpartition(".")[0] not in modules:
+            outside[tensor.dtype] += tensor.nbytes
+    if not outside:
+        outside.update(tensor.dtype for tensor in floating.values())
+    return outside.most_common(1)[0][0] if outside else torch.bfloat16
+
+
+def _write_shards(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """model.safetensors, or shards of at most SHARD_BYTES with their index. A tensor is never split."""
+    shards: list[dict[str, LazyTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        write_tensors(directory / "model.safetensors", shards[0], METADATA)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(directory / file, shard, METADATA)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with writing(directory / INDEX):
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+@dataclass(frozen=True)
+class CompressedCheckpoint:
+    """A checkpoint of any known format, read lazily. modules: the compressed linears (none for `dense`).
+
+    pack-quantized does not record sparsity, so its schemes say "dense"; `linear` reads the pattern off the codes.
+    """
+
+    checkpoint: Checkpoint
+    format: str
+    modules: dict[str, ModuleScheme]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.checkpoint.config
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.directory
+
+    def linear(self, module: str) -> LinearWeights:
+        """One compressed linear, checked; CheckpointError names the tensor that is wrong."""
+        if module not in self.modules:
+            raise CheckpointError(f"{self.checkpoint.spec} holds no compressed linear {module}")
+        format = get_format(self.format)
+        names = _tensors_of(module, self.checkpoint.infos, format.suffixes)
+        tensors = {suffix: self.checkpoint.tensor(f"{module}.{suffix}") for suffix in names}
+        return format.decode(module, tensors, self.modules[module])
+
+    def nbytes(self, module: str) -> int:
+        """Bytes on disk of one compressed linear."""
+        names = _tensors_of(module, self.checkpoint.infos, get_format(self.format).suffixes)
+        return sum(self.checkpoint.info(f"{module}.{suffix}").nbytes for suffix in names)
+
+    def other_names(self) -> list[str]:
+        """The tensors that are not part of a compressed linear."""
+        suffixes = get_format(self.format).suffixes
+        taken = {f"{m}.{s}" for m in self.modules for s in _tensors_of(m, self.checkpoint.infos, suffixes)}
+        return [name for name in self.checkpoint.names() if name not in taken]
+
+    def tensor(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(name)
+
+
+def open_compressed(source: str | Path) -> CompressedCheckpoint:
+    """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown."""
+    checkpoint = open_checkpoint(source)
+    described = checkpoint.config.get("quantization_config")
+    if described is not None and not isinstance(described, dict):
+        raise CheckpointError(f"{checkpoint.spec}: quantization_config in config.json must be an object")
+    for name in known_formats():
+        format = get_format(name)
+        if format.recognises(described):
+            shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
+            return CompressedCheckpoint(checkpoint, name, format.schemes(described, shapes))
+    method = " ".join(str((described or {}).get(key)) for key in ("quant_method", "format") if key in (described or {}))
+    raise CheckpointError(
+        f"{checkpoint.spec} is quantized with {method or 'an unnamed method'}, which sparsify cannot read; "
+        f"it reads {', '.join(known_formats())}: start from the dense model instead"
+    )

@@ -1,0 +1,164 @@
+"""What a checkpoint really holds, measured on its decoded weights and not read off its labels."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from sparsify.formats.directory import CompressedCheckpoint, natural, open_compressed
+from sparsify.formats.scheme import in_block
+from sparsify.model.linear import is_two_four
+from sparsify.progress import progress
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One compressed linear (all its tensors together) or one other tensor.
+
+    sparsity: fraction of weights that are exactly zero; two_four: whether every 4 consecutive inputs hold at most two
+    non-zero weights. Both are None for what is no matrix, and two_four for what lies outside of the blocks.
+    bits: of a stored weight; nbytes: on disk with scales and positions; dense_nbytes: the same tensor at 16 bits.
+    """
+
+    name: str
+    compressed: bool
+    shape: tuple[int, ...]
+    dtype: str
+    bits: int
+    group_size: int | None
+    pattern: str | None
+    sparsity: float | None
+    two_four: bool | None
+    nbytes: int
+    dense_nbytes: int
+
+    @property
+    def kind(self) -> str:
+        """The name without the number of the block: `self_attn.q_proj`."""
+        name = self.name.removesuffix(".weight")
+        return re.sub(r"^(?:.*?\.)?\d+\.", "", name) if in_block(name) else name
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Every tensor of a checkpoint; `totals` sums them up."""
+
+    source: str
+    format: str
+    tensors: tuple[TensorReport, ...]
+
+    def totals(self) -> dict[str, Any]:
+        """Sizes and counts of the whole checkpoint. `sparsity` and `bits_per_weight` are of the linears in blocks."""
+        linears = [t for t in self.tensors if t.compressed or (t.two_four is not None)]
+        weights = sum(_count(t) for t in linears)
+        nbytes, dense = sum(t.nbytes for t in self.tensors), sum(t.dense_nbytes for t in self.tensors)
+        return {
+            "tensors": len(self.tensors),
+            "parameters": sum(_count(t) for t in self.tensors),
+            "linears": len(linears),
+            "compressed_linears": sum(t.compressed for t in linears),
+            "two_four_linears": sum(t.two_four is True for t in linears),
+            "sparsity": sum((t.sparsity or 0) * _count(t) for t in linears) / weights if weights else 0.0,
+            "bits_per_weight": sum(8 * t.nbytes for t in linears) / weights if weights else 0.0,
+            "nbytes": nbytes,
+            "dense_nbytes": dense,
+            "ratio": dense / nbytes if nbytes else 0.0,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        rows = [{**asdict(t), "shape": list(t.shape)} for t in self.tensors]
+        return {"source": self.source, "format": self.format, "totals": self.totals(), "tensors": rows}
+
+
+def inspect(source: str | Path, quiet: bool = False) -> Inspection:
+    """Read every tensor of a checkpoint once, check it, and measure it."""
+    opened = open_compressed(source)
+    names = sorted([*opened.modules, *opened.other_names()], key=natural)
+    reports = tuple(_report(opened, name) for name in progress(names, "Inspecting", quiet=quiet))
+    return Inspection(opened.checkpoint.spec, opened.format, reports)
+
+
+def _report(opened: CompressedCheckpoint, name: str) -> TensorReport:
+    if name in opened.modules:
+        linear = opened.linear(name)
+        stored = linear.values if linear.codes is None else linear.dense(torch.float32)
+        assert stored is not None
+        bias = 0 if linear.bias is None else linear.bias.nbytes
+        return TensorReport(
+            name, True, linear.shape, _name(linear.dtype), linear.bits,
+            None if linear.bits == 16 else linear.group_size, linear.pattern,
+            _sparsity(stored), is_two_four(stored), opened.nbytes(name), stored.numel() * 2 + bias,
+        )  # fmt: skip
+    tensor = opened.tensor(name)
+    matrix = tensor.dim() == 2 and tensor.is_floating_point() and name.endswith(".weight")
+    two_four = is_two_four(tensor) if matrix and in_block(name.removesuffix(".weight")) else None
+    return TensorReport(
+        name, False, tuple(tensor.shape), _name(tensor.dtype), tensor.dtype.itemsize * 8, None, None,
+        _sparsity(tensor) if matrix else None, two_four, tensor.nbytes, tensor.nbytes,
+    )  # fmt: skip
+
+
+def _sparsity(weight: Tensor) -> float:
+    return 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _count(report: TensorReport) -> int:
+    return torch.Size(report.shape).numel()
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+def render(inspection: Inspection) -> RenderableType:
+    """A table with one row for each kind of module, and a line of totals."""
+    table = Table(title=f"{inspection.source} ({inspection.format})", title_justify="left")
+    table.add_column("module", overflow="fold")
+    for column in ("count", "shape", "bits", "group", "pattern", "sparsity", "2:4", "size"):
+        table.add_column(column, justify="right")
+    for same in _by_kind(inspection):
+        first, total = same[0], sum(_count(t) for t in same)
+        measured = [t for t in same if t.sparsity is not None]
+        judged = [t for t in same if t.two_four is not None]
+        table.add_row(
+            first.kind,
+            str(len(same)),
+            " x ".join(map(str, first.shape)),
+            str(first.bits),
+            "" if first.group_size is None else str(first.group_size),
+            first.pattern or "",
+            f"{sum((t.sparsity or 0) * _count(t) for t in measured) / total:.1%}" if measured and total else "",
+            f"{sum(t.two_four is True for t in judged)}/{len(judged)}" if judged else "",
+            _size(sum(t.nbytes for t in same)),
+        )
+    totals = inspection.totals()
+    summary = (
+        f"{totals['compressed_linears']} of {totals['linears']} linears compressed, "
+        f"{totals['two_four_linears']} are 2:4, sparsity {totals['sparsity']:.1%}, "
+        f"{totals['bits_per_weight']:.2f} bits per weight; "
+        f"{_size(totals['nbytes'])} on disk, {totals['ratio']:.2f} times smaller than at 16 bits"
+    )
+    return Group(table, Text(summary))
+
+
+def _by_kind(inspection: Inspection) -> Iterator[list[TensorReport]]:
+    groups: dict[tuple[object, ...], list[TensorReport]] = {}
+    for t in inspection.tensors:
+        groups.setdefault((t.kind, t.compressed, t.shape, t.bits, t.group_size, t.pattern), []).append(t)
+    yield from groups.values()

@@ -1,0 +1,85 @@
+"""Writing safetensors files tensor by tensor, so that no file has to fit into memory, with bytes that never vary.
+
+The library's own writer wants all tensors at once; and with several metadata keys its header comes in random order,
+while a resumed run has to end with the same bytes.
+"""
+
+import contextlib
+import errno
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sparsify.errors import CheckpointError
+from sparsify.model.checkpoint import DTYPES
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when its turn to be written comes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "LazyTensor":
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        hint = "free some disk space or choose another output" if error.errno in NO_SPACE else "choose another output"
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {hint}") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file. Widest types come first, as in the library, so that every tensor is aligned."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in CODES:
+            raise CheckpointError(f"{name} has type {tensor.dtype}, which safetensors cannot hold; convert it first")
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with writing(path), path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            file.write(_raw(name, tensors[name]))
+
+
+def _raw(name: str, tensor: LazyTensor) -> memoryview:
+    loaded = tensor.load()
+    if tuple(loaded.shape) != tensor.shape or loaded.dtype != tensor.dtype:
+        raise CheckpointError(f"{name} changed while it was written; was its file replaced?")
+    return loaded.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """Read one tensor of one safetensors file; CheckpointError when it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot read {name} ({error}); download or create it again") from None
