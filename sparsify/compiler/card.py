@@ -1,0 +1,57 @@
+"""The model card: what a checkpoint is, what it was made from and how, with the metadata the Hub reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from sparsify.recipe import Recipe, dump_recipe
+
+HUB_IDS = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+USAGE = {
+    "sparse24": "vLLM serves it with the sparsify plugin (`pip install sparsify-24`), transformers after `import sparsify`.",
+    "pack-quantized": "It runs in stock vLLM and transformers; the zeros are stored, so it is no faster than dense 4-bit.",
+    "dense": "It runs everywhere; the zeros are stored, so it is no smaller than the original.",
+}
+
+
+def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
+    """README.md of a checkpoint directory, from what metrics.json holds."""
+    base = metrics["base_model"]
+    hub_id = HUB_IDS.get(base, base if base.count("/") == 1 and not base.startswith((".", "/", "~")) else None)
+    metadata: dict[str, Any] = {
+        "library_name": "sparsify",
+        "pipeline_tag": "text-generation",
+        "tags": ["sparsify", "2:4", "vllm", metrics["format"]],
+    }
+    if hub_id:
+        metadata |= {"base_model": hub_id, "base_model_relation": "quantized"}
+    sizes = metrics["sizes"]
+    rows = [
+        ("linears compressed", f"{len(metrics['layers'])} in {metrics['blocks']} blocks"),
+        ("size", f"{sizes['compressed_bytes'] / 1e6:.1f} MB (dense {sizes['dense_bytes'] / 1e6:.1f} MB)"),
+        ("bits per linear weight", f"{sizes['bits_per_weight']:.2f}"),
+        ("calibration", _calibration(metrics["calibration"])),
+    ]
+    if evaluation := metrics.get("evaluation"):
+        rows.append(("perplexity", f"{evaluation['perplexity']:.2f}"))
+        if evaluation.get("dense_perplexity") is not None:
+            rows.append(("perplexity, dense", f"{evaluation['dense_perplexity']:.2f}"))
+        if evaluation.get("kl") is not None:
+            rows.append(("KL divergence from dense", f"{evaluation['kl']:.4f} nats per token"))
+    name = (hub_id or base).rstrip("/").rsplit("/", 1)[-1]
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    return (
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n"
+        f"# {name}, compressed by sparsify\n\n{USAGE[metrics['format']]}\n\n"
+        f"| | |\n| --- | --- |\n{table}\n\n"
+        f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```\n\n"
+        "Details of every layer are in `metrics.json`. Nothing here was measured on a GPU unless it says so.\n"
+    )
+
+
+def _calibration(calibration: dict[str, Any]) -> str:
+    if not calibration["tokens"]:
+        return "none, the passes need no data"
+    return f"{calibration['samples']} x {calibration['sequence_length']} tokens from {calibration['source']}"

@@ -1,0 +1,245 @@
+"""What a recipe will do to a model: a scheme for every linear, and what it will cost, before anything runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from sparsify.errors import RecipeError
+from sparsify.formats import get_format
+from sparsify.model.blocks import ROUTER, BlockModel, open_blocks
+from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.model.linear import LinearWeights
+from sparsify.model.walk import TOKENS_PER_MICRO_BATCH
+from sparsify.passes.compress import Scheme
+from sparsify.recipe import Prune, Quantize, Recipe, ignored_by
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One linear of a decoder block. source: its tensor in the checkpoint; scheme: None when it stays dense, and why."""
+
+    module: str
+    source: str
+    block: int
+    shape: tuple[int, int]
+    scheme: Scheme | None
+    reason: str | None
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on disk before and after, the memory that the run needs at least, and its arithmetic in multiply-adds."""
+
+    dense_bytes: int
+    output_bytes: int
+    memory_bytes: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated recipe bound to a model."""
+
+    recipe: Recipe
+    model: BlockModel
+    linears: dict[str, Planned]
+    other_dense: dict[str, str]
+    store: torch.dtype
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.model.checkpoint
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """The linears to compress."""
+        return {name: planned.scheme for name, planned in self.linears.items() if planned.scheme is not None}
+
+    @property
+    def needs_data(self) -> bool:
+        return any(scheme.needs_data for scheme in self.schemes.values())
+
+    @property
+    def needs_twin(self) -> bool:
+        return any(scheme.correction > 0 for scheme in self.schemes.values())
+
+    def dense_modules(self) -> dict[str, str]:
+        """What stays dense and why."""
+        kept = {name: planned.reason for name, planned in self.linears.items() if planned.reason is not None}
+        return {**kept, **self.other_dense}
+
+    def estimate(self) -> Estimate:
+        """Sizes are exact up to file headers; memory and arithmetic are those of the walk."""
+        dense = self.checkpoint.nbytes()
+        saved = sum(
+            planned.weights * self.checkpoint.dtype(planned.source).itemsize - _stored_bytes(planned.scheme, planned.shape, self)
+            for planned in self.linears.values()
+            if planned.scheme is not None
+        )
+        blocks = len(self.model.blocks)
+        block_bytes = max(
+            sum(p.numel() for p in self.model.block(i).parameters()) * self.model.dtype.itemsize for i in range(blocks)
+        )
+        if not self.needs_data:
+            return Estimate(dense, dense - saved, 3 * block_bytes, 0)
+        streams = 2 if self.needs_twin else 1
+        tokens = self.recipe.calibration.samples * self.recipe.calibration.sequence_length
+        widest = max(p.shape[1] for p in self.linears.values())
+        hidden = min(p.shape[1] for p in self.linears.values())
+        outside = sum(self.checkpoint.info(name).nbytes for name in self.model.source_names(None))
+        activations = streams * tokens * (3 * hidden + widest) * self.model.dtype.itemsize
+        memory = outside + 3 * block_bytes + activations + 6 * widest * widest * 4
+        forward = streams * tokens * sum(p.weights for p in self.linears.values())
+        inputs = {(p.block, p.module.rpartition(".")[0], p.shape[1]): p.shape[1] for p in self.linears.values() if p.scheme}
+        hessians = streams * tokens * sum(k * k for k in inputs.values())
+        return Estimate(dense, dense - saved, memory, forward + hessians)
+
+    def to_json(self) -> dict[str, Any]:
+        estimate = self.estimate()
+        return {
+            "model": self.checkpoint.spec,
+            "blocks": len(self.model.blocks),
+            "linears": {
+                name: {"shape": list(p.shape), "block": p.block, "scheme": describe(p.scheme) if p.scheme else None, "reason": p.reason}
+                for name, p in self.linears.items()
+            },
+            "dense_modules": self.dense_modules(),
+            "walks": 1 if self.needs_data else 0,
+            "estimate": vars(estimate),
+        }
+
+    def table(self) -> Table:
+        """One row per kind of linear, costs below."""
+        estimate = self.estimate()
+        ratio = estimate.dense_bytes / max(estimate.output_bytes, 1)
+        table = Table(title=f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks", caption_justify="left")
+        for column in ("linear", "shape", "blocks", "becomes"):
+            table.add_column(column, justify="right" if column in ("shape", "blocks") else "left")
+        kinds: dict[tuple[str, tuple[int, int], str], int] = {}
+        for name, planned in self.linears.items():
+            inside = name.removeprefix(self.model.blocks[planned.block] + ".")
+            what = describe(planned.scheme) if planned.scheme else f"stays dense: {planned.reason}"
+            kinds[inside, planned.shape, what] = kinds.get((inside, planned.shape, what), 0) + 1
+        for (inside, shape, what), count in kinds.items():
+            table.add_row(inside, f"{shape[0]} x {shape[1]}", str(count), what)
+        how = "one walk over the blocks" + (" beside the dense model" if self.needs_twin else "") if self.needs_data else "no walk: data-free"
+        table.caption = (
+            f"{how}; {estimate.dense_bytes / 1e6:.0f} MB become {estimate.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
+            f"memory about {estimate.memory_bytes / 1e9:.1f} GB"
+            + (f", time about {_minutes(estimate.multiply_adds, self.model.dtype)} on this machine" if estimate.multiply_adds else "")
+        )
+        return table
+
+
+def describe(scheme: Scheme) -> str:
+    """A scheme in words: `2:4 sparsegpt + 4-bit gptq, groups of 64`."""
+    parts = []
+    if scheme.prune:
+        parts.append(f"2:4 {scheme.prune}")
+    if scheme.quantize:
+        groups = f"groups of {scheme.group_size}" if scheme.group_size else "one scale per channel"
+        parts.append(f"{scheme.bits}-bit {scheme.quantize}, {groups}")
+    return " + ".join(parts) + (f", corrected by {scheme.correction:g}" if scheme.correction else "")
+
+
+def make_plan(recipe: Recipe, model: str) -> Plan:
+    """Bind a recipe to a model. Raises RecipeError or CheckpointError when the two do not fit; runs nothing."""
+    checkpoint = open_checkpoint(model)
+    opened = open_blocks(checkpoint)
+    store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
+    linears: dict[str, Planned] = {}
+    other: dict[str, str] = {}
+    for index, block in enumerate(opened.blocks):
+        for name, linear in opened.linears(index).items():
+            module = f"{block}.{name}"
+            shape = (linear.out_features, linear.in_features)
+            source = opened.source_of(f"{module}.weight")
+            if source is None:
+                other[module] = "transformers assembles its weight from several tensors of the checkpoint"
+                continue
+            scheme = _scheme(recipe, module, store)
+            reason = "the recipe ignores it" if scheme is None else scheme.reason_dense(shape[1])
+            if ROUTER.search(name):
+                reason = "routes tokens to experts"
+            linears[module] = Planned(module, source, index, shape, None if reason else scheme, reason)
+        other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
+    plan = Plan(recipe, opened, linears, other, store)
+    if not plan.schemes:
+        reasons = sorted({reason for reason in plan.dense_modules().values()})
+        raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
+    outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}
+    other |= {opened.sources[name][0].removesuffix(".weight"): "outside the decoder blocks" for name in sorted(outside)}
+    return plan
+
+
+def _storage_type(checkpoint: Checkpoint) -> torch.dtype:
+    stored = {checkpoint.dtype(name) for name in checkpoint.names()}
+    return torch.float16 if torch.float16 in stored else torch.bfloat16
+
+
+def _scheme(recipe: Recipe, module: str, store: torch.dtype) -> Scheme | None:
+    """The passes that apply to one linear, as one scheme; None when all of them ignore it."""
+    prune = next((p for p in recipe.passes if isinstance(p, Prune) and not ignored_by(module, p.ignore)), None)
+    quantize = next((p for p in recipe.passes if isinstance(p, Quantize) and not ignored_by(module, p.ignore)), None)
+    if prune is None and quantize is None:
+        return None
+    solving = [p for p in (prune, quantize) if p is not None]
+    return Scheme(
+        prune=prune.method if prune else None,
+        quantize=quantize.method if quantize else None,
+        bits=quantize.bits if quantize else 16,
+        group_size=0 if quantize is None or quantize.group_size == "channel" else quantize.group_size,
+        damping=max(p.damping for p in solving),
+        correction=max(p.correction for p in solving),
+        activation_order=bool(quantize and quantize.activation_order),
+        scale_search=bool(quantize is None or quantize.scale_search),
+        dtype=store,
+    )
+
+
+def _stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> int:
+    """Bytes of a linear in the export format, found by describing it without any data."""
+    n, k = shape
+    if scheme is None or plan.recipe.export.format == "dense":
+        return n * k * 2
+    group = (scheme.group_size or k) if scheme.quantize else k
+    empty = {"device": "meta"}
+    linear = LinearWeights(
+        scheme.bits,
+        "2:4" if scheme.prune else "dense",
+        group,
+        codes=torch.empty((n, k), dtype=torch.int8, **empty) if scheme.quantize else None,  # type: ignore[call-overload]
+        scale=torch.empty((n, k // group), dtype=plan.store, **empty) if scheme.quantize else None,  # type: ignore[call-overload]
+        values=None if scheme.quantize else torch.empty((n, k), dtype=plan.store, **empty),  # type: ignore[call-overload]
+    )
+    if get_format(plan.recipe.export.format).supports(linear):
+        return n * k * 2
+    kept = 0.5 if scheme.prune and plan.recipe.export.format == "sparse24" else 1.0
+    positions = n * k // 8 if kept < 1 else 0
+    scales = n * (k // group) * 2 if scheme.quantize else 0
+    return int(n * k * kept * scheme.bits / 8) + positions + scales
+
+
+def _minutes(multiply_adds: int, dtype: torch.dtype) -> str:
+    """How long so much arithmetic takes at the speed of a short matrix product here, with the measured overhead of a walk."""
+    a = torch.ones(TOKENS_PER_MICRO_BATCH, 1024, dtype=dtype)
+    b = torch.ones(1024, 1024, dtype=dtype)
+    a @ b
+    start = time.perf_counter()
+    rounds = 3
+    for _ in range(rounds):
+        a @ b
+    speed = rounds * a.numel() * 1024 / (time.perf_counter() - start)
+    minutes = 2.5 * multiply_adds / speed / 60
+    return f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(minutes * 60))} seconds"

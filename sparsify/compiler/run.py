@@ -1,0 +1,345 @@
+"""Run a plan: walk the blocks, write each when it is finished, and let the output appear when all is done."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from sparsify import __version__
+from sparsify.compiler.card import model_card
+from sparsify.compiler.plan import Plan, make_plan
+from sparsify.data import calibration_tokens
+from sparsify.errors import SparsifyError
+from sparsify.files import atomic_write, read_json, write_json
+from sparsify.formats.directory import CheckpointWriter
+from sparsify.formats.tensor_file import LazyTensor, write_tensors
+from sparsify.model.checkpoint import read_header
+from sparsify.model.linear import LinearWeights
+from sparsify.model.walk import BlockResult, GroupVisit, Walk
+from sparsify.passes.compress import Scheme, Statistics, compress
+from sparsify.passes.gram import cross, gram
+from sparsify.progress import Task, progress_bar
+from sparsify.recipe import Recipe, dump_recipe
+
+METRICS = "metrics.json"
+RECORD = "run.json"
+CARD = "README.md"
+RECIPE = "recipe.yaml"
+OUTER = "outside"
+
+Evaluate = Callable[[Path], dict[str, Any]]
+"""Measures a finished directory; what it returns goes into metrics.json and the model card."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A finished run. metrics: what metrics.json holds; record: what run.json holds."""
+
+    output: Path
+    metrics: dict[str, Any]
+    record: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"output": str(self.output), **self.metrics, "run": self.record}
+
+    def table(self) -> Table:
+        """The summary a person reads at the end."""
+        sizes, layers = self.metrics["sizes"], self.metrics["layers"]
+        table = Table(title=f"{self.output}", show_header=False)
+        table.add_row("linears compressed", f"{len(layers)} in {self.metrics['blocks']} blocks")
+        ratio = sizes["dense_bytes"] / sizes["compressed_bytes"]
+        table.add_row("size", f"{sizes['dense_bytes'] / 1e6:.0f} MB -> {sizes['compressed_bytes'] / 1e6:.0f} MB ({ratio:.2f} times smaller)")
+        table.add_row("bits per linear weight", f"{sizes['bits_per_weight']:.2f}")
+        errors = [layer["relative_error"] for layer in layers if layer["relative_error"] is not None]
+        if errors:
+            worst = max(layers, key=lambda layer: layer["relative_error"] or 0)
+            table.add_row("output error, mean", f"{sum(errors) / len(errors):.4f}")
+            table.add_row("output error, worst", f"{worst['relative_error']:.4f} at {worst['module']}")
+        for reason, count in _counted(entry["reason"] for entry in self.metrics["dense_modules"]).items():
+            table.add_row("left dense", f"{count}: {reason}")
+        if evaluation := self.metrics.get("evaluation"):
+            table.add_row("perplexity", f"{evaluation['perplexity']:.2f}")
+        return table
+
+
+def apply(
+    recipe: Recipe,
+    model: str,
+    output: str | Path,
+    resume: bool = False,
+    quiet: bool = False,
+    evaluate: Evaluate | None = None,
+    spill: bool = False,
+) -> Applied:
+    """Compress `model` by `recipe` into the directory `output`.
+
+    resume:   go on with an interrupted run; the result has the same bytes (run.json, which holds times, excepted)
+    evaluate: measures the finished directory
+    spill:    keep the calibration activations in a file instead of in memory
+    Raises SparsifyError for anything a user can mend. Nothing appears under `output` before it is complete.
+    """
+    start = time.perf_counter()
+    output = Path(output)
+    if recipe.model != model:
+        recipe = recipe.model_copy(update={"model": model})
+    plan = make_plan(recipe, model)
+    writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume=resume, identity=dump_recipe(recipe))
+    finished = writer.parts()
+    notes = _Notes(writer.work / "notes")
+    if plan.needs_data:
+        _walk(plan, writer, finished, notes, quiet, spill)
+    else:
+        _stream(plan, writer, finished, notes, quiet)
+    if OUTER not in finished:
+        names = plan.model.source_names(None)
+        writer.write_part(OUTER, {}, {name: _stored(plan, plan.checkpoint.tensor(name)) for name in names})
+    metrics = _metrics(plan, notes, writer)
+    record = {
+        "sparsify": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "resumed_after_blocks": len(finished - {OUTER}),
+        "command": sys.argv,
+    }
+    files = {
+        RECIPE: dump_recipe(recipe),
+        METRICS: _json(metrics),
+        RECORD: _json(record),
+        CARD: model_card(metrics, recipe),
+    }
+    writer.finish(extra_files=files)
+    if evaluate is not None:
+        metrics["evaluation"] = evaluate(output)
+        atomic_write(output / METRICS, _json(metrics))
+        atomic_write(output / CARD, model_card(metrics, recipe))
+    return Applied(output, metrics, record)
+
+
+def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Notes, quiet: bool, spill: bool) -> None:
+    """Compress on calibration data, block by block, one forward pass in all."""
+    blocks = plan.model.blocks
+    if all(_part(index) in finished for index in range(len(blocks))):
+        return
+    tokens = _tokens(plan, writer, quiet)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    walk = Walk(plan.model, tokens, plan.needs_twin, writer.work if spill else None, device)
+    with progress_bar("compressing", len(blocks), quiet=quiet) as bar:
+        for index, block in enumerate(blocks):
+            if _part(index) in finished:
+                bar.describe(f"resuming through {block}")
+                walk.replay(index, _by_module(plan, writer.read_part(_part(index))[0]))
+                bar.advance()
+                continue
+            rewriting = _Rewriting(plan, bar)
+            with _naming(block):
+                result = walk.visit(index, lambda name: name in plan.schemes, rewriting)
+            notes.write(index, _layer_notes(plan, result, rewriting.errors), result.skipped)
+            writer.write_part(_part(index), *_block_tensors(plan, index, result.linears))
+            bar.advance()
+
+
+def _stream(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Notes, quiet: bool) -> None:
+    """Compress without data: each weight is read, rewritten and stored; the model never runs."""
+    with progress_bar("compressing", len(plan.model.blocks), quiet=quiet) as bar:
+        for index in range(len(plan.model.blocks)):
+            if _part(index) not in finished:
+                start = time.perf_counter()
+                new: dict[str, LinearWeights] = {}
+                for name, scheme in plan.schemes.items():
+                    planned = plan.linears[name]
+                    if planned.block == index:
+                        new |= compress({name: plan.checkpoint.tensor(planned.source)}, scheme, None)[0]
+                result = BlockResult(index, new, {}, time.perf_counter() - start)
+                notes.write(index, _layer_notes(plan, result, {}), {})
+                writer.write_part(_part(index), *_block_tensors(plan, index, new))
+            bar.advance()
+
+
+class _Rewriting:
+    """What the walk calls at every group: accumulate the statistics, solve, remember the errors."""
+
+    def __init__(self, plan: Plan, bar: Task):
+        self.plan = plan
+        self.bar = bar
+        self.errors: dict[str, float] = {}
+
+    def __call__(self, visit: GroupVisit) -> dict[str, LinearWeights]:
+        self.bar.describe(f"{visit.names[0]}{' ...' if len(visit.names) > 1 else ''}")
+        tokens = sum(x.shape[0] for x in visit.inputs)
+        H = gram(visit.inputs).div_(tokens)
+        C = cross(visit.dense_inputs, visit.inputs).div_(tokens) if visit.dense_inputs else None
+        new: dict[str, LinearWeights] = {}
+        for scheme, weights in self._by_scheme(visit).items():
+            part, errors = compress(weights, scheme, Statistics(H, C))
+            new |= part
+            self.errors |= errors
+        return new
+
+    def _by_scheme(self, visit: GroupVisit) -> dict[Scheme, dict[str, Tensor]]:
+        """Linears of one group may differ in what the recipe asks of them."""
+        parts: dict[Scheme, dict[str, Tensor]] = {}
+        for name, linear in zip(visit.names, visit.linears, strict=True):
+            parts.setdefault(self.plan.schemes[name], {})[name] = linear.weight
+        return parts
+
+
+@contextmanager
+def _naming(block: str) -> Iterator[None]:
+    """Say in which block a run failed when the error does not."""
+    try:
+        yield
+    except SparsifyError as error:
+        if block in str(error):
+            raise
+        raise type(error)(f"{block}: {error}") from None
+
+
+class _Notes:
+    """What metrics.json will say of each finished block, kept beside the parts so that a resumed run has it too."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def write(self, index: int, layers: list[dict[str, Any]], skipped: dict[str, str]) -> None:
+        write_json(self.directory / f"{_part(index)}.json", {"layers": layers, "skipped": skipped})
+
+    def read(self, index: int) -> dict[str, Any]:
+        return read_json(self.directory / f"{_part(index)}.json")
+
+
+def _part(index: int) -> str:
+    return f"block-{index:04d}"
+
+
+def _tokens(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:
+    """The calibration tokens [samples, sequence]; a resumed run uses those of the first one, whatever became of their source."""
+    file = writer.work / "calibration.safetensors"
+    if file.exists():
+        read_header(file)
+        from safetensors.torch import load_file
+
+        return load_file(file)["tokens"]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = plan.checkpoint.directory
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokens = calibration_tokens(
+        plan.recipe.calibration,
+        tokenizer,
+        lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=plan.model.dtype),
+        quiet=quiet,
+    )
+    aside = file.with_suffix(".partial")
+    write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {})
+    aside.replace(file)
+    return tokens
+
+
+def _stored(plan: Plan, tensor: Tensor) -> Tensor:
+    return tensor.to(plan.store) if tensor.is_floating_point() else tensor
+
+
+def _exported(plan: Plan, module: str) -> str:
+    """The name of a linear in the checkpoint, which is not always its name in transformers."""
+    return plan.linears[module].source.removesuffix(".weight")
+
+
+def _by_module(plan: Plan, stored: dict[str, LinearWeights]) -> dict[str, LinearWeights]:
+    modules = {_exported(plan, module): module for module in plan.schemes}
+    return {modules[name]: linear for name, linear in stored.items()}
+
+
+def _block_tensors(plan: Plan, index: int, new: dict[str, LinearWeights]) -> tuple[dict[str, LinearWeights], dict[str, Tensor]]:
+    """A finished block under its names in the checkpoint: compressed linears, and every other tensor as it was."""
+    linears = {_exported(plan, module): linear for module, linear in new.items()}
+    replaced = {plan.linears[module].source for module in new}
+    names = [name for name in plan.model.source_names(index) if name not in replaced]
+    return linears, {name: _stored(plan, plan.checkpoint.tensor(name)) for name in names}
+
+
+def _layer_notes(plan: Plan, result: BlockResult, errors: dict[str, float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "module": module,
+            "block": result.block,
+            "shape": list(linear.shape),
+            "bits": linear.bits,
+            "pattern": linear.pattern,
+            "group_size": linear.group_size,
+            "sparsity": _sparsity(linear),
+            "relative_error": errors.get(module),
+        }
+        for module, linear in result.linears.items()
+    ]
+
+
+def _sparsity(linear: LinearWeights) -> float:
+    stored = linear.values if linear.codes is None else linear.codes
+    assert stored is not None
+    return round(float((stored == 0).float().mean()), 6)
+
+
+def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, Any]:
+    found = [notes.read(index) for index in range(len(plan.model.blocks))]
+    dense = plan.dense_modules()
+    for note in found:
+        dense |= note["skipped"]
+    dense |= writer.dense_modules()
+    compressed = sum(info.nbytes for file in sorted((writer.work / "parts").glob("*.safetensors")) for info in _visible(file))
+    weights = [layer["shape"][0] * layer["shape"][1] for note in found for layer in note["layers"]]
+    planned = plan.schemes
+    dense_linear_bytes = sum(plan.checkpoint.info(plan.linears[m].source).nbytes for m in planned)
+    outside = plan.checkpoint.nbytes() - dense_linear_bytes
+    calibration = plan.recipe.calibration
+    return {
+        "version": 1,
+        "base_model": plan.checkpoint.spec,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "format": plan.recipe.export.format,
+        "blocks": len(plan.model.blocks),
+        "calibration": {
+            **calibration.model_dump(mode="json"),
+            "tokens": calibration.samples * calibration.sequence_length if plan.needs_data else 0,
+        },
+        "layers": [layer for note in found for layer in note["layers"]],
+        "dense_modules": [{"module": module, "reason": reason} for module, reason in dense.items()],
+        "sizes": {
+            "dense_bytes": plan.checkpoint.nbytes(),
+            "compressed_bytes": compressed,
+            "outside_bytes": outside,
+            "bits_per_weight": round(8 * (compressed - outside) / max(sum(weights), 1), 4),
+        },
+        "evaluation": None,
+    }
+
+
+def _visible(file: Path) -> list[Any]:
+    """Tensors of a part that will be in the checkpoint; codes kept beside a dense weight will not."""
+    infos, metadata = read_header(file)
+    hidden = set(json.loads(metadata.get("sparsify", "{}")).get("hidden", []))
+    return [info for name, info in infos.items() if name not in hidden]
+
+
+def _counted(reasons: Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,154 @@
+"""Prune and quantize the linears that read one tensor, on one Hessian, as one stacked matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsify.model.linear import LinearWeights
+from sparsify.passes import prune as pruning
+from sparsify.passes.hessian import Factors, corrected_target, factor, relative_error
+from sparsify.passes.quantize.grid import Grid
+from sparsify.passes.quantize.rtn import round_to_nearest
+from sparsify.passes.sweep import Swept, column_sweep
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is to become of a linear.
+
+    prune:      name in `passes.prune.METHODS`, or None to keep it dense
+    quantize:   "rtn", "gptq", or None to keep 16 bits
+    bits, group_size: of the quantization grid; group_size 0 means one scale per output channel
+    damping:    added to the Hessian's diagonal, relative to its mean
+    correction: alpha of the dense-target correction; 0 aims at the original weights
+    activation_order: sweep the inputs of largest second moment first
+    dtype:      how scales and 16-bit values are stored
+    """
+
+    prune: str | None
+    quantize: str | None
+    bits: int = 16
+    group_size: int = 0
+    damping: float = 0.01
+    correction: float = 0.0
+    activation_order: bool = False
+    scale_search: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether weights are repaired by the column sweep, which needs the whole Hessian."""
+        return self.quantize == "gptq" or self.prune == "sparsegpt"
+
+    @property
+    def needs_data(self) -> bool:
+        pruned = self.prune is not None and pruning.METHODS[self.prune].needs_data
+        return self.sweeps or pruned or self.correction > 0
+
+    def grid(self, in_features: int) -> Grid | None:
+        if self.quantize is None:
+            return None
+        return Grid(self.bits, self.group_size or in_features, self.dtype, self.scale_search)
+
+    def reason_dense(self, in_features: int) -> str | None:
+        """Why a linear with so many inputs must stay dense under this scheme; None when it need not."""
+        group = self.group_size if self.quantize else 0
+        if in_features % 16 or (group and in_features % group):
+            return f"its {in_features} inputs are no multiple of 16" + (f" and of the group size {group}" if group else "")
+        return None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the calibration tokens say about one group of linears: H = X'X / tokens and C = Xd'X / tokens, float32 [K, K]."""
+
+    H: Tensor
+    C: Tensor | None = None
+
+
+@torch.no_grad()
+def compress(
+    weights: Mapping[str, Tensor], scheme: Scheme, statistics: Statistics | None
+) -> tuple[dict[str, LinearWeights], dict[str, float]]:
+    """Compress linears that read the same tensor. weights: module name -> [N_i, K].
+
+    Returns the compressed linears, and their relative output error on the calibration tokens (empty without data).
+    """
+    names = list(weights)
+    rows = [weights[name].shape[0] for name in names]
+    original = torch.cat([weights[name].float() for name in names])
+    compressed = _stacked(original, scheme, statistics, ", ".join(names))
+    parts: dict[str, LinearWeights] = {}
+    errors: dict[str, float] = {}
+    start = 0
+    for name, n in zip(names, rows, strict=True):
+        piece = slice(start, start + n)
+        parts[name] = LinearWeights(
+            bits=compressed.bits,
+            pattern=compressed.pattern,
+            group_size=compressed.group_size,
+            codes=_rows(compressed.codes, piece),
+            scale=_rows(compressed.scale, piece),
+            values=_rows(compressed.values, piece),
+        ).validate(name)
+        if statistics is not None:
+            errors[name] = relative_error(original[piece], parts[name].dense(torch.float32), statistics.H)
+        start += n
+    return parts, errors
+
+
+def _rows(tensor: Tensor | None, piece: slice) -> Tensor | None:
+    return None if tensor is None else tensor[piece].clone()
+
+
+def _stacked(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str) -> LinearWeights:
+    """W: [N, K] float32, the stacked weights. Follows the recipe's order: correct, prune, quantize; fused where both sweep."""
+    k = W.shape[1]
+    grid = scheme.grid(k)
+    pattern = "2:4" if scheme.prune else "dense"
+    factors: Factors | None = None
+    if statistics is not None and (scheme.sweeps or scheme.correction > 0):
+        factors = factor(statistics.H, scheme.damping, name)
+        if statistics.C is not None and scheme.correction > 0:
+            W = corrected_target(W, statistics.C, factors, scheme.correction)
+        W = W.masked_fill(factors.dead, 0)
+    method = pruning.METHODS[scheme.prune] if scheme.prune else None
+    keep = method.mask(W, statistics.H if statistics else None) if method and method.mask else None
+    select = method.select if method else None
+    if scheme.sweeps:
+        assert factors is not None and statistics is not None
+        order, U = None, factors.inverse
+        if scheme.activation_order:
+            order = activation_order(statistics.H, 4 if select else 1)
+            U = factor(statistics.H[order][:, order], scheme.damping, name).inverse
+        in_sweep = grid if scheme.quantize == "gptq" else None
+        swept = column_sweep(W, U, in_sweep, keep, select, order, scheme.dtype)
+        if in_sweep is not None or grid is None:
+            return _finished(swept, pattern, grid, k, scheme.dtype)
+        W = swept.weight
+    elif keep is not None:
+        W = W * keep
+    if grid is None:
+        return LinearWeights(16, pattern, k, values=W.to(scheme.dtype))
+    codes, scale = round_to_nearest(W, grid)
+    return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale)
+
+
+def _finished(swept: Swept, pattern: str, grid: Grid | None, k: int, dtype: torch.dtype) -> LinearWeights:
+    if grid is None:
+        return LinearWeights(16, pattern, k, values=swept.weight.to(dtype))
+    return LinearWeights(grid.bits, pattern, grid.group_size, codes=swept.codes, scale=swept.scale)
+
+
+def activation_order(H: Tensor, unit: int) -> Tensor:
+    """Inputs by falling second moment, moved in units of so many neighbours. H: [K, K]. Returns int64 [K]."""
+    moment = H.diagonal().reshape(-1, unit).sum(1)
+    units = torch.argsort(moment, descending=True, stable=True)
+    return (units[:, None] * unit + torch.arange(unit, device=H.device)).reshape(-1)
+
+
+

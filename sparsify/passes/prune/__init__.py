@@ -1,0 +1,30 @@
+"""Pruning methods. To add one: its file here, its line in METHODS, a recipe, a test."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparsify.passes.prune.magnitude import magnitude_mask
+from sparsify.passes.prune.sparsegpt import sparsegpt_select
+from sparsify.passes.prune.wanda import wanda_mask
+
+
+@dataclass(frozen=True)
+class PruneMethod:
+    """How a method finds a 2:4 mask.
+
+    mask:   (W [N, K], H [K, K] or None) -> bool [N, K], decided before any weight moves
+    select: (quad [4, N], d [4]) -> bool [4, N], decided during the column sweep; needs_hessian is then implied
+    """
+
+    needs_data: bool
+    mask: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    select: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+METHODS = {
+    "magnitude": PruneMethod(needs_data=False, mask=magnitude_mask),
+    "wanda": PruneMethod(needs_data=True, mask=wanda_mask),
+    "sparsegpt": PruneMethod(needs_data=True, select=sparsegpt_select),
+}

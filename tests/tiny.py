@@ -1,0 +1,63 @@
+"""Tiny random models of the families that must work, and a tokenizer for them. Shared by tests of several folders."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCABULARY = 96
+COMMON = dict(
+    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 16},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
+    "phi3": {"original_max_position_embeddings": 128},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "num_key_value_heads": None, "head_dim": None, "intermediate_size": None},
+    "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+}
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **changes: object) -> torch.nn.Module:
+    """A random model of a few thousand weights, float32, large enough weights that its layers do something."""
+    settings = {k: v for k, v in {**COMMON, **FAMILIES[family], **changes}.items() if v is not None}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0, w1, ... of a fixed vocabulary, split at white space."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 4))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def save_tiny(directory: Path, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> Path:
+    """Write a tiny checkpoint with its tokenizer; returns the directory."""
+    tiny_model(family, seed, **changes).to(dtype).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def tiny_text(file: Path, words: int = 4000, seed: int = 0) -> Path:
+    """Random text in the tiny tokenizer's words."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(0, VOCABULARY - 4, (words,), generator=generator).tolist()
+    file.write_text(" ".join(f"w{n}" for n in numbers))
+    return file
