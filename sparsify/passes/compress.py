@@ -147,7 +147,7 @@ def _finished(swept: Swept, pattern: str, grid: Grid | None, k: int, dtype: torc
 def activation_order(H: Tensor, unit: int) -> Tensor:
     """Inputs by falling second moment, moved in units of so many neighbours. H: [K, K]. Returns int64 [K]."""
     moment = H.diagonal().reshape(-1, unit).sum(1)
-    units = torch.argsort(moment, descending=True, stable=True)
+    units = torch.argsort(moment, dim=0, descending=True, stable=True)
     return (units[:, None] * unit + torch.arange(unit, device=H.device)).reshape(-1)
 
 

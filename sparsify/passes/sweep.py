@@ -90,7 +90,7 @@ def column_sweep(
             else:
                 new = row.to(store).float()
                 if row_kept is not None:
-                    new.mul_(row_kept)
+                    new = new * row_kept  # not in place: without rounding `new` is the row itself
             errors[i] = (row - new) / d[i]
             panel[i] = new
             if i + 1 < stop - start:

@@ -7,7 +7,7 @@ from torch import Tensor
 def keep_two_of_four(importance: Tensor) -> Tensor:
     """bool [N, K]: the two most important of every 4 consecutive entries of importance: [N, K]; ties keep the first."""
     quads = importance.reshape(-1, 4)
-    first_two = quads.argsort(1, descending=True, stable=True)[:, :2]
+    first_two = quads.argsort(dim=1, descending=True, stable=True)[:, :2]
     return torch.zeros_like(quads, dtype=torch.bool).scatter_(1, first_two, True).reshape(importance.shape)
 
 
