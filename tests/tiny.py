@@ -20,7 +20,13 @@ FAMILIES: dict[str, dict] = {
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16},
     "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
     "phi3": {"original_max_position_embeddings": 128},
-    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "num_key_value_heads": None, "head_dim": None, "intermediate_size": None},
+    "opt": {
+        "ffn_dim": 128,
+        "word_embed_proj_dim": 64,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "intermediate_size": None,
+    },
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
 }
@@ -32,7 +38,7 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: object) -> torch
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings), dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(0, 0.15)
     return model.eval()
@@ -48,7 +54,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny(directory: Path, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object) -> Path:
+def save_tiny(
+    directory: Path, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object
+) -> Path:
     """Write a tiny checkpoint with its tokenizer; returns the directory."""
     tiny_model(family, seed, **changes).to(dtype).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -70,6 +70,7 @@ class ModelSpeed:
     latency: LatencyFigures | None
     throughput: ThroughputFigures | None
     ratios: dict[str, float]
+    answers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import progress_bar
 
 TAIL_LINES = 12
+CHAT_TOKENS = 256  # room for a short prompt in its chat template and the answer
 # vLLM's latency benchmark draws its prompt from the token ids below this.
 LATENCY_VOCABULARY = 10_000
 
@@ -48,6 +49,7 @@ class BenchOptions:
     engine_args: further arguments of vLLM's engine, such as ["--dtype", "bfloat16"]
     environment: variables that override the defaults and the shell's
     timeout:     seconds that one model may take in one round
+    prompts:     users' turns that every model also answers, outside the timings
     """
 
     repeats: int = 1
@@ -55,6 +57,7 @@ class BenchOptions:
     engine_args: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 3600
+    prompts: Sequence[str] = ()
     quiet: bool = False
 
 
@@ -76,6 +79,7 @@ class Samples:
     full: list[float] = field(default_factory=list)
     elapsed: list[float] = field(default_factory=list)
     tokens: int = 0
+    answers: list[str] = field(default_factory=list)
 
 
 def require_vllm() -> None:
@@ -169,6 +173,8 @@ def engine_arguments(
     """Arguments of the vLLM engine, without the model."""
     # Rounded up with room for a beginning-of-sequence token. The longest request decides the memory vLLM reserves.
     longest = _longest_request(latency, throughput) // 16 * 16 + 32
+    if options.prompts:
+        longest = max(longest, CHAT_TOKENS)
     arguments = ["--max-model-len", str(longest), "--no-enable-prefix-caching"]
     if options.eager:
         arguments.append("--enforce-eager")
@@ -251,6 +257,8 @@ def _measure_once(
             {"benchmark": name, "arguments": [*arguments, "--output-json", str(output)]}
             for (name, arguments), output in zip(runs, outputs, strict=True)
         ],
+        "prompts": list(options.prompts),
+        "answers": str(scratch / "answers.json"),
     }
     write_json(scratch / "job.json", job)
     log = scratch / "vllm.log"
@@ -265,6 +273,8 @@ def _measure_once(
     if throughput:
         samples.elapsed.append(results[-1]["elapsed_time"])
         samples.tokens = results[-1]["total_num_tokens"]
+    if options.prompts:
+        samples.answers = json.loads((scratch / "answers.json").read_text())
     shutil.rmtree(scratch)
 
 
@@ -337,6 +347,7 @@ def _rows(
                 (delays[target.label], delays[base.label]) if latency else None,
                 (rates[target.label], rates[base.label]) if throughput else None,
             ),
+            answers=samples[target.label].answers,
         )
         for target in targets
     ]

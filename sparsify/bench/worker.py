@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ANSWER_TOKENS = 48
 
-def share_engine(llm_class: Any) -> None:
-    """Makes `LLM.from_engine_args` return the engine it built first."""
+
+def share_engine(llm_class: Any) -> list[Any]:
+    """Makes `LLM.from_engine_args` return the engine it built first; returns the list that will hold it."""
     build = llm_class.from_engine_args
     built: list[Any] = []
 
@@ -26,19 +28,32 @@ def share_engine(llm_class: Any) -> None:
         return built[0]
 
     llm_class.from_engine_args = staticmethod(from_engine_args)
+    return built
+
+
+def answer(engine: Any, prompts: list[str]) -> list[str]:
+    """What the model replies to each prompt as a user's turn, greedily."""
+    from vllm import SamplingParams
+
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    greedy = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
+    return [output.outputs[0].text for output in engine.chat(conversations, greedy, use_tqdm=False)]
 
 
 def run_job(job: dict[str, Any]) -> None:
-    """job: {"engine": [argument...], "runs": [{"benchmark": "latency"|"throughput", "arguments": [...]}...]}"""
+    """job: {"engine": [argument...], "runs": [{"benchmark": "latency"|"throughput", "arguments": [...]}...],
+    "prompts": [...], "answers": file for the replies}"""
     import vllm
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    share_engine(vllm.LLM)
+    built = share_engine(vllm.LLM)
     for run in job["runs"]:
         benchmark = importlib.import_module(f"vllm.benchmarks.{run['benchmark']}")
         parser = FlexibleArgumentParser()
         benchmark.add_cli_args(parser)
         benchmark.main(parser.parse_args([*job["engine"], *run["arguments"]]))
+    if job.get("prompts"):
+        Path(job["answers"]).write_text(json.dumps(answer(built[0], job["prompts"])))
 
 
 # vLLM starts its engine in a spawned process that imports this file again: only the real call may run the job.

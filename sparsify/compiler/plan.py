@@ -83,7 +83,8 @@ class Plan:
         """Sizes are exact up to file headers; memory and arithmetic are those of the walk."""
         dense = self.checkpoint.nbytes()
         saved = sum(
-            planned.weights * self.checkpoint.dtype(planned.source).itemsize - _stored_bytes(planned.scheme, planned.shape, self)
+            planned.weights * self.checkpoint.dtype(planned.source).itemsize
+            - _stored_bytes(planned.scheme, planned.shape, self)
             for planned in self.linears.values()
             if planned.scheme is not None
         )
@@ -101,7 +102,9 @@ class Plan:
         activations = streams * tokens * (3 * hidden + widest) * self.model.dtype.itemsize
         memory = outside + 3 * block_bytes + activations + 6 * widest * widest * 4
         forward = streams * tokens * sum(p.weights for p in self.linears.values())
-        inputs = {(p.block, p.module.rpartition(".")[0], p.shape[1]): p.shape[1] for p in self.linears.values() if p.scheme}
+        inputs = {
+            (p.block, p.module.rpartition(".")[0], p.shape[1]): p.shape[1] for p in self.linears.values() if p.scheme
+        }
         hessians = streams * tokens * sum(k * k for k in inputs.values())
         return Estimate(dense, dense - saved, memory, forward + hessians)
 
@@ -111,7 +114,12 @@ class Plan:
             "model": self.checkpoint.spec,
             "blocks": len(self.model.blocks),
             "linears": {
-                name: {"shape": list(p.shape), "block": p.block, "scheme": describe(p.scheme) if p.scheme else None, "reason": p.reason}
+                name: {
+                    "shape": list(p.shape),
+                    "block": p.block,
+                    "scheme": describe(p.scheme) if p.scheme else None,
+                    "reason": p.reason,
+                }
                 for name, p in self.linears.items()
             },
             "dense_modules": self.dense_modules(),
@@ -133,11 +141,19 @@ class Plan:
             kinds[inside, planned.shape, what] = kinds.get((inside, planned.shape, what), 0) + 1
         for (inside, shape, what), count in kinds.items():
             table.add_row(inside, f"{shape[0]} x {shape[1]}", str(count), what)
-        how = "one walk over the blocks" + (" beside the dense model" if self.needs_twin else "") if self.needs_data else "no walk: data-free"
+        how = (
+            "one walk over the blocks" + (" beside the dense model" if self.needs_twin else "")
+            if self.needs_data
+            else "no walk: data-free"
+        )
         table.caption = (
             f"{how}; {estimate.dense_bytes / 1e6:.0f} MB become {estimate.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
             f"memory about {estimate.memory_bytes / 1e9:.1f} GB"
-            + (f", time about {_minutes(estimate.multiply_adds, self.model.dtype)} on this machine" if estimate.multiply_adds else "")
+            + (
+                f", time about {_minutes(estimate.multiply_adds, self.model.dtype)} on this machine"
+                if estimate.multiply_adds
+                else ""
+            )
         )
         return table
 

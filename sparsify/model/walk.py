@@ -97,7 +97,14 @@ def _modes() -> tuple[Any, ...]:
 class _InStep:
     """The forwards of all micro-batches through one block, suspended together at one linear after the other."""
 
-    def __init__(self, block: nn.Module, stops: Sequence[nn.Linear], hidden: Activations, calls: Sequence[Sequence[BlockCall]], index: int):
+    def __init__(
+        self,
+        block: nn.Module,
+        stops: Sequence[nn.Linear],
+        hidden: Activations,
+        calls: Sequence[Sequence[BlockCall]],
+        index: int,
+    ):
         self.main = getcurrent()
         self.modes = _modes()
         self.hooks = [stop.register_forward_pre_hook(self._wait) for stop in stops]
@@ -106,7 +113,9 @@ class _InStep:
         self.arrived = [run.switch(hidden[i]) for i, run in enumerate(self.runs)]
 
     def _wait(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert _modes() == self.modes, "the model changes torch's modes around a linear; its forwards cannot be suspended there"
+        assert _modes() == self.modes, (
+            "the model changes torch's modes around a linear; its forwards cannot be suspended there"
+        )
         self.main.switch((module, args[0]))  # returns None: a pre-hook's value would replace the input
 
     def stop(self) -> nn.Linear | None:
@@ -115,7 +124,9 @@ class _InStep:
         if not waiting:
             return None
         if len(waiting) > 1 or not all(isinstance(a, tuple) for a in self.arrived):
-            raise SparsifyError("the micro-batches take different paths through a block; recipes cannot calibrate this model")
+            raise SparsifyError(
+                "the micro-batches take different paths through a block; recipes cannot calibrate this model"
+            )
         return next(iter(waiting.values()))
 
     def inputs(self) -> list[Tensor]:
@@ -145,7 +156,9 @@ class Walk:
     spill:  directory for the hidden states; None keeps them in memory
     """
 
-    def __init__(self, model: BlockModel, tokens: Tensor, twin: bool = False, spill: Path | None = None, device: str = "cpu"):
+    def __init__(
+        self, model: BlockModel, tokens: Tensor, twin: bool = False, spill: Path | None = None, device: str = "cpu"
+    ):
         self.model = model
         self.device = device
         model.load(None)
@@ -167,10 +180,18 @@ class Walk:
         prefix = self.model.blocks[index] + "."
         block = self._enter(index)
         groups, skipped = find_groups(block, self.probe[0], self.probe[1][index])
-        groups = [LinearGroup(kept, g.in_features) for g in groups if (kept := tuple(n for n in g.names if wanted(prefix + n)))]
+        groups = [
+            LinearGroup(kept, g.in_features)
+            for g in groups
+            if (kept := tuple(n for n in g.names if wanted(prefix + n)))
+        ]
         reference = copy.deepcopy(block) if self.dense is not None else None
         compressed = self._step(block, groups, self.hidden, index)
-        dense = self._step(reference, groups, self.dense, index) if reference is not None and self.dense is not None else None
+        dense = (
+            self._step(reference, groups, self.dense, index)
+            if reference is not None and self.dense is not None
+            else None
+        )
         done: dict[str, LinearWeights] = {}
         try:
             while (stop := compressed.stop()) is not None:
@@ -194,7 +215,9 @@ class Walk:
             if dense:
                 dense.close()
         self._leave(index)
-        return BlockResult(index, done, {prefix + name: why for name, why in skipped.items()}, time.perf_counter() - start)
+        return BlockResult(
+            index, done, {prefix + name: why for name, why in skipped.items()}, time.perf_counter() - start
+        )
 
     @torch.no_grad()
     def replay(self, index: int, linears: Mapping[str, LinearWeights]) -> None:

@@ -58,7 +58,9 @@ class Scheme:
         """Why a linear with so many inputs must stay dense under this scheme; None when it need not."""
         group = self.group_size if self.quantize else 0
         if in_features % 16 or (group and in_features % group):
-            return f"its {in_features} inputs are no multiple of 16" + (f" and of the group size {group}" if group else "")
+            return f"its {in_features} inputs are no multiple of 16" + (
+                f" and of the group size {group}" if group else ""
+            )
         return None
 
 
@@ -149,6 +151,3 @@ def activation_order(H: Tensor, unit: int) -> Tensor:
     moment = H.diagonal().reshape(-1, unit).sum(1)
     units = torch.argsort(moment, dim=0, descending=True, stable=True)
     return (units[:, None] * unit + torch.arange(unit, device=H.device)).reshape(-1)
-
-
-

@@ -39,7 +39,9 @@ def factor(H: Tensor, damping: float, name: str) -> Factors:
     """
     diagonal = H.diagonal()
     if not torch.isfinite(diagonal).all():
-        raise NumericalError(f"{name}: its calibration inputs hold NaN or Inf; check the dense model and the calibration text")
+        raise NumericalError(
+            f"{name}: its calibration inputs hold NaN or Inf; check the dense model and the calibration text"
+        )
     dead = diagonal == 0
     mean = float(diagonal.mean())
     for attempt in range(RETRIES):

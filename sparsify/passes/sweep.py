@@ -79,7 +79,9 @@ def column_sweep(
                     scale = scales[group_of[start + i]]
                 elif (start + i) % grid.group_size == 0:
                     ahead = slice(i, i + grid.group_size)
-                    scale = search_scale(panel[ahead], grid, _likely_kept(panel[ahead], d[ahead], kept_rows, start + i, select), d[ahead])
+                    scale = search_scale(
+                        panel[ahead], grid, _likely_kept(panel[ahead], d[ahead], kept_rows, start + i, select), d[ahead]
+                    )
                     found[group_of[start + i]] = scale
                 assert scale is not None
                 code = (row / scale).round_().clamp_(grid.low, grid.high)
@@ -121,12 +123,16 @@ def _likely_kept(rows: Tensor, d: Tensor, kept_rows: Tensor | None, first: int, 
     return torch.cat([select(rows[j : j + 4], d[j : j + 4]) for j in range(0, rows.shape[0], 4)])
 
 
-def _fixed_scales(W: Tensor, U: Tensor, grid: Grid, keep: Tensor | None, select: Select | None, order: Tensor | None) -> Tensor:
+def _fixed_scales(
+    W: Tensor, U: Tensor, grid: Grid, keep: Tensor | None, select: Select | None, order: Tensor | None
+) -> Tensor:
     """Scales [K/G, N] chosen from the weights before the sweep."""
     d = U.diagonal() if order is None else U.diagonal()[torch.argsort(order)]
     rows, kept_rows = W.t(), keep.t() if keep is not None else None
     scales = []
     for first in range(0, W.shape[1], grid.group_size):
         ahead = slice(first, first + grid.group_size)
-        scales.append(search_scale(rows[ahead], grid, _likely_kept(rows[ahead], d[ahead], kept_rows, first, select), d[ahead]))
+        scales.append(
+            search_scale(rows[ahead], grid, _likely_kept(rows[ahead], d[ahead], kept_rows, first, select), d[ahead])
+        )
     return torch.stack(scales)

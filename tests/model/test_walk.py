@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, save_tiny
 from transformers import AutoModelForCausalLM
 
 from sparsify.errors import CheckpointError, NumericalError
@@ -10,6 +9,7 @@ from sparsify.model.blocks import find_groups, open_blocks
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import LinearWeights
 from sparsify.model.walk import Walk
+from tests.tiny import FAMILIES, save_tiny
 
 SAMPLES, LENGTH = 5, 24
 
