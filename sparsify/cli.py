@@ -14,10 +14,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sparsify import __version__
 from sparsify.errors import RecipeError, SparsifyError
+
+if TYPE_CHECKING:
+    from sparsify.recipe import Recipe
 
 FAILED = 1
 INTERRUPTED = 130
@@ -57,8 +61,42 @@ def apply(args: argparse.Namespace) -> Outcome:
     from sparsify.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.set, args.model)
-    result = apply(recipe, named_model(recipe.model), args.output, resume=args.resume, quiet=args.quiet)
+    result = apply(
+        recipe,
+        named_model(recipe.model),
+        args.output,
+        resume=args.resume,
+        quiet=args.quiet,
+        evaluate=recipe_evaluation(recipe, args.quiet),
+        spill=args.spill,
+    )
     return Outcome(result.to_json(), [result.table()])
+
+
+def recipe_evaluation(recipe: "Recipe", quiet: bool) -> Callable[[Path], dict[str, Any]] | None:
+    """What the `evaluation` section of a recipe asks for, as a call on the finished directory."""
+    asked = recipe.evaluation
+    if asked is None:
+        return None
+
+    def measure(directory: Path) -> dict[str, Any]:
+        from sparsify.evaluation import evaluate
+
+        return evaluate(directory, recipe.model, asked.text, asked.sequence_length, asked.chunks, quiet=quiet).to_json()
+
+    return measure
+
+
+def report(args: argparse.Namespace) -> Outcome:
+    from sparsify.files import read_json
+    from sparsify.report import write_report
+
+    directory = Path(args.directory)
+    evaluation, bench = (read_json(file) if file else None for file in (args.evaluation, args.bench))
+    page = write_report(
+        args.output or directory / "report.html", read_json(directory / "metrics.json"), evaluation, bench
+    )
+    return Outcome({"report": str(page)}, [f"report: {page}"])
 
 
 def plan(args: argparse.Namespace) -> Outcome:
@@ -90,16 +128,16 @@ def first_comment(text: str) -> str:
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
-    from sparsify.formats.inspection import inspect, table
+    from sparsify.formats.inspection import inspect, render
 
-    result = inspect(args.directory)
-    return Outcome(result.to_json(), [table(result)])
+    result = inspect(args.directory, quiet=args.quiet)
+    return Outcome(result.to_json(), [render(result)])
 
 
 def export(args: argparse.Namespace) -> Outcome:
-    from sparsify.formats.directory import export
+    from sparsify.formats.export import export
 
-    written = export(args.source, args.format, args.output)
+    written = export(args.source, args.format, args.output, quiet=args.quiet)
     return Outcome({"output": str(written), "format": args.format}, [f"{args.format} checkpoint written to {written}"])
 
 
@@ -234,6 +272,11 @@ def command_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--resume", action="store_true", help="go on with a run that was interrupted; the result is the same"
     )
+    command.add_argument(
+        "--spill",
+        action="store_true",
+        help="keep the calibration activations in a file beside the output, not in memory",
+    )
 
     add(
         commands, "plan", plan, "show what a recipe will do to a model, without doing it",
@@ -277,6 +320,19 @@ def command_parser() -> argparse.ArgumentParser:
         "--sequence-length", type=int, metavar="N", help="tokens per chunk (1024; 512 on sampled text)"
     )
     command.add_argument("--chunks", type=int, metavar="N", help="chunks to score (48; 16 on sampled text)")
+
+    command = add(
+        commands, "report", report, "draw a self-contained HTML page about a checkpoint: layers, sizes, accuracy, speed",
+        shows_json,
+        shown=(
+            "sparsify report out/smollm2",
+            "sparsify report out/smollm2 --evaluation eval.json --bench bench.json   what eval --json and bench --json printed",
+        ),
+    )  # fmt: skip
+    command.add_argument("directory", metavar="DIR", help="checkpoint directory that `sparsify apply` wrote")
+    command.add_argument("--evaluation", metavar="FILE", help="output of `sparsify eval --json`")
+    command.add_argument("--bench", metavar="FILE", help="output of `sparsify bench --json`")
+    command.add_argument("--output", "-o", metavar="FILE", help="where to write (default DIR/report.html)")
 
     benchmarks = commands.add_parser(
         "bench",

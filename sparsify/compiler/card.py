@@ -35,7 +35,7 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
         ("calibration", _calibration(metrics["calibration"])),
     ]
     if evaluation := metrics.get("evaluation"):
-        rows.append(("perplexity", f"{evaluation['perplexity']:.2f}"))
+        rows.append(("perplexity", shown_perplexity(evaluation["perplexity"])))
         if evaluation.get("dense_perplexity") is not None:
             rows.append(("perplexity, dense", f"{evaluation['dense_perplexity']:.2f}"))
         if evaluation.get("kl") is not None:
@@ -55,3 +55,8 @@ def _calibration(calibration: dict[str, Any]) -> str:
     if not calibration["tokens"]:
         return "none, the passes need no data"
     return f"{calibration['samples']} x {calibration['sequence_length']} tokens from {calibration['source']}"
+
+
+def shown_perplexity(perplexity: float | None) -> str:
+    """JSON has no infinity: the evaluation says None for it."""
+    return "infinite" if perplexity is None else f"{perplexity:.2f}"

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sparsify import __version__
-from sparsify.compiler.card import model_card
+from sparsify.compiler.card import model_card, shown_perplexity
 from sparsify.compiler.plan import Plan, make_plan
 from sparsify.data import calibration_tokens
 from sparsify.errors import SparsifyError
@@ -72,7 +72,7 @@ class Applied:
         for reason, count in _counted(entry["reason"] for entry in self.metrics["dense_modules"]).items():
             table.add_row("left dense", f"{count}: {reason}")
         if evaluation := self.metrics.get("evaluation"):
-            table.add_row("perplexity", f"{evaluation['perplexity']:.2f}")
+            table.add_row("perplexity", shown_perplexity(evaluation["perplexity"]))
         return table
 
 
@@ -127,7 +127,7 @@ def apply(
     }
     writer.finish(extra_files=files)
     if evaluate is not None:
-        metrics["evaluation"] = evaluate(output)
+        metrics["evaluation"] = {key: value for key, value in evaluate(output).items() if key != "seconds"}
         atomic_write(output / METRICS, _json(metrics))
         atomic_write(output / CARD, model_card(metrics, recipe))
     return Applied(output, metrics, record)

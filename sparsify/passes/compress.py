@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsify.errors import NumericalError
 from sparsify.model.linear import LinearWeights
 from sparsify.passes import prune as pruning
 from sparsify.passes.hessian import Factors, corrected_target, factor, relative_error
@@ -81,6 +82,11 @@ def compress(
     Returns the compressed linears, and their relative output error on the calibration tokens (empty without data).
     """
     names = list(weights)
+    for name in names:
+        if not torch.isfinite(weights[name]).all():
+            raise NumericalError(
+                f"{name}: its dense weight holds NaN or Inf; the model itself is damaged, get it again"
+            )
     rows = [weights[name].shape[0] for name in names]
     original = torch.cat([weights[name].float() for name in names])
     compressed = _stacked(original, scheme, statistics, ", ".join(names))
