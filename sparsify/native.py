@@ -1,0 +1,198 @@
+"""Native kernels: compiled from `kernels/` on first use, kept in a cache, loaded with ctypes.
+
+A kernel is one C++ file with a C interface that depends on nothing but the compiler and OpenMP. One build serves any
+processor of the architecture (kernels choose their instruction set at run time), so a build made ahead of time, in an
+image for instance, is found again on machines that have no compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import sparsify
+from sparsify.errors import MissingDependency, SparsifyError
+from sparsify.files import cache_directory
+
+DISABLE = "SPARSIFY_NATIVE"  # set to 0: no native code is built or loaded
+COMPILERS = ("c++", "g++", "clang++")
+# --as-needed: of two libraries that offer OpenMP's symbols only the first, torch's own, becomes a dependency.
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wl,--as-needed")
+COMPILE_SECONDS = 600
+
+logger = logging.getLogger(__name__)
+
+
+class NativeBuildError(SparsifyError):
+    """The compiler refused a kernel."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler that runs. `version` is the first line it prints, and part of a build's name."""
+
+    command: tuple[str, ...]
+    version: str
+
+
+def kernels_directory() -> Path:
+    """The kernel sources: inside an installed package, else at the root of the source tree."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "_kernels", package.parent / "kernels"):
+        if candidate.is_dir():
+            return candidate
+    raise MissingDependency(
+        "this installation of sparsify lacks the kernel sources; install it from a wheel or its source tree"
+    )
+
+
+def known_kernels() -> list[str]:
+    """Names that `load` and `build` take: `cpu/gram` for kernels/cpu/gram.cpp."""
+    root = kernels_directory()
+    return sorted(f"cpu/{path.stem}" for path in (root / "cpu").glob("*.cpp"))
+
+
+def find_compiler() -> Compiler | None:
+    """`$CXX`, else the first of c++, g++ and clang++ that is there and runs."""
+    for candidate in (shlex.split(os.environ.get("CXX", "")), *([name] for name in COMPILERS)):
+        if not candidate or shutil.which(candidate[0]) is None:
+            continue
+        try:
+            run = subprocess.run([*candidate, "--version"], capture_output=True, text=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        return Compiler(tuple(candidate), run.stdout.partition("\n")[0].strip())
+    return None
+
+
+def openmp_library() -> Path | None:
+    """The OpenMP runtime that torch carries in its wheel, None when torch uses the system's.
+
+    Kernels are linked to this one: a second runtime beside it would start threads of its own on the same cores. Where a
+    runtime is preloaded (vLLM does so on CPUs), its symbols take precedence for torch and for kernels alike.
+    """
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
+        return None
+    package = Path(torch.origin).parent
+    folders = (package / "lib", package.parent / "torch.libs")
+    return next((file for folder in folders for file in sorted(folder.glob("libgomp*.so*"))), None)
+
+
+def build(name: str) -> Path:
+    """The shared library of a kernel, compiled now unless the cache has it. Safe in many processes at once.
+
+    Raises MissingDependency without a compiler, NativeBuildError with what the compiler said.
+    """
+    source = kernels_directory() / f"{name}.cpp"
+    if not source.is_file():
+        raise SparsifyError(f"unknown kernel {name!r}; known kernels: {', '.join(known_kernels())}")
+    openmp = openmp_library()
+    stem = f"{source.stem}-{_source_key(source, openmp)}"
+    folder = cache_directory() / "native"
+    compiler = find_compiler()
+    if compiler is None:
+        if ready := sorted(folder.glob(f"{stem}-*.so")):
+            return ready[0]
+        raise MissingDependency("no C++ compiler found: install g++ (or clang++), or set CXX to the command of one")
+    library = folder / f"{stem}-{_digest(compiler.version)}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f"{source.stem}.lock"):
+            if not library.exists():  # another process may have built it while this one waited
+                logger.info(
+                    "building the native kernel %s with %s (once; kept in %s)", name, compiler.command[0], folder
+                )
+                _compile(compiler, source, openmp, library)
+    except OSError as error:
+        message = f"cannot write the native kernel {name} to {folder} ({error}); set SPARSIFY_CACHE to a folder you own"
+        raise NativeBuildError(message) from error
+    return library
+
+
+def open_library(name: str) -> ctypes.CDLL:
+    """Build a kernel if need be and load it. Raises a SparsifyError that says why it cannot be had."""
+    if os.environ.get(DISABLE) == "0":
+        raise SparsifyError(f"native kernels are switched off by {DISABLE}=0")
+    library = build(name)
+    try:
+        if (openmp := openmp_library()) is not None:
+            ctypes.CDLL(str(openmp))  # the linker's search would find another one, or none
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        message = f"cannot load the native kernel {library} ({error}); delete that file to build it again"
+        raise NativeBuildError(message) from error
+
+
+@functools.cache
+def load(name: str) -> ctypes.CDLL | None:
+    """A kernel's library, or None after one line in the log that says why and what is used instead."""
+    try:
+        return open_library(name)
+    except SparsifyError as error:
+        quiet = os.environ.get(DISABLE) == "0"
+        logger.log(
+            logging.INFO if quiet else logging.WARNING, "kernel %s: %s; slower PyTorch code is used", name, error
+        )
+        return None
+
+
+def _digest(*parts: str | bytes) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.hexdigest()[:16]
+
+
+def _source_key(source: Path, openmp: Path | None) -> str:
+    """Changes with everything that changes the library, save the compiler."""
+    headers = sorted(source.parent.glob("*.h"))
+    texts = [part for file in (source, *headers) for part in (file.name, file.read_bytes())]
+    runtime = openmp.name if openmp else ""
+    return _digest(sparsify.__version__, platform.machine(), runtime, *FLAGS, *texts)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock; on file systems without locks nothing but some time is lost, because the rename is atomic."""
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file releases the lock, and so does the death of the process
+
+
+def _compile(compiler: Compiler, source: Path, openmp: Path | None, library: Path) -> None:
+    runtime = [str(openmp)] if openmp else []
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{source.stem}-") as folder:
+        aside = Path(folder) / library.name
+        command = [*compiler.command, *FLAGS, str(source), *runtime, "-o", str(aside)]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise NativeBuildError(
+                f"{compiler.command[0]} did not finish {source.name} in {COMPILE_SECONDS} s"
+            ) from None
+        if run.returncode:
+            lines = run.stderr.strip().splitlines()
+            first = next(
+                (line for line in lines if "error" in line), lines[0] if lines else f"exit status {run.returncode}"
+            )
+            raise NativeBuildError(f"{compiler.command[0]} ({compiler.version}) refuses {source.name}: {first}")
+        os.replace(aside, library)
