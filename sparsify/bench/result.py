@@ -62,7 +62,7 @@ class ThroughputFigures:
 @dataclass(frozen=True)
 class ModelSpeed:
     """One model. Every value of `ratios` is a factor over the first model, and more than 1 is better:
-    how many times smaller, how many times faster."""
+    how many times smaller, how many times faster. answers: greedy replies to the prompts of the run."""
 
     model: str
     format: str
@@ -87,6 +87,7 @@ class BenchResult:
     machine: dict[str, Any]
     versions: dict[str, str]
     seconds: float = 0.0
+    prompts: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -138,6 +138,7 @@ def measure(
         machine=describe_machine(),
         versions=installed_versions(),
         seconds=time.perf_counter() - started,
+        prompts=list(options.prompts),
     )
 
 
@@ -263,7 +264,8 @@ def _measure_once(
     write_json(scratch / "job.json", job)
     log = scratch / "vllm.log"
     status = run_logged(worker_command(scratch / "job.json"), environment, log, options.timeout)
-    missing = [output for output in outputs if not output.exists()]
+    answers = [scratch / "answers.json"] if options.prompts else []
+    missing = [output for output in (*outputs, *answers) if not output.exists()]
     if status != 0 or missing:
         raise SparsifyError(failure(target.label, status, log))  # the log stays, for the one who reads the message
     results: list[dict[str, Any]] = [json.loads(output.read_text()) for output in outputs]
@@ -273,8 +275,8 @@ def _measure_once(
     if throughput:
         samples.elapsed.append(results[-1]["elapsed_time"])
         samples.tokens = results[-1]["total_num_tokens"]
-    if options.prompts:
-        samples.answers = json.loads((scratch / "answers.json").read_text())
+    for file in answers:
+        samples.answers = json.loads(file.read_text())
     shutil.rmtree(scratch)
 
 

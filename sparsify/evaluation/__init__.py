@@ -17,6 +17,7 @@ from sparsify.evaluation.load import LoadedModel, format_name, load_model, load_
 from sparsify.evaluation.result import EvaluationResult, table
 from sparsify.evaluation.score import Score, chunked, score_logits, score_models
 from sparsify.evaluation.text import SELF, file_chunks, self_chunks
+from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import progress
 
 __all__ = [
@@ -77,7 +78,7 @@ def evaluate_all(
     tokenizer = load_tokenizer(models[0] if dense is None else dense)
     ids = None if text is None or own else file_chunks(text, tokenizer, length, count)
     reference = None if dense is None else load_model(dense, device)
-    loaded = [load_model(spec, device) for spec in models]
+    loaded = [_load(spec, reference, device) for spec in models]
     if ids is None:
         assert reference is not None
         ids = self_chunks(reference.model, tokenizer, length, count, cache_dir)
@@ -112,6 +113,13 @@ def evaluate_all(
         )
         for name, item, score in zip(names, loaded, scores, strict=True)
     ]
+
+
+def _load(spec: str | Path, reference: LoadedModel | None, device: str | None) -> LoadedModel:
+    """Loads a model, or takes the dense one when it is the same."""
+    if reference is not None and open_checkpoint(spec).directory.resolve() == reference.directory.resolve():
+        return reference
+    return load_model(spec, device)
 
 
 def _versions() -> dict[str, str]:

@@ -106,7 +106,9 @@ def score_models(
             reference = _logits(*dense, ids)
             dense_score += score_logits(reference, targets.to(reference.device))
         for i, (name, model) in enumerate(models):
-            logits = _logits(name, model, ids)
+            # The dense model may be among the models, as the first row of a table: one forward serves both.
+            same = reference is not None and dense is not None and model is dense[1]
+            logits = reference if same and reference is not None else _logits(name, model, ids)
             if reference is not None and logits.shape != reference.shape:
                 raise SparsifyError(
                     f"{name} has {logits.shape[-1]} token logits and the dense model {reference.shape[-1]}: "

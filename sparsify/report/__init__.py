@@ -6,26 +6,66 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify.files import atomic_write
+from sparsify.errors import CheckpointError
+from sparsify.files import atomic_write, read_json
+from sparsify.model.checkpoint import open_checkpoint
 from sparsify.report.figures import size_parts
 from sparsify.report.page import render_page
 
-__all__ = ["render_page", "size_parts", "write_report"]
+__all__ = ["render_page", "report_on", "size_parts", "write_report"]
+
+Evaluations = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
 
 def write_report(
     path: str | Path,
     metrics: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    evaluation: Evaluations = None,
     bench: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes report.html.
+    """Writes report.html from what was measured.
 
     metrics:    metrics.json of `sparsify apply`
     evaluation: EvaluationResult.to_json(), or several; None takes metrics["evaluation"]
     bench:      BenchResult.to_json()
+    run:        run.json of `sparsify apply`: seconds, memory, versions
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, render_page(metrics, evaluation, bench))
+    atomic_write(path, render_page({**_facts(run or {}), **metrics}, evaluation, bench))
     return path
+
+
+def report_on(
+    directory: str | Path,
+    path: str | Path | None = None,
+    evaluation: Evaluations = None,
+    bench: Mapping[str, Any] | None = None,
+    dense: str | Path | None = None,
+) -> Path:
+    """Writes the report of a directory that `sparsify apply` made, by default as report.html in it.
+
+    dense: the dense model, to split both sizes into linears, embeddings and the rest; by default the base model of the
+    run when it is at hand
+    """
+    directory = Path(directory)
+    metrics = read_json(directory / "metrics.json")
+    run = read_json(directory / "run.json") if (directory / "run.json").is_file() else None
+    modules = [layer["module"] for layer in metrics["layers"]]
+    parts = {"compressed": size_parts(open_checkpoint(directory), modules)}
+    try:
+        parts["dense"] = size_parts(open_checkpoint(dense or metrics["base_model"]), modules)
+    except CheckpointError:
+        if dense is not None:
+            raise  # asked for by name; the base model of an old run may well be gone
+    if "dense" in parts:
+        metrics["sizes"] = {**metrics["sizes"], "parts": parts}
+    return write_report(path or directory / "report.html", metrics, evaluation, bench, run)
+
+
+def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What run.json adds to metrics.json."""
+    facts: dict[str, Any] = {name: run[name] for name in ("seconds", "peak_memory_bytes") if run.get(name)}
+    versions = {name: run[name] for name in ("sparsify", "torch") if run.get(name)}
+    return {**facts, "versions": versions} if versions else facts

@@ -28,6 +28,7 @@ class Layer:
     sparsity: float | None
     bits: int
     group_size: int | None
+    pattern: str
 
     @property
     def weights(self) -> int:
@@ -60,6 +61,7 @@ def read_layers(metrics: Mapping[str, Any]) -> list[Layer]:
             sparsity=_finite(entry.get("sparsity")),
             bits=int(entry["bits"]),
             group_size=entry.get("group_size"),
+            pattern=str(entry.get("pattern") or "dense"),
         )
         for entry in metrics.get("layers") or []
     ]
@@ -138,8 +140,7 @@ def heat_step(value: float, edges: Sequence[float]) -> int:
 
 
 def is_two_four(layer: Layer) -> bool:
-    """metrics.json lists no pattern: half of the weights being zero is 2:4, and rounding alone never gets there."""
-    return layer.sparsity is not None and layer.sparsity >= 0.5 - 1e-9
+    return layer.pattern == "2:4"
 
 
 def stored_bits(layer: Layer, export_format: str) -> float:
@@ -156,6 +157,8 @@ def bits_per_weight(layers: Sequence[Layer], metrics: Mapping[str, Any]) -> floa
     weights = sum(layer.weights for layer in layers)
     if not weights:
         return None
+    if recorded := (metrics.get("sizes") or {}).get("bits_per_weight"):
+        return float(recorded)
     parts = ((metrics.get("sizes") or {}).get("parts") or {}).get("compressed") or {}
     if parts.get(LINEARS):
         return float(parts[LINEARS]) * 8 / weights
@@ -171,7 +174,7 @@ def size_parts(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, int]
     """Bytes of a checkpoint by part; `modules` are the names of the linears that were compressed.
 
     Call it for the dense and for the compressed checkpoint and keep both as metrics["sizes"]["parts"] =
-    {"dense": ..., "compressed": ...}; without it the report derives the split from the shapes of the layers.
+    {"dense": ..., "compressed": ...}; without it embeddings count as "other".
     """
     compressed = set(modules)
     parts = dict.fromkeys((LINEARS, EMBEDDINGS, OTHER), 0)
@@ -198,7 +201,8 @@ def sizes(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
         if parts := (given.get("parts") or {}).get(which):
             found.append((label, {name: int(parts.get(name, 0)) for name in (LINEARS, EMBEDDINGS, OTHER)}))
         elif total := totals[which]:
-            linears = min(int(total), computed[which])
+            outside = given.get("outside_bytes")
+            linears = min(int(total), computed[which]) if outside is None else int(total) - int(outside)
             found.append((label, {LINEARS: linears, OTHER: int(total) - linears}))
     return found if len(found) == 2 else []
 

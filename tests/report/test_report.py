@@ -1,6 +1,7 @@
 """What the page says, checked without a browser."""
 
 import copy
+import json
 import re
 from html.parser import HTMLParser
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparsify.errors import CheckpointError
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.report import render_page, size_parts, svg, words, write_report
+from sparsify.report import render_page, report_on, size_parts, svg, words, write_report
 from sparsify.report.figures import (
     bits_per_weight,
     by_kind,
@@ -70,6 +72,19 @@ def test_page_shows_every_figure():
         assert figure in text, figure
 
 
+def test_answers():
+    text = Document(render_page(sample_metrics(), None, sample_bench())).text
+    assert "What is the capital of France?" in text and "The sea, as sparse24 has it, is <b>blue</b>." in text
+    assert "Answers" not in Document(render_page(sample_metrics(), None, {**sample_bench(), "prompts": []})).text
+
+
+def test_dense_row_is_shown_once():
+    own = {**sample_evaluations()[0], "format": "dense", "kl": 0, "perplexity": 21.30, "top1_agreement": 1.0}
+    with_dense = render_page(sample_metrics(), [own, *sample_evaluations()])
+    assert with_dense == render_page(sample_metrics(), sample_evaluations())
+    assert "21.30" in Document(render_page(sample_metrics(), own)).text, "alone, the dense model is what was evaluated"
+
+
 def test_page_without_measurements_says_so():
     text = Document(render_page(sample_metrics())).text
     assert text.count("not measured") == 3 and "sparsify eval" in text and "sparsify bench" in text
@@ -106,7 +121,7 @@ def test_values_are_escaped_everywhere():
             return [poison(item) for item in value]
         return value + attack if isinstance(value, str) else value
 
-    FIXED = {"text_source"}  # decides between two sentences and is never shown
+    FIXED = {"text_source", "pattern"}  # decide between sentences and are never shown
     inputs = [sample_metrics(4), sample_evaluations(), sample_bench()]
     document = Document(render_page(*map(poison, copy.deepcopy(inputs))))
     assert "alert(1)" in document.text
@@ -149,6 +164,36 @@ def test_write_report_is_atomic_and_returns_the_path(tmp_path):
     path = write_report(tmp_path / "deep" / "report.html", sample_metrics(2))
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+def test_run_record_fills_in_what_metrics_leave_out(tmp_path):
+    metrics = sample_metrics(2)
+    del metrics["seconds"], metrics["peak_memory_bytes"]
+    run = {"sparsify": "9.9", "torch": "2.13.0", "seconds": 61, "peak_memory_bytes": 5_000_000_000, "command": ["x"]}
+    text = Document(write_report(tmp_path / "r.html", metrics, run=run).read_text()).text
+    assert "1 min 1 s" in text and "5 GB" in text and "sparsify 9.9" in text
+
+
+def test_report_on_a_directory(tmp_path):
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    for label, width in (("dense", 64), ("out", 16)):
+        (tmp_path / label).mkdir()
+        tensors = {f"{name}.weight": torch.zeros(8, width, dtype=torch.bfloat16) for name in names}
+        tensors["model.embed_tokens.weight"] = torch.zeros(10, 8, dtype=torch.bfloat16)
+        save_file(tensors, tmp_path / label / "model.safetensors")
+        (tmp_path / label / "config.json").write_text("{}")
+    metrics = {**sample_metrics(2), "base_model": str(tmp_path / "dense")}
+    metrics["layers"] = [layer for layer in metrics["layers"] if layer["module"] in names]
+    metrics["sizes"] = {"dense_bytes": 2208, "compressed_bytes": 672, "outside_bytes": 160, "bits_per_weight": 4.0}
+    (tmp_path / "out" / "metrics.json").write_text(json.dumps(metrics))
+    text = Document(report_on(tmp_path / "out").read_text()).text
+    assert "decoder linears 2.05 kB 512 B 4.00×" in text and "embeddings 160 B 160 B same" in text
+    metrics["base_model"] = "./gone"
+    (tmp_path / "out" / "metrics.json").write_text(json.dumps(metrics))
+    text = Document(report_on(tmp_path / "out").read_text()).text
+    assert "decoder linears 2.05 kB 512 B 4.00×" in text and "other 160 B 160 B same" in text
+    with pytest.raises(CheckpointError, match="gone"):
+        report_on(tmp_path / "out", dense="./gone")
 
 
 # ------------------------------------------------------------------------------------------------ derived numbers
