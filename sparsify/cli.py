@@ -286,14 +286,14 @@ def command_parser() -> argparse.ArgumentParser:
 
     command = add(
         commands, "inspect", inspect, "show sparsity, 2:4 validity, bits and bytes of every tensor",
-        shows_json,
+        is_quiet, shows_json,
         shown=("sparsify inspect out/smollm2",),
     )  # fmt: skip
     command.add_argument("directory", metavar="DIR", help="checkpoint directory")
 
     command = add(
         commands, "export", export, "write a checkpoint in another format",
-        shows_json,
+        is_quiet, shows_json,
         shown=(
             "sparsify export out/smollm2 --format pack-quantized --output out/smollm2-stock     runs without sparsify",
             "sparsify export embedded:smollm2-135m-instruct --format dense --output out/dense",
