@@ -17,7 +17,7 @@ import pytest
 from sparsify import __version__, cli
 from sparsify.errors import CheckpointError, RecipeError
 
-COMMANDS = ["apply", "plan", "inspect", "export", "eval", "bench", "serve", "doctor", "demo", "recipes"]
+COMMANDS = ["apply", "plan", "inspect", "export", "eval", "bench", "serve", "doctor", "demo", "recipes", "report"]
 APPLY = ["apply", "2of4", "--model", "m", "--output", "o"]
 
 
