@@ -3,11 +3,12 @@
 `import sparsify` registers the classes below as soon as transformers' quantizers are imported (`lazy.py`).
 """
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -15,7 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format
-from sparsify.formats.sparse24 import Sparse24Config
+from sparsify.formats.scheme import AGAIN
+from sparsify.formats.sparse24 import Sparse24Config, tensor_layout
 from sparsify.runtime.module import Sparse24Linear
 
 METHOD = "sparse24"
@@ -43,17 +45,22 @@ class Sparse24Quantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
         header = _read_headers(checkpoint_files)
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        shapes = {name: info.shape for name, info in header.items()}
         schemes = get_format(METHOD).schemes(self.quantization_config.to_dict(), shapes)
         for name, scheme in schemes.items():
             path = _module_path(model, name)
             if path is None:
                 continue  # a part this class of model does not have, as lm_head in AutoModel
             _refuse_other_than_linear(model, name, path, scheme)
-            scale = header[f"{name}.weight_values" if scheme.bits == 16 else f"{name}.weight_scale"]
-            # An impossible dtype is refused by name when the tensors are checked after loading.
-            scale_dtype = _DTYPES.get(scale["dtype"], torch.float32)
             bias = model.get_submodule(path).bias is not None
+            # transformers fills what is missing with noise and only warns
+            for suffix in (*tensor_layout(scheme, torch.bfloat16), *(["bias"] if bias else [])):
+                if f"{name}.{suffix}" not in header:
+                    raise CheckpointError(f"{name}.{suffix} is missing from the files of the checkpoint; {AGAIN}")
+            # Buffers get the type that is on disk, or transformers would round float16 scales to the model's bfloat16.
+            # A type that cannot be right is refused by name when the tensors are checked after loading.
+            scale = header[f"{name}.weight_values" if scheme.bits == 16 else f"{name}.weight_scale"]
+            scale_dtype = scale.dtype or torch.float32
             model.set_submodule(path, Sparse24Linear(name, scheme, scale_dtype, bias))
         return model
 
@@ -76,21 +83,25 @@ class Sparse24Quantizer(HfQuantizer):
         return True
 
 
-def _read_headers(files: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape} of every tensor, from the headers of the safetensors files alone."""
-    merged: dict[str, dict[str, Any]] = {}
+@dataclass(frozen=True)
+class _OnDisk:
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None: one that no tensor of ours has
+
+
+def _read_headers(files: list[str] | None) -> dict[str, _OnDisk]:
+    """Every tensor of the checkpoint, from the headers of its files alone."""
+    merged: dict[str, _OnDisk] = {}
     for file in map(Path, files or []):
         if file.suffix != ".safetensors":
             raise CheckpointError(f"{file.name} is no safetensors file, and sparse24 checkpoints hold no other weights")
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            if size > file.stat().st_size:
-                raise CheckpointError(f"{file} is truncated or damaged; download or create the checkpoint again")
-            try:
-                merged |= json.loads(stream.read(size))
-            except ValueError as error:
-                raise CheckpointError(f"{file} is damaged ({error}); download or create the checkpoint again") from None
-    merged.pop("__metadata__", None)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    info = opened.get_slice(name)
+                    merged[name] = _OnDisk(tuple(info.get_shape()), _DTYPES.get(info.get_dtype()))
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged ({error}); {AGAIN}") from None
     if not merged:
         raise CheckpointError("sparse24 models are loaded from a directory or hub id; no safetensors files were given")
     return merged

@@ -205,7 +205,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             arrived = sum(len(shard) if isinstance(shard, tuple) else 1 for shard in shards)
             if arrived < self.merged and None not in shards:
                 raise CheckpointError(
-                    f"{self.prefix}.{suffix}: the checkpoint holds {arrived} of the {self.merged} tensors it is made of; "
+                    f"{self.prefix}.{suffix}: the checkpoint holds {arrived} of the {self.merged} tensors it needs; "
                     "download or create it again"
                 )
 
