@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -127,22 +128,21 @@ def _size(nbytes: float) -> str:
 
 
 def render(inspection: Inspection) -> RenderableType:
-    """A table with one row for each kind of module, and a line of totals."""
-    table = Table(title=f"{inspection.source} ({inspection.format})", title_justify="left")
+    """A table with one row for each kind of module, one for all vectors (norms, biases), and a line of totals."""
+    title = f"{inspection.source} ({inspection.format})"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("module", overflow="fold")
-    for column in ("count", "shape", "bits", "group", "pattern", "sparsity", "2:4", "size"):
-        table.add_column(column, justify="right")
+    for column in ("count", "shape", "weights", "zeros", "2:4", "size"):
+        table.add_column(column, justify="right", no_wrap=True)
     for same in _by_kind(inspection):
         first, total = same[0], sum(_count(t) for t in same)
         measured = [t for t in same if t.sparsity is not None]
         judged = [t for t in same if t.two_four is not None]
         table.add_row(
-            first.kind,
+            first.kind if len(first.shape) > 1 else "vectors",
             str(len(same)),
-            " x ".join(map(str, first.shape)),
-            str(first.bits),
-            "" if first.group_size is None else str(first.group_size),
-            first.pattern or "",
+            " x ".join(map(str, first.shape)) if len(first.shape) > 1 else "",
+            _weights(first),
             f"{sum((t.sparsity or 0) * _count(t) for t in measured) / total:.1%}" if measured and total else "",
             f"{sum(t.two_four is True for t in judged)}/{len(judged)}" if judged else "",
             _size(sum(t.nbytes for t in same)),
@@ -157,8 +157,16 @@ def render(inspection: Inspection) -> RenderableType:
     return Group(table, Text(summary))
 
 
+def _weights(report: TensorReport) -> str:
+    """How weights are stored: `int4 g64 2:4`, `bfloat16 2:4`, `bfloat16`."""
+    stored = report.dtype if report.group_size is None else f"int{report.bits} g{report.group_size}"
+    return f"{stored} {report.pattern or ''}".strip()
+
+
 def _by_kind(inspection: Inspection) -> Iterator[list[TensorReport]]:
     groups: dict[tuple[object, ...], list[TensorReport]] = {}
     for t in inspection.tensors:
-        groups.setdefault((t.kind, t.compressed, t.shape, t.bits, t.group_size, t.pattern), []).append(t)
-    yield from groups.values()
+        vector = len(t.shape) < 2
+        key = (vector, t.dtype) if vector else (t.kind, t.compressed, t.shape, t.dtype, t.bits, t.group_size, t.pattern)
+        groups.setdefault(key, []).append(t)
+    yield from sorted(groups.values(), key=lambda same: len(same[0].shape) < 2)

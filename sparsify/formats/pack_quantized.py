@@ -1,6 +1,7 @@
 """`pack-quantized`: the weight-only integer format of compressed-tensors (W4A16, W8A16), symmetric.
 
-Runs in stock transformers and stock vLLM without any plugin. Sparsity is not used: zeros are stored as codes 0.
+Runs in stock transformers and stock vLLM without any plugin (vLLM 0.32 on a CPU: 4 bits only, K and N multiples of 32).
+Sparsity is not used: zeros are stored as codes 0.
 
     weight_packed   int32 [N, K * bits / 32]     all codes in input order, offset binary, first code lowest
     weight_scale    bfloat16 or float16 [N, K/G] G = K: one scale per output channel

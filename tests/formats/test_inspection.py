@@ -77,12 +77,15 @@ def test_json_is_plain(made):
 
 
 def test_the_table_groups_blocks(made):
-    console = Console(width=140, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(render(inspect(made[0])))
     text = console.export_text()
     lines = [line for line in text.splitlines() if "mlp.up_proj" in line]
     assert len(lines) == 1 and " 3 " in lines[0] and "3/3" in lines[0] and "192 x 64" in lines[0]
+    assert "int4 g32 2:4" in lines[0] and "bfloat16 2:4" in text
+    assert "self_attn.q_proj" in text and "model.embed_tokens" in text  # nothing wraps in a narrow terminal
     assert "20 of 21 linears compressed, 19 are 2:4" in text
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
 
 
 def test_a_damaged_checkpoint_is_refused(made):
