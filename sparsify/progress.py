@@ -1,6 +1,6 @@
 """Progress bars with the time left, on stderr so that stdout stays clean for results."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -34,7 +34,7 @@ class Task:
 
 
 @contextmanager
-def progress_bar(description: str, total: float | None, completed: float = 0, quiet: bool = False) -> Iterator[Task]:
+def progress_bar(description: str, total: float | None, completed: int = 0, quiet: bool = False) -> Iterator[Task]:
     """A bar of `total` steps on stderr; silent when `quiet` is set or stderr is no terminal."""
     console = Console(stderr=True)
     columns = (
@@ -51,7 +51,7 @@ def progress_bar(description: str, total: float | None, completed: float = 0, qu
 
 def progress(items: Iterable[T], description: str, total: float | None = None, quiet: bool = False) -> Iterator[T]:
     """Iterate over `items` with a bar."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with progress_bar(description, total, quiet=quiet) as bar:
         for item in items:

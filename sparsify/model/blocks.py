@@ -293,7 +293,7 @@ def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[Line
     x: [B, T, d], a small hidden state. Returns the groups in call order, and for each linear that the walk cannot
     handle the reason why.
     """
-    linears = {m: name for name, m in block.named_modules() if type(m) is nn.Linear}
+    linears: dict[nn.Module, str] = {m: name for name, m in block.named_modules() if type(m) is nn.Linear}
     seen: dict[str, list[Tensor]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:

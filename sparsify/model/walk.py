@@ -164,7 +164,8 @@ class Walk:
         model.load(None)
         model.model.to(device) if device != "cpu" else None
         batch = max(1, TOKENS_PER_MICRO_BATCH // tokens.shape[1])
-        entered, self.calls = [], []
+        entered: list[Tensor] = []
+        self.calls: list[list[BlockCall]] = []
         for part in tokens.to(device).split(batch):
             hidden, calls = capture_calls(model, part)
             self.calls.append(share_equal(calls, self.calls[0]) if self.calls else calls)
