@@ -1,0 +1,117 @@
+"""Calibration tokens: rows of text as the model's own tokenizer sees it, always full, never padded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparsify.data.cache import cached, model_key, tokenizer_key
+from sparsify.data.pack import documents, rows_of, tokenize
+from sparsify.data.records import RECORD_FILES, file_records, hub_records, read_text
+from sparsify.errors import CalibrationError
+from sparsify.recipe.schema import Calibration
+from sparsify.recipe.sources import parse_source
+
+__all__ = ["calibration_tokens", "check_source"]
+
+CHARACTERS_PER_TOKEN = 64  # far above any tokenizer's mean: bounds how much of a huge text is tokenised
+LEAST_CHARACTERS = 1 << 26
+NOT_TEXT = {".json": "JSON", ".csv": "a table", ".tsv": "a table"}
+
+
+def calibration_tokens(
+    spec: Calibration,
+    tokenizer: Any,
+    model_factory: Callable[[], Any] | None = None,
+    cache_dir: Path | None = None,
+    key: str | None = None,
+    quiet: bool = False,
+) -> Tensor:
+    """The rows that a recipe calibrates on. Returns int64 [samples, sequence_length] on the CPU.
+
+    `self`: the model that `model_factory` returns samples them. `file:`: a plain text is tokenised whole and cut into
+    consecutive rows; records (.jsonl, .parquet) are documents one after another, in the order of the file. `hub:`: the
+    same with the records of a data set, shuffled by the seed.
+
+    With `cache_dir`, sampled and downloaded rows are kept there. `key` identifies the model (a hash of its checkpoint);
+    given, a hit calls no `model_factory`, not given, the weights of the loaded model are hashed.
+    Raises CalibrationError when the text is missing, unreadable or too short."""
+    source = parse_source(spec.source)
+    shape = (spec.samples, spec.sequence_length)
+    asked = {**spec.model_dump(), "tokenizer": tokenizer_key(tokenizer)}
+    if source.kind == "self":
+        return _own_text(spec, tokenizer, model_factory, cache_dir, asked, key, quiet)
+    if source.kind == "hub":
+        return cached(
+            cache_dir,
+            asked,
+            shape,
+            lambda: rows_of(documents(hub_records(source, spec.seed), tokenizer), *shape, spec.source),
+        )
+    path = check_source(spec)
+    assert path is not None
+    if path.suffix.lower() in RECORD_FILES:
+        return rows_of(documents(file_records(path), tokenizer), *shape, str(path))
+    limit = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * spec.samples * spec.sequence_length)
+    return rows_of([tokenize(tokenizer, read_text(path, limit))], *shape, str(path))
+
+
+def check_source(spec: Calibration) -> Path | None:
+    """The file that a `file:` source names, None for other sources. Cheap: call it before loading any model."""
+    path = parse_source(spec.source).path
+    if path is None:
+        return None
+    if path.is_dir():
+        raise CalibrationError(f"{path} is a directory; give one text file, .jsonl or .parquet, as calibration.source")
+    if not path.is_file():
+        raise CalibrationError(f"{path} does not exist (looked in {Path.cwd()}); give the path of the calibration text")
+    if path.suffix.lower() in NOT_TEXT:
+        raise CalibrationError(
+            f"{path} holds {NOT_TEXT[path.suffix.lower()]}, which would be read as prose; "
+            f'write it as .jsonl, one {{"text": "..."}} or {{"messages": [...]}} per line'
+        )
+    return path
+
+
+def _own_text(
+    spec: Calibration,
+    tokenizer: Any,
+    model_factory: Callable[[], Any] | None,
+    cache_dir: Path | None,
+    asked: dict[str, Any],
+    key: str | None,
+    quiet: bool,
+) -> Tensor:
+    if model_factory is None:
+        raise CalibrationError("calibration source self needs the model; give a text with calibration.source=file:PATH")
+    model = None
+    if cache_dir is not None and key is None:
+        model = model_factory()
+        key = model_key(model)
+
+    def sample() -> Tensor:
+        from sparsify.data.generate import sample_rows
+
+        writer = model if model is not None else model_factory()
+        limit = getattr(writer.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit is not None and spec.sequence_length > limit:
+            raise CalibrationError(
+                f"calibration.sequence_length is {spec.sequence_length} but the model reads at most {limit} tokens; lower it"
+            )
+        opening, endings = document_marks(tokenizer, writer)
+        return sample_rows(writer, spec.samples, spec.sequence_length, spec.seed, opening, endings, quiet)
+
+    return cached(cache_dir, {**asked, "model": key}, (spec.samples, spec.sequence_length), sample)
+
+
+def document_marks(tokenizer: Any, model: Any) -> tuple[int | None, set[int]]:
+    """The token that opens a document and those that end one. Models without the former (GPT-2, Qwen) open with the latter."""
+    declared = getattr(model.generation_config, "eos_token_id", None) if model.can_generate() else None
+    endings = {token for token in [tokenizer.eos_token_id, *_several(declared)] if token is not None}
+    opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return opening, endings
+
+
+def _several(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,0 +1,148 @@
+"""Text that the model writes itself: every token is checked against a plain forward pass without a cache."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+
+from sparsify.data import calibration_tokens
+from sparsify.data.generate import MAX_BATCH, batch_size, inverse_transform, sample_rows
+from sparsify.errors import CalibrationError
+from sparsify.recipe import Calibration
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SPEC = Calibration(samples=6, sequence_length=40, seed=3)
+
+
+def expected_rows(model: Any, samples: int, length: int, seed: int, opening: int, endings: set[int]) -> torch.Tensor:
+    """The definition, token by token in float64 on the whole text so far."""
+    draws = torch.rand(samples, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    result = []
+    for row in draws.tolist():
+        text = [opening]
+        for u in row[1:]:
+            if text[-1] in endings and text[-1] != opening:
+                text.append(opening)
+                continue
+            with torch.no_grad():
+                probability = torch.softmax(model(torch.tensor([text])).logits[0, -1].double(), -1)
+            cumulative = itertools.accumulate(probability.tolist())
+            text.append(next(token for token, below in enumerate(cumulative) if below > u))
+        result.append(text)
+    return torch.tensor(result)
+
+
+def test_every_token_is_drawn_from_the_models_distribution_of_the_whole_text_before_it(llama: Any) -> None:
+    endings = set(range(1, 300, 7))  # so many that documents do end
+    tokens = sample_rows(llama, 4, 32, seed=3, opening=0, endings=endings, quiet=True)
+    assert torch.equal(tokens, expected_rows(llama, 4, 32, 3, 0, endings))
+    assert (tokens[:, 1:] == 0).any(), "no document ended: the test would not see one being opened"
+
+
+def test_the_batching_does_not_change_the_text(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = sample_rows(llama, 6, 32, seed=3, opening=0, quiet=True)
+    monkeypatch.setattr("sparsify.data.generate.MAX_BATCH", 4)
+    monkeypatch.setattr("sparsify.data.generate.DRAW_ROWS", 2)
+    assert torch.equal(sample_rows(llama, 6, 32, seed=3, opening=0, quiet=True), together)
+
+
+def test_a_sliding_window_keeps_the_layers_own_cache() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, max_position_embeddings=128, initializer_range=0.3,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    assert torch.equal(sample_rows(model, 2, 24, 3, 0, quiet=True), expected_rows(model, 2, 24, 3, 0, set()))
+
+
+def test_a_model_that_opens_documents_with_the_ending_does_not_double_it(make_tokenizer: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1)
+    model = GPT2LMHeadModel(config).eval()
+    tokens = calibration_tokens(SPEC, make_tokenizer(bos=None), lambda: model, quiet=True)
+    assert torch.equal(tokens, expected_rows(model, 6, 40, 3, 1, {1}))
+    assert (tokens[:, 0] == 1).all()
+
+
+def test_without_any_mark_a_row_opens_with_a_drawn_token(llama: Any) -> None:
+    tokens = sample_rows(llama, 6, 16, seed=3, opening=None, quiet=True)
+    assert len(set(tokens[:, 0].tolist())) > 3
+
+
+def test_drawing_follows_the_probabilities() -> None:
+    """Chi-square of 20000 draws from 5 tokens: 4 degrees of freedom, 99.99% quantile 23.5."""
+    probability = torch.tensor([0.5, 0.25, 0.0, 0.2, 0.05], dtype=torch.float64)
+    u = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = torch.bincount(inverse_transform(probability.log().expand(20000, 5), u), minlength=5)
+    assert counts[2] == 0
+    expected = 20000 * probability
+    assert (((counts - expected) ** 2)[expected > 0] / expected[expected > 0]).sum() < 23.5
+    edges = inverse_transform(probability.log().expand(3, 5), torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
+    assert edges.tolist() == [0, 1, 4]
+
+
+def test_batches_are_bounded_by_their_keys_and_values(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = 2 * 2 * 2 * 2 * 8 * 64  # key and value, 2 bytes, 2 layers, 2 heads of 8, 64 tokens
+    assert batch_size(llama.config, 5, 64) == 5
+    assert batch_size(llama.config, MAX_BATCH + 2, 64) == (MAX_BATCH + 2) // 2
+    monkeypatch.setattr("sparsify.data.generate.CACHE_BYTES", 3 * row)
+    assert batch_size(llama.config, 10, 64) == 3 and batch_size(llama.config, 10, 1 << 20) == 1
+
+
+def test_rows_are_full_deterministic_and_differ_by_seed(tokenizer: Any, llama: Any) -> None:
+    llama.train()
+    tokens = calibration_tokens(SPEC, tokenizer, lambda: llama, quiet=True)
+    assert llama.training, "the model is given back as it came"
+    assert tokens.shape == (6, 40) and tokens.dtype == torch.long
+    assert (tokens[:, 0] == tokenizer.bos_token_id).all() and len(tokens.unique()) > 50
+    assert torch.equal(calibration_tokens(SPEC, tokenizer, lambda: llama, quiet=True), tokens)
+    other = calibration_tokens(SPEC.model_copy(update={"seed": 4}), tokenizer, lambda: llama, quiet=True)
+    assert not torch.equal(other, tokens)
+
+
+def test_sampled_rows_are_kept_per_model(tokenizer: Any, llama: Any, tmp_path: Path) -> None:
+    loads: list[int] = []
+
+    def factory() -> Any:
+        loads.append(1)
+        return llama
+
+    def get(**settings: Any) -> torch.Tensor:
+        return calibration_tokens(
+            SPEC, tokenizer, factory, cache_dir=tmp_path / "new" / "cache", quiet=True, **settings
+        )
+
+    first = get(key="checkpoint-1")
+    assert torch.equal(get(key="checkpoint-1"), first) and len(loads) == 1, "a hit needs no model"
+    by_weights = get()
+    assert torch.equal(get(), by_weights)
+    with torch.no_grad():
+        llama.lm_head.weight[5] += 1
+    assert not torch.equal(get(), by_weights), "other weights are another model"
+    assert len(list((tmp_path / "new" / "cache").glob("*"))) == 3
+
+
+def test_a_damaged_entry_is_made_again(tokenizer: Any, llama: Any, tmp_path: Path) -> None:
+    first = calibration_tokens(SPEC, tokenizer, lambda: llama, cache_dir=tmp_path, key="k", quiet=True)
+    (entry,) = tmp_path.iterdir()
+    whole = entry.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"garbage" * 100):
+        entry.write_bytes(content)
+        again = calibration_tokens(SPEC, tokenizer, lambda: llama, cache_dir=tmp_path, key="k", quiet=True)
+        assert torch.equal(again, first) and entry.read_bytes() == whole
+
+
+def test_what_cannot_be_sampled_is_refused(tokenizer: Any, llama: Any) -> None:
+    with pytest.raises(CalibrationError, match="source self needs the model"):
+        calibration_tokens(SPEC, tokenizer)
+    with pytest.raises(CalibrationError, match="sequence_length is 200 but the model reads at most 128"):
+        calibration_tokens(SPEC.model_copy(update={"sequence_length": 200}), tokenizer, lambda: llama)
+    with torch.no_grad():
+        llama.model.norm.weight[3] = float("nan")
+    with pytest.raises(CalibrationError, match="logits are NaN or infinite"):
+        calibration_tokens(SPEC, tokenizer, lambda: llama)
