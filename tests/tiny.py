@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 96
+CHARACTERS = [chr(code) for code in range(33, 33 + VOCABULARY - 4)]
 COMMON = dict(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -45,10 +46,11 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: object) -> torch
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0, w1, ... of a fixed vocabulary, split at white space."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 4))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    """One token per printable character: a byte-level BPE without merges, which every family's tokenizer class accepts."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )
@@ -63,9 +65,9 @@ def save_tiny(
     return directory
 
 
-def tiny_text(file: Path, words: int = 4000, seed: int = 0) -> Path:
-    """Random text in the tiny tokenizer's words."""
+def tiny_text(file: Path, characters: int = 4000, seed: int = 0) -> Path:
+    """Random text in the tiny tokenizer's characters."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(0, VOCABULARY - 4, (words,), generator=generator).tolist()
-    file.write_text(" ".join(f"w{n}" for n in numbers))
+    numbers = torch.randint(0, len(CHARACTERS), (characters,), generator=generator).tolist()
+    file.write_text("".join(CHARACTERS[n] for n in numbers))
     return file

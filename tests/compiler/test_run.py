@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import FAMILIES, save_tiny, tiny_text
 from transformers import AutoModelForCausalLM
 
 import sparsify.compiler.run as run
@@ -17,6 +16,7 @@ from sparsify.errors import CalibrationError, CheckpointError, NumericalError, R
 from sparsify.formats.directory import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
+from tests.tiny import FAMILIES, save_tiny, tiny_text
 
 JOINT = """
 version: 1
@@ -46,7 +46,7 @@ def recipe(tmp_path):
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_becomes_a_two_four_checkpoint(tmp_path, recipe, family):
-    source = save_tiny(tmp_path / "dense", family)
+    source = save_tiny(tmp_path / "source", family)
     result = apply(recipe(), str(source), tmp_path / "out", quiet=True)
     opened = open_compressed(tmp_path / "out")
     layers = {layer["module"] for layer in result.metrics["layers"]}
@@ -76,7 +76,7 @@ def test_every_family_becomes_a_two_four_checkpoint(tmp_path, recipe, family):
 
 def test_evaluated_weights_are_the_exported_ones(tmp_path, recipe):
     """The weights a checkpoint decodes to give the errors that were recorded while compressing, on an independent forward."""
-    source = save_tiny(tmp_path / "dense")
+    source = save_tiny(tmp_path / "source")
     result = apply(recipe("dense"), str(source), tmp_path / "out", quiet=True)
     sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -101,11 +101,11 @@ def test_evaluated_weights_are_the_exported_ones(tmp_path, recipe):
         W = dense.get_submodule(layer["module"]).weight.double()
         What = sparse.get_submodule(layer["module"]).weight.double()
         error = (X @ (W - What).t()).square().sum() / (X @ W.t()).square().sum()
-        assert layer["relative_error"] == pytest.approx(float(error), rel=0.02)
+        assert layer["relative_error"] == pytest.approx(error.item(), rel=0.02)
 
 
 def test_formats_decode_to_the_same_weights(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     states = {}
     for format in ("sparse24", "pack-quantized", "dense"):
         apply(recipe(format), str(source), tmp_path / format, quiet=True)
@@ -117,7 +117,7 @@ def test_formats_decode_to_the_same_weights(tmp_path, recipe):
 
 
 def test_data_free_recipes_never_run_the_model(tmp_path, monkeypatch):
-    source = save_tiny(tmp_path / "dense")
+    source = save_tiny(tmp_path / "source")
     monkeypatch.setattr(run, "Walk", None)
     monkeypatch.setattr(run, "calibration_tokens", None)
     result = apply(parse_recipe(DATA_FREE), str(source), tmp_path / "out", quiet=True)
@@ -128,7 +128,7 @@ def test_data_free_recipes_never_run_the_model(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("killed_at", [0, 1, 2])
 def test_killed_and_resumed_is_byte_identical(tmp_path, recipe, monkeypatch, killed_at):
-    source = save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     apply(recipe(), str(source), tmp_path / "whole", quiet=True)
     write = run.CheckpointWriter.write_part
 
@@ -154,7 +154,7 @@ def test_killed_and_resumed_is_byte_identical(tmp_path, recipe, monkeypatch, kil
 
 
 def test_resume_with_another_recipe_is_refused(tmp_path, recipe, monkeypatch):
-    source = save_tiny(tmp_path / "dense")
+    source = save_tiny(tmp_path / "source")
     monkeypatch.setattr(run.CheckpointWriter, "finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         apply(recipe(), str(source), tmp_path / "out", quiet=True)
@@ -163,7 +163,7 @@ def test_resume_with_another_recipe_is_refused(tmp_path, recipe, monkeypatch):
 
 
 def test_float16_checkpoints_stay_float16(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense", dtype=torch.float16)
+    source = save_tiny(tmp_path / "source", dtype=torch.float16)
     apply(recipe(), str(source), tmp_path / "out", quiet=True)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
     opened = open_compressed(tmp_path / "out")
@@ -171,7 +171,7 @@ def test_float16_checkpoints_stay_float16(tmp_path, recipe):
 
 
 def test_what_cannot_be_compressed_stays_dense_and_is_listed(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense", intermediate_size=120)  # 120 is no multiple of 16
+    source = save_tiny(tmp_path / "source", intermediate_size=120)  # 120 is no multiple of 16
     plan = make_plan(recipe(), str(source))
     assert all("down_proj" in name for name in plan.dense_modules() if "mlp" in name)
     result = apply(recipe(), str(source), tmp_path / "out", quiet=True)
@@ -181,7 +181,7 @@ def test_what_cannot_be_compressed_stays_dense_and_is_listed(tmp_path, recipe):
 
 
 def test_ignored_linears_stay_as_they_were(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     ignore = ("passes.0.prune.ignore=[lm_head, o_proj]", "passes.1.quantize.ignore=[lm_head, o_proj]")
     apply(recipe("sparse24", *ignore), str(source), tmp_path / "out", quiet=True)
     opened = open_compressed(tmp_path / "out")
@@ -191,7 +191,7 @@ def test_ignored_linears_stay_as_they_were(tmp_path, recipe):
 
 def test_prune_and_quantize_may_cover_different_linears(tmp_path, recipe):
     """down_proj is quantized but not pruned; it shares a checkpoint, and in q,k,v even a group, with pruned ones."""
-    source = save_tiny(tmp_path / "dense")
+    source = save_tiny(tmp_path / "source")
     apply(recipe("sparse24", "passes.0.prune.ignore=[v_proj, down_proj]"), str(source), tmp_path / "out", quiet=True)
     opened = open_compressed(tmp_path / "out")
     assert opened.modules["model.layers.0.self_attn.v_proj"].pattern == "dense"
@@ -200,20 +200,20 @@ def test_prune_and_quantize_may_cover_different_linears(tmp_path, recipe):
 
 
 def test_nothing_to_do_is_refused(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense")
+    source = save_tiny(tmp_path / "source")
     with pytest.raises(RecipeError, match="changes no linear"):
         make_plan(recipe("sparse24", 'passes.0.prune.ignore=["*"]', 'passes.1.quantize.ignore=["*"]'), str(source))
 
 
 def test_too_little_text_is_refused_and_leaves_no_output(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense")
+    source = save_tiny(tmp_path / "source")
     with pytest.raises(CalibrationError, match="samples"):
         apply(recipe("sparse24", "calibration.samples=500"), str(source), tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_nan_weights_are_named(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense")
+    source = save_tiny(tmp_path / "source")
     state = load_file(source / "model.safetensors")
     state["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(state, source / "model.safetensors", {"format": "pt"})
@@ -225,7 +225,7 @@ def test_nan_weights_are_named(tmp_path, recipe):
 
 
 def test_truncated_checkpoint_is_refused(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense")
+    source = save_tiny(tmp_path / "source")
     data = (source / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(data[:-100])
     with pytest.raises(CheckpointError, match="truncated"):
@@ -233,34 +233,34 @@ def test_truncated_checkpoint_is_refused(tmp_path, recipe):
 
 
 def test_compressed_input_is_refused(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense")
+    source = save_tiny(tmp_path / "source")
     apply(recipe(), str(source), tmp_path / "out", quiet=True)
     with pytest.raises(CheckpointError, match="compressed already"):
         make_plan(recipe(), str(tmp_path / "out"))
 
 
 def test_existing_output_is_refused(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense")
+    source = save_tiny(tmp_path / "source")
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         apply(recipe(), str(source), tmp_path / "out", quiet=True)
 
 
 def test_sharded_checkpoints_give_the_same_result(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     sharded = tmp_path / "sharded"
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(sharded, max_shard_size="60KB")
     for file in source.glob("tokenizer*"):
         shutil.copy(file, sharded)
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    for name in ("dense", "sharded"):
+    for name in ("source", "sharded"):
         apply(recipe(), str(tmp_path / name), tmp_path / f"out-{name}", quiet=True)
-    one, other = ((tmp_path / f"out-{name}" / "model.safetensors").read_bytes() for name in ("dense", "sharded"))
+    one, other = ((tmp_path / f"out-{name}" / "model.safetensors").read_bytes() for name in ("source", "sharded"))
     assert one == other
 
 
 def test_estimated_size_is_the_size(tmp_path, recipe):
-    source = save_tiny(tmp_path / "dense", dtype=torch.bfloat16)
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     for format in ("sparse24", "pack-quantized", "dense"):
         plan = make_plan(recipe(format), str(source))
         result = apply(recipe(format), str(source), tmp_path / format, quiet=True)
