@@ -65,6 +65,7 @@ def evaluate_all(
     text:   a plain text file (`PATH` or `file:PATH`), or None for text that the dense model samples from itself
     sequence_length, chunks: 1024 and 48 on a file, 512 and 16 on sampled text, unless given
     labels: names for the results instead of the specs
+    cache_dir: where sampled text is kept for the next time
     """
     if not models:
         raise SparsifyError("nothing to evaluate: give at least one model directory")
@@ -81,7 +82,7 @@ def evaluate_all(
     loaded = [_load(spec, reference, device) for spec in models]
     if ids is None:
         assert reference is not None
-        ids = self_chunks(reference.model, tokenizer, length, count, cache_dir)
+        ids = self_chunks(reference.model, tokenizer, length, count, cache_dir, quiet)
 
     started = time.perf_counter()
     scores, dense_score = score_models(

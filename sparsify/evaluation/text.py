@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsify.data import calibration_tokens
 from sparsify.errors import SparsifyError
 from sparsify.evaluation.score import chunked
+from sparsify.recipe.schema import Calibration
 
 SELF = "self"
 
@@ -39,12 +40,13 @@ def file_chunks(path: str | Path, tokenizer: Any, sequence_length: int, chunks: 
 
 
 def self_chunks(
-    dense: nn.Module, tokenizer: Any, sequence_length: int, chunks: int, cache_dir: Path | None = None
+    dense: nn.Module,
+    tokenizer: Any,
+    sequence_length: int,
+    chunks: int,
+    cache_dir: Path | None = None,
+    quiet: bool = False,
 ) -> Tensor:
     """Text that the dense model samples from itself at temperature 1. Returns [C, S]."""
-    from sparsify.data import calibration_tokens
-    from sparsify.recipe.schema import Calibration
-
     spec = Calibration(source=SELF, samples=chunks, sequence_length=sequence_length, seed=SELF_SEED)
-    factory: Callable[[], Any] = lambda: dense  # noqa: E731 - the model is loaded already
-    return calibration_tokens(spec, tokenizer, factory, cache_dir=cache_dir)
+    return calibration_tokens(spec, tokenizer, lambda: dense, cache_dir=cache_dir, quiet=quiet)
