@@ -58,6 +58,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         tensors = {name: _tensor_info(file, entry, size - 8 - length) for name, entry in header.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing; download or create the checkpoint again") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} has a damaged header ({error}); download or create it again") from None
     return tensors, metadata
@@ -70,6 +72,10 @@ def _tensor_info(file: Path, entry: dict[str, Any], available: int) -> TensorInf
     if not 0 <= begin <= end <= available:
         raise CheckpointError(f"{file} is truncated: a tensor ends at byte {end} of {available}; download it again")
     return TensorInfo(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], end - begin)
+
+
+def _is_plain_file_name(name: object) -> bool:
+    return isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,8 @@ class Checkpoint:
             return {}
         index = read_json(path)
         files = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(files, dict) or not all(isinstance(f, str) and f == Path(f).name for f in files.values()):
-            raise CheckpointError(f"{path}: weight_map must map tensor names to file names in the same directory")
+        if not isinstance(files, dict) or not all(_is_plain_file_name(file) for file in files.values()):
+            raise CheckpointError(f"{path}: weight_map must map tensor names to .safetensors files in the same directory")
         return files
 
     def weight_files(self) -> list[Path]:
@@ -224,9 +230,13 @@ def _from_gguf(file: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{file} cannot be read as a GGUF model: {error}") from None
-    with atomic_directory(target) as aside:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+    try:
+        with atomic_directory(target) as aside:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+    except (CheckpointError, OSError):
+        if not target.exists():  # otherwise another process unpacked the same file meanwhile
+            raise
     return target
 
 

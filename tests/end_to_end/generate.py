@@ -1,6 +1,6 @@
 """One vLLM engine in a process of its own: reads a JSON job on stdin, writes tokens and log-probabilities to a file.
 
-    python generate.py RESULT < JOB     JOB = {"prompts": [[ids]], "engine": {keywords of vllm.LLM}}
+python generate.py RESULT < JOB     JOB = {"prompts": [[ids]], "engine": {keywords of vllm.LLM}}
 """
 
 import json

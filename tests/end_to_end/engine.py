@@ -1,0 +1,87 @@
+"""vLLM engines for tests: each a process of its own that answers all prompts once; comparisons that know rounding."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [10, 90, 80, 70, 60, 50, 40, 30], list(range(3, 93))]
+BFLOAT16_NOISE = 0.06  # in log-probabilities of these models: measured 0.03 at most
+SCRIPT = Path(__file__).with_name("generate.py")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one engine said. tokens: [prompt][step]; logprobs: [prompt][step] of the best few tokens; log: its output."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[dict[int, float]]]
+    log: str
+
+
+def serve(
+    model: Path,
+    scratch: Path,
+    environment: dict[str, str] | None = None,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    **engine: Any,
+) -> Answers:
+    """Start vLLM on `model`, answer the prompts greedily, stop."""
+    settings = {
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "seed": 0,
+        "skip_tokenizer_init": True,
+    }
+    job = {"prompts": [list(prompt) for prompt in prompts], "engine": {"model": str(model), **settings, **engine}}
+    variables = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # any machine, any number of ranks
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if "tensor_parallel_size" in engine else "0",
+        "OMP_NUM_THREADS": "1" if "tensor_parallel_size" in engine else str(os.cpu_count() or 1),
+        **(environment or {}),
+    }
+    result = scratch / "answers.json"
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), str(result)],
+        input=json.dumps(job), env=variables, cwd=scratch, text=True, timeout=900,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert run.returncode == 0 and result.is_file(), f"vLLM failed:\n{run.stdout[-6000:]}"
+    answers = json.loads(result.read_text())
+    steps = [[{int(t): p for t, p in step.items()} for step in answer["logprobs"]] for answer in answers]
+    return Answers([answer["tokens"] for answer in answers], steps, run.stdout)
+
+
+def assert_same(ours: Answers, theirs: Answers, noise: float = BFLOAT16_NOISE) -> None:
+    """Equal tokens, or a tie within `noise` at the first difference; and equal log-probabilities within it until then."""
+    for a, b, of_a, of_b in zip(ours.tokens, theirs.tokens, ours.logprobs, theirs.logprobs, strict=True):
+        assert len(a) == len(b)
+        for chosen_a, chosen_b, p, q in zip(a, b, of_a, of_b, strict=True):
+            shared = p.keys() & q.keys()
+            assert len(shared) >= 2 and all(abs(p[token] - q[token]) <= noise for token in shared)
+            if chosen_a != chosen_b:
+                assert {chosen_a, chosen_b} <= shared and abs(p[chosen_a] - p[chosen_b]) <= noise
+                break  # the texts part here
+
+
+def assert_follows(answers: Answers, model: Path, noise: float, dtype: torch.dtype = torch.float32) -> None:
+    """The log-probabilities are those that transformers computes for `model` in `dtype`, fed with the same tokens."""
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    for prompt, tokens, steps in zip(PROMPTS, answers.tokens, answers.logprobs, strict=True):
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+        exact = logits.log_softmax(1)
+        for step, (token, found) in enumerate(zip(tokens, steps, strict=True)):
+            assert exact[step].max() - exact[step, token] <= noise
+            for other, logprob in found.items():
+                assert abs(exact[step, other].item() - logprob) <= noise

@@ -1,0 +1,59 @@
+"""The main job on the real embedded LLM: the contract of `2of4-w4a16`, measured by the protocol and served by vLLM."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from sparsify.cli import main
+from sparsify.formats.directory import open_compressed
+from sparsify.model.linear import is_two_four
+from tests.end_to_end.engine import assert_same, serve
+
+pytestmark = pytest.mark.e2e
+
+TEXTS = [
+    "The capital of France is",
+    "In 1969, two astronauts landed on the moon. They",
+    "def fibonacci(n):\n    ",
+    "Water boils at a temperature of",
+    "She opened the old wooden door and",
+]
+LINEARS = 30 * 7
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory, embedded: str, shared_data: Path) -> Path:
+    """`sparsify apply 2of4-w4a16` on WikiText-2, with the evaluation that its recipe can ask for."""
+    output = tmp_path_factory.mktemp("embedded") / "sparse24"
+    arguments = ["apply", "2of4-w4a16", "--model", embedded, "--output", str(output), "--quiet"]
+    arguments += ["--set", f"calibration.source=file:{shared_data / 'wikitext2-valid.txt'}"]
+    arguments += ["--set", f"evaluation={{text: 'file:{shared_data / 'wikitext2-test.txt'}'}}"]
+    assert main(arguments) == 0
+    return output
+
+
+def test_perplexity_is_below_the_bound(compiled: Path) -> None:
+    evaluation = json.loads((compiled / "metrics.json").read_text())["evaluation"]
+    assert evaluation["dense_perplexity"] == pytest.approx(21.30, abs=0.02)
+    assert evaluation["perplexity"] < 44
+
+
+def test_every_target_linear_is_two_four(compiled: Path) -> None:
+    opened = open_compressed(compiled)
+    assert len(opened.modules) == LINEARS
+    for module in opened.modules:
+        linear = opened.linear(module)
+        assert (linear.bits, linear.group_size, linear.pattern) == (4, 64, "2:4")
+        assert is_two_four(linear.dense(torch.float32))
+
+
+def test_vllm_answers_as_the_same_weights_served_dense(compiled: Path, tmp_path: Path, needs_vllm: None) -> None:
+    assert main(["export", str(compiled), "--format", "dense", "--output", str(tmp_path / "dense"), "--quiet"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(compiled)
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
+    sparse, dense = (serve(model, tmp_path, prompts=prompts) for model in (compiled, tmp_path / "dense"))
+    assert "sparse24: back end" in sparse.log and "sparse24: back end" not in dense.log
+    assert_same(sparse, dense)
