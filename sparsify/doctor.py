@@ -1,6 +1,7 @@
 """`sparsify doctor`: what is installed, what this machine can run, what is missing and the command that gets it.
 
-Every check is a function that returns findings; none of them raises, installs or changes anything.
+Every check is a function that returns findings; none of them raises, installs or changes anything. (Native kernels are
+built into their cache, if they are not there yet: whether they work is only known then.)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.text import Text
 from sparsify.bench.machine import GIB, cpu_model, memory_bytes, usable_cores
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
+from sparsify.native import find_compiler, known_kernels, open_library
 
 # ok: works. note: absent or slower, and nothing needs it here. missing: some command will not work. broken: it harms.
 Status = Literal["ok", "note", "missing", "broken"]
@@ -99,7 +101,8 @@ class Report:
 def examine() -> Report:
     """Look at everything; takes a few seconds, most of them to import torch."""
     findings = [*python_findings(), *package_findings(), *trap_findings(TRAP), *plugin_findings(os.environ)]
-    findings += [*cpu_findings(), *gpu_findings(), *compiler_findings(), *backend_findings(), *cache_findings()]
+    findings += [*cpu_findings(), *gpu_findings(), *compiler_findings(), *native_findings()]
+    findings += [*backend_findings(), *cache_findings()]
     return Report(findings)
 
 
@@ -311,13 +314,12 @@ def gpu_findings() -> list[Finding]:
 def compiler_findings() -> list[Finding]:
     """vLLM's torch.compile and our native kernels are built on this machine."""
     findings = []
-    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX", "").strip() else []
-    found = next((path for name in [*names, "g++", "clang++"] if (path := shutil.which(name))), None)
-    if found is None:
+    compiler = find_compiler()
+    if compiler is None:
         detail = "torch.compile in vLLM and native kernels need one"
         findings.append(Finding("compiler", "C++ compiler", "missing", detail, "apt-get install g++"))
     else:
-        findings.append(Finding("compiler", "C++ compiler", "ok", f"{first_line([found, '--version'])} ({found})"))
+        findings.append(Finding("compiler", "C++ compiler", "ok", f"{compiler.version} ({' '.join(compiler.command)})"))
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     if not headers.exists():
         fix = f"apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev"
@@ -340,6 +342,22 @@ def first_line(command: Sequence[str], containing: str = "") -> str:
     return next(
         (line.strip() for line in run.stdout.splitlines() if containing in line and line.strip()), "unknown version"
     )
+
+
+def native_findings() -> list[Finding]:
+    """Whether each native kernel builds and loads; without one the work is done by slower PyTorch code."""
+    try:
+        names = known_kernels()
+    except SparsifyError as error:
+        return [Finding("native", "kernels", "broken", str(error), f"pip install --force-reinstall {DISTRIBUTION}")]
+    findings = []
+    for name in names:
+        try:
+            library = open_library(name)
+            findings.append(Finding("native", name, "ok", f"built and loaded ({Path(library._name).name})"))
+        except SparsifyError as error:
+            findings.append(Finding("native", name, "note", f"{error}; slower PyTorch code is used"))
+    return findings
 
 
 def backend_findings() -> list[Finding]:

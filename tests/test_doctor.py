@@ -90,6 +90,17 @@ def test_without_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert status["CUDA compiler"] == "note"
 
 
+def test_native_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SPARSIFY_NATIVE", raising=False)
+    if doctor.find_compiler() is not None:
+        assert {f.status for f in doctor.native_findings()} == {"ok"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "empty"))
+    findings = doctor.native_findings()
+    assert findings and all(f.status == "note" and "no C++ compiler" in f.detail for f in findings)
+
+
 def test_a_compiler_that_does_not_run(tmp_path: Path) -> None:
     broken = tmp_path / "g++"
     broken.write_text("no program")
@@ -144,6 +155,6 @@ def test_this_environment_is_healthy() -> None:
     assert report.healthy, report.summary()
     data = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert data["healthy"] is True
-    assert {"python", "packages", "cpu", "gpu", "compiler", "back ends", "disk"} == {
+    assert {"python", "packages", "cpu", "gpu", "compiler", "native", "back ends", "disk"} == {
         f["area"] for f in data["findings"]
     }

