@@ -89,13 +89,10 @@ def recipe_evaluation(recipe: "Recipe", quiet: bool) -> Callable[[Path], dict[st
 
 def report(args: argparse.Namespace) -> Outcome:
     from sparsify.files import read_json
-    from sparsify.report import write_report
+    from sparsify.report import report_on
 
-    directory = Path(args.directory)
     evaluation, bench = (read_json(file) if file else None for file in (args.evaluation, args.bench))
-    page = write_report(
-        args.output or directory / "report.html", read_json(directory / "metrics.json"), evaluation, bench
-    )
+    page = report_on(Path(args.directory), args.output, evaluation, bench, dense=args.dense)
     return Outcome({"report": str(page)}, [f"report: {page}"])
 
 
@@ -332,6 +329,7 @@ def command_parser() -> argparse.ArgumentParser:
     command.add_argument("directory", metavar="DIR", help="checkpoint directory that `sparsify apply` wrote")
     command.add_argument("--evaluation", metavar="FILE", help="output of `sparsify eval --json`")
     command.add_argument("--bench", metavar="FILE", help="output of `sparsify bench --json`")
+    command.add_argument("--dense", metavar="M", help="the dense model, to split its size into linears and the rest")
     command.add_argument("--output", "-o", metavar="FILE", help="where to write (default DIR/report.html)")
 
     benchmarks = commands.add_parser(

@@ -12,13 +12,13 @@ from rich.panel import Panel
 from rich.table import Table
 
 from sparsify.bench import BenchOptions, BenchResult, LatencyWorkload, ThroughputWorkload, measure, require_vllm
-from sparsify.compiler.run import METRICS, apply
+from sparsify.compiler.run import apply
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import EvaluationResult, evaluate_all
-from sparsify.files import read_json, write_json
+from sparsify.files import write_json
 from sparsify.formats.export import export
 from sparsify.recipe import load_recipe
-from sparsify.report import write_report
+from sparsify.report import report_on
 
 MODEL = "embedded:smollm2-135m-instruct"
 RECIPE = "quickstart"
@@ -63,7 +63,7 @@ class Demo:
             ratios = speed.ratios
             table.add_row(
                 evaluation.model,
-                f"{speed.nbytes / 1e6:.0f} MB ({1 / ratios['size']:.2f}x)" if ratios["size"] else "",
+                f"{speed.nbytes / 1e6:.0f} MB ({ratios['size']:.2f}x)",
                 f"{evaluation.perplexity:.2f}",
                 f"{evaluation.kl:.3f}" if evaluation.kl is not None else "",
                 f"{evaluation.top1_agreement:.0%}" if evaluation.top1_agreement is not None else "",
@@ -110,9 +110,8 @@ def run_demo(output: str | Path, quiet: bool = False) -> Demo:
         LABELS,
     )
     demo = Demo(output, evaluations, speed)
-    compressed = [result.to_json() for result in evaluations]
     write_json(output / RESULT, demo.to_json())
-    write_report(output / REPORT, read_json(sparse / METRICS), compressed, speed.to_json())
+    report_on(sparse, output / REPORT, [result.to_json() for result in evaluations], speed.to_json(), dense=dense)
     return demo
 
 

@@ -114,7 +114,9 @@ class Checkpoint:
         index = read_json(path)
         files = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(files, dict) or not all(_is_plain_file_name(file) for file in files.values()):
-            raise CheckpointError(f"{path}: weight_map must map tensor names to .safetensors files in the same directory")
+            raise CheckpointError(
+                f"{path}: weight_map must map tensor names to .safetensors files in the same directory"
+            )
         return files
 
     def weight_files(self) -> list[Path]:
@@ -228,7 +230,7 @@ def _from_gguf(file: Path) -> Path:
             quantization_config=GgufConfig(gguf_file=name, dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # the parser fails in many ways on bytes that are no GGUF
         raise CheckpointError(f"{file} cannot be read as a GGUF model: {error}") from None
     try:
         with atomic_directory(target) as aside:
