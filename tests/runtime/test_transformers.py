@@ -1,0 +1,225 @@
+"""`from_pretrained` on sparse24 directories: right numbers, right bytes back, nothing damaged gets through."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+import sparsify  # noqa: F401  what a user has to write
+from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.formats.directory import open_compressed
+from sparsify.runtime.module import Sparse24Linear
+from tests.compressed import MIXED, compress, make_dense
+
+FAMILIES = ["llama", "qwen2", "phi3", "opt", "gpt_neox"]
+IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with linears of every kind: `sparse24` and `dense` in one folder."""
+    root = tmp_path_factory.mktemp("llama")
+    make_dense("llama", root / "model")
+    for format in ("sparse24", "dense"):
+        compress(root / "model", root / format, format, MIXED)
+    return root
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_dense_export(family: str, tmp_path: Path) -> None:
+    make_dense(family, tmp_path / "model")
+    for format in ("sparse24", "dense"):
+        compress(tmp_path / "model", tmp_path / format, format)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse24", dtype=torch.bfloat16)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    replaced = [module.name for module in ours.modules() if isinstance(module, Sparse24Linear)]
+    assert set(replaced) == set(open_compressed(tmp_path / "sparse24").modules) and replaced
+    assert torch.equal(logits(ours), logits(dense))
+
+
+def test_every_kind_of_linear_in_one_model(llama: Path) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(llama / "sparse24", dtype=torch.bfloat16)
+    kinds = {(m.scheme.bits, m.scheme.pattern) for m in ours.modules() if isinstance(m, Sparse24Linear)}
+    assert kinds == {(4, "2:4"), (8, "2:4"), (16, "2:4"), (8, "dense")}
+    assert isinstance(ours.lm_head, Sparse24Linear)
+    dense = AutoModelForCausalLM.from_pretrained(llama / "dense", dtype=torch.bfloat16)
+    assert torch.equal(logits(ours), logits(dense))
+
+
+def test_float32_is_decoded_in_float32(llama: Path) -> None:
+    """Not the bfloat16 weights widened: scale * code with all its bits."""
+    ours = AutoModelForCausalLM.from_pretrained(llama / "sparse24", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(llama / "dense", dtype=torch.float32)
+    widened = logits(dense)
+    compressed = open_compressed(llama / "sparse24")
+    for name in compressed.modules:
+        module = dense.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        linear = compressed.linear(name)
+        if linear.codes is not None:
+            scale = linear.scale.double().repeat_interleave(linear.group_size, 1)
+            module.weight.data = (linear.codes.double() * scale).float()
+    assert not torch.equal(logits(dense), widened)
+    torch.testing.assert_close(logits(ours), logits(dense), rtol=1e-5, atol=1e-6)
+
+
+def test_generates_and_compiles(llama: Path) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(llama / "sparse24", dtype=torch.bfloat16)
+    dense = AutoModelForCausalLM.from_pretrained(llama / "dense", dtype=torch.bfloat16)
+    greedy: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(ours.generate(IDS, **greedy), dense.generate(IDS, **greedy))
+    expected = logits(ours)
+    ours.forward = torch.compile(ours.forward, backend="aot_eager")
+    torch.testing.assert_close(logits(ours), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_model_without_its_head(llama: Path) -> None:
+    base = AutoModel.from_pretrained(llama / "sparse24", dtype=torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(llama / "sparse24", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(base(IDS).last_hidden_state, whole.model(IDS).last_hidden_state)
+
+
+def test_save_pretrained_gives_back_the_bytes(llama: Path, tmp_path: Path) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(llama / "sparse24", dtype=torch.float32)
+    ours.save_pretrained(tmp_path)
+    before, after = (load_file(directory / "model.safetensors") for directory in (llama / "sparse24", tmp_path))
+    assert before.keys() == after.keys()
+    for name in (name for name in before if ".weight_" in name):  # the rest was asked for in float32
+        assert before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]), name
+    old, new = (json.loads((d / "config.json").read_text()) for d in (llama / "sparse24", tmp_path))
+    assert old["quantization_config"] == new["quantization_config"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(again), logits(ours))
+
+
+def test_scales_keep_their_type_and_bits(llama: Path, tmp_path: Path) -> None:
+    """float16 scales, which bfloat16 cannot hold, in a bfloat16 model: neither loading nor .to() rounds them."""
+    compress(llama / "model", tmp_path / "half", scale_dtype=torch.float16)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    name = "model.layers.1.mlp.gate_proj"
+    gate, linear = ours.get_submodule(name), open_compressed(tmp_path / "half").linear(name)
+    stored = linear.scale
+    assert stored.dtype == torch.float16 and not torch.equal(stored, stored.bfloat16().half())
+    for dtype in (None, torch.float32, torch.bfloat16):
+        ours.to(dtype)
+        assert torch.equal(gate.weight_scale, stored)
+        x = torch.randn(5, gate.in_features, dtype=dtype or torch.bfloat16)
+        expected = nn.functional.linear(x, linear.dense(x.dtype))
+        assert torch.equal(gate(x), expected)
+
+
+def test_copies_prepare_their_own_weights(llama: Path) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(llama / "sparse24", dtype=torch.bfloat16)
+    other = copy.deepcopy(ours)
+    expected = logits(ours)
+    del ours
+    assert torch.equal(logits(other), expected)
+
+
+def test_gradients_are_refused_by_name(llama: Path) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(llama / "sparse24", dtype=torch.float32)
+    assert ours(IDS).logits.shape == (1, 8, 96)  # fine without no_grad, as long as nobody wants gradients
+    embedded = ours.get_input_embeddings()(IDS).requires_grad_()
+    with pytest.raises(SparsifyError, match=r"model\.layers\.0\.self_attn\.q_proj: sparse24 weights have no gradient"):
+        ours(inputs_embeds=embedded)
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def _edit(tensors: dict[str, torch.Tensor], name: str, how: str) -> None:
+    tensor = tensors[name].clone()
+    if how == "descending":
+        tensor[0, 0] = 0x01  # first position 1, second 0
+    elif how == "nan":
+        tensor[1, 0] = float("nan")
+    elif how == "rows":
+        tensor = tensor[:-1].contiguous()
+    elif how == "wide":
+        tensor = tensor.to(torch.int64 if tensor.dtype == torch.int32 else torch.float32)
+    elif how == "missing":
+        del tensors[name]
+        return
+    tensors[name] = tensor
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (f"{Q}.weight_meta", "descending"), (f"{Q}.weight_meta", "missing"), (f"{Q}.weight_meta", "rows"),
+        (f"{Q}.weight_scale", "nan"), (f"{Q}.weight_scale", "wide"), (f"{Q}.weight_scale", "missing"),
+        (f"{Q}.weight_packed", "rows"), (f"{Q}.weight_packed", "wide"), (f"{Q}.weight_packed", "missing"),
+        ("model.layers.0.self_attn.o_proj.weight_values", "nan"),
+        ("model.layers.1.mlp.down_proj.weight_scale", "rows"),
+    ],
+)  # fmt: skip
+def test_damaged_tensors_are_refused_by_name(llama: Path, tmp_path: Path, name: str, how: str) -> None:
+    tensors = load_file(llama / "sparse24" / "model.safetensors")
+    _edit(tensors, name, how)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((llama / "sparse24" / "config.json").read_text())
+    named = name if how != "rows" or "meta" not in name else name.rpartition(".")[0]
+    with pytest.raises(CheckpointError, match=named.replace(".", r"\.")):
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 99}, "version 1.*99; update sparsify"),
+        ({"bits": 3}, "expected bits 4, 8 or 16"),
+        ({"modules": []}, "modules must map"),
+        ({"ignore": ["model.embed_tokens"]}, r"model\.layers\.1\.self_attn\.o_proj.*is compressed"),
+    ],
+)
+def test_impossible_configurations_are_refused(
+    llama: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    config = json.loads((llama / "sparse24" / "config.json").read_text())
+    config["quantization_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(llama / "sparse24" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_files_of_another_model_are_refused(llama: Path, tmp_path: Path) -> None:
+    config = json.loads((llama / "sparse24" / "config.json").read_text())
+    config["intermediate_size"] = 512
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(llama / "sparse24" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"mlp\.down_proj: the checkpoint holds \[128, 256\].*\[128, 512\]"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_dense_models_are_not_compressed_on_the_fly(llama: Path) -> None:
+    from sparsify.runtime.hf import Sparse24QuantizationConfig
+
+    wish = Sparse24QuantizationConfig(version=1, bits=4, group_size=64)
+    with pytest.raises(ValueError, match="pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(llama / "dense", quantization_config=wish)
+
+
+@pytest.mark.parametrize("first", ["import sparsify", "import transformers.quantizers.auto"])
+def test_registers_whichever_is_imported_first(first: str) -> None:
+    code = (
+        f"{first}\nimport sparsify, sys\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
+        "assert AUTO_QUANTIZER_MAPPING['sparse24'].__name__ == 'Sparse24Quantizer'\n"
+        "assert not any('sparsify' in type(finder).__module__ for finder in sys.meta_path)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
