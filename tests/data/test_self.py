@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from sparsify.data import calibration_tokens
-from sparsify.data.generate import MAX_BATCH, batch_size, inverse_transform, sample_rows
+from sparsify.data.generate import MAX_BATCH, batch_size, inverse_transform, sample_rows, useful_threads
 from sparsify.errors import CalibrationError
 from sparsify.recipe import Calibration
 
@@ -92,6 +92,17 @@ def test_batches_are_bounded_by_their_keys_and_values(llama: Any, monkeypatch: p
     assert batch_size(llama.config, MAX_BATCH + 2, 64) == (MAX_BATCH + 2) // 2
     monkeypatch.setattr("sparsify.data.generate.CACHE_BYTES", 3 * row)
     assert batch_size(llama.config, 10, 64) == 3 and batch_size(llama.config, 10, 1 << 20) == 1
+
+
+def test_threads_grow_with_the_work_and_are_given_back(llama: Any) -> None:
+    assert [useful_threads(8, work) for work in (0, 4.3e9, 17e9, 1e12)] == [1, 1, 4, 8]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        sample_rows(llama, 2, 8, seed=0, opening=0, quiet=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_rows_are_full_deterministic_and_differ_by_seed(tokenizer: Any, llama: Any) -> None:
