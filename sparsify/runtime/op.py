@@ -58,12 +58,11 @@ _LIBRARY.define(SCHEMA)
 # One Python kernel for CPU, CUDA and every other device: the back end behind it was chosen for the device at load time.
 _LIBRARY.impl("sparse24_linear", _sparse24_linear, "CompositeExplicitAutograd")
 torch.library.register_fake(NAME, _fake_sparse24_linear, lib=_LIBRARY)
+_OP = torch.ops.sparsify.sparse24_linear.default
 
 
 def sparse24_linear(
     x: Tensor, prepared: list[Tensor], bias: Tensor | None, scheme: ModuleScheme, backend: str
 ) -> Tensor:
     """x @ W.T + bias. x: [..., K]; prepared: what `backend.prepare` returned for W: [N, K]. Returns [..., N]."""
-    return torch.ops.sparsify.sparse24_linear(
-        x, prepared, bias, scheme.shape[0], backend, scheme.bits, scheme.group_size, scheme.pattern
-    )
+    return _OP(x, prepared, bias, scheme.shape[0], backend, scheme.bits, scheme.group_size, scheme.pattern)

@@ -109,7 +109,9 @@ def expected(loads: Loads, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_plain_linear(kind: dict[str, Any], rank: Rank, dtype: torch.dtype) -> None:
     name, weights = "model.layers.0.mlp.down_proj", make_linear(32, **kind)
-    layer = ReplicatedLinear(K, 32, bias=False, params_dtype=dtype, quant_config=config_for({name: weights}), prefix=name)
+    layer = ReplicatedLinear(
+        K, 32, bias=False, params_dtype=dtype, quant_config=config_for({name: weights}), prefix=name
+    )
     load(layer, [(None, weights)])
     x = torch.randn(5, K, dtype=dtype)
     assert torch.equal(product(layer, x), expected([(None, weights)], x))
@@ -182,7 +184,9 @@ def test_rows_that_cut_a_group_are_refused(rank: Rank) -> None:
     name = "model.layers.0.self_attn.o_proj"
     config = config_for({name: make_linear(48, bits=4, group_size=128)})
     rank(0, 4)
-    with pytest.raises(CheckpointError, match=rf"{name}: tensor parallel 4 gives each rank 64 of 256 .* multiple of 128"):
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: tensor parallel 4 gives each rank 64 of 256 .* multiple of 128"
+    ):
         RowParallelLinear(K, 48, bias=False, quant_config=config, prefix=name)
 
 
@@ -207,7 +211,10 @@ def test_what_is_not_compressed_stays_as_it_is(rank: Rank) -> None:
     layer = RowParallelLinear(K, 32, bias=False, quant_config=config, prefix=kept)
     assert isinstance(layer.quant_method, UnquantizedLinearMethod)
     assert "weight" in dict(layer.named_parameters())
-    for other in (ParallelLMHead(64, K, quant_config=config, prefix="lm_head"), VocabParallelEmbedding(64, K, prefix="e")):
+    for other in (
+        ParallelLMHead(64, K, quant_config=config, prefix="lm_head"),
+        VocabParallelEmbedding(64, K, prefix="e"),
+    ):
         assert config.get_quant_method(other, "lm_head") is None
     outside = ColumnParallelLinear(K, 32, bias=False, quant_config=config, prefix="model.projector")
     assert isinstance(outside.quant_method, UnquantizedLinearMethod)
@@ -216,7 +223,9 @@ def test_what_is_not_compressed_stays_as_it_is(rank: Rank) -> None:
 def test_merged_linears_must_be_compressed_alike(rank: Rank) -> None:
     prefix = "model.layers.0.mlp."
     parts = {f"{prefix}gate_proj": make_linear(64, bits=4), f"{prefix}up_proj": make_linear(64, bits=8)}
-    with pytest.raises(CheckpointError, match=r"gate_proj, .*up_proj into one linear, so they must be compressed alike"):
+    with pytest.raises(
+        CheckpointError, match=r"gate_proj, .*up_proj into one linear, so they must be compressed alike"
+    ):
         MergedColumnParallelLinear(K, [64, 64], quant_config=config_for(parts), prefix=prefix + "gate_up_proj")
     half = config_for({f"{prefix}gate_proj": make_linear(64)}, ignore=[f"{prefix}up_proj"])
     with pytest.raises(CheckpointError, match=r"up_proj: dense"):
@@ -240,7 +249,9 @@ def test_one_group_and_channel_are_alike(rank: Rank) -> None:
 
 
 def test_names_follow_the_model_class() -> None:
-    config = config_for({"model.layers.0.a": make_linear(32), "model.head": make_linear(32, bits=8)}, ["model.layers.1.a"])
+    config = config_for(
+        {"model.layers.0.a": make_linear(32), "model.head": make_linear(32, bits=8)}, ["model.layers.1.a"]
+    )
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     assert config.on_disk.ignore == {"language_model.model.layers.1.a"}
     assert set(config.on_disk.modules) == {"language_model.model.head"}
