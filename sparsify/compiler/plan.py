@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
 
+from sparsify.data import check_source
 from sparsify.errors import RecipeError
 from sparsify.formats import get_format
 from sparsify.model.blocks import ROUTER, BlockModel, open_blocks
@@ -191,6 +193,8 @@ def make_plan(recipe: Recipe, model: str) -> Plan:
             linears[module] = Planned(module, source, index, shape, None if reason else scheme, reason)
         other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
     plan = Plan(recipe, opened, linears, other, store)
+    if plan.needs_data:
+        check_source(recipe.calibration)
     if not plan.schemes:
         reasons = sorted({reason for reason in plan.dense_modules().values()})
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
@@ -210,18 +214,24 @@ def _scheme(recipe: Recipe, module: str, store: torch.dtype) -> Scheme | None:
     quantize = next((p for p in recipe.passes if isinstance(p, Quantize) and not ignored_by(module, p.ignore)), None)
     if prune is None and quantize is None:
         return None
-    solving = [p for p in (prune, quantize) if p is not None]
+    # what belongs to the solve is asked of the pass that solves: a data-free one keeps defaults that mean nothing
+    solving = [p for p in (prune, quantize) if p is not None and p.method not in ("magnitude", "rtn")]
     return Scheme(
         prune=prune.method if prune else None,
         quantize=quantize.method if quantize else None,
         bits=quantize.bits if quantize else 16,
         group_size=0 if quantize is None or quantize.group_size == "channel" else quantize.group_size,
-        damping=max(p.damping for p in solving),
-        correction=max(p.correction for p in solving),
+        damping=_solver(solving).damping if solving else Scheme.damping,
+        correction=max((p.correction for p in solving), default=0.0),
         activation_order=bool(quantize and quantize.activation_order),
         scale_search=bool(quantize is None or quantize.scale_search),
         dtype=store,
     )
+
+
+def _solver(passes: Sequence[Prune | Quantize]) -> Prune | Quantize:
+    """The pass that inverts the Hessian: the last one that sweeps, and with Wanda alone the one that is there."""
+    return next((p for p in reversed(passes) if p.method in ("sparsegpt", "gptq")), passes[-1])
 
 
 def _stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> int:

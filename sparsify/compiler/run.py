@@ -21,7 +21,7 @@ from sparsify.compiler.card import model_card, shown_perplexity
 from sparsify.compiler.plan import Plan, make_plan
 from sparsify.data import calibration_tokens
 from sparsify.errors import SparsifyError
-from sparsify.files import atomic_write, read_json, write_json
+from sparsify.files import atomic_write, cache_directory, read_json, write_json
 from sparsify.formats.directory import CheckpointWriter
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.model.checkpoint import read_header
@@ -246,6 +246,8 @@ def _tokens(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:
         plan.recipe.calibration,
         tokenizer,
         lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=plan.model.dtype),
+        cache_dir=cache_directory() / "calibration",
+        key=plan.checkpoint.fingerprint(),
         quiet=quiet,
     )
     aside = file.with_suffix(".partial")

@@ -166,6 +166,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.infos.values())
 
+    def fingerprint(self) -> str:
+        """Changes when the weights do: name, size and time of every file. Cheap, reads no tensor."""
+        stats = [(file.resolve(), file.stat()) for file in self.weight_files()]
+        return ";".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
+
     def sidecar_files(self) -> list[Path]:
         """Tokenizer, generation config and chat template: what must accompany the weights."""
         found = {p for pattern in SIDECARS for p in self.directory.glob(pattern) if p.is_file()}

@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsify.model.linear import CODE_RANGE
 
 SHRINK = tuple(1 - 0.025 * i for i in range(17))  # clipping ratios that the search tries: 1.0 down to 0.6
+CHUNK = 1024  # outputs searched at once: so many times a group stays in the cache through all ratios
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ def search_scale(rows: Tensor, grid: Grid, kept: Tensor | None, d: Tensor | None
     rows: [G, N], the group's inputs; kept: bool [G, N] or None; d: [G], the diagonal of U, which weighs an error at
     input g by 1/d[g]^2, what the sweep pays for it; None weighs all alike. Returns float32 [N], never zero.
     """
+    if rows.shape[1] > CHUNK and rows.device.type == "cpu":
+        pieces = range(0, rows.shape[1], CHUNK)
+        masks = [None if kept is None else kept[:, i : i + CHUNK] for i in pieces]
+        return torch.cat([search_scale(rows[:, i : i + CHUNK], grid, m, d) for i, m in zip(pieces, masks, strict=True)])
     if kept is not None:
         rows = rows * kept
     smallest = torch.finfo(grid.dtype).tiny
