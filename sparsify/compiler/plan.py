@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from sparsify.data import check_source
 from sparsify.errors import RecipeError
 from sparsify.formats import get_format
 from sparsify.model.blocks import ROUTER, BlockModel, open_blocks
@@ -193,8 +192,6 @@ def make_plan(recipe: Recipe, model: str) -> Plan:
             linears[module] = Planned(module, source, index, shape, None if reason else scheme, reason)
         other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
     plan = Plan(recipe, opened, linears, other, store)
-    if plan.needs_data:
-        check_source(recipe.calibration)
     if not plan.schemes:
         reasons = sorted({reason for reason in plan.dense_modules().values()})
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
