@@ -12,9 +12,10 @@ from sparsify.errors import NumericalError
 from sparsify.model.linear import LinearWeights
 from sparsify.passes import prune as pruning
 from sparsify.passes.hessian import Factors, corrected_target, factor, relative_error
+from sparsify.passes.quantize.gptq import gptq
 from sparsify.passes.quantize.grid import Grid
 from sparsify.passes.quantize.rtn import round_to_nearest
-from sparsify.passes.sweep import Swept, column_sweep
+from sparsify.passes.sweep import column_sweep
 
 
 @dataclass(frozen=True)
@@ -133,23 +134,16 @@ def _stacked(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str
         if scheme.activation_order:
             order = activation_order(statistics.H, 4 if select else 1)
             U = factor(statistics.H[order][:, order], scheme.damping, name).inverse
-        in_sweep = grid if scheme.quantize == "gptq" else None
-        swept = column_sweep(W, U, in_sweep, keep, select, order, scheme.dtype)
-        if in_sweep is not None or grid is None:
-            return _finished(swept, pattern, grid, k, scheme.dtype)
-        W = swept.weight
+        if grid is not None and scheme.quantize == "gptq":
+            swept = gptq(W, U, grid, keep, select, order)
+            return LinearWeights(grid.bits, pattern, grid.group_size, codes=swept.codes, scale=swept.scale)
+        W = column_sweep(W, U, None, select=select, order=order, store=scheme.dtype).weight
     elif keep is not None:
         W = W * keep
     if grid is None:
         return LinearWeights(16, pattern, k, values=W.to(scheme.dtype))
     codes, scale = round_to_nearest(W, grid)
     return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale)
-
-
-def _finished(swept: Swept, pattern: str, grid: Grid | None, k: int, dtype: torch.dtype) -> LinearWeights:
-    if grid is None:
-        return LinearWeights(16, pattern, k, values=swept.weight.to(dtype))
-    return LinearWeights(grid.bits, pattern, grid.group_size, codes=swept.codes, scale=swept.scale)
 
 
 def activation_order(H: Tensor, unit: int) -> Tensor:

@@ -4,18 +4,15 @@ One loop serves SparseGPT (it decides masks), GPTQ (it decides codes) and both t
 visited in panels, so that most of the repair is a matrix product (lazy batch updates, arXiv 2210.17323, section 3.3).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparsify.passes.quantize.grid import Grid, search_scale
+from sparsify.passes.span import Panel, Select, sweep_span
 
 PANEL = 128
-
-Select = Callable[[Tensor, Tensor], Tensor]
-"""(quad [4, N], d [4]) -> bool [4, N], the two weights to keep of each group of 4; d is the diagonal of U there."""
 
 
 @dataclass(frozen=True)
@@ -53,53 +50,34 @@ def column_sweep(
     if order is not None:
         W = W[:, order]
         keep = keep[:, order] if keep is not None else None
-    columns = order if order is not None else torch.arange(k, device=W.device)
-    W = W.t().contiguous()  # one input per row: every step below touches whole rows
+    W = W.t().clone(memory_format=torch.contiguous_format)  # one input per row: every step below touches whole rows
+    U = U.contiguous()
     codes = torch.zeros((k, n), dtype=torch.int8, device=W.device) if grid else None
-    found = torch.zeros((k // grid.group_size, n), device=W.device) if grid else None
-    group_of = (columns // grid.group_size).tolist() if grid else []
-    kept_rows = keep.t() if keep is not None else None
+    kept_rows = keep.t().contiguous() if keep is not None else None
+    found: list[Tensor] = []
     for start in range(0, k, PANEL):
         stop = min(start + PANEL, k)
-        panel, local = W[start:stop], U[start:stop, start:stop]
-        errors = torch.empty_like(panel)
-        d = local.diagonal()
-        kept: Tensor | None = None
-        scale: Tensor | None = None
-        for i in range(stop - start):
-            if select is not None:
-                if i % 4 == 0:
-                    kept = select(panel[i : i + 4], d[i : i + 4])
-                row_kept = kept[i % 4]  # type: ignore[index]
-            else:
-                row_kept = kept_rows[start + i] if kept_rows is not None else None
-            row = panel[i]
-            if grid is not None and codes is not None and found is not None:
-                if scales is not None:
-                    scale = scales[group_of[start + i]]
-                elif (start + i) % grid.group_size == 0:
-                    ahead = slice(i, i + grid.group_size)
-                    scale = search_scale(
-                        panel[ahead], grid, _likely_kept(panel[ahead], d[ahead], kept_rows, start + i, select), d[ahead]
-                    )
-                    found[group_of[start + i]] = scale
-                assert scale is not None
-                code = (row / scale).round_().clamp_(grid.low, grid.high)
-                if row_kept is not None:
-                    code.mul_(row_kept)
-                codes[start + i] = code
-                new = code * scale
-            else:
-                new = row.to(store).float()
-                if row_kept is not None:
-                    new = new * row_kept  # not in place: without rounding `new` is the row itself
-            errors[i] = (row - new) / d[i]
-            panel[i] = new
-            if i + 1 < stop - start:
-                panel[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+        inside = slice(start, stop)
+        panel = Panel(
+            W[inside],
+            torch.empty_like(W[inside]),
+            U[inside, inside],
+            codes[inside] if codes is not None else None,
+            kept_rows[inside] if kept_rows is not None else None,
+        )
+        if grid is None:
+            sweep_span(panel, 0, stop - start, None, None, select, store)
+        elif scales is not None:
+            groups = (order[inside] if order is not None else torch.arange(start, stop)) // grid.group_size
+            sweep_span(panel, 0, stop - start, grid, scales[groups], select, store)
+        else:
+            for first in range(0, stop - start, grid.group_size):
+                scale = _group_scale(panel, first, grid, select)
+                found.append(scale)
+                sweep_span(panel, first, first + grid.group_size, grid, scale[None], select, store)
         if stop < k:
-            W[stop:].addmm_(U[start:stop, stop:].t(), errors, alpha=-1)
-    scale_rows = scales if scales is not None else found
+            W[stop:].addmm_(U[inside, stop:].t(), panel.errors, alpha=-1)
+    scale_rows = scales if scales is not None else torch.stack(found) if found else None
     weight, codes = W.t(), codes.t() if codes is not None else None
     if order is not None:
         back = torch.argsort(order)
@@ -111,15 +89,21 @@ def column_sweep(
     )
 
 
-def _likely_kept(rows: Tensor, d: Tensor, kept_rows: Tensor | None, first: int, select: Select | None) -> Tensor | None:
+def _group_scale(panel: Panel, first: int, grid: Grid, select: Select | None) -> Tensor:
+    """The scale of the group that begins at input `first` of a panel, from the weights as they are now. Returns [N]."""
+    ahead = slice(first, first + grid.group_size)
+    rows, d = panel.rows[ahead], panel.U.diagonal()[ahead]
+    keep = panel.keep[ahead] if panel.keep is not None else None
+    return search_scale(rows, grid, _likely_kept(rows, d, keep, select), d)
+
+
+def _likely_kept(rows: Tensor, d: Tensor, keep: Tensor | None, select: Select | None) -> Tensor | None:
     """The mask of a scale group before its sweep: the given one, or what `select` would keep of the weights as they are.
 
-    rows: [G, N]. Returns bool [G, N] or None when nothing is pruned.
+    rows: [G, N]; d: [G]; keep: bool [G, N] or None. Returns bool [G, N] or None when nothing is pruned.
     """
-    if kept_rows is not None:
-        return kept_rows[first : first + rows.shape[0]]
-    if select is None:
-        return None
+    if keep is not None or select is None:
+        return keep
     return torch.cat([select(rows[j : j + 4], d[j : j + 4]) for j in range(0, rows.shape[0], 4)])
 
 
@@ -132,7 +116,6 @@ def _fixed_scales(
     scales = []
     for first in range(0, W.shape[1], grid.group_size):
         ahead = slice(first, first + grid.group_size)
-        scales.append(
-            search_scale(rows[ahead], grid, _likely_kept(rows[ahead], d[ahead], kept_rows, first, select), d[ahead])
-        )
+        mask = _likely_kept(rows[ahead], d[ahead], kept_rows[ahead] if kept_rows is not None else None, select)
+        scales.append(search_scale(rows[ahead], grid, mask, d[ahead]))
     return torch.stack(scales)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sparsify.errors import NumericalError
+from sparsify import native
+from sparsify.errors import NumericalError, SparsifyError
 from sparsify.model.linear import is_two_four
 from sparsify.passes.compress import Scheme, Statistics, activation_order, compress
 from sparsify.passes.hessian import corrected_target, factor, relative_error
@@ -13,6 +14,15 @@ from sparsify.passes.quantize.grid import Grid, search_scale
 from sparsify.passes.sweep import column_sweep
 
 N, K, TOKENS, DAMPING = 24, 256, 700, 0.01  # two panels, so lazy updates are crossed
+
+
+@pytest.fixture(autouse=True, params=["torch", "native"])
+def way(request, monkeypatch):
+    """Every test runs on both inner loops."""
+    if request.param == "native" and native.load("cpu/sweep") is None:
+        pytest.skip("the native sweep needs a C++ compiler")
+    monkeypatch.setenv("SPARSIFY_SWEEP", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +203,43 @@ def test_nan_inputs_and_singular_hessians_are_named(problem):
         factor(torch.full_like(H, float("nan")), DAMPING, "layer.7")
     with pytest.raises(NumericalError, match="layer.7.*damping"):
         factor(-H, DAMPING, "layer.7")
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("masked", ["no", "given", "selected"])
+@pytest.mark.parametrize("outputs", [1, 63, 64, 200])
+def test_both_inner_loops_agree_to_the_bit_where_nothing_is_passed_on(monkeypatch, bits, masked, outputs):
+    """With a diagonal Hessian no error travels, so not even the order of additions can differ."""
+    generator = torch.Generator().manual_seed(5)
+    W = torch.randn(outputs, K, generator=generator)
+    U = torch.rand(K, generator=generator).add(0.5).diag()
+    keep = keep_two_of_four(torch.rand(outputs, K, generator=generator)) if masked == "given" else None
+    select = sparsegpt_select if masked == "selected" else None
+    results = []
+    for forced in ("torch", "native"):
+        monkeypatch.setenv("SPARSIFY_SWEEP", forced)
+        results.append(column_sweep(W, U, Grid(bits, 64) if bits < 16 else None, keep, select))
+    one, other = results
+    assert torch.equal(one.weight, other.weight)
+    assert bits == 16 or (torch.equal(one.codes, other.codes) and torch.equal(one.scale, other.scale))
+
+
+def test_native_result_does_not_depend_on_threads(problem, way):
+    W, X, H = problem
+    U = factor(H, DAMPING, "t").inverse
+    W = W.repeat(9, 1)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(column_sweep(W, U, Grid(4, 64), select=sparsegpt_select).codes)
+    finally:
+        torch.set_num_threads(before)
+    assert way == "torch" or torch.equal(*results)
+
+
+def test_an_unknown_way_is_refused(problem, monkeypatch):
+    W, X, H = problem
+    monkeypatch.setenv("SPARSIFY_SWEEP", "fast")
+    with pytest.raises(SparsifyError, match="choose torch or native"):
+        column_sweep(W, torch.eye(K), None)

@@ -1,3 +1,1 @@
-"""Quantization methods: `rtn` needs no data, `gptq` sweeps the columns on the Hessian."""
-
-METHODS = {"rtn": False, "gptq": True}  # name -> whether it needs calibration data
+"""Quantization methods: `rtn` needs no data, `gptq` sweeps the columns on the Hessian. `grid` is what both round to."""
