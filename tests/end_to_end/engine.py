@@ -62,15 +62,16 @@ def serve(
     return Answers([answer["tokens"] for answer in answers], steps, run.stdout)
 
 
-def assert_same(ours: Answers, theirs: Answers, noise: float = BFLOAT16_NOISE) -> None:
-    """Equal tokens, or a tie within `noise` at the first difference; and equal log-probabilities within it until then."""
+def assert_same(ours: Answers, theirs: Answers, noise: float = BFLOAT16_NOISE, tie: float | None = None) -> None:
+    """Equal tokens, or a tie within `tie` at the first difference; and log-probabilities equal within `noise` until then."""
+    tie = noise if tie is None else tie
     for a, b, of_a, of_b in zip(ours.tokens, theirs.tokens, ours.logprobs, theirs.logprobs, strict=True):
         assert len(a) == len(b)
         for chosen_a, chosen_b, p, q in zip(a, b, of_a, of_b, strict=True):
             shared = p.keys() & q.keys()
             assert len(shared) >= 2 and all(abs(p[token] - q[token]) <= noise for token in shared)
             if chosen_a != chosen_b:
-                assert {chosen_a, chosen_b} <= shared and abs(p[chosen_a] - p[chosen_b]) <= noise
+                assert {chosen_a, chosen_b} <= shared and abs(p[chosen_a] - p[chosen_b]) <= tie
                 break  # the texts part here
 
 
