@@ -26,7 +26,7 @@ from sparsify.formats.directory import CheckpointWriter
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.model.checkpoint import read_header
 from sparsify.model.linear import LinearWeights
-from sparsify.model.walk import BlockResult, GroupVisit, Walk
+from sparsify.model.walk import GroupVisit, Walk
 from sparsify.passes.compress import Scheme, Statistics, compress
 from sparsify.passes.gram import cross, gram
 from sparsify.progress import Task, progress_bar
@@ -151,7 +151,7 @@ def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Note
             rewriting = _Rewriting(plan, bar)
             with _naming(block):
                 result = walk.visit(index, lambda name: name in plan.schemes, rewriting)
-            notes.write(index, _layer_notes(plan, result, rewriting.errors), result.skipped)
+            notes.write(index, _layer_notes(index, result.linears, rewriting.errors), result.skipped)
             writer.write_part(_part(index), *_block_tensors(plan, index, result.linears))
             bar.advance()
 
@@ -161,14 +161,12 @@ def _stream(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _No
     with progress_bar("compressing", len(plan.model.blocks), quiet=quiet) as bar:
         for index in range(len(plan.model.blocks)):
             if _part(index) not in finished:
-                start = time.perf_counter()
                 new: dict[str, LinearWeights] = {}
                 for name, scheme in plan.schemes.items():
                     planned = plan.linears[name]
                     if planned.block == index:
                         new |= compress({name: plan.checkpoint.tensor(planned.source)}, scheme, None)[0]
-                result = BlockResult(index, new, {}, time.perf_counter() - start)
-                notes.write(index, _layer_notes(plan, result, {}), {})
+                notes.write(index, _layer_notes(index, new, {}), {})
                 writer.write_part(_part(index), *_block_tensors(plan, index, new))
             bar.advance()
 
@@ -280,11 +278,11 @@ def _block_tensors(
     return linears, {name: _stored(plan, plan.checkpoint.tensor(name)) for name in names}
 
 
-def _layer_notes(plan: Plan, result: BlockResult, errors: dict[str, float]) -> list[dict[str, Any]]:
+def _layer_notes(block: int, linears: dict[str, LinearWeights], errors: dict[str, float]) -> list[dict[str, Any]]:
     return [
         {
             "module": module,
-            "block": result.block,
+            "block": block,
             "shape": list(linear.shape),
             "bits": linear.bits,
             "pattern": linear.pattern,
@@ -292,7 +290,7 @@ def _layer_notes(plan: Plan, result: BlockResult, errors: dict[str, float]) -> l
             "sparsity": _sparsity(linear),
             "relative_error": errors.get(module),
         }
-        for module, linear in result.linears.items()
+        for module, linear in linears.items()
     ]
 
 

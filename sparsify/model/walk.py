@@ -11,7 +11,6 @@ With a dense twin, the untouched block walks beside the compressed one on the de
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,6 @@ class BlockResult:
     block: int
     linears: dict[str, LinearWeights]
     skipped: dict[str, str]
-    seconds: float
 
 
 Rewrite = Callable[[GroupVisit], dict[str, LinearWeights]]
@@ -177,7 +175,6 @@ class Walk:
     @torch.no_grad()
     def visit(self, index: int, wanted: Callable[[str], bool], rewrite: Rewrite) -> BlockResult:
         """Walk one block. `wanted` says by full module name which linears to rewrite, `rewrite` gives their new weights."""
-        start = time.perf_counter()
         prefix = self.model.blocks[index] + "."
         block = self._enter(index)
         groups, skipped = find_groups(block, self.probe[0], self.probe[1][index])
@@ -216,9 +213,7 @@ class Walk:
             if dense:
                 dense.close()
         self._leave(index)
-        return BlockResult(
-            index, done, {prefix + name: why for name, why in skipped.items()}, time.perf_counter() - start
-        )
+        return BlockResult(index, done, {prefix + name: why for name, why in skipped.items()})
 
     @torch.no_grad()
     def replay(self, index: int, linears: Mapping[str, LinearWeights]) -> None:
