@@ -68,7 +68,8 @@ def test_usage_errors_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture
 
 def command_lines(text: str) -> list[str]:
     """Lines of a help page or a document that begin with our command; explanations behind several spaces fall away."""
-    lines = (re.sub(r"^[#$ ]+", "", line) for line in text.splitlines())
+    joined = re.sub(r"\\\n\s*", "", text)
+    lines = (re.sub(r"^[#$ ]+", "", line) for line in joined.splitlines())
     return [re.split(r"\s{3,}|\s#", line)[0] for line in lines if line.startswith("sparsify ")]
 
 
