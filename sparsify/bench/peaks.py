@@ -1,0 +1,170 @@
+"""The machine's own peaks, measured: bytes read per second and floating-point operations per second.
+
+A kernel's figure means little without them. The probes are native code (kernels/cpu/peaks.cpp) on the same OpenMP
+threads that the kernels use; the best of several ways of reading and of several rounds counts as the peak.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsify import native
+from sparsify.bench.machine import memory_bytes
+from sparsify.errors import SparsifyError
+
+KERNEL = "cpu/peaks"
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+KINDS = ("float32", "bfloat16")
+# Ways of reading: parallel runs per thread, bytes prefetched. Which is fastest depends on the processor's prefetchers.
+READING = ((1, 0), (4, 0), (1, 2048), (2, 2048), (4, 2048), (1, 8192))
+LARGEST_ARRAY = 2**30
+_int64 = ctypes.c_int64
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes per second and floating-point operations per second, of `threads` threads together.
+
+    read: from memory; read_l3: from the last cache, None where its size is not known. float32, bfloat16: arithmetic
+    (a multiply-add counts as two); float32_level, bfloat16_level: the instruction sets that reached them.
+    """
+
+    threads: int
+    l3_bytes: int | None
+    read: float
+    read_l3: float | None
+    float32: float
+    float32_level: str
+    bfloat16: float
+    bfloat16_level: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cache_bytes(level: int, root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int | None:
+    """Size of the first core's data cache of a level as the kernel reports it, None when it does not."""
+    for index in sorted(root.glob("index*")):
+        try:
+            fields = {name: (index / name).read_text().strip() for name in ("level", "type", "size")}
+        except OSError:
+            continue
+        number, unit = fields["size"][:-1], fields["size"][-1:]
+        if fields["level"] == str(level) and fields["type"] in ("Data", "Unified") and number.isdigit():
+            return int(number) * {"K": 2**10, "M": 2**20, "G": 2**30}.get(unit, 1)
+    return None
+
+
+class Probes:
+    """The C interface of kernels/cpu/peaks.cpp; SparsifyError when it cannot be built here."""
+
+    def __init__(self) -> None:
+        self.library = native.open_library(KERNEL)
+
+    def levels(self) -> list[int]:
+        """Numbers of the instruction sets that this machine can run, ascending."""
+        return [i for i in range(len(LEVELS)) if self.library.sparsify_peaks_available(i)]
+
+    def fill(self, address: int, nbytes: int, word: int, threads: int) -> None:
+        """Write a 64-bit word over and over, each thread into its own part."""
+        pointer, value = ctypes.c_void_p(address), ctypes.c_uint64(word)
+        self._check(self.library.sparsify_peaks_fill(pointer, _int64(nbytes), value, threads))
+
+    def read(
+        self, address: int, nbytes: int, threads: int, level: int, passes: int = 1, streams: int = 1, ahead: int = 0
+    ) -> tuple[int, float]:
+        """Returns (sum of all 64-bit words read, modulo 2^64; seconds)."""
+        total, seconds = ctypes.c_uint64(), ctypes.c_double()
+        self._check(self.library.sparsify_peaks_read(
+            ctypes.c_void_p(address), _int64(nbytes), _int64(passes), streams, _int64(ahead), threads, level,
+            ctypes.byref(total), ctypes.byref(seconds),
+        ))  # fmt: skip
+        return total.value, seconds.value
+
+    def multiply(self, kind: str, repeats: int, threads: int, level: int) -> tuple[float, float, float] | None:
+        """Returns (multiply-adds, what they added up to, seconds); None where `level` has no instruction for `kind`."""
+        count, total, seconds = ctypes.c_double(), ctypes.c_double(), ctypes.c_double()
+        status = self.library.sparsify_peaks_multiply(
+            KINDS.index(kind), _int64(repeats), threads, level,
+            ctypes.byref(count), ctypes.byref(total), ctypes.byref(seconds),
+        )  # fmt: skip
+        if status == 2:
+            return None
+        self._check(status)
+        return count.value, total.value, seconds.value
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status:
+            raise SparsifyError(f"the probe of the machine's peaks refuses its arguments (status {status})")
+
+
+def measure_peaks(threads: int, seconds: float = 0.15, rounds: int = 3, probes: Probes | None = None) -> Peaks:
+    """The best of several rounds. seconds: how long one round of one way takes, roughly; all of it takes some 10 s."""
+    probes = probes or Probes()
+    levels = probes.levels()
+    l3 = cache_bytes(3)
+    large = min(max(2**28, 4 * (l3 or 0)), LARGEST_ARRAY, memory_bytes() // 8)
+    in_cache = None
+    if l3:
+        # Beyond the caches of the single cores, inside the one they share.
+        beyond = 3 * threads * (cache_bytes(2) or 0)
+        in_cache = read_speed(probes, min(max(l3 // 4, beyond), l3 * 3 // 4), threads, levels[-1], seconds, rounds)
+    speeds = {kind: dict(arithmetic_speeds(probes, kind, threads, levels, seconds, rounds)) for kind in KINDS}
+    # Where no instruction multiplies bf16, it is widened and multiplied in fp32.
+    speeds["bfloat16"] = speeds["bfloat16"] or speeds["float32"]
+    best = {kind: max(found, key=found.__getitem__) for kind, found in speeds.items()}
+    return Peaks(
+        threads=threads,
+        l3_bytes=l3,
+        read=read_speed(probes, large, threads, levels[-1], seconds, rounds),
+        read_l3=in_cache,
+        float32=speeds["float32"][best["float32"]],
+        float32_level=LEVELS[best["float32"]],
+        bfloat16=speeds["bfloat16"][best["bfloat16"]],
+        bfloat16_level=LEVELS[best["bfloat16"]],
+    )
+
+
+def read_speed(probes: Probes, nbytes: int, threads: int, level: int, seconds: float, rounds: int) -> float:
+    """Bytes per second of the fastest way to read an array of `nbytes`."""
+    nbytes = nbytes // 4096 * 4096
+    with mmap.mmap(-1, nbytes) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)  # address translation must not be what is measured
+        array = (ctypes.c_char * nbytes).from_buffer(memory)
+        try:
+            address = ctypes.addressof(array)
+            probes.fill(address, nbytes, 1, threads)
+            _, once = probes.read(address, nbytes, threads, level)
+            passes = max(1, int(seconds / max(once, 1e-9)))
+            best = 0.0
+            for _ in range(rounds):
+                for streams, ahead in READING:
+                    _, took = probes.read(address, nbytes, threads, level, passes, streams, ahead)
+                    best = max(best, passes * nbytes / took)
+            return best
+        finally:
+            del array  # a map with a view on it cannot be closed
+
+
+def arithmetic_speeds(
+    probes: Probes, kind: str, threads: int, levels: Iterable[int], seconds: float, rounds: int
+) -> Iterable[tuple[int, float]]:
+    """(level, operations per second) of every level that has instructions for `kind`."""
+    for level in levels:
+        first = probes.multiply(kind, 1, threads, level)
+        if first is None:
+            continue
+        repeats = max(1, int(seconds / max(first[2], 1e-9)))
+        best = 0.0
+        for _ in range(rounds):
+            found = probes.multiply(kind, repeats, threads, level)
+            assert found is not None
+            best = max(best, 2 * found[0] / found[2])
+        yield level, best

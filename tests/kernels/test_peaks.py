@@ -1,0 +1,143 @@
+"""The probes of the machine's peaks: their work is checked by its result, their speed is not asserted."""
+
+import ctypes
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsify.bench import peaks
+from sparsify.bench.peaks import KINDS, LEVELS, READING, Probes, cache_bytes, measure_peaks, read_speed
+from sparsify.errors import MissingDependency, SparsifyError
+
+# multiply-adds of one instruction times the accumulators that it keeps busy
+STEP = {
+    ("portable", "float32"): 8 * 4,
+    ("avx2", "float32"): 12 * 8,
+    ("avx512", "float32"): 16 * 16,
+    ("avx512_bf16", "bfloat16"): 16 * 16 * 2,
+    ("amx", "bfloat16"): 4 * 16 * 16 * 32,
+}
+STEPS = 8192
+
+
+@pytest.fixture(scope="module")
+def probes() -> Probes:
+    try:
+        return Probes()
+    except MissingDependency as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
+def level(request: pytest.FixtureRequest, probes: Probes) -> int:
+    if request.param not in probes.levels():
+        pytest.skip(f"this processor has no {LEVELS[request.param]}")
+    return int(request.param)
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2, 7, 64, 1003])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_word_is_read_once_per_pass(probes: Probes, level: int, lines: int, threads: int) -> None:
+    words = torch.randint(-(2**63), 2**63 - 1, (8 * lines + 8,), generator=torch.Generator().manual_seed(lines))
+    expected = sum(words[: 8 * lines].tolist()) % 2**64
+    for streams, ahead in READING:
+        total, seconds = probes.read(words.data_ptr(), 64 * lines, threads, level, 3, streams, ahead)
+        assert total == 3 * expected % 2**64
+        assert seconds >= 0
+
+
+def test_filled_by_parts_is_filled_whole(probes: Probes) -> None:
+    words = torch.zeros(8 * 37 + 8, dtype=torch.int64)
+    probes.fill(words.data_ptr(), 64 * 37, 2**63 + 5, threads=5)
+    assert (words[: 8 * 37] == 5 - 2**63).all() and (words[8 * 37 :] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_arithmetic_is_done_and_counted(probes: Probes, level: int, kind: str, threads: int) -> None:
+    """Ones times ones: the accumulators hold the number of multiply-adds, which follows from the instruction set."""
+    found = probes.multiply(kind, 2, threads, level)
+    step = STEP.get((LEVELS[level], kind))
+    if step is None:
+        assert found is None
+        return
+    assert found is not None
+    count, total, seconds = found
+    assert count == total == step * STEPS * 2 * threads
+    assert seconds > 0
+
+
+def test_bad_arguments_are_refused(probes: Probes) -> None:
+    words = torch.zeros(16, dtype=torch.int64)
+    for nbytes, threads, streams in ((65, 1, 1), (64, 0, 1), (64, 1, 3), (-64, 1, 1)):
+        with pytest.raises(SparsifyError, match="refuses"):
+            probes.read(words.data_ptr(), nbytes, threads, 0, 1, streams)
+    with pytest.raises(SparsifyError, match="refuses"):
+        probes.fill(words.data_ptr(), 64, 0, 0)
+    with pytest.raises(SparsifyError, match="refuses"):
+        probes.read(words.data_ptr(), 64, 1, len(LEVELS))
+    assert probes.multiply("float32", 1, 1, -1) is None
+    numbers = [ctypes.byref(ctypes.c_double()) for _ in range(3)]
+    assert probes.library.sparsify_peaks_multiply(2, ctypes.c_int64(1), 1, 0, *numbers) == 1
+
+
+class FakeProbes:
+    """A machine of known speeds: 8 GB/s from memory, 32 GB/s from its cache, slower without streams."""
+
+    def __init__(self, bfloat16: bool) -> None:
+        self.bfloat16 = bfloat16
+        self.noise = 0
+
+    def levels(self) -> list[int]:
+        return [0, 2, 4]
+
+    def fill(self, address: int, nbytes: int, word: int, threads: int) -> None:
+        pass
+
+    def read(
+        self, address: int, nbytes: int, threads: int, level: int, passes: int = 1, streams: int = 1, ahead: int = 0
+    ) -> tuple[int, float]:
+        speed = (8e9 if nbytes > 2**25 else 32e9) / (1 if streams == 4 else 2)
+        self.noise += 1
+        return 0, passes * nbytes / speed * (1 + self.noise % 2)
+
+    def multiply(self, kind: str, repeats: int, threads: int, level: int) -> tuple[float, float, float] | None:
+        if kind == "bfloat16" and not self.bfloat16:
+            return None
+        if kind == "float32" and level == 4:
+            return None
+        return 1e6 * repeats, 0.0, 1e6 * repeats / (1e9 * (1 + level))
+
+
+def test_the_best_of_all_ways_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {2: 2**20, 3: 2**24}
+    monkeypatch.setattr(peaks, "cache_bytes", sizes.get)
+    monkeypatch.setattr(peaks, "memory_bytes", lambda: 2**29)
+    found = measure_peaks(2, probes=FakeProbes(bfloat16=True))  # type: ignore[arg-type]
+    assert (found.threads, found.l3_bytes) == (2, 2**24)
+    assert found.read == pytest.approx(8e9) and found.read_l3 == pytest.approx(32e9)
+    assert (found.float32, found.float32_level) == (pytest.approx(6e9), "avx512")
+    assert (found.bfloat16, found.bfloat16_level) == (pytest.approx(10e9), "amx")
+    # no instruction for bf16, no cache that is known: fp32 is what can be had, and there is no figure for the cache
+    monkeypatch.setattr(peaks, "cache_bytes", lambda level: None)
+    without = measure_peaks(2, probes=FakeProbes(bfloat16=False))  # type: ignore[arg-type]
+    assert (without.bfloat16, without.bfloat16_level) == (without.float32, "avx512")
+    assert replace(without, l3_bytes=1).read_l3 is None
+
+
+def test_a_real_array_is_read(probes: Probes) -> None:
+    assert read_speed(probes, 2**22 + 5, 1, 0, seconds=1e-4, rounds=1) > 0
+
+
+def test_cache_sizes_as_the_kernel_reports_them(tmp_path: Path) -> None:
+    for index, (level, kind, size) in enumerate(
+        [("1", "Instruction", "32K"), ("1", "Data", "48K"), ("2", "Unified", "2048K"), ("3", "Unified", "105M")]
+    ):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        for name, text in (("level", level), ("type", kind), ("size", size)):
+            (folder / name).write_text(text + "\n")
+    assert [cache_bytes(level, tmp_path) for level in (1, 2, 3, 4)] == [48 * 2**10, 2**21, 105 * 2**20, None]
+    assert cache_bytes(3, tmp_path / "absent") is None
