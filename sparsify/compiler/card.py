@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
+from torch import Tensor
 
+from sparsify.model.head import OutputHead
+from sparsify.model.linear import LinearWeights
+from sparsify.passes.head import rounding_error
 from sparsify.recipe import Recipe, dump_recipe
 
 HUB_IDS = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -34,6 +38,8 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
         ("bits per linear weight", f"{sizes['bits_per_weight']:.2f}"),
         ("calibration", _calibration(metrics["calibration"])),
     ]
+    if head := metrics.get("head"):
+        rows.insert(3, ("output head", head_in_words(head, sizes["head_bytes"])))
     if evaluation := metrics.get("evaluation"):
         rows.append(("perplexity", shown_perplexity(evaluation["perplexity"])))
         if evaluation.get("dense_perplexity") is not None:
@@ -49,6 +55,26 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```\n\n"
         "Details of every layer are in `metrics.json`. Nothing here was measured on a GPU unless it says so.\n"
     )
+
+
+def head_note(head: OutputHead, weight: Tensor, linear: LinearWeights) -> dict[str, Any]:
+    """What metrics.json says of a quantized output head. weight: [N, K], what it was made from."""
+    return {
+        "module": head.module,
+        "shape": list(linear.shape),
+        "bits": linear.bits,
+        "pattern": linear.pattern,
+        "group_size": linear.group_size,
+        "tied": head.tied,
+        "weight_error": rounding_error(weight, linear),
+    }
+
+
+def head_in_words(head: dict[str, Any], nbytes: int) -> str:
+    """`lm_head: 8-bit, 8.25 bits per weight, 29.2 MB (was tied to the embedding, which stays dense)`."""
+    n, k = head["shape"]
+    was = " (was tied to the embedding, which stays dense)" if head["tied"] else ""
+    return f"{head['module']}: {head['bits']}-bit, {8 * nbytes / (n * k):.2f} bits per weight, {nbytes / 1e6:.1f} MB{was}"
 
 
 def _calibration(calibration: dict[str, Any]) -> str:

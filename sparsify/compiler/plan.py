@@ -14,9 +14,11 @@ from sparsify.errors import RecipeError
 from sparsify.formats import get_format
 from sparsify.model.blocks import ROUTER, BlockModel, open_blocks
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.model.head import OutputHead, find_head
 from sparsify.model.linear import LinearWeights
 from sparsify.model.walk import TOKENS_PER_MICRO_BATCH
 from sparsify.passes.compress import Scheme
+from sparsify.passes.head import head_problem, head_scheme
 from sparsify.recipe import Prune, Quantize, Recipe, ignored_by
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,6 +41,18 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class PlannedHead:
+    """The output head as a quantized linear without zeros."""
+
+    head: OutputHead
+    scheme: Scheme
+
+    def describe(self) -> str:
+        """In words, with what becomes of the embedding."""
+        return describe(self.scheme) + ("; the embedding that it was tied to stays dense" if self.head.tied else "")
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Bytes on disk before and after, the memory that the run needs at least, and its arithmetic in multiply-adds."""
 
@@ -57,6 +71,7 @@ class Plan:
     linears: dict[str, Planned]
     other_dense: dict[str, str]
     store: torch.dtype
+    head: PlannedHead | None = None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -89,6 +104,9 @@ class Plan:
             for planned in self.linears.values()
             if planned.scheme is not None
         )
+        if self.head is not None:
+            own = 0 if self.head.head.tied else self.checkpoint.info(self.head.head.source).nbytes
+            saved += own - _stored_bytes(self.head.scheme, self.head.head.shape, self)
         blocks = len(self.model.blocks)
         block_bytes = max(
             sum(p.numel() for p in self.model.block(i).parameters()) * self.model.dtype.itemsize for i in range(blocks)
@@ -123,13 +141,21 @@ class Plan:
                 }
                 for name, p in self.linears.items()
             },
+            "head": self._head_json(),
             "dense_modules": self.dense_modules(),
             "walks": 1 if self.needs_data else 0,
             "estimate": vars(estimate),
         }
 
+    def _head_json(self) -> dict[str, Any] | None:
+        if self.head is None:
+            return None
+        head = self.head.head
+        scheme = describe(self.head.scheme)
+        return {"module": head.module, "shape": list(head.shape), "scheme": scheme, "tied": head.tied}
+
     def table(self) -> Table:
-        """One row per kind of linear, costs below."""
+        """One row per kind of linear and one for the output head, costs below."""
         estimate = self.estimate()
         ratio = estimate.dense_bytes / max(estimate.output_bytes, 1)
         table = Table(title=f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks", caption_justify="left")
@@ -142,6 +168,9 @@ class Plan:
             kinds[inside, planned.shape, what] = kinds.get((inside, planned.shape, what), 0) + 1
         for (inside, shape, what), count in kinds.items():
             table.add_row(inside, f"{shape[0]} x {shape[1]}", str(count), what)
+        if self.head is not None:
+            n, k = self.head.head.shape
+            table.add_row(self.head.head.module, f"{n} x {k}", "", self.head.describe())
         how = (
             "one walk over the blocks" + (" beside the dense model" if self.needs_twin else "")
             if self.needs_data
@@ -191,13 +220,25 @@ def make_plan(recipe: Recipe, model: str) -> Plan:
                 reason = "routes tokens to experts"
             linears[module] = Planned(module, source, index, shape, None if reason else scheme, reason)
         other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
-    plan = Plan(recipe, opened, linears, other, store)
+    plan = Plan(recipe, opened, linears, other, store, _head(recipe, opened, store))
     if not plan.schemes:
         reasons = sorted({reason for reason in plan.dense_modules().values()})
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
     outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}
+    outside -= {plan.head.head.source} if plan.head is not None and not plan.head.head.tied else set()
     other |= {opened.sources[name][0].removesuffix(".weight"): "outside the decoder blocks" for name in sorted(outside)}
     return plan
+
+
+def _head(recipe: Recipe, opened: BlockModel, store: torch.dtype) -> PlannedHead | None:
+    """What the recipe asks of the output head; RecipeError when this model's head cannot become it."""
+    if recipe.export.head is None:
+        return None
+    head = find_head(opened.checkpoint, opened.model, opened.sources)
+    scheme = head_scheme(recipe.export.head, store)
+    if problem := head_problem(head.module, head.shape, scheme):
+        raise RecipeError(f"export.head: {problem}")
+    return PlannedHead(head, scheme)
 
 
 def _storage_type(checkpoint: Checkpoint) -> torch.dtype:

@@ -17,18 +17,19 @@ from rich.table import Table
 from torch import Tensor
 
 from sparsify import __version__
-from sparsify.compiler.card import model_card, shown_perplexity
+from sparsify.compiler.card import head_in_words, head_note, model_card, shown_perplexity
 from sparsify.compiler.plan import Plan, make_plan
 from sparsify.data import calibration_tokens
 from sparsify.errors import SparsifyError
 from sparsify.files import atomic_write, cache_directory, read_json, write_json
 from sparsify.formats.directory import CheckpointWriter
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
-from sparsify.model.checkpoint import read_header
+from sparsify.model.checkpoint import TensorInfo, read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.walk import GroupVisit, Walk
 from sparsify.passes.compress import Scheme, Statistics, compress
 from sparsify.passes.gram import cross, gram
+from sparsify.passes.head import quantize_head
 from sparsify.progress import Task, progress_bar
 from sparsify.recipe import Recipe, dump_recipe
 
@@ -64,6 +65,8 @@ class Applied:
             f"{sizes['dense_bytes'] / 1e6:.0f} MB -> {sizes['compressed_bytes'] / 1e6:.0f} MB ({ratio:.2f} times smaller)",
         )
         table.add_row("bits per linear weight", f"{sizes['bits_per_weight']:.2f}")
+        if head := self.metrics["head"]:
+            table.add_row("output head", head_in_words(head, sizes["head_bytes"]))
         errors = [layer["relative_error"] for layer in layers if layer["relative_error"] is not None]
         if errors:
             worst = max(layers, key=lambda layer: layer["relative_error"] or 0)
@@ -107,8 +110,7 @@ def apply(
     else:
         _stream(plan, writer, finished, notes, quiet)
     if OUTER not in finished:
-        names = plan.model.source_names(None)
-        writer.write_part(OUTER, {}, {name: _stored(plan, plan.checkpoint.tensor(name)) for name in names})
+        _outer(plan, writer, notes)
     metrics = _metrics(plan, notes, writer)
     record = {
         "sparsify": __version__,
@@ -171,6 +173,19 @@ def _stream(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _No
             bar.advance()
 
 
+def _outer(plan: Plan, writer: CheckpointWriter, notes: _Notes) -> None:
+    """What lies outside of the blocks, as it was, and the output head as the recipe asks for it."""
+    names = plan.model.source_names(None)
+    linears: dict[str, LinearWeights] = {}
+    if plan.head is not None:
+        head = plan.head.head
+        weight = plan.checkpoint.tensor(head.source)
+        linears[head.module] = quantize_head(head.module, weight, plan.head.scheme)
+        notes.write_head(head_note(head, weight, linears[head.module]))
+        names = [name for name in names if head.tied or name != head.source]
+    writer.write_part(OUTER, linears, {name: _stored(plan, plan.checkpoint.tensor(name)) for name in names})
+
+
 class _Rewriting:
     """What the walk calls at every group: accumulate the statistics, solve, remember the errors."""
 
@@ -222,6 +237,12 @@ class _Notes:
 
     def read(self, index: int) -> dict[str, Any]:
         return read_json(self.directory / f"{_part(index)}.json")
+
+    def write_head(self, note: dict[str, Any]) -> None:
+        write_json(self.directory / f"{OUTER}.json", note)
+
+    def read_head(self) -> dict[str, Any]:
+        return read_json(self.directory / f"{OUTER}.json")
 
 
 def _part(index: int) -> str:
@@ -306,13 +327,24 @@ def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, A
     for note in found:
         dense |= note["skipped"]
     dense |= writer.dense_modules()
-    compressed = sum(
-        info.nbytes for file in sorted((writer.work / "parts").glob("*.safetensors")) for info in _visible(file)
-    )
-    weights = [layer["shape"][0] * layer["shape"][1] for note in found for layer in note["layers"]]
-    planned = plan.schemes
-    dense_linear_bytes = sum(plan.checkpoint.info(plan.linears[m].source).nbytes for m in planned)
-    outside = plan.checkpoint.nbytes() - dense_linear_bytes
+    head = None if plan.head is None else notes.read_head()
+    written = {
+        name: info.nbytes
+        for file in sorted((writer.work / "parts").glob("*.safetensors"))
+        for name, info in _visible(file).items()
+    }
+    # tensors of one linear share its name, whatever the format; a bias was not compressed
+    by_module: dict[str, int] = {}
+    for name, nbytes in written.items():
+        module, _, suffix = name.rpartition(".")
+        by_module[module] = by_module.get(module, 0) + (0 if suffix == "bias" else nbytes)
+    layers = [layer for note in found for layer in note["layers"]]
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    linear_bytes = sum(by_module[_exported(plan, layer["module"])] for layer in layers)
+    replaced = [plan.linears[layer["module"]].source for layer in layers]
+    own = [plan.head.head.source] if plan.head is not None and not plan.head.head.tied else []
+    dense_head_bytes = sum(plan.checkpoint.info(name).nbytes for name in own)
+    outside = plan.checkpoint.nbytes() - sum(plan.checkpoint.info(name).nbytes for name in [*replaced, *own])
     calibration = plan.recipe.calibration
     return {
         "version": 1,
@@ -324,23 +356,26 @@ def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, A
             **calibration.model_dump(mode="json"),
             "tokens": calibration.samples * calibration.sequence_length if plan.needs_data else 0,
         },
-        "layers": [layer for note in found for layer in note["layers"]],
+        "layers": layers,
+        "head": head,
         "dense_modules": [{"module": module, "reason": reason} for module, reason in dense.items()],
         "sizes": {
             "dense_bytes": plan.checkpoint.nbytes(),
-            "compressed_bytes": compressed,
+            "compressed_bytes": sum(written.values()),
             "outside_bytes": outside,
-            "bits_per_weight": round(8 * (compressed - outside) / max(sum(weights), 1), 4),
+            "bits_per_weight": round(8 * linear_bytes / max(weights, 1), 4),
+            "head_bytes": 0 if head is None else by_module[head["module"]],
+            "dense_head_bytes": dense_head_bytes,
         },
         "evaluation": None,
     }
 
 
-def _visible(file: Path) -> list[Any]:
+def _visible(file: Path) -> dict[str, TensorInfo]:
     """Tensors of a part that will be in the checkpoint; codes kept beside a dense weight will not."""
     infos, metadata = read_header(file)
     hidden = set(json.loads(metadata.get("sparsify", "{}")).get("hidden", []))
-    return [info for name, info in infos.items() if name not in hidden]
+    return {name: info for name, info in infos.items() if name not in hidden}
 
 
 def _counted(reasons: Any) -> dict[str, int]:

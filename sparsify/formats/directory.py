@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsify.errors import CheckpointError
 from sparsify.files import PARTIAL, publish, read_json, write_json
 from sparsify.formats import get_format, known_formats
-from sparsify.formats.scheme import Format, ModuleScheme
+from sparsify.formats.scheme import Format, ModuleScheme, in_block
 from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_tensors, writing
 from sparsify.model.checkpoint import INDEX, Checkpoint, TensorInfo, open_checkpoint, read_header
 from sparsify.model.linear import LinearWeights
@@ -177,9 +177,9 @@ class CheckpointWriter:
         shutil.rmtree(final, ignore_errors=True)
         with writing(final):
             final.mkdir()
-        modules, tensors, plain = self._collect()
+        modules, tensors, linears = self._collect()
         _write_shards(final, tensors)
-        config = self._config(modules, tensors, plain)
+        config = self._config(modules, tensors, linears)
         config.update(config_updates or {})
         with writing(final):
             write_json(final / "config.json", config)
@@ -206,14 +206,14 @@ class CheckpointWriter:
             infos, metadata = read_header(file)
             yield file, _Record.from_metadata(file, metadata), infos
 
-    def _collect(self) -> tuple[dict[str, ModuleScheme], dict[str, LazyTensor], set[str]]:
-        """All parts together: packed modules, tensors in order of parts, linears written plainly."""
+    def _collect(self) -> tuple[dict[str, ModuleScheme], dict[str, LazyTensor], dict[str, ModuleScheme]]:
+        """All parts together: packed modules, tensors in order of parts, linears that were packed or written plainly."""
         modules: dict[str, ModuleScheme] = {}
         tensors: dict[str, LazyTensor] = {}
-        plain: set[str] = set()
+        linears: dict[str, ModuleScheme] = {}
         for file, record, infos in self._records():
             modules |= record.packed
-            plain |= set(record.plain)
+            linears |= record.packed | record.plain
             for name in sorted(set(infos) - set(record.hidden), key=natural):
                 if name in tensors:
                     problem = f"{name} is in two parts, one of them {file.name}"
@@ -222,10 +222,13 @@ class CheckpointWriter:
                 tensors[name] = LazyTensor(info.shape, info.dtype, partial(read_tensor, file, name))
         if not tensors:
             raise CheckpointError(f"{self.work} holds no finished part; nothing can become {self.output}")
-        return modules, tensors, plain
+        return modules, tensors, linears
 
     def _config(
-        self, modules: Mapping[str, ModuleScheme], tensors: Mapping[str, LazyTensor], plain: set[str]
+        self,
+        modules: Mapping[str, ModuleScheme],
+        tensors: Mapping[str, LazyTensor],
+        linears: Mapping[str, ModuleScheme],
     ) -> dict[str, Any]:
         config = copy.deepcopy(self.source.config)
         text = config.get("text_config")
@@ -235,12 +238,12 @@ class CheckpointWriter:
             if "dtype" in level or level is config:
                 level["dtype"] = str(_main_dtype(modules, tensors)).removeprefix("torch.")
             # a head with weights of its own is not the embedding any more
-            if any(module.rpartition(".")[2] in HEADS for module in {*modules, *plain}):
+            if any(_is_head(module, scheme, config) for module, scheme in linears.items()):
                 level["tie_word_embeddings"] = False
         matrices = [name for name, tensor in tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2]
         ignore = {name.removesuffix(".weight") for name in matrices}
         # a tied head is in no file, but it is a linear that transformers and vLLM would look for
-        ignore |= set() if ignore & set(HEADS) else {"lm_head"}
+        ignore |= set() if (ignore | set(modules)) & set(HEADS) else {"lm_head"}
         described = self.format.quantization_config(modules, sorted(ignore - set(modules), key=natural))
         if described is not None:
             config["quantization_config"] = described
@@ -277,6 +280,13 @@ def _plain_linear(module: str, tensors: Mapping[str, Tensor], scheme: ModuleSche
         codes=tensors.get("codes"), scale=tensors.get("scale"), values=values, bias=tensors.get("bias"),
     )  # fmt: skip
     return linear.validate(module)
+
+
+def _is_head(module: str, scheme: ModuleScheme, config: Mapping[str, Any]) -> bool:
+    """Whether a linear is the output head: by its usual names, or because it has an output for every token."""
+    text = config.get("text_config")
+    sizes = {level.get("vocab_size") for level in (config, text) if isinstance(level, dict)}
+    return module.rpartition(".")[2] in HEADS or (not in_block(module) and scheme.shape[0] in sizes)
 
 
 def _main_dtype(modules: Mapping[str, ModuleScheme], tensors: Mapping[str, LazyTensor]) -> torch.dtype:

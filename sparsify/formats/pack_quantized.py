@@ -24,6 +24,7 @@ from sparsify.formats.scheme import (
     Label,
     ModuleScheme,
     common_label,
+    in_block,
     linear_problem,
     scheme_problem,
     take_bias,
@@ -88,6 +89,8 @@ class PackQuantized:
         for name, scheme in plain.items():
             if default not in scheme.labels():
                 targets.setdefault(scheme.labels()[0], []).append(name)
+            elif not in_block(name):  # in vLLM an output head is no Linear: it is found by its name only
+                targets[default].append(name)
         return {
             "quant_method": METHOD,
             "format": self.name,

@@ -120,7 +120,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> Non
         raise CheckpointError(f"checkpoint tensor {problem} does not fit the model that config.json describes")
 
 
-def _source_map(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[str, bool]]:
+def source_map(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[str, bool]]:
     """Where transformers puts each checkpoint tensor, by its own renaming rules."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -151,14 +151,29 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [f"{best}.{index}" for index in range(len(outer[best]))]
 
 
+def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    """The model that config.json describes, its parameters on the meta device. A compressed one is built as if dense."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{checkpoint.spec}: transformers cannot build this model from config.json: {error}"
+        ) from None
+    return model.eval().requires_grad_(False)
+
+
 def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> BlockModel:
     """Build the model of a checkpoint on the meta device, with the rules of where each tensor goes.
 
     dtype: what to compute in; default bfloat16 for a bfloat16 checkpoint and float32 otherwise.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "an unknown method")
         raise CheckpointError(
@@ -167,17 +182,9 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blo
     if dtype is None:
         stored = {checkpoint.dtype(name) for name in checkpoint.names()}
         dtype = torch.bfloat16 if torch.bfloat16 in stored else torch.float32
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.directory)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(
-            f"{checkpoint.spec}: transformers cannot build this model from config.json: {error}"
-        ) from None
-    model.eval().requires_grad_(False)
+    model = meta_model(checkpoint, dtype)
     blocks = find_blocks(model)
-    opened = BlockModel(checkpoint, model, blocks, _source_map(model, checkpoint), dtype)
+    opened = BlockModel(checkpoint, model, blocks, source_map(model, checkpoint), dtype)
     _check_shapes(opened)
     return opened
 

@@ -13,13 +13,14 @@ from sparsify.recipe.explain import explain
 from sparsify.recipe.overrides import override
 from sparsify.recipe.patterns import ignored_by
 from sparsify.recipe.ready import ready_recipes
-from sparsify.recipe.schema import PASSES, Calibration, Evaluation, Export, Pass, Prune, Quantize, Recipe
+from sparsify.recipe.schema import PASSES, Calibration, Evaluation, Export, Head, Pass, Prune, Quantize, Recipe
 from sparsify.recipe.words import closest
 
 __all__ = [
     "Calibration",
     "Evaluation",
     "Export",
+    "Head",
     "Pass",
     "Prune",
     "Quantize",

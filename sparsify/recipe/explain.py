@@ -39,13 +39,17 @@ def explain(error: ValidationError, document: Document) -> RecipeError:
 
 def model_at(path: KeyPath) -> type[BaseModel] | None:
     """The model that describes the mapping at `path` of a recipe, None where there is no mapping."""
-    if not path:
-        return Recipe
-    if len(path) == 3 and path[0] == "passes":
-        return PASSES.get(str(path[2]))
-    if len(path) > 1 or path[0] not in Recipe.model_fields:
-        return None
-    annotation = Recipe.model_fields[str(path[0])].annotation
+    model: type[BaseModel] | None = Recipe
+    if path[:1] == ("passes",):
+        model, path = (PASSES.get(str(path[2])) if len(path) > 2 else None), path[3:]
+    for key in path:
+        field = model.model_fields.get(str(key)) if model else None
+        model = _submodel(field.annotation) if field else None
+    return model
+
+
+def _submodel(annotation: Any) -> type[BaseModel] | None:
+    """The model in `Model` or `Model | None`; None in everything else."""
     for candidate in (annotation, *typing.get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
@@ -112,7 +116,7 @@ def _wrong_option(path: KeyPath, value: Any) -> str:
     if path[-1] == "group_size" and not isinstance(value, bool) and value in (-1, 0, None):
         return f"{message}; for one scale per row write channel"
     if path[-1] == "bits" and value == 16:
-        return f"{message}; for 16 bits leave the quantize pass out"
+        return f"{message}; for 16 bits leave {'head' if path[-2] == 'head' else 'the quantize pass'} out"
     if isinstance(value, str):
         if any(value == str(option) for option in options):
             return f"{message}; remove the quotes"

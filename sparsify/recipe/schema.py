@@ -218,6 +218,25 @@ Pass = Annotated[
 ]
 
 
+def head_format_problem(format: str) -> str | None:
+    """Why `format` cannot hold a quantized output head, or None."""
+    if format == "dense":
+        return "dense stores 16-bit weights, so a quantized head would lose accuracy and save nothing; leave head out"
+    return None
+
+
+class Head(_Model):
+    """The output head (lm_head) as a quantized linear without zeros, rounded to nearest.
+
+    A model that ties it to its embedding gets a head of its own; the embedding stays as it is.
+    """
+
+    bits: Literal[4, 8] = Field(description="bits per weight; 8 is nearly lossless")
+    group_size: Literal[32, 64, 128, "channel"] = Field(
+        description="consecutive inputs that share a scale, channel = the whole row; must divide the hidden size"
+    )
+
+
 class Export(_Model):
     """What is written."""
 
@@ -229,6 +248,15 @@ class Export(_Model):
     dtype: Literal["auto", "bfloat16", "float16"] = Field(
         default="auto", description="dtype of scales and of what stays dense; auto keeps the model's"
     )
+    head: Head | None = Field(
+        default=None, description="quantize the output head as well; without it the head stays 16-bit"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Export":
+        if self.head is not None and (problem := head_format_problem(self.format)):
+            raise refuse(problem, "head")
+        return self
 
 
 class Evaluation(_Model):
