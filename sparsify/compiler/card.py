@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
-from torch import Tensor
 
+from sparsify.formats import ModuleScheme
 from sparsify.model.head import OutputHead
-from sparsify.model.linear import LinearWeights
-from sparsify.passes.head import rounding_error
 from sparsify.recipe import Recipe, dump_recipe
 
 HUB_IDS = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -57,16 +55,16 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     )
 
 
-def head_note(head: OutputHead, weight: Tensor, linear: LinearWeights) -> dict[str, Any]:
-    """What metrics.json says of a quantized output head. weight: [N, K], what it was made from."""
+def head_note(head: OutputHead, scheme: ModuleScheme, error: float) -> dict[str, Any]:
+    """What metrics.json says of a quantized output head. error: ||W - What||^2 / ||W||^2."""
     return {
         "module": head.module,
-        "shape": list(linear.shape),
-        "bits": linear.bits,
-        "pattern": linear.pattern,
-        "group_size": linear.group_size,
+        "shape": list(scheme.shape),
+        "bits": scheme.bits,
+        "pattern": scheme.pattern,
+        "group_size": scheme.group_size,
         "tied": head.tied,
-        "weight_error": rounding_error(weight, linear),
+        "weight_error": error,
     }
 
 
@@ -74,7 +72,9 @@ def head_in_words(head: dict[str, Any], nbytes: int) -> str:
     """`lm_head: 8-bit, 8.25 bits per weight, 29.2 MB (was tied to the embedding, which stays dense)`."""
     n, k = head["shape"]
     was = " (was tied to the embedding, which stays dense)" if head["tied"] else ""
-    return f"{head['module']}: {head['bits']}-bit, {8 * nbytes / (n * k):.2f} bits per weight, {nbytes / 1e6:.1f} MB{was}"
+    return (
+        f"{head['module']}: {head['bits']}-bit, {8 * nbytes / (n * k):.2f} bits per weight, {nbytes / 1e6:.1f} MB{was}"
+    )
 
 
 def _calibration(calibration: dict[str, Any]) -> str:

@@ -22,14 +22,15 @@ from sparsify.compiler.plan import Plan, make_plan
 from sparsify.data import calibration_tokens
 from sparsify.errors import SparsifyError
 from sparsify.files import atomic_write, cache_directory, read_json, write_json
+from sparsify.formats import ModuleScheme
 from sparsify.formats.directory import CheckpointWriter
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
-from sparsify.model.checkpoint import TensorInfo, read_header
+from sparsify.model.checkpoint import read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.walk import GroupVisit, Walk
 from sparsify.passes.compress import Scheme, Statistics, compress
 from sparsify.passes.gram import cross, gram
-from sparsify.passes.head import quantize_head
+from sparsify.passes.head import quantize_head, rounding_error
 from sparsify.progress import Task, progress_bar
 from sparsify.recipe import Recipe, dump_recipe
 
@@ -181,7 +182,8 @@ def _outer(plan: Plan, writer: CheckpointWriter, notes: _Notes) -> None:
         head = plan.head.head
         weight = plan.checkpoint.tensor(head.source)
         linears[head.module] = quantize_head(head.module, weight, plan.head.scheme)
-        notes.write_head(head_note(head, weight, linears[head.module]))
+        error = rounding_error(weight, linears[head.module])
+        notes.write_head(head_note(head, ModuleScheme.of(linears[head.module]), error))
         names = [name for name in names if head.tied or name != head.source]
     writer.write_part(OUTER, linears, {name: _stored(plan, plan.checkpoint.tensor(name)) for name in names})
 
@@ -328,16 +330,7 @@ def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, A
         dense |= note["skipped"]
     dense |= writer.dense_modules()
     head = None if plan.head is None else notes.read_head()
-    written = {
-        name: info.nbytes
-        for file in sorted((writer.work / "parts").glob("*.safetensors"))
-        for name, info in _visible(file).items()
-    }
-    # tensors of one linear share its name, whatever the format; a bias was not compressed
-    by_module: dict[str, int] = {}
-    for name, nbytes in written.items():
-        module, _, suffix = name.rpartition(".")
-        by_module[module] = by_module.get(module, 0) + (0 if suffix == "bias" else nbytes)
+    by_module = writer.linear_bytes()
     layers = [layer for note in found for layer in note["layers"]]
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     linear_bytes = sum(by_module[_exported(plan, layer["module"])] for layer in layers)
@@ -361,7 +354,7 @@ def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, A
         "dense_modules": [{"module": module, "reason": reason} for module, reason in dense.items()],
         "sizes": {
             "dense_bytes": plan.checkpoint.nbytes(),
-            "compressed_bytes": sum(written.values()),
+            "compressed_bytes": sum(writer.tensor_bytes().values()),
             "outside_bytes": outside,
             "bits_per_weight": round(8 * linear_bytes / max(weights, 1), 4),
             "head_bytes": 0 if head is None else by_module[head["module"]],
@@ -369,13 +362,6 @@ def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, A
         },
         "evaluation": None,
     }
-
-
-def _visible(file: Path) -> dict[str, TensorInfo]:
-    """Tensors of a part that will be in the checkpoint; codes kept beside a dense weight will not."""
-    infos, metadata = read_header(file)
-    hidden = set(json.loads(metadata.get("sparsify", "{}")).get("hidden", []))
-    return {name: info for name, info in infos.items() if name not in hidden}
 
 
 def _counted(reasons: Any) -> dict[str, int]:

@@ -162,6 +162,23 @@ class CheckpointWriter:
         """Linears that were to be packed and had to stay dense, with the reason."""
         return {module: reason for _, record, _ in self._records() for module, reason in record.reasons.items()}
 
+    def tensor_bytes(self) -> dict[str, int]:
+        """Bytes of every tensor that the finished parts will put into the checkpoint, by name."""
+        return {n: i.nbytes for _, record, infos in self._records() for n, i in infos.items() if n not in record.hidden}
+
+    def linears(self) -> dict[str, ModuleScheme]:
+        """The compressed linears of the finished parts, those too that are written as a dense weight."""
+        return {module: s for _, record, _ in self._records() for module, s in (record.packed | record.plain).items()}
+
+    def linear_bytes(self) -> dict[str, int]:
+        """Bytes of each compressed linear; a bias, which is never compressed, is not counted."""
+        found = dict.fromkeys(self.linears(), 0)
+        for name, nbytes in self.tensor_bytes().items():
+            module, _, suffix = name.rpartition(".")
+            if module in found and suffix != "bias":
+                found[module] += nbytes
+        return found
+
     def discard(self) -> None:
         """Remove everything that was written so far."""
         shutil.rmtree(self.work, ignore_errors=True)

@@ -1,9 +1,15 @@
-"""From one checkpoint format to another, block by block; codes are carried over, never quantized again."""
+"""From one checkpoint format to another, block by block; codes are carried over, never quantized again.
+
+An output head that is still dense can be quantized on the way.
+"""
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from sparsify.errors import CheckpointError
 from sparsify.files import read_json
@@ -15,39 +21,102 @@ from sparsify.formats.directory import (
     open_compressed,
     partial_directory,
 )
-from sparsify.formats.scheme import FLOATS, in_block
+from sparsify.formats.scheme import FLOATS, ModuleScheme, in_block
+from sparsify.model.head import OutputHead, find_head
 from sparsify.model.linear import LinearWeights, is_two_four
+from sparsify.passes.compress import Scheme
+from sparsify.passes.head import head_problem, head_scheme, quantize_head, rounding_error
 from sparsify.progress import progress
+from sparsify.recipe import Head, head_format_problem
 
 CARRIED = ("README.md", "recipe.yaml", "metrics.json")
 IDENTITY = "export"
 
 
-def export(source: str | Path, format: str, output: str | Path, quiet: bool = False) -> Path:
+@dataclass(frozen=True)
+class RoundedHead:
+    """An output head that an export quantized.
+
+    scheme: how; error: ||W - What||^2 / ||W||^2; dense_nbytes: of the weight it replaces, 0 when it was tied
+    """
+
+    head: OutputHead
+    scheme: ModuleScheme
+    error: float
+    dense_nbytes: int
+
+
+Describe = Callable[[dict[str, bytes], RoundedHead, CheckpointWriter], dict[str, bytes]]
+"""Brings the carried files (model card, recipe, metrics) up to date with a head that was quantized, and what was written."""
+
+
+def export(
+    source: str | Path,
+    format: str,
+    output: str | Path,
+    quiet: bool = False,
+    head: Head | None = None,
+    describe: Describe | None = None,
+) -> Path:
     """Write `source` (a checkpoint of any known format, or any dense model) to the directory `output` in `format`.
 
     A dense source can become sparse24 only when every linear in its blocks is 2:4 already (16-bit values).
+    head: quantize the output head on the way; it must not be compressed yet.
     """
     get_format(format)
     opened = open_compressed(source)
     linears = _linears(opened, format, output)
+    asked = None if head is None else _asked(opened, format, head)
     work = partial_directory(Path(output))
     if (work / "writer.json").is_file() and read_json(work / "writer.json").get("identity") == IDENTITY:
         shutil.rmtree(work)  # an export that was killed: short enough to begin again
     writer = CheckpointWriter(output, format, opened.checkpoint, identity=IDENTITY)
     try:
         plain = {f"{module}.weight" for module in linears} if not opened.modules else set()
+        rounded = None if asked is None else _write_head(writer, opened, *asked)
+        if rounded is not None and not rounded.head.tied:
+            plain |= {rounded.head.source}
         parts = _parts([*linears, *(name for name in opened.other_names() if name not in plain)])
         for part, names in progress(parts.items(), f"Exporting to {format}", total=len(parts), quiet=quiet):
             chosen = {name: _linear(opened, name) for name in names if name in linears}
             biases = {f"{module}.bias" for module, linear in chosen.items() if linear.bias is not None}
             others = [name for name in names if name not in linears and name not in biases]
             writer.write_part(part, chosen, {name: opened.tensor(name) for name in others})
-        carried = [file for name in CARRIED if (file := opened.directory / name).is_file()]
-        return writer.finish({}, {file.name: file.read_bytes() for file in carried})
+        carried = {name: file.read_bytes() for name in CARRIED if (file := opened.directory / name).is_file()}
+        if rounded is not None and describe is not None:
+            carried = describe(carried, rounded, writer)
+        return writer.finish({}, carried)
     except BaseException:
         writer.discard()
         raise
+
+
+def _asked(opened: CompressedCheckpoint, format: str, head: Head) -> tuple[OutputHead, Scheme]:
+    """The head of `opened` and what it is to become; CheckpointError when it cannot."""
+    if problem := head_format_problem(format):
+        raise CheckpointError(problem)
+    outside = [module for module in opened.modules if not in_block(module)]
+    if outside:
+        raise CheckpointError(
+            f"{opened.checkpoint.spec}: {outside[0]} is compressed already ({opened.modules[outside[0]].bits} bits); "
+            "leave the head out of this export, or start from a checkpoint whose head is dense"
+        )
+    found = find_head(opened.checkpoint)
+    store = opened.checkpoint.dtype(found.source)
+    scheme = head_scheme(head, store if store in FLOATS else torch.bfloat16)
+    if problem := head_problem(found.module, found.shape, scheme):
+        raise CheckpointError(f"{opened.checkpoint.spec}: {problem}")
+    return found, scheme
+
+
+def _write_head(
+    writer: CheckpointWriter, opened: CompressedCheckpoint, head: OutputHead, scheme: Scheme
+) -> RoundedHead:
+    weight = opened.tensor(head.source)
+    linear = quantize_head(head.module, weight, scheme)
+    writer.write_part(f"head.{head.module}", {head.module: linear}, {})
+    error = rounding_error(weight, linear)
+    return RoundedHead(head, ModuleScheme.of(linear), error, 0 if head.tied else weight.nbytes)
 
 
 def _linears(opened: CompressedCheckpoint, format: str, output: str | Path) -> set[str]:

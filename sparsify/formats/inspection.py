@@ -55,9 +55,17 @@ class Inspection:
     format: str
     tensors: tuple[TensorReport, ...]
 
+    def outside(self) -> list[TensorReport]:
+        """The compressed linears outside of the blocks."""
+        return [t for t in self.tensors if t.compressed and not in_block(t.name)]
+
     def totals(self) -> dict[str, Any]:
-        """Sizes and counts of the whole checkpoint. `sparsity` and `bits_per_weight` are of the linears in blocks."""
-        linears = [t for t in self.tensors if t.compressed or (t.two_four is not None)]
+        """Sizes and counts of the whole checkpoint. `sparsity` and `bits_per_weight` are of the linears in blocks.
+
+        outside: the compressed linears outside of the blocks, such as an output head, each with its own figures.
+        dense_nbytes counts an output head as a 16-bit matrix of its own, also where the dense model tied it.
+        """
+        linears = [t for t in self.tensors if in_block(t.name) and (t.compressed or t.two_four is not None)]
         weights = sum(_count(t) for t in linears)
         nbytes, dense = sum(t.nbytes for t in self.tensors), sum(t.dense_nbytes for t in self.tensors)
         return {
@@ -68,6 +76,10 @@ class Inspection:
             "two_four_linears": sum(t.two_four is True for t in linears),
             "sparsity": sum((t.sparsity or 0) * _count(t) for t in linears) / weights if weights else 0.0,
             "bits_per_weight": sum(8 * t.nbytes for t in linears) / weights if weights else 0.0,
+            "outside": {
+                t.name: {"bits": t.bits, "bits_per_weight": 8 * t.nbytes / _count(t), "nbytes": t.nbytes}
+                for t in self.outside()
+            },
             "nbytes": nbytes,
             "dense_nbytes": dense,
             "ratio": dense / nbytes if nbytes else 0.0,
@@ -154,7 +166,11 @@ def render(inspection: Inspection) -> RenderableType:
         f"{totals['bits_per_weight']:.2f} bits per weight; "
         f"{_size(totals['nbytes'])} on disk, {totals['ratio']:.2f} times smaller than at 16 bits"
     )
-    return Group(table, Text(summary))
+    heads = [
+        f"{t.name}: {8 * t.nbytes / _count(t):.2f} bits per weight, {_size(t.nbytes)}, outside of the blocks"
+        for t in inspection.outside()
+    ]
+    return Group(table, Text("\n".join([summary, *heads])))
 
 
 def _weights(report: TensorReport) -> str:

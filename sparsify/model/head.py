@@ -54,7 +54,9 @@ def find_head(
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     source = stored.get(f"{_name_of(model, embedding)}.weight")
     if source is None or not _is_tied(model):
-        raise CheckpointError(f"{checkpoint.spec} lacks the tensor {name}.weight; is it complete and of this model type?")
+        raise CheckpointError(
+            f"{checkpoint.spec} lacks the tensor {name}.weight; is it complete and of this model type?"
+        )
     if checkpoint.shape(source) != shape:
         raise CheckpointError(
             f"{checkpoint.spec}: {source} has shape {list(checkpoint.shape(source))}, but the output head that is tied "

@@ -13,7 +13,18 @@ from sparsify.recipe.explain import explain
 from sparsify.recipe.overrides import override
 from sparsify.recipe.patterns import ignored_by
 from sparsify.recipe.ready import ready_recipes
-from sparsify.recipe.schema import PASSES, Calibration, Evaluation, Export, Head, Pass, Prune, Quantize, Recipe
+from sparsify.recipe.schema import (
+    PASSES,
+    Calibration,
+    Evaluation,
+    Export,
+    Head,
+    Pass,
+    Prune,
+    Quantize,
+    Recipe,
+    head_format_problem,
+)
 from sparsify.recipe.words import closest
 
 __all__ = [
@@ -26,6 +37,7 @@ __all__ = [
     "Quantize",
     "Recipe",
     "dump_recipe",
+    "head_format_problem",
     "ignored_by",
     "json_schema",
     "load_recipe",

@@ -53,9 +53,10 @@ def report_on(
     metrics = read_json(directory / "metrics.json")
     run = read_json(directory / "run.json") if (directory / "run.json").is_file() else None
     modules = [layer["module"] for layer in metrics["layers"]]
-    parts = {"compressed": size_parts(open_checkpoint(directory), modules)}
+    head = (metrics.get("head") or {}).get("module")
+    parts = {"compressed": size_parts(open_checkpoint(directory), modules, head)}
     try:
-        parts["dense"] = size_parts(open_checkpoint(dense or metrics["base_model"]), modules)
+        parts["dense"] = size_parts(open_checkpoint(dense or metrics["base_model"]), modules, head)
     except CheckpointError:
         if dense is not None:
             raise  # asked for by name; the base model of an old run may well be gone

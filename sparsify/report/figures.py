@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsify.model.checkpoint import Checkpoint
 
-LINEARS, EMBEDDINGS, OTHER = "decoder linears", "embeddings", "other"
+LINEARS, EMBEDDINGS, OTHER, HEAD = "decoder linears", "embeddings", "other", "output head"
 EMBEDDING_NAMES = re.compile(r"(^|\.)(lm_head|embed_out|(\w*_)?embed(ding)?s?(_\w+)?|wte|wpe)(\.|$)")
 SCALE_BITS = 16
 HEAT_STEPS = 7
@@ -170,17 +170,38 @@ def export_format_of(metrics: Mapping[str, Any]) -> str:
     return str(((metrics.get("recipe") or {}).get("export") or {}).get("format") or "sparse24")
 
 
-def size_parts(checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, int]:
-    """Bytes of a checkpoint by part; `modules` are the names of the linears that were compressed.
+def head_of(metrics: Mapping[str, Any]) -> Layer | None:
+    """The quantized output head, which lies in no block (-1); None when the head stayed as it was."""
+    entry = metrics.get("head")
+    if not entry:
+        return None
+    return Layer(
+        module=str(entry["module"]),
+        kind=str(entry["module"]),
+        block=-1,
+        shape=(int(entry["shape"][0]), int(entry["shape"][1])),
+        relative_error=None,
+        sparsity=None,
+        bits=int(entry["bits"]),
+        group_size=entry.get("group_size"),
+        pattern=str(entry.get("pattern") or "dense"),
+    )
+
+
+def size_parts(checkpoint: Checkpoint, modules: Iterable[str], head: str | None = None) -> dict[str, int]:
+    """Bytes of a checkpoint by part; `modules` are the names of the linears that were compressed, `head` that of the
+    output head when it was: then it is a part of its own, empty in a dense model that ties it.
 
     Call it for the dense and for the compressed checkpoint and keep both as metrics["sizes"]["parts"] =
     {"dense": ..., "compressed": ...}; without it embeddings count as "other".
     """
     compressed = set(modules)
-    parts = dict.fromkeys((LINEARS, EMBEDDINGS, OTHER), 0)
+    parts = dict.fromkeys((LINEARS, EMBEDDINGS, OTHER, *((HEAD,) if head else ())), 0)
     for name in checkpoint.names():
         if name.rpartition(".")[0] in compressed:
             part = LINEARS
+        elif head and name.rpartition(".")[0] == head:
+            part = HEAD
         else:
             part = EMBEDDINGS if EMBEDDING_NAMES.search(name) else OTHER
         parts[part] += checkpoint.info(name).nbytes
@@ -199,11 +220,14 @@ def sizes(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
     found = []
     for which, label in (("dense", "dense"), ("compressed", export_format)):
         if parts := (given.get("parts") or {}).get(which):
-            found.append((label, {name: int(parts.get(name, 0)) for name in (LINEARS, EMBEDDINGS, OTHER)}))
+            names = (LINEARS, EMBEDDINGS, OTHER, *((HEAD,) if metrics.get("head") else ()))
+            found.append((label, {name: int(parts.get(name, 0)) for name in names}))
         elif total := totals[which]:
             outside = given.get("outside_bytes")
-            linears = min(int(total), computed[which]) if outside is None else int(total) - int(outside)
-            found.append((label, {LINEARS: linears, OTHER: int(total) - linears}))
+            head = int(given.get("dense_head_bytes" if which == "dense" else "head_bytes") or 0)
+            linears = min(int(total), computed[which]) if outside is None else int(total) - int(outside) - head
+            stack = {LINEARS: linears, OTHER: int(total) - linears - head}
+            found.append((label, {**stack, HEAD: head} if metrics.get("head") else stack))
     return found if len(found) == 2 else []
 
 

@@ -18,10 +18,12 @@ from sparsify.report.figures import (
     bits_per_weight,
     by_kind,
     export_format_of,
+    head_of,
     is_two_four,
     read_layers,
     short_kinds,
     sizes,
+    stored_bits,
     subject,
 )
 
@@ -149,6 +151,8 @@ def describe(metrics: Mapping[str, Any], layers: Sequence[Layer]) -> list[str]:
         kind, settings = pass_of(entry)
         if settings.get("method"):
             chips.append(f"{kind}: {settings['method']}")
+    if head := head_of(metrics):
+        chips.append(f"{head.bits}-bit output head")
     chips.append(f"format {export_format_of(metrics)}")
     return chips
 
@@ -175,7 +179,10 @@ def headline(
     else:
         cards.append(card("Size on disk", None, "not recorded"))
     bits = bits_per_weight(layers, metrics)
-    cards.append(card("Bits per weight", f"{bits:.2f}" if bits else None, "in the compressed linears, dense 16"))
+    under = "in the compressed linears, dense 16"
+    if head := head_of(metrics):
+        under = f"in the linears of the blocks, {stored_bits(head, kind):.2f} in the output head, dense 16"
+    cards.append(card("Bits per weight", f"{bits:.2f}" if bits else None, under))
     row = subject(evaluated, kind)
     if row and row.get("dense_perplexity"):
         before, after = row["dense_perplexity"], row.get("perplexity")
@@ -410,10 +417,10 @@ def layer_section(metrics: Mapping[str, Any], layers: Sequence[Layer]) -> str:
             "<p class='note'>This recipe ran no data through the model, so there is no output error to show; "
             "<code>sparsify eval</code> says what it cost.</p>"
         )
-    return section("Layer by layer", body + kind_table(layers) + full_table(layers))
+    return section("Layer by layer", body + kind_table(layers, head_of(metrics)) + full_table(layers))
 
 
-def kind_table(layers: Sequence[Layer]) -> str:
+def kind_table(layers: Sequence[Layer], output_head: Layer | None = None) -> str:
     names = short_kinds(layer.kind for layer in layers)
     kinds = by_kind(layers)
     roof = max([kind.mean_error or 0 for kind in kinds] + [1e-30])
@@ -430,6 +437,10 @@ def kind_table(layers: Sequence[Layer]) -> str:
             esc(names[kind.kind]), str(kind.count), shapes, words.count(kind.weights),
             ", ".join(map(str, kind.bits)), words.percent(kind.sparsity), mean, worst,
         ])  # fmt: skip
+    if output_head is not None:
+        n, k = output_head.shape
+        name, weights = f'{esc(output_head.kind)} <span class="sub">output head</span>', words.count(n * k)
+        rows.append([name, "1", f"{n} × {k}", weights, str(output_head.bits), "–", "–", "–"])
     head = [("linear", ""), ("count", ""), ("shape", ""), ("weights", ""), ("bits", ""), ("zeros", "")]
     return "<h3>By kind of linear</h3>" + table([*head, ("mean error", ""), ("worst", "")], rows, "Linears by kind")
 

@@ -3,6 +3,7 @@
 `import sparsify` registers the classes below as soon as transformers' quantizers are imported (`lazy.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -47,8 +50,9 @@ class Sparse24Quantizer(HfQuantizer):
         header = _read_headers(checkpoint_files)
         shapes = {name: info.shape for name, info in header.items()}
         schemes = get_format(METHOD).schemes(self.quantization_config.to_dict(), shapes)
+        rename = _renaming(model)
         for name, scheme in schemes.items():
-            path = _module_path(model, name)
+            path = _module_path(model, rename(name))
             if path is None:
                 continue  # a part this class of model does not have, as lm_head in AutoModel
             _refuse_other_than_linear(model, name, path, scheme)
@@ -105,6 +109,12 @@ def _read_headers(files: list[str] | None) -> dict[str, _OnDisk]:
     if not merged:
         raise CheckpointError("sparse24 models are loaded from a directory or hub id; no safetensors files were given")
     return merged
+
+
+def _renaming(model: nn.Module) -> Callable[[str], str]:
+    """What transformers calls a module of the checkpoint: GPT-NeoX's `embed_out` is `lm_head` to it."""
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]  # type: ignore[arg-type]
+    return lambda name: rename_source_key(f"{name}.weight", rules, [])[0].removesuffix(".weight")
 
 
 def _module_path(model: nn.Module, name: str) -> str | None:
