@@ -21,6 +21,7 @@ from sparsify import __version__
 from sparsify.errors import RecipeError, SparsifyError
 
 if TYPE_CHECKING:
+    from sparsify.bench.kernels import KernelOptions
     from sparsify.recipe import Recipe
 
 FAILED = 1
@@ -51,6 +52,14 @@ WORKLOAD_HELP = {
     "warmup": "repetitions before measuring",
     "prompts": "requests handed over at once",
 }
+MODELS_HELP = (
+    "checkpoint directories; NAME=DIR names one; shape:NAME@FORMAT measures the speed of a model that is not there "
+    "(NAME: smollm2-135m, llama-3.2-1b, llama-3.1-8b; FORMAT: dense, sparse24, pack-quantized; then +bits8, +group128, "
+    "+head8 for an 8-bit output head, +layers4, +tied, +untied)"
+)
+THREADS_HELP = (
+    "cores that compute: auto (vLLM keeps one for itself), all, or a list as VLLM_CPU_OMP_THREADS_BIND takes it (0-3)"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -132,9 +141,9 @@ def inspect(args: argparse.Namespace) -> Outcome:
 
 
 def export(args: argparse.Namespace) -> Outcome:
-    from sparsify.formats.export import export
+    from sparsify.compiler.export import export
 
-    written = export(args.source, args.format, args.output, quiet=args.quiet)
+    written = export(args.source, args.format, args.output, args.head, args.head_group_size, quiet=args.quiet)
     return Outcome({"output": str(written), "format": args.format}, [f"{args.format} checkpoint written to {written}"])
 
 
@@ -155,7 +164,15 @@ def evaluate(args: argparse.Namespace) -> Outcome:
 def bench(args: argparse.Namespace) -> Outcome:
     from sparsify.bench import BenchOptions, LatencyWorkload, ThroughputWorkload, latency, table, throughput
 
-    options = BenchOptions(repeats=args.repeats, eager=args.eager, engine_args=args.vllm_args, quiet=args.quiet)
+    options = BenchOptions(
+        repeats=args.repeats,
+        eager=args.eager,
+        engine_args=args.vllm_args,
+        threads=args.threads,
+        best_threads=args.best_threads,
+        greedy=args.greedy,
+        quiet=args.quiet,
+    )
     if args.benchmark == "latency":
         workload = LatencyWorkload(**{name: getattr(args, name) for name in LATENCY})
         result = latency(args.directories, workload, options)
@@ -165,11 +182,61 @@ def bench(args: argparse.Namespace) -> Outcome:
     return Outcome(result.to_json(), [table(result)])
 
 
+def bench_kernels(args: argparse.Namespace) -> Outcome:
+    from sparsify.bench.kernels import bench_kernels, linears_of, table
+
+    result = bench_kernels(linears_of(args.models, args.shape), kernel_options(args))
+    return Outcome(result.to_json(), [table(result)])
+
+
+def kernel_options(args: argparse.Namespace) -> "KernelOptions":
+    """What the arguments of `bench kernels` ask for."""
+    from sparsify.bench.kernels import ROWS, KernelOptions
+
+    return KernelOptions(
+        rows=tuple(args.rows) if args.rows else ROWS,
+        bits=args.bits,
+        group_size=args.group_size,
+        pattern=args.pattern,
+        dtype=args.dtype,
+        peers=tuple(args.against),
+        cold=args.cold,
+        rounds=args.rounds,
+        peaks=not args.no_peaks,
+        quiet=args.quiet,
+    )
+
+
+def numbers(text: str) -> list[int]:
+    """1,8,32"""
+    return [int(part) for part in text.split(",")]
+
+
+def group_size(text: str) -> int:
+    """A number, or 0 for `channel`: one scale per output."""
+    return 0 if text == "channel" else int(text)
+
+
 def serve(args: argparse.Namespace) -> Outcome:
     from sparsify.bench import serve
 
-    serve(args.directory, args.vllm_args)
+    serve(args.directory, args.vllm_args, args.threads)
     return Outcome({}, [])
+
+
+def build_kernels(args: argparse.Namespace) -> Outcome:
+    from sparsify.kernel_builds import build_all, table
+
+    builds = build_all(args.kernels)
+    failed = any(build.problem for build in builds)
+    return Outcome({"kernels": [build.to_json() for build in builds]}, [table(builds)], FAILED if failed else 0)
+
+
+def list_kernels(args: argparse.Namespace) -> Outcome:
+    from sparsify.kernel_builds import list_all, table
+
+    builds = list_all()
+    return Outcome({"kernels": [build.to_json() for build in builds]}, [table(builds)])
 
 
 def doctor(args: argparse.Namespace) -> Outcome:
@@ -293,6 +360,7 @@ def command_parser() -> argparse.ArgumentParser:
         is_quiet, shows_json,
         shown=(
             "sparsify export out/smollm2 --format pack-quantized --output out/smollm2-stock     runs without sparsify",
+            "sparsify export out/smollm2 --format sparse24 --head 8 --output out/smollm2-head     quantizes lm_head too",
             "sparsify export embedded:smollm2-135m-instruct --format dense --output out/dense",
         ),
     )  # fmt: skip
@@ -301,6 +369,12 @@ def command_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized or dense")
     command.add_argument("--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist")
+    command.add_argument(
+        "--head", type=int, choices=(4, 8), metavar="BITS", help="quantize the output head (lm_head) to 8 or 4 bits"
+    )
+    command.add_argument(
+        "--head-group-size", metavar="G", help="inputs per scale of the head: 32, 64 (default), 128 or channel"
+    )
 
     command = add(
         commands, "eval", evaluate, "measure perplexity, and the distance from the dense model",
@@ -334,8 +408,9 @@ def command_parser() -> argparse.ArgumentParser:
 
     benchmarks = commands.add_parser(
         "bench",
-        help="measure latency or throughput in vLLM, several models in one run",
-        description="Measure with vLLM's own benchmarks. The first model is what the others are compared with.",
+        help="measure latency or throughput in vLLM, several models in one run; or single linears",
+        description="latency and throughput run vLLM's own benchmarks and compare with the first model; kernels measures "
+        "one linear at a time, without vLLM's engine.",
     ).add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, workload, about in (
         ("latency", LATENCY, "time of one batch of requests: first token, each further token"),
@@ -347,10 +422,11 @@ def command_parser() -> argparse.ArgumentParser:
             shown=(
                 f"sparsify bench {name} out/dense out/smollm2",
                 f"sparsify bench {name} dense=out/dense sparse=out/smollm2 --repeats 3 -- --dtype bfloat16",
+                f"sparsify bench {name} shape:llama-3.2-1b@dense shape:llama-3.2-1b@sparse24+head8 --best-threads",
             ),
         )  # fmt: skip
         command.usage = f"sparsify bench {name} [options] DIR [DIR ...] [-- ENGINE_ARGS]"
-        command.add_argument("directories", metavar="DIR", nargs="+", help="checkpoint directories; NAME=DIR names one")
+        command.add_argument("directories", metavar="DIR", nargs="+", help=MODELS_HELP)
         for setting, value in workload.items():
             option = "--" + setting.replace("_", "-")
             command.add_argument(
@@ -358,13 +434,69 @@ def command_parser() -> argparse.ArgumentParser:
             )
         command.add_argument("--repeats", type=int, default=1, metavar="N", help="rounds over all models (default 1)")
         command.add_argument("--eager", action="store_true", help="without torch.compile: starts faster, runs slower")
+        command.add_argument(
+            "--greedy", action="store_true", help="take the best token; vLLM's benchmarks draw one at temperature 1"
+        )
+        threads = command.add_mutually_exclusive_group()
+        threads.add_argument("--threads", metavar="auto|all|LIST", help=THREADS_HELP)
+        threads.add_argument(
+            "--best-threads",
+            action="store_true",
+            help="measure every model with --threads auto and with all, and report each at its own best",
+        )
+
+    command = add(
+        benchmarks, "kernels", bench_kernels, "time of single linears: ours, torch's, vLLM's, beside the machine's peaks",
+        is_quiet, shows_json,
+        shown=(
+            "sparsify bench kernels llama-3.2-1b",
+            "sparsify bench kernels --shape 28672x8192 --rows 1,8,32 --bits 8 --pattern dense",
+            "sparsify bench kernels out/smollm2 --cold     no weights left in a cache by the call before",
+        ),
+    )  # fmt: skip
+    command.add_argument(
+        "models", metavar="MODEL", nargs="*", help="checkpoint, embedded:NAME, or smollm2-135m, llama-3.2-1b, llama-3.1-8b"
+    )
+    command.add_argument("--shape", action="append", default=[], metavar="NxK", help="outputs x inputs; repeatable")
+    command.add_argument("--rows", type=numbers, metavar="M,M", help="tokens multiplied at once (1 to 2048 in ten steps)")
+    command.add_argument("--bits", type=int, default=4, choices=(4, 8, 16), help="of our weights (default 4)")
+    command.add_argument(
+        "--group-size", type=group_size, default=64, metavar="G", help="inputs per scale, or channel (default 64)"
+    )
+    command.add_argument("--pattern", default="2:4", choices=("2:4", "dense"), help="of our weights (default 2:4)")
+    command.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of our activations (bfloat16)"
+    )
+    command.add_argument(
+        "--against",
+        nargs="*",
+        default=["torch", "wna16"],
+        choices=("torch", "wna16", "w4a8"),
+        help="peers (default torch wna16; w4a8 is vLLM's default where there is AMX: 8-bit activations)",
+    )
+    command.add_argument("--cold", action="store_true", help="cycle through copies of the weights that exceed the cache")
+    command.add_argument("--rounds", type=int, default=5, metavar="N", help="turns per contestant (default 5)")
+    command.add_argument("--no-peaks", action="store_true", help="do not measure the machine's peaks (saves 10 s)")
 
     command = add(
         commands, "serve", serve, "serve a checkpoint with vLLM's OpenAI-compatible server",
         shown=("sparsify serve out/smollm2", "sparsify serve out/smollm2 -- --port 8001 --max-model-len 2048"),
     )  # fmt: skip
-    command.usage = "sparsify serve DIR [-- VLLM_ARGS]"
+    command.usage = "sparsify serve [options] DIR [-- VLLM_ARGS]"
     command.add_argument("directory", metavar="DIR", help="checkpoint directory")
+    command.add_argument("--threads", metavar="auto|all|LIST", help=THREADS_HELP)
+
+    kernels = commands.add_parser(
+        "kernels",
+        help="build the native kernels ahead of time, or list them",
+        description="Native kernels are built on first use; images and machines without a compiler want them built before.",
+    ).add_subparsers(dest="kernels_command", required=True, metavar="COMMAND")
+    command = add(
+        kernels, "build", build_kernels, "compile the native kernels into the cache", shows_json,
+        shown=("sparsify kernels build", "sparsify kernels build cpu/gram"),
+    )  # fmt: skip
+    command.add_argument("kernels", metavar="KERNEL", nargs="*", help="names as `sparsify kernels list` shows them (all)")
+    add(kernels, "list", list_kernels, "show the native kernels and where they were built", shows_json)
 
     add(commands, "doctor", doctor, "say what is installed, what this machine can run, and what is missing", shows_json)
 
@@ -393,7 +525,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         own, extra = own[:at], own[at + 1 :]
     parser = command_parser()
     args = parser.parse_args(own)
-    if extra and args.command not in ("serve", "bench"):
+    takes_engine_arguments = args.command == "serve" or getattr(args, "benchmark", "kernels") != "kernels"
+    if extra and not takes_engine_arguments:
         parser.error(f"{args.command} takes no arguments after --")
     args.vllm_args = extra
     return args
