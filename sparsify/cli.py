@@ -455,10 +455,15 @@ def command_parser() -> argparse.ArgumentParser:
         ),
     )  # fmt: skip
     command.add_argument(
-        "models", metavar="MODEL", nargs="*", help="checkpoint, embedded:NAME, or smollm2-135m, llama-3.2-1b, llama-3.1-8b"
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help="checkpoint, embedded:NAME, or smollm2-135m, llama-3.2-1b, llama-3.1-8b",
     )
     command.add_argument("--shape", action="append", default=[], metavar="NxK", help="outputs x inputs; repeatable")
-    command.add_argument("--rows", type=numbers, metavar="M,M", help="tokens multiplied at once (1 to 2048 in ten steps)")
+    command.add_argument(
+        "--rows", type=numbers, metavar="M,M", help="tokens multiplied at once (1 to 2048 in ten steps)"
+    )
     command.add_argument("--bits", type=int, default=4, choices=(4, 8, 16), help="of our weights (default 4)")
     command.add_argument(
         "--group-size", type=group_size, default=64, metavar="G", help="inputs per scale, or channel (default 64)"
@@ -474,7 +479,9 @@ def command_parser() -> argparse.ArgumentParser:
         choices=("torch", "wna16", "w4a8"),
         help="peers (default torch wna16; w4a8 is vLLM's default where there is AMX: 8-bit activations)",
     )
-    command.add_argument("--cold", action="store_true", help="cycle through copies of the weights that exceed the cache")
+    command.add_argument(
+        "--cold", action="store_true", help="cycle through copies of the weights that exceed the cache"
+    )
     command.add_argument("--rounds", type=int, default=5, metavar="N", help="turns per contestant (default 5)")
     command.add_argument("--no-peaks", action="store_true", help="do not measure the machine's peaks (saves 10 s)")
 
@@ -495,7 +502,9 @@ def command_parser() -> argparse.ArgumentParser:
         kernels, "build", build_kernels, "compile the native kernels into the cache", shows_json,
         shown=("sparsify kernels build", "sparsify kernels build cpu/gram"),
     )  # fmt: skip
-    command.add_argument("kernels", metavar="KERNEL", nargs="*", help="names as `sparsify kernels list` shows them (all)")
+    command.add_argument(
+        "kernels", metavar="KERNEL", nargs="*", help="names as `sparsify kernels list` shows them (all)"
+    )
     add(kernels, "list", list_kernels, "show the native kernels and where they were built", shows_json)
 
     add(commands, "doctor", doctor, "say what is installed, what this machine can run, and what is missing", shows_json)

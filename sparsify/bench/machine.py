@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from sparsify.errors import SparsifyError
 
 # Everything that steers vLLM, our runtime or their thread pools, and therefore the figures.
 RECORDED_PREFIXES = ("VLLM_", "SPARSIFY_", "OMP_", "MKL_", "KMP_", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_")
@@ -64,6 +67,42 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def core_list(cores: Sequence[int]) -> str:
+    """Core numbers as vLLM and taskset write them. [0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for core in sorted(cores):
+        if runs and core == runs[-1][1] + 1:
+            runs[-1][1] = core
+        else:
+            runs.append([core, core])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def thread_binding(choice: str, ranks: int = 1, cores: Sequence[int] | None = None) -> str:
+    """The value of VLLM_CPU_OMP_THREADS_BIND for `auto`, `all`, or a list of cores that is taken as it is.
+
+    auto: vLLM binds one thread per core and keeps one core for its own work, so of two cores one computes.
+    all: every core computes, and vLLM's own work runs in between; tensor-parallel ranks get equal parts.
+    """
+    if choice in ("auto", "nobind"):
+        return choice
+    if choice == "all":
+        cores = sorted(cores if cores is not None else usable_core_numbers())
+        if len(cores) < ranks:
+            return "nobind"  # ranks have to share cores, which only the system can arrange
+        return "|".join(core_list(cores[len(cores) * r // ranks : len(cores) * (r + 1) // ranks]) for r in range(ranks))
+    if re.fullmatch(r"\d+(-\d+)?([,|]\d+(-\d+)?)*", choice):
+        return choice
+    raise SparsifyError(f"--threads {choice} is unknown: give auto, all, or a list of cores such as 0-3 or 0-1|2-3")
+
+
+def usable_core_numbers() -> list[int]:
+    """The cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def serving_environment(overrides: Mapping[str, str] | None = None) -> dict[str, str]:

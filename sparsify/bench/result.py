@@ -60,9 +60,25 @@ class ThroughputFigures:
 
 
 @dataclass(frozen=True)
+class SettingSpeed:
+    """One model with one value of VLLM_CPU_OMP_THREADS_BIND."""
+
+    threads: str
+    latency: LatencyFigures | None
+    throughput: ThroughputFigures | None
+
+    def seconds(self) -> float:
+        """What one request takes, or all of them: what decides which setting is best."""
+        if self.latency:
+            return self.latency.request
+        return 1 / self.throughput.output_tokens_per_second if self.throughput else float("inf")
+
+
+@dataclass(frozen=True)
 class ModelSpeed:
     """One model. Every value of `ratios` is a factor over the first model, and more than 1 is better:
-    how many times smaller, how many times faster. answers: greedy replies to the prompts of the run."""
+    how many times smaller, how many times faster. answers: greedy replies to the prompts of the run.
+    threads: the thread setting of these figures; settings: those of all that were tried, when it was more than one."""
 
     model: str
     format: str
@@ -71,6 +87,8 @@ class ModelSpeed:
     throughput: ThroughputFigures | None
     ratios: dict[str, float]
     answers: list[str] = field(default_factory=list)
+    threads: str = ""
+    settings: list[SettingSpeed] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,7 @@ class BenchResult:
     versions: dict[str, str]
     seconds: float = 0.0
     prompts: list[str] = field(default_factory=list)
+    greedy: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -162,7 +181,8 @@ def table(result: BenchResult) -> Table:
             cells.append(_cell(row.ratios["decode"], duration(times.itl)))
         if rates := row.throughput:
             cells.append(_cell(row.ratios["throughput"], f"{rates.output_tokens_per_second:.1f} tok/s"))
-        view.add_row(Text.assemble(row.model, "\n", (row.format, "dim")), *cells)
+        kind = f"{row.format}, threads {row.threads}" if row.settings else row.format
+        view.add_row(Text.assemble(row.model, "\n", (kind, "dim")), *cells)
     return view
 
 
@@ -176,5 +196,9 @@ def _caption(result: BenchResult) -> str:
         parts.append(f"latency: batch {work.batch_size}, {work.input_len} tokens in, {work.output_len} out")
     if load := result.throughput:
         parts.append(f"throughput: {load.prompts} prompts, {load.input_len} in, {load.output_len} out")
+    if result.greedy:
+        parts.append("greedy")
+    if any(row.settings for row in result.models):
+        parts.append("each model with the threads that suit it best")
     parts.append(f"{result.machine['cpu']}, {result.machine['cores']} cores; more than 1x is better")
     return "; ".join(parts)

@@ -20,11 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.bench import vllm_cli
-from sparsify.bench.machine import describe_machine, installed_versions, recorded_environment, serving_environment
+from sparsify.bench.imitation import ENGINE_ARGUMENTS, PREFIX, is_imitation, parse_imitation
+from sparsify.bench.machine import (
+    describe_machine,
+    installed_versions,
+    recorded_environment,
+    serving_environment,
+    thread_binding,
+)
 from sparsify.bench.result import (
     BenchResult,
     LatencyWorkload,
     ModelSpeed,
+    SettingSpeed,
     ThroughputWorkload,
     latency_figures,
     ratios,
@@ -39,6 +47,7 @@ TAIL_LINES = 12
 CHAT_TOKENS = 256  # room for a short prompt in its chat template and the answer
 # vLLM's latency benchmark draws its prompt from the token ids below this.
 LATENCY_VOCABULARY = 10_000
+THREADS = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,9 @@ class BenchOptions:
     environment: variables that override the defaults and the shell's
     timeout:     seconds that one model may take in one round
     prompts:     users' turns that every model also answers, outside the timings
+    threads:     "auto", "all" or a list of cores, as `thread_binding` takes it; None for what the environment says
+    best_threads: measure every model with auto and with all, and report each at its own best
+    greedy:      take the best token; vLLM's benchmarks draw one at temperature 1
     """
 
     repeats: int = 1
@@ -59,6 +71,9 @@ class BenchOptions:
     environment: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 3600
     prompts: Sequence[str] = ()
+    threads: str | None = None
+    best_threads: bool = False
+    greedy: bool = False
     quiet: bool = False
 
 
@@ -70,6 +85,7 @@ class Target:
     directory: Path
     format: str
     nbytes: int
+    engine_args: Sequence[str] = ()  # of this model alone
 
 
 @dataclass
@@ -111,40 +127,81 @@ def measure(
     options = options or BenchOptions()
     _check(latency, throughput, options)
     require_vllm()
-    targets = open_targets(models, labels)
-    engine = engine_arguments(latency, throughput, options)
-    for target in targets:
-        _check_fits(target, latency, throughput)
-
     environment = serving_environment(options.environment)
-    samples = {target.label: Samples() for target in targets}
+    settings = thread_settings(options, environment)
+    engine = engine_arguments(latency, throughput, options)
     started = time.perf_counter()
-    with progress_bar("bench", total=options.repeats * len(targets), quiet=options.quiet) as bar:
-        for round_number in range(options.repeats):
-            for target in targets:
-                bar.describe(target.label if options.repeats == 1 else f"{target.label}, round {round_number + 1}")
-                _measure_once(target, engine, latency, throughput, environment, options, samples[target.label])
-                bar.advance()
+    with tempfile.TemporaryDirectory(prefix="sparsify-shapes-") as scratch:
+        targets = open_targets(models, labels, Path(scratch))
+        for target in targets:
+            _check_fits(target, latency, throughput)
+            _check_speaks(target, options)
+        samples = {(target.label, threads): Samples() for target in targets for threads in settings}
+        with progress_bar("bench", total=options.repeats * len(samples), quiet=options.quiet) as bar:
+            for round_number in range(options.repeats):
+                for target in targets:
+                    for threads in settings:
+                        described = [target.label]
+                        described += [f"threads {threads}"] if len(settings) > 1 else []
+                        described += [f"round {round_number + 1}"] if options.repeats > 1 else []
+                        bar.describe(", ".join(described))
+                        bound = {**environment, THREADS: threads}
+                        gathered = samples[target.label, threads]
+                        _measure_once(target, engine, latency, throughput, bound, options, gathered)
+                        bar.advance()
+    if len(settings) == 1:
+        environment = {**environment, THREADS: settings[0]}
+    else:
+        del environment[THREADS]  # it differs from row to row, where it is told
     return BenchResult(
-        models=_rows(targets, samples, latency, throughput),
+        models=_rows(targets, settings, samples, latency, throughput),
         latency=latency,
         throughput=throughput,
         repeats=options.repeats,
         eager=options.eager,
         commands=[
-            shlex.join([*vllm_cli.prefix(), "bench", name, "--model", "MODEL", *engine, *arguments])
+            shlex.join([*vllm_cli.prefix(), "bench", name, "--model", "MODEL", *own, *engine, *arguments])
             for name, arguments in benchmark_arguments(latency, throughput)
+            for own in sorted({tuple(target.engine_args) for target in targets})
         ],
         environment=recorded_environment(environment),
         machine=describe_machine(),
         versions=installed_versions(),
         seconds=time.perf_counter() - started,
         prompts=list(options.prompts),
+        greedy=options.greedy,
     )
 
 
-def open_targets(models: Sequence[str | Path], labels: Sequence[str] | None = None) -> list[Target]:
-    """Opens every model cheaply, so that a missing one is found before the first is measured."""
+def thread_settings(options: BenchOptions, environment: Mapping[str, str]) -> list[str]:
+    """The values of VLLM_CPU_OMP_THREADS_BIND to measure every model with."""
+    if options.threads and options.best_threads:
+        raise SparsifyError("give --threads or --best-threads, not both")
+    if options.best_threads:
+        ranks = tensor_parallel_ranks(options.engine_args)
+        return list(dict.fromkeys(thread_binding(choice, ranks) for choice in ("auto", "all")))
+    if options.threads:
+        return [thread_binding(options.threads, tensor_parallel_ranks(options.engine_args))]
+    return [environment[THREADS]]
+
+
+def tensor_parallel_ranks(engine_args: Sequence[str]) -> int:
+    """What `--tensor-parallel-size` says, in any of the ways vLLM takes it."""
+    names = ("--tensor-parallel-size", "--tensor_parallel_size", "-tp")
+    joined = [part for argument in engine_args for part in argument.split("=", 1)]
+    for name, value in zip(joined, joined[1:], strict=False):
+        if name in names and value.isdigit():
+            return max(1, int(value))
+    return 1
+
+
+def open_targets(
+    models: Sequence[str | Path], labels: Sequence[str] | None = None, scratch: Path | None = None
+) -> list[Target]:
+    """Opens every model cheaply, so that a missing one is found before the first is measured.
+
+    scratch: where to write the configs of models that consist of a shape.
+    """
     if not models:
         raise SparsifyError("nothing to measure: give at least one model directory")
     if labels is not None and len(labels) != len(models):
@@ -154,10 +211,16 @@ def open_targets(models: Sequence[str | Path], labels: Sequence[str] | None = No
         label, text = "", str(spec)
         if "=" in text and not Path(text).exists():
             label, text = text.split("=", 1)
-        checkpoint = open_checkpoint(text)
         label = labels[i] if labels else label or model_name(text)
         if any(label == other.label for other in targets):
             raise SparsifyError(f"two models are called {label}: name them, as in {label}-2={text}")
+        if is_imitation(text):
+            model = parse_imitation(text)
+            assert scratch is not None, "a model that consists of its shape needs a place for its config.json"
+            directory = model.write(scratch / str(i))
+            targets.append(Target(label, directory, f"{model.format}, random", model.nbytes(), ENGINE_ARGUMENTS))
+            continue
+        checkpoint = open_checkpoint(text)
         quantization = checkpoint.config.get("quantization_config") or {}
         kind = str(quantization.get("format") or quantization.get("quant_method") or "dense")
         targets.append(Target(label, checkpoint.directory, kind, checkpoint.nbytes()))
@@ -166,7 +229,7 @@ def open_targets(models: Sequence[str | Path], labels: Sequence[str] | None = No
 
 def model_name(spec: str | Path) -> str:
     """What people call a model: the name of its directory, or the spec itself."""
-    return Path(spec).resolve().name if Path(spec).is_dir() else str(spec)
+    return Path(spec).resolve().name if Path(spec).is_dir() else str(spec).removeprefix(PREFIX)
 
 
 def engine_arguments(
@@ -240,6 +303,11 @@ def _check_fits(target: Target, latency: LatencyWorkload | None, throughput: Thr
         )
 
 
+def _check_speaks(target: Target, options: BenchOptions) -> None:
+    if options.prompts and target.engine_args:
+        raise SparsifyError(f"{target.label} consists of its shape and cannot answer prompts: measure it without them")
+
+
 def _measure_once(
     target: Target,
     engine: Sequence[str],
@@ -254,11 +322,12 @@ def _measure_once(
     runs = benchmark_arguments(latency, throughput)
     outputs = [scratch / f"{i}-{name}.json" for i, (name, _) in enumerate(runs)]
     job = {
-        "engine": ["--model", str(target.directory), *engine],
+        "engine": ["--model", str(target.directory), *target.engine_args, *engine],
         "runs": [
             {"benchmark": name, "arguments": [*arguments, "--output-json", str(output)]}
             for (name, arguments), output in zip(runs, outputs, strict=True)
         ],
+        "greedy": options.greedy,
         "prompts": list(options.prompts),
         "answers": str(scratch / "answers.json"),
     }
@@ -325,40 +394,56 @@ def failure(label: str, status: int | None, log: Path) -> str:
 
 def _rows(
     targets: Sequence[Target],
-    samples: Mapping[str, Samples],
+    settings: Sequence[str],
+    samples: Mapping[tuple[str, str], Samples],
     latency: LatencyWorkload | None,
     throughput: ThroughputWorkload | None,
 ) -> list[ModelSpeed]:
-    delays = {
-        t.label: latency_figures(samples[t.label].first, samples[t.label].full, latency) for t in targets if latency
-    }
-    rates = {
-        t.label: throughput_figures(samples[t.label].elapsed, samples[t.label].tokens, throughput)
-        for t in targets
-        if throughput
-    }
-    base = targets[0]
-    return [
-        ModelSpeed(
-            model=target.label,
-            format=target.format,
-            nbytes=target.nbytes,
-            latency=delays.get(target.label),
-            throughput=rates.get(target.label),
-            ratios=ratios(
-                (target.nbytes, base.nbytes),
-                (delays[target.label], delays[base.label]) if latency else None,
-                (rates[target.label], rates[base.label]) if throughput else None,
-            ),
-            answers=samples[target.label].answers,
+    """Every model at its own best thread setting."""
+
+    def speed(label: str, threads: str) -> SettingSpeed:
+        found = samples[label, threads]
+        return SettingSpeed(
+            threads,
+            latency_figures(found.first, found.full, latency) if latency else None,
+            throughput_figures(found.elapsed, found.tokens, throughput) if throughput else None,
         )
-        for target in targets
-    ]
+
+    tried = {target.label: [speed(target.label, threads) for threads in settings] for target in targets}
+    best = {label: min(speeds, key=SettingSpeed.seconds) for label, speeds in tried.items()}
+    base = targets[0]
+    rows = []
+    for target in targets:
+        mine, first = best[target.label], best[base.label]
+        rows.append(
+            ModelSpeed(
+                model=target.label,
+                format=target.format,
+                nbytes=target.nbytes,
+                latency=mine.latency,
+                throughput=mine.throughput,
+                ratios=ratios(
+                    (target.nbytes, base.nbytes),
+                    (mine.latency, first.latency) if mine.latency and first.latency else None,
+                    (mine.throughput, first.throughput) if mine.throughput and first.throughput else None,
+                ),
+                answers=samples[target.label, mine.threads].answers,
+                threads=mine.threads,
+                settings=tried[target.label] if len(settings) > 1 else [],
+            )
+        )
+    return rows
 
 
-def serve(directory: str | Path, extra_args: Sequence[str] = (), replace: Callable[..., Any] = os.execvpe) -> None:
+def serve(
+    directory: str | Path,
+    extra_args: Sequence[str] = (),
+    threads: str | None = None,
+    replace: Callable[..., Any] = os.execvpe,
+) -> None:
     """Becomes `vllm serve` on a model, with the environment the benchmarks use; does not return."""
     require_vllm()
+    overrides = {THREADS: thread_binding(threads, tensor_parallel_ranks(extra_args))} if threads else {}
     checkpoint = open_checkpoint(directory)
     command = [sys.executable, "-m", "sparsify.bench.vllm_cli", "serve", str(checkpoint.directory), *extra_args]
     if not any(argument.split("=")[0] == "--served-model-name" for argument in extra_args):
@@ -367,4 +452,4 @@ def serve(directory: str | Path, extra_args: Sequence[str] = (), replace: Callab
             "--served-model-name",
             Path(directory).resolve().name if Path(directory).is_dir() else str(directory),
         ]
-    replace(command[0], command, serving_environment())
+    replace(command[0], command, serving_environment(overrides))

@@ -2,8 +2,9 @@
 
 The job names the engine arguments and a list of benchmarks (`vllm.benchmarks.latency`, `.throughput`) with their
 arguments, exactly those of `vllm bench`. Starting vLLM takes longer than measuring a small model, so all benchmarks of
-the job share one engine: the first one starts it and the others are handed the same object. Nothing else of vLLM is
-touched, and nothing of sparsify is imported: the plugin reaches vLLM the way it does in production.
+the job share one engine: the first one starts it and the others are handed the same object. vLLM's benchmarks draw every
+token at temperature 1; a job that asks for greedy decoding gets it, which they have no option for. Nothing else of vLLM
+is touched, and nothing of sparsify is imported: the plugin reaches vLLM the way it does in production.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ def share_engine(llm_class: Any) -> list[Any]:
     return built
 
 
+def decode_greedily(module: Any) -> None:
+    """Makes the `SamplingParams` that vLLM's benchmarks ask for take the best token."""
+    made = module.SamplingParams
+
+    def sampling_params(*arguments: Any, **keywords: Any) -> Any:
+        return made(*arguments, **{**keywords, "temperature": 0.0})
+
+    module.SamplingParams = sampling_params
+
+
 def answer(engine: Any, prompts: list[str]) -> list[str]:
     """What the model replies to each prompt as a user's turn, greedily."""
     from vllm import SamplingParams
@@ -42,11 +53,13 @@ def answer(engine: Any, prompts: list[str]) -> list[str]:
 
 def run_job(job: dict[str, Any]) -> None:
     """job: {"engine": [argument...], "runs": [{"benchmark": "latency"|"throughput", "arguments": [...]}...],
-    "prompts": [...], "answers": file for the replies}"""
+    "greedy": bool, "prompts": [...], "answers": file for the replies}"""
     import vllm
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     built = share_engine(vllm.LLM)
+    if job.get("greedy"):
+        decode_greedily(vllm)
     for run in job["runs"]:
         benchmark = importlib.import_module(f"vllm.benchmarks.{run['benchmark']}")
         parser = FlexibleArgumentParser()

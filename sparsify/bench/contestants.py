@@ -1,0 +1,205 @@
+"""The linears that `sparsify bench kernels` compares: ours, PyTorch's, and vLLM's 4-bit ones for CPUs.
+
+Each contestant is made of random valid weights, packed by the software that will run it, in as many copies as asked
+for: copies that together exceed the last cache are what a model streams, layer after layer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsify.errors import SparsifyError
+from sparsify.formats import ModuleScheme, get_format
+from sparsify.formats.scheme import scheme_problem
+from sparsify.formats.sparse24 import checked_tensors, tensor_layout
+from sparsify.runtime.backends import choose_backend
+from sparsify.runtime.op import sparse24_linear
+
+OURS, TORCH, WNA16, W4A8 = "sparsify", "torch bf16", "vLLM wna16", "vLLM w4a8"
+PEERS = {"torch": TORCH, "wna16": WNA16, "w4a8": W4A8}
+CHECKED_OUTPUTS = 48
+# The 36 valid meta bytes: two nibbles, each two different positions in ascending order.
+NIBBLES = [first | second << 2 for first in range(4) for second in range(first + 1, 4)]
+META_BYTES = torch.tensor([low | high << 4 for high in NIBBLES for low in NIBBLES], dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A linear [N, K] in some number of copies.
+
+    calls: one per copy, x: [M, K] -> [M, N].  nbytes: of one copy's weights, as small as they are stored anywhere.
+    expected: the first outputs' dense weights [CHECKED_OUTPUTS, K] in float64, to see that the product is right.
+    tolerance: of the product, relative to its size. detail: which kernel it is.
+    """
+
+    name: str
+    calls: Sequence[Callable[[Tensor], Tensor]]
+    nbytes: int
+    dtype: torch.dtype
+    expected: Tensor
+    tolerance: float
+    detail: str = ""
+
+
+def random_tensors(scheme: ModuleScheme, seed: int = 0) -> dict[str, Tensor]:
+    """Valid sparse24 tensors of `scheme` with random contents, made in their packed form: seconds for any size."""
+    if problem := scheme_problem(scheme):
+        raise SparsifyError(f"a linear {scheme.shape[0]}x{scheme.shape[1]} cannot be measured: {problem}")
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for suffix, (shape, dtype) in tensor_layout(scheme, torch.bfloat16).items():
+        if suffix == "weight_meta":
+            choice = torch.randint(len(META_BYTES), shape, generator=generator, dtype=torch.uint8)
+            tensors[suffix] = META_BYTES[choice.int()]
+        elif suffix == "weight_packed":
+            tensors[suffix] = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+        else:  # scales, values
+            tensor = torch.empty(shape, dtype=dtype).uniform_(0.5, 1.5, generator=generator)
+            tensors[suffix] = tensor.mul_(2.0**-7)
+    return tensors
+
+
+def stored_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of tensors, those in oneDNN's own layout too."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def first_outputs(tensors: dict[str, Tensor], scheme: ModuleScheme) -> Tensor:
+    """The dense weights of the first few outputs, in float64: [<= CHECKED_OUTPUTS, K]."""
+    rows = min(CHECKED_OUTPUTS, scheme.shape[0])
+    part = ModuleScheme(scheme.bits, scheme.group_size, scheme.pattern, (rows, scheme.shape[1]))
+    few = {suffix: tensor[:rows] for suffix, tensor in tensors.items()}
+    return get_format("sparse24").decode("random", few, part).dense(torch.float32).double()
+
+
+def ours(scheme: ModuleScheme, dtype: torch.dtype, copies: int, seed: int = 0) -> Contestant:
+    """The op with the back end that would serve this linear here."""
+    tensors = random_tensors(scheme, seed)
+    checked_tensors("random", tensors, scheme)
+    backend = choose_backend(scheme, torch.device("cpu"), dtype)
+    prepared = [backend.prepare(tensors, scheme, dtype) for _ in range(copies)]
+
+    def call(weights: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: sparse24_linear(x, weights, None, scheme, backend.name)
+
+    return Contestant(
+        name=OURS,
+        calls=[call(weights) for weights in prepared],
+        # A back end that keeps more than the format needs must not look as if it streamed faster.
+        nbytes=min(stored_bytes(list(tensors.values())), stored_bytes(prepared[0])),
+        dtype=dtype,
+        expected=first_outputs(tensors, scheme),
+        tolerance=2e-2 if dtype == torch.bfloat16 else 5e-3,
+        detail=backend.name,
+    )
+
+
+def torch_linear(n: int, k: int, copies: int, seed: int = 1) -> Contestant:
+    """`torch.nn.functional.linear` on bfloat16 weights."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.empty(n, k, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)]
+    weights += [weights[0].clone() for _ in range(copies - 1)]
+
+    def call(weight: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: functional.linear(x, weight)
+
+    expected = weights[0][:CHECKED_OUTPUTS].double()
+    calls = [call(weight) for weight in weights]
+    return Contestant(TORCH, calls, stored_bytes(weights[:1]), torch.bfloat16, expected, 2e-2)
+
+
+def vllm_linear(n: int, k: int, group_size: int, copies: int, int8: bool = False, seed: int = 2) -> Contestant | str:
+    """vLLM's own 4-bit linear for CPUs, prepared and called by vLLM's own class; or why it cannot be had here.
+
+    int8: its default on processors with AMX, which rounds activations to 8 bits (VLLM_CPU_INT4_W4A8).
+    """
+    name = W4A8 if int8 else WNA16
+    if find_spec("vllm") is None:
+        return f"{name}: vLLM is not installed"
+    with _environment("VLLM_CPU_INT4_W4A8", "1" if int8 else "0"), _environment("VLLM_LOGGING_LEVEL", "WARNING"):
+        try:
+            from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+            from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
+            from vllm.scalar_type import scalar_types
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            return f"{name}: this vLLM has no such kernel ({' '.join(str(error).split())[:100]})"
+        config = MPLinearLayerConfig(
+            full_weight_shape=(k, n),
+            partition_weight_shape=(k, n),
+            weight_type=scalar_types.uint4b8,
+            act_type=torch.bfloat16,
+            group_size=group_size,
+            zero_points=False,
+        )
+        works, reason = CPUWNA16LinearKernel.can_implement(config)
+        if not works:
+            return f"{name}: {reason}"
+        scheme = ModuleScheme(4, group_size, "dense", (n, k))
+        tensors = random_tensors(scheme, seed)
+        made = []
+        for _ in range(copies):
+            kernel = CPUWNA16LinearKernel(config, "weight_packed", "weight_scale", "weight_zero_point")
+            layer: Any = torch.nn.Module()
+            layer.bias = None
+            # pack-quantized, as vLLM loads it: [N, K/8] and [N, K/G]
+            layer.weight_packed = _parameter(tensors["weight_packed"], input_dim=1, output_dim=0, packed_dim=1)
+            layer.weight_scale = _parameter(tensors["weight_scale"], input_dim=1, output_dim=0)
+            kernel.process_weights_after_loading(layer)
+            if int8 and not layer.use_w4a8:
+                return f"{name}: vLLM does not use it on this processor"
+            made.append((kernel, layer))
+
+    def call(kernel: Any, layer: Any) -> Callable[[Tensor], Tensor]:
+        return lambda x: kernel.apply_weights(layer, x)
+
+    return Contestant(
+        name=name,
+        calls=[call(kernel, layer) for kernel, layer in made],
+        nbytes=stored_bytes(list(tensors.values())),
+        dtype=torch.bfloat16,
+        expected=first_outputs(tensors, scheme),
+        # It rounds weights to bfloat16 before it multiplies; 8-bit activations round far more.
+        tolerance=0.1 if int8 else 3e-2,
+        detail="8-bit activations" if int8 else layer.isa_hint,
+    )
+
+
+def _parameter(data: Tensor, **attributes: int) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(data.clone(), requires_grad=False)
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+    return parameter
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def error_of(contestant: Contestant, x: Tensor) -> float:
+    """Largest difference of the first outputs from the float64 product, relative to the largest output of their kind.
+
+    x: [M, K] in the contestant's dtype.
+    """
+    rows = contestant.expected.shape[0]
+    found = contestant.calls[0](x)[:, :rows].double()
+    exact = x.double() @ contestant.expected.t()
+    size = exact.abs().max().clamp(min=1e-30)
+    return float(((found - exact).abs().max() / size).item())
