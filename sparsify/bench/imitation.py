@@ -165,8 +165,10 @@ def _checked(spec: str, model: Imitation) -> Imitation:
 
 def _tokenizer(vocabulary: int) -> Mapping[str, Any]:
     """A tokenizer with as many words as the model has tokens: text and tokens go back and forth without loss."""
-    words = {f"w{number}": number for number in range(vocabulary)}
-    special = {"bos_token": "w0", "eos_token": "w1", "unk_token": "w2"}
+    # Special tokens are found inside of words too, so no word may begin with one.
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    words = {word: number for number, word in enumerate(special.values())}
+    words |= {f"w{number}": number for number in range(len(words), vocabulary)}
     tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
@@ -176,7 +178,7 @@ def _tokenizer(vocabulary: int) -> Mapping[str, Any]:
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "post_processor": None,
         "decoder": None,
-        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w2"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": special["unk_token"]},
     }
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": POSITIONS, **special}
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}

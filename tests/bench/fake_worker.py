@@ -1,6 +1,7 @@
 """Stands in for the process that runs vLLM: reads the same job, writes the same JSON, takes no time.
 
-FAKE_LOG collects what ran and when, FAKE_MODE makes it fail. Times are made up from the model's size.
+FAKE_LOG collects what ran and when, FAKE_MODE makes it fail. Times are made up from the model's name; FAKE_SLOW maps
+"MODEL THREADS" to a factor.
 """
 
 import json
@@ -19,6 +20,7 @@ model = Path(option(job["engine"], "--model"))
 mode = os.environ.get("FAKE_MODE", "")
 environment = {k: v for k, v in os.environ.items() if k.startswith("VLLM_")}
 begun = {"model": model.name, "start": time.monotonic(), "engine": job["engine"], "environment": environment}
+begun["greedy"] = job["greedy"]
 with open(os.environ["FAKE_LOG"], "a") as log:
     log.write(json.dumps(begun) + "\n")
 print("INFO starting")
@@ -34,6 +36,9 @@ if mode == "nothing":
     sys.exit(0)
 
 slowness = 1.0 if model.name == "dense" else 0.5
+slowness *= json.loads(os.environ.get("FAKE_SLOW", "{}")).get(
+    f"{model.name} {os.environ['VLLM_CPU_OMP_THREADS_BIND']}", 1
+)
 for run in job["runs"]:
     arguments = run["arguments"]
     if run["benchmark"] == "latency":

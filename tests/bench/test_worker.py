@@ -13,6 +13,9 @@ from sparsify.bench.vllm_cli import installed_as
 
 PACKAGE = {
     "__init__.py": """
+class SamplingParams:
+    def __init__(self, **keywords):
+        self.temperature = keywords["temperature"]
 class LLM:
     @classmethod
     def from_engine_args(cls, engine_args):
@@ -28,14 +31,16 @@ def add_cli_args(parser):
     for name in ("--model", "--output-len", "--output-json"):
         parser.add_argument(name)
 def main(args):
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
     LLM.from_engine_args((args.model,))
-    open(args.output_json, "w").write(json.dumps({"latencies": [int(args.output_len)]}))
+    temperature = SamplingParams(temperature=1.0).temperature
+    open(args.output_json, "w").write(json.dumps({"latencies": [int(args.output_len), temperature]}))
 """,
 }
 
 
-def test_worker_shares_one_engine(tmp_path):
+@pytest.mark.parametrize("greedy", [False, True])
+def test_worker_shares_one_engine(tmp_path, greedy):
     for name, content in PACKAGE.items():
         path = tmp_path / "vllm" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +49,7 @@ def test_worker_shares_one_engine(tmp_path):
         {"benchmark": "latency", "arguments": ["--output-len", str(n), "--output-json", str(tmp_path / f"{n}.json")]}
         for n in (1, 64)
     ]
-    (tmp_path / "job.json").write_text(json.dumps({"engine": ["--model", "here"], "runs": runs}))
+    (tmp_path / "job.json").write_text(json.dumps({"engine": ["--model", "here"], "runs": runs, "greedy": greedy}))
     done = subprocess.run(
         [sys.executable, "-m", "sparsify.bench.worker", str(tmp_path / "job.json")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
@@ -55,8 +60,8 @@ def test_worker_shares_one_engine(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("STARTED ('here',)") == 1
     assert [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 64)] == [
-        {"latencies": [1]},
-        {"latencies": [64]},
+        {"latencies": [1, 0.0 if greedy else 1.0]},
+        {"latencies": [64, 0.0 if greedy else 1.0]},
     ]
 
 
