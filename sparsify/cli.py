@@ -370,8 +370,9 @@ def command_parser() -> argparse.ArgumentParser:
     command.add_argument("--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized or dense")
     command.add_argument("--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist")
     command.add_argument(
-        "--head", type=int, choices=(4, 8), metavar="BITS", help="quantize the output head (lm_head) to 8 or 4 bits"
-    )
+        "--head", type=int, choices=(4, 8, 16), metavar="BITS",
+        help="quantize the output head (lm_head) to 8 or 4 bits; 16 multiplies a quantized one out again",
+    )  # fmt: skip
     command.add_argument(
         "--head-group-size", metavar="G", help="inputs per scale of the head: 32, 64 (default), 128 or channel"
     )

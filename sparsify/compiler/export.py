@@ -24,18 +24,18 @@ def export(
     source: str | Path,
     format: str,
     output: str | Path,
-    head_bits: Literal[4, 8] | None = None,
+    head_bits: Literal[4, 8, 16] | None = None,
     head_group_size: str | None = None,
     quiet: bool = False,
 ) -> Path:
-    """Write `source` in `format`, with its output head quantized when `head_bits` says so.
+    """Write `source` in `format`, with its output head quantized to `head_bits`, or with 16 multiplied out again.
 
     head_group_size: "32", "64" (default), "128" or "channel"
     """
-    if head_bits is None:
+    if head_bits is None or head_bits == 16:
         if head_group_size is not None:
             raise CheckpointError("--head-group-size says how to quantize the head; add --head 8 or --head 4")
-        return convert(source, format, output, quiet)
+        return convert(source, format, output, quiet, dense_head=head_bits == 16)
     size = head_group_size or str(DEFAULT_GROUP_SIZE)
     try:
         head = Head(bits=head_bits, group_size=int(size) if size.isdecimal() else size)  # type: ignore[arg-type]

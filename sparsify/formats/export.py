@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sparsify.errors import CheckpointError
 from sparsify.files import read_json
@@ -57,11 +58,14 @@ def export(
     quiet: bool = False,
     head: Head | None = None,
     describe: Describe | None = None,
+    dense_head: bool = False,
 ) -> Path:
     """Write `source` (a checkpoint of any known format, or any dense model) to the directory `output` in `format`.
 
     A dense source can become sparse24 only when every linear in its blocks is 2:4 already (16-bit values).
     head: quantize the output head on the way; it must not be compressed yet.
+    describe: brings the files beside the weights up to date with that head.
+    dense_head: multiply out what is compressed outside of the blocks, for software that wants a 16-bit head.
     """
     get_format(format)
     opened = open_compressed(source)
@@ -76,6 +80,11 @@ def export(
         rounded = None if asked is None else _write_head(writer, opened, *asked)
         if rounded is not None and not rounded.head.tied:
             plain |= {rounded.head.source}
+        if dense_head:
+            for module in [module for module in opened.modules if not in_block(module)]:
+                linears.discard(module)
+                linear = opened.linear(module)
+                writer.write_part(f"head.{module}", {}, _tensors(module, get_format("dense").encode(linear)))
         parts = _parts([*linears, *(name for name in opened.other_names() if name not in plain)])
         for part, names in progress(parts.items(), f"Exporting to {format}", total=len(parts), quiet=quiet):
             chosen = {name: _linear(opened, name) for name in names if name in linears}
@@ -117,6 +126,10 @@ def _write_head(
     writer.write_part(f"head.{head.module}", {head.module: linear}, {})
     error = rounding_error(weight, linear)
     return RoundedHead(head, ModuleScheme.of(linear), error, 0 if head.tied else weight.nbytes)
+
+
+def _tensors(module: str, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{module}.{suffix}": tensor for suffix, tensor in encoded.items()}
 
 
 def _linears(opened: CompressedCheckpoint, format: str, output: str | Path) -> set[str]:

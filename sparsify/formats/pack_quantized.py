@@ -1,7 +1,8 @@
 """`pack-quantized`: the weight-only integer format of compressed-tensors (W4A16, W8A16), symmetric.
 
 Runs in stock transformers and stock vLLM without any plugin (vLLM 0.32 on a CPU: 4 bits only, K and N multiples of 32).
-Sparsity is not used: zeros are stored as codes 0.
+Sparsity is not used: zeros are stored as codes 0. An output head is held too (vLLM finds it by its name); an 8-bit one
+needs a GPU there, `sparsify export --head 16` multiplies it out.
 
     weight_packed   int32 [N, K * bits / 32]     all codes in input order, offset binary, first code lowest
     weight_scale    bfloat16 or float16 [N, K/G] G = K: one scale per output channel

@@ -278,6 +278,29 @@ def test_codes_of_a_head_are_never_quantized_again(tmp_path, capsys):
     assert np.array_equal(stored_head(tmp_path / "out", 8, 64), stored_head(tmp_path / "once", 8, 64))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_is_multiplied_out_for_software_that_needs_it(tmp_path, tied):
+    """vLLM's kernel for CPUs cannot run an 8-bit head in pack-quantized."""
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16, tie_word_embeddings=tied)
+    apply(recipe(), str(source), tmp_path / "out", quiet=True)
+    wish = ["export", str(tmp_path / "out"), "--format", "pack-quantized", "--output", str(tmp_path / "stock")]
+    assert main([*wish, "--head", "16", "--quiet"]) == 0
+    opened = open_compressed(tmp_path / "stock")
+    assert len(opened.modules) == 21 and "lm_head" not in opened.modules
+    assert opened.config["tie_word_embeddings"] is False and "lm_head" in opened.config["quantization_config"]["ignore"]
+    expected = torch.from_numpy(stored_head(tmp_path / "out", 8, 64)).bfloat16()
+    assert torch.equal(opened.tensor("lm_head.weight"), expected)
+
+
+def test_vllm_finds_a_packed_head_by_its_name(tmp_path):
+    """Its head is a ParallelLMHead, which the target "Linear" does not mean, also where all settings are the same."""
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    apply(recipe("{bits: 4, group_size: 32}", "pack-quantized"), str(source), tmp_path / "out", quiet=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert [group["targets"] for group in config["config_groups"].values()] == [["Linear", "lm_head"]]
+    assert "lm_head" not in config["ignore"]
+
+
 def test_nested_text_configurations_are_untied_too(tmp_path):
     """Models with a text part keep its settings one level down, and either level can tie."""
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16, tie_word_embeddings=True)
