@@ -46,7 +46,9 @@ def test_perplexity_is_below_the_bound(compiled: Path) -> None:
 
 def test_every_target_linear_is_two_four(compiled: Path) -> None:
     opened = open_compressed(compiled)
-    assert len(opened.modules) == LINEARS
+    assert len(opened.modules) == LINEARS + 1
+    head = opened.modules.pop("lm_head")
+    assert (head.bits, head.group_size, head.pattern) == (8, 64, "dense")
     for module in opened.modules:
         linear = opened.linear(module)
         assert (linear.bits, linear.group_size, linear.pattern) == (4, 64, "2:4")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsify.errors import RecipeError
-from sparsify.recipe import ignored_by, load_recipe, parse_recipe, ready_recipes
+from sparsify.recipe import Head, ignored_by, load_recipe, parse_recipe, ready_recipes
 from sparsify.recipe.ready import recipe_directories
 
 ROOT = Path(__file__).parents[2]
@@ -216,3 +216,13 @@ def test_a_wrong_override_is_named(assignment: str, words: str) -> None:
 )
 def test_ignore_patterns(pattern: str, module: str, matches: bool) -> None:
     assert ignored_by(module, ["nothing", pattern]) == (pattern if matches else None)
+
+
+def test_the_head_of_a_ready_recipe_can_be_left_out_and_set() -> None:
+    assert load_recipe("2of4-w4a16").export.head == Head(bits=8, group_size=64)
+    assert load_recipe("2of4-w4a16", ["export.head=null"]).export.head is None
+    assert load_recipe("2of4", ["export.head.bits=4", "export.head.group_size=channel"]).export.head == Head(
+        bits=4, group_size="channel"
+    )
+    with pytest.raises(RecipeError, match="leave head out"):
+        load_recipe("2of4-w4a16", ["export.format=dense"])

@@ -5,7 +5,8 @@ Tensor parallelism is two layers that are told to be rank 0 and rank 1; engines 
 
 import pickle
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -29,14 +30,25 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
+from sparsify.compiler.export import export
+from sparsify.compiler.run import apply
 from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format
+from sparsify.formats.directory import open_compressed
 from sparsify.model.linear import LinearWeights
+from sparsify.recipe import parse_recipe
 from sparsify.runtime import vllm_plugin
 from sparsify.runtime.vllm_plugin import Sparse24Config, Sparse24LinearMethod
 from tests.compressed import round_linear
+from tests.tiny import save_tiny
 
 K = 256
+MAGNITUDE = """
+version: 1
+passes:
+  - prune: {method: magnitude}
+  - quantize: {method: rtn, bits: 4, group_size: 32}
+"""
 KINDS: dict[str, dict[str, Any]] = {
     "4 bits": {"bits": 4, "group_size": 64},
     "4 bits, channel": {"bits": 4, "group_size": 0},
@@ -203,6 +215,28 @@ def test_head_with_a_padded_vocabulary(rank: Rank, name: str, world: int) -> Non
     y = torch.cat(pieces, 1)
     assert y.shape == (3, 128)
     torch.testing.assert_close(y[:, :96], expected([(None, weights)], x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_head_of_a_model_that_was_tied(rank: Rank, tmp_path: Path, bits: Literal[4, 8]) -> None:
+    """From the export's own files: config.json unties, the embedding stays dense, the vocabulary of 97 is padded."""
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16, vocab_size=97, tie_word_embeddings=True)
+    apply(parse_recipe(MAGNITUDE), str(source), tmp_path / "tied", quiet=True)
+    export(tmp_path / "tied", "sparse24", tmp_path / "out", bits, quiet=True)
+    opened = open_compressed(tmp_path / "out")
+    assert opened.config["tie_word_embeddings"] is False
+    config = get_quantization_config("sparse24").from_config(opened.config["quantization_config"])
+    weights, k = opened.linear("lm_head"), 64
+    assert (weights.bits, weights.pattern) == (bits, "dense")
+    head = ParallelLMHead(97, k, quant_config=config, prefix="lm_head")
+    load(head, [(None, weights)])
+    x = torch.randn(3, k)
+    y = product(head, x)
+    assert y.shape == (3, 128)
+    scale = weights.scale.double().repeat_interleave(weights.group_size, 1)
+    exact = x.double() @ (weights.codes.double() * scale).t()
+    torch.testing.assert_close(y[:, :97].double(), exact, rtol=1e-5, atol=1e-5)
+    assert config.get_quant_method(VocabParallelEmbedding(97, k, prefix="m"), "model.embed_tokens") is None
 
 
 def test_what_is_not_compressed_stays_as_it_is(rank: Rank) -> None:
