@@ -1,7 +1,7 @@
 """Native kernels: compiled from `kernels/` on first use, kept in a cache, loaded with ctypes.
 
-A kernel is one C++ file with a C interface that depends on nothing but the compiler and OpenMP. One build serves any
-processor of the architecture (kernels choose their instruction set at run time), so a build made ahead of time, in an
+A kernel is one C++ file with a C interface that depends on nothing but the compiler and OpenMP; a file that includes
+`torch/` is built against the headers in torch's wheel (its stable ABI only). One build serves any processor of the architecture (kernels choose their instruction set at run time), so a build made ahead of time, in an
 image for instance, is found again on machines that have no compiler.
 """
 
@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -91,6 +92,15 @@ def openmp_library() -> Path | None:
     package = Path(torch.origin).parent
     folders = (package / "lib", package.parent / "torch.libs")
     return next((file for folder in folders for file in sorted(folder.glob("libgomp*.so*"))), None)
+
+
+def torch_flags(source: Path) -> list[str]:
+    """What a source that includes torch's headers needs; nothing for all others."""
+    spec = find_spec("torch")
+    if b"#include <torch/" not in source.read_bytes() or spec is None or spec.origin is None:
+        return []
+    package = Path(spec.origin).parent
+    return [f"-I{package / 'include'}", f"-L{package / 'lib'}", "-ltorch_cpu"]
 
 
 def build(name: str) -> Path:
@@ -166,7 +176,8 @@ def _source_key(source: Path, openmp: Path | None) -> str:
     headers = sorted(source.parent.glob("*.h"))
     texts = [part for file in (source, *headers) for part in (file.name, file.read_bytes())]
     runtime = openmp.name if openmp else ""
-    return _digest(sparsify.__version__, platform.machine(), runtime, *FLAGS, *texts)
+    release = metadata.version("torch") if torch_flags(source) else ""
+    return _digest(sparsify.__version__, platform.machine(), runtime, release, *FLAGS, *texts)
 
 
 @contextlib.contextmanager
@@ -182,7 +193,7 @@ def _compile(compiler: Compiler, source: Path, openmp: Path | None, library: Pat
     runtime = [str(openmp)] if openmp else []
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{source.stem}-") as folder:
         aside = Path(folder) / library.name
-        command = [*compiler.command, *FLAGS, str(source), *runtime, "-o", str(aside)]
+        command = [*compiler.command, *FLAGS, str(source), *torch_flags(source), *runtime, "-o", str(aside)]
         try:
             run = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
         except subprocess.TimeoutExpired:

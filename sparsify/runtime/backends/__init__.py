@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
+from sparsify.runtime.backends.cpu import Cpu
 from sparsify.runtime.backends.reference import Reference
 
 ENVIRONMENT_VARIABLE = "SPARSIFY_BACKEND"
@@ -38,7 +39,7 @@ class Backend(Protocol):
         """x: [..., K]; bias: [N] or None. Returns [..., N] in the dtype of x, never a view of x."""
 
 
-BACKENDS: tuple[Backend, ...] = (Reference(),)
+BACKENDS: tuple[Backend, ...] = (Cpu(), Reference())
 
 
 def known_backends() -> list[str]:

@@ -1,0 +1,610 @@
+// y = x W' + b for a compressed linear W [N, K]: 2:4 sparse with 4, 8 or 16 bits, or dense with 4 or 8 bits.
+//
+// The work is split over panels of 16 outputs (sparse24_layout.h), statically, so that a thread always reads the same memory
+// and a result does not depend on the number of threads. Two families of kernels:
+//
+//   sparse24_bf16.h   amx, avx512bf16: bf16 products, exact for every type of activation, summed in fp32
+//   sparse24_f32.h    avx512, avx2, portable: fp32 products
+//
+// and in each family two ways: `direct` for few rows, where the weights are read once and no dense weight is ever built, and
+// decoding a piece of a panel into the first-level cache for many rows.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "cpu_features.h"
+#include "sparse24_layout.h"
+#include "targets.h"
+
+#if SPARSIFY_X86
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms from within GCC 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+#include "sparse24_bf16.h"
+
+namespace sparse24 {
+
+enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kLevels = 5 };
+enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2, kOutOfMemory = 3 };
+
+static inline float bf16_to_float(uint16_t v) {
+    const uint32_t bits = uint32_t(v) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline float half_to_float(uint16_t v) {
+    const uint32_t sign = uint32_t(v & 0x8000) << 16, rest = v & 0x7fff;
+    uint32_t bits = (rest << 13) + (112u << 23);  // the exponent's bias is 15 there and 127 here
+    float f;
+    if (rest >= 0x7c00) {
+        bits = rest << 13 | 0x7f800000;  // Inf and NaN
+    } else if (rest < 0x0400) {          // zero and denormals: a multiple of 2^-24
+        f = float(rest) * 0x1p-24f;
+        std::memcpy(&bits, &f, 4);
+    }
+    bits |= sign;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline uint16_t float_to_bf16(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);  // a NaN stays one
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static inline uint16_t float_to_half(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x47800000) return sign | 0x7c00;  // 65536 and more; what rounds up to it carries into Inf below
+    if (bits < 0x38800000) {                       // a denormal: count of 2^-24, rounded by the addition of 1.5 * 2^23
+        float magnitude, magic = 0x1.8p23f;
+        std::memcpy(&magnitude, &bits, 4);
+        volatile float sum = magnitude * 0x1p24f + magic;
+        const float rounded = sum;
+        uint32_t count;
+        std::memcpy(&count, &rounded, 4);
+        return uint16_t(sign | (count & 0x7ff));
+    }
+    return uint16_t(sign | (bits - (112u << 23) + 0x0fff + (bits >> 13 & 1)) >> 13);
+}
+
+static inline float to_float(const void* x, int type, int64_t i) {
+    if (type == kF32) return static_cast<const float*>(x)[i];
+    const uint16_t v = static_cast<const uint16_t*>(x)[i];
+    return type == kBf16 ? bf16_to_float(v) : half_to_float(v);
+}
+
+struct F32Kernels {
+    void (*decode)(const Layout&, const uint8_t* p, const uint16_t* scales, int64_t first, int steps, float* out);
+    void (*direct[4])(const Layout&, const uint8_t* p, const uint16_t* scales, const float* x, int64_t ldx, float* out);
+    void (*multiply[4])(const float* x, int64_t ldx, const float* b, int inputs, float* c);  // 1 .. 4 rows
+};
+
+#define ALWAYS_F32 static inline __attribute__((always_inline))
+
+namespace portable {
+struct V {
+    static constexpr int W = 4;
+    typedef float F __attribute__((vector_size(16)));
+    typedef int32_t I __attribute__((vector_size(16)));
+    typedef uint32_t U __attribute__((vector_size(16)));
+    ALWAYS_F32 F load(const float* p) { F v; std::memcpy(&v, p, sizeof v); return v; }
+    ALWAYS_F32 I loadi(const void* p) { I v; std::memcpy(&v, p, sizeof v); return v; }
+    ALWAYS_F32 void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+    ALWAYS_F32 F set1(float f) { return F{f, f, f, f}; }
+    ALWAYS_F32 F add(F a, F b) { return a + b; }
+    ALWAYS_F32 F sub(F a, F b) { return a - b; }
+    ALWAYS_F32 F mul(F a, F b) { return a * b; }
+    ALWAYS_F32 F fma(F a, F b, F c) { return a * b + c; }
+    ALWAYS_F32 F from_int(I v) { return __builtin_convertvector(v, F); }
+    template <int S> ALWAYS_F32 I shr(I v) { return (I)((U)v >> S); }
+    template <int M> ALWAYS_F32 I low(I v) { return v & M; }
+    ALWAYS_F32 I shl16(I v) { return (I)((U)v << 16); }
+    ALWAYS_F32 I high16(I v) { return (I)((U)v & 0xffff0000u); }
+    ALWAYS_F32 F bits(I v) { return (F)v; }
+    ALWAYS_F32 I bytes(const uint8_t* p) { return I{int8_t(p[0]), int8_t(p[1]), int8_t(p[2]), int8_t(p[3])}; }
+    ALWAYS_F32 F half(I v) { return F{half_to_float(uint16_t(v[0])), half_to_float(uint16_t(v[1])), half_to_float(uint16_t(v[2])), half_to_float(uint16_t(v[3]))}; }
+    ALWAYS_F32 F pick(const float* four, I index) {
+        I v = {};
+        for (int i = 0; i < 4; ++i) v |= (index == i) & (I)set1(four[i]);
+        return (F)v;
+    }
+    ALWAYS_F32 F where(I ia, F a, I ib, F b, int i) { return (F)(((ia == i) & (I)a) | ((ib == i) & (I)b)); }
+};
+#include "sparse24_f32.h"
+}  // namespace portable
+}  // namespace sparse24
+
+#if SPARSIFY_X86
+TARGET_BEGIN("avx2,fma,f16c")
+namespace sparse24 {
+namespace avx2 {
+struct V {
+    static constexpr int W = 8;
+    using F = __m256;
+    using I = __m256i;
+    ALWAYS_F32 F load(const float* p) { return _mm256_loadu_ps(p); }
+    ALWAYS_F32 I loadi(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+    ALWAYS_F32 void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+    ALWAYS_F32 F set1(float f) { return _mm256_set1_ps(f); }
+    ALWAYS_F32 F add(F a, F b) { return _mm256_add_ps(a, b); }
+    ALWAYS_F32 F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+    ALWAYS_F32 F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    ALWAYS_F32 F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    ALWAYS_F32 F from_int(I v) { return _mm256_cvtepi32_ps(v); }
+    template <int S> ALWAYS_F32 I shr(I v) { return S ? _mm256_srli_epi32(v, S) : v; }
+    template <int M> ALWAYS_F32 I low(I v) { return _mm256_and_si256(v, _mm256_set1_epi32(M)); }
+    ALWAYS_F32 I shl16(I v) { return _mm256_slli_epi32(v, 16); }
+    ALWAYS_F32 I high16(I v) { return _mm256_and_si256(v, _mm256_set1_epi32(int(0xffff0000u))); }
+    ALWAYS_F32 F bits(I v) { return _mm256_castsi256_ps(v); }
+    ALWAYS_F32 I bytes(const uint8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+    ALWAYS_F32 F half(I v) {
+        const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
+        return _mm256_cvtph_ps(_mm_packus_epi32(low, high));
+    }
+    ALWAYS_F32 F pick(const float* four, I index) {
+        return _mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(four)), index);
+    }
+    ALWAYS_F32 F where(I ia, F a, I ib, F b, int i) {
+        const I at = _mm256_set1_epi32(i);
+        return _mm256_or_ps(_mm256_and_ps(bits(_mm256_cmpeq_epi32(ia, at)), a), _mm256_and_ps(bits(_mm256_cmpeq_epi32(ib, at)), b));
+    }
+};
+#include "sparse24_f32.h"
+}  // namespace avx2
+}  // namespace sparse24
+TARGET_END
+
+TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+namespace sparse24 {
+namespace avx512 {
+struct V {
+    static constexpr int W = 16;
+    using F = __m512;
+    using I = __m512i;
+    ALWAYS_F32 F load(const float* p) { return _mm512_loadu_ps(p); }
+    ALWAYS_F32 I loadi(const void* p) { return _mm512_loadu_si512(p); }
+    ALWAYS_F32 void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+    ALWAYS_F32 F set1(float f) { return _mm512_set1_ps(f); }
+    ALWAYS_F32 F add(F a, F b) { return _mm512_add_ps(a, b); }
+    ALWAYS_F32 F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    ALWAYS_F32 F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    ALWAYS_F32 F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    ALWAYS_F32 F from_int(I v) { return _mm512_cvtepi32_ps(v); }
+    template <int S> ALWAYS_F32 I shr(I v) { return S ? _mm512_srli_epi32(v, S) : v; }
+    template <int M> ALWAYS_F32 I low(I v) { return _mm512_and_si512(v, _mm512_set1_epi32(M)); }
+    ALWAYS_F32 I shl16(I v) { return _mm512_slli_epi32(v, 16); }
+    ALWAYS_F32 I high16(I v) { return _mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000u))); }
+    ALWAYS_F32 F bits(I v) { return _mm512_castsi512_ps(v); }
+    ALWAYS_F32 I bytes(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+    ALWAYS_F32 F half(I v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
+    ALWAYS_F32 F pick(const float* four, I index) { return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(four)), index); }
+    ALWAYS_F32 F where(I ia, F a, I ib, F b, int i) {
+        const I at = _mm512_set1_epi32(i);
+        return _mm512_mask_mov_ps(_mm512_maskz_mov_ps(_mm512_cmpeq_epi32_mask(ia, at), a), _mm512_cmpeq_epi32_mask(ib, at), b);
+    }
+};
+#include "sparse24_f32.h"
+}  // namespace avx512
+}  // namespace sparse24
+TARGET_END
+#endif  // SPARSIFY_X86
+
+namespace sparse24 {
+
+// ------------------------------------------------------------------------------------------------------ threads
+
+struct Workspace {  // grows, and stays with its thread
+    uint8_t* data = nullptr;
+    size_t bytes = 0;
+    ~Workspace() { std::free(data); }
+    uint8_t* get(size_t wanted) {
+        if (wanted > bytes) {
+            std::free(data);
+            bytes = (wanted + 4095) / 4096 * 4096;
+            data = static_cast<uint8_t*>(std::aligned_alloc(64, bytes));
+            if (data == nullptr) bytes = 0;
+        }
+        return data;
+    }
+};
+
+static thread_local Workspace own, shared;
+
+static inline int threads_here() {
+#if defined(_OPENMP)
+    return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+static inline void barrier() {
+#if defined(_OPENMP)
+#pragma omp barrier
+#endif
+}
+
+struct Range {
+    int64_t begin, end;
+};
+
+static inline Range part(int64_t count, int thread, int threads) {
+    return {count * thread / threads, count * (thread + 1) / threads};
+}
+
+// Calls body(thread, threads) in every thread of the pool that torch uses; in this one alone when the work is not worth more.
+template <class Body>
+static void in_threads(int64_t work, const Body& body) {
+    const int64_t worth = 1 << 16;  // weights times rows: some microseconds, which is what waking the pool costs
+    const int threads = threads_here();
+    if (threads == 1 || work < worth) {
+        body(0, 1);
+        return;
+    }
+#if defined(_OPENMP)
+#pragma omp parallel
+    body(omp_get_thread_num(), omp_get_num_threads());
+#endif
+}
+
+struct Call {
+    Layout l;
+    const uint8_t* blob;
+    const void* x;
+    int type;  // of x and y
+    int64_t rows, ldx;
+    const void* bias;  // or null
+    int bias_type;
+    void* y;
+
+    const void* row(int64_t m) const { return static_cast<const uint8_t*>(x) + m * ldx * (type == kF32 ? 4 : 2); }
+    // The bias of the outputs from `n` on, or null.
+    const void* bias_at(int64_t n) const { return bias ? static_cast<const uint8_t*>(bias) + n * (bias_type == kF32 ? 4 : 2) : nullptr; }
+    void* result(int64_t m, int64_t n) const { return static_cast<uint8_t*>(y) + (m * l.n + n) * (type == kF32 ? 4 : 2); }
+};
+
+// --------------------------------------------------------------------------------------- fp32 kernels: the driver
+
+static void widen_row(const Call& call, int64_t m, int64_t padded, float* out) {
+    for (int64_t i = 0; i < call.l.k; ++i) out[i] = to_float(call.row(m), call.type, i);
+    std::fill(out + call.l.k, out + padded, 0.0f);
+}
+
+static void finish_f32(const Call& call, int64_t panel, int64_t m, const float* sums) {
+    const int64_t first = panel * kPanel;
+    const int columns = int(std::min<int64_t>(kPanel, call.l.n - first));
+    for (int j = 0; j < columns; ++j) {
+        const float sum = sums[j] + (call.bias ? to_float(call.bias, call.bias_type, first + j) : 0.0f);
+        void* to = call.result(m, first + j);
+        if (call.type == kF32) {
+            std::memcpy(to, &sum, 4);
+        } else {
+            const uint16_t v = call.type == kBf16 ? float_to_bf16(sum) : float_to_half(sum);
+            std::memcpy(to, &v, 2);
+        }
+    }
+}
+
+constexpr int kF32Sub = 8;         // steps decoded at once: 16 KB
+constexpr int kF32Block = 64;      // rows that a decoded piece serves
+constexpr int kF32DirectRows = 4;  // with more, decoding once pays
+
+static int run_f32(const Call& call, const F32Kernels& kernels) {
+    const Layout& l = call.l;
+    const int64_t padded = l.steps * kStep, block = std::min<int64_t>(call.rows, kF32Block);
+    float* x = reinterpret_cast<float*>(shared.get(size_t(block) * padded * 4));
+    if (x == nullptr) return kOutOfMemory;
+    bool failed = false;
+    in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
+        float* mine = reinterpret_cast<float*>(own.get((kF32Sub * kStep + kF32Block) * kPanel * 4));
+        if (mine == nullptr) failed = true;
+        barrier();
+        if (failed) return;
+        float *decoded = mine, *sums = mine + kF32Sub * kStep * kPanel;
+        const Range panels = part(l.panels, thread, threads);
+        for (int64_t start = 0; start < call.rows; start += block) {
+            const int64_t rows = std::min(block, call.rows - start);
+            const Range to_widen = part(rows, thread, threads);
+            for (int64_t m = to_widen.begin; m < to_widen.end; ++m) widen_row(call, start + m, padded, x + m * padded);
+            barrier();
+            for (int64_t p = panels.begin; p < panels.end; ++p) {
+                const uint8_t* data = l.panel(call.blob, p);
+                const uint16_t* scales = l.scales(call.blob, p);
+                if (l.sparse && rows <= kF32DirectRows) {
+                    kernels.direct[rows - 1](l, data, scales, x, padded, sums);
+                } else {
+                    std::fill(sums, sums + rows * kPanel, 0.0f);
+                    for (int64_t s = 0; s < l.steps; s += kF32Sub) {
+                        const int steps = int(std::min<int64_t>(kF32Sub, l.steps - s));
+                        kernels.decode(l, data + s * l.step_bytes, scales, s, steps, decoded);
+                        for (int64_t m = 0; m < rows; m += 4) {
+                            const int some = int(std::min<int64_t>(4, rows - m));
+                            kernels.multiply[some - 1](x + m * padded + s * kStep, padded, decoded, steps * kStep, sums + m * kPanel);
+                        }
+                    }
+                }
+                for (int64_t m = 0; m < rows; ++m) finish_f32(call, p, start + m, sums + m * kPanel);
+            }
+            barrier();
+        }
+    });
+    return failed ? kOutOfMemory : kOk;
+}
+
+// --------------------------------------------------------------------------------------- bf16 kernels: the driver
+
+#if SPARSIFY_COMPILES_AVX512BF16
+
+static inline int parts_of(int type) { return type == kBf16 ? 1 : type == kF16 ? 2 : 3; }
+
+// Rows (after splitting) up to which `direct` beats decoding. Regenerate with `sparsify bench kernels --crossover`.
+static int64_t direct_rows(const Layout& l, bool amx) {
+    if (!amx) return 8;
+    return l.sparse ? 1 : l.bits == 8 ? 2 : 1;
+}
+
+static int run_direct(const Call& call) {
+    const Layout& l = call.l;
+    const bool floats = !l.sparse && l.bits == 8;  // that kernel multiplies in fp32
+    const int parts = floats ? 1 : parts_of(call.type);
+    const int64_t rows = call.rows * parts, padded = l.steps * kStep;
+    const int64_t stride = floats ? padded * 4 : l.sparse ? l.steps * bf16::kQuadBytes : padded * 2;
+    const bool as_it_is = !floats && !l.sparse && call.type == kBf16 && padded == l.k;
+    bool failed = false;
+    in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
+        uint8_t* x = own.get(size_t(rows) * stride + 3 * padded * 2);
+        if (x == nullptr) {
+            failed = true;
+            return;
+        }
+        const Range panels = part(l.panels, thread, threads);
+        if (panels.begin == panels.end) return;
+        uint16_t* split = reinterpret_cast<uint16_t*>(x + rows * stride);
+        for (int64_t m = 0; m < call.rows && !as_it_is; ++m) {
+            if (floats) {
+                widen_row(call, m, padded, reinterpret_cast<float*>(x + m * stride));
+            } else if (l.sparse) {
+                bf16::split_row(call.row(m), call.type, l.k, padded, split, padded);
+                for (int p = 0; p < parts; ++p) bf16::expand_row(split + p * padded, l.steps, x + (m * parts + p) * stride);
+            } else {
+                bf16::split_row(call.row(m), call.type, l.k, padded, reinterpret_cast<uint16_t*>(x + m * parts * stride), padded);
+            }
+        }
+        const uint8_t* from = as_it_is ? static_cast<const uint8_t*>(call.x) : x;
+        const int64_t step = as_it_is ? call.ldx * 2 : stride;
+        float sums[bf16::kMaxDirectRows * kPanel];
+        for (int64_t p = panels.begin; p < panels.end; ++p) {
+            for (int64_t r = 0; r < rows; r += 4) {
+                const int some = int(std::min<int64_t>(4, rows - r));
+                bf16::direct(l, some)(l, l.panel(call.blob, p), l.scales(call.blob, p), from + r * step, step, sums + r * kPanel);
+            }
+            const int64_t first = p * kPanel;
+            for (int64_t m = 0; m < call.rows; ++m) {
+                bf16::finish_row(sums + m * parts * kPanel, parts, call.bias_at(first), call.bias_type, call.type,
+                                 int(std::min<int64_t>(kPanel, l.n - first)), call.result(m, first));
+            }
+        }
+    });
+    return failed ? kOutOfMemory : kOk;
+}
+
+constexpr int64_t kBlockRows = 240;     // rows that a decoded piece serves; a multiple of 16 and of 3, so that parts stay together
+constexpr int64_t kBlockBytes = 1 << 20;  // of activations that are to stay in the second-level cache
+
+struct Blocking {
+    int64_t rows;        // split rows of a block
+    int64_t tile_rows;   // 4, 8, 12 or 16
+    int64_t tiles;
+    int64_t chunk;       // steps of K between two passes over the panels
+};
+
+static Blocking blocking(const Layout& l, int64_t rows) {
+    Blocking b;
+    b.rows = std::min(rows, kBlockRows);
+    b.tiles = (b.rows + 15) / 16;
+    b.tile_rows = ((b.rows + b.tiles - 1) / b.tiles + 3) / 4 * 4;
+    b.chunk = std::max<int64_t>(bf16::kSub, kBlockBytes / (b.tiles * bf16::kStepBytes) / bf16::kSub * bf16::kSub);
+    b.chunk = std::min(b.chunk, l.steps);
+    return b;
+}
+
+// Rows of activations -> tiles: [tile][step][row of the tile][32]
+static void pack_tiles(const Call& call, const Blocking& b, int64_t start, int64_t rows, Range mine, uint16_t* split, uint8_t* tiles) {
+    const Layout& l = call.l;
+    const int parts = parts_of(call.type);
+    const int64_t padded = l.steps * kStep;
+    for (int64_t m = mine.begin; m < mine.end; ++m) {
+        const bool real = m * parts < rows;
+        if (real) bf16::split_row(call.row(start / parts + m), call.type, l.k, padded, split, padded);
+        for (int p = 0; p < parts; ++p) {
+            const int64_t r = m * parts + p;
+            if (r >= b.tiles * b.tile_rows) continue;
+            uint8_t* to = tiles + (r / b.tile_rows * l.steps * 16 + r % b.tile_rows) * 64;
+            for (int64_t s = 0; s < l.steps; ++s) {
+                if (real) {
+                    std::memcpy(to + s * bf16::kStepBytes, split + p * padded + s * kStep, 64);
+                } else {
+                    std::memset(to + s * bf16::kStepBytes, 0, 64);
+                }
+            }
+        }
+    }
+}
+
+static int run_tiles(const Call& call, bool amx) {
+    const Layout& l = call.l;
+    const int parts = parts_of(call.type);
+    const int64_t rows = call.rows * parts, padded = l.steps * kStep;
+    const Blocking b = blocking(l, rows);
+    const int64_t tile_bytes = l.steps * bf16::kStepBytes, sums_rows = b.tiles * b.tile_rows;
+    uint8_t* tiles = shared.get(size_t(b.tiles) * tile_bytes);
+    if (tiles == nullptr) return kOutOfMemory;
+    const bool one_pass = b.chunk == l.steps;
+    const bf16::Decode decode = bf16::decoder(l);
+    bf16::Multiply multiply = bf16::multiplier_dot(int(b.tile_rows));
+#if SPARSIFY_COMPILES_AMX
+    if (amx) multiply = bf16::multiplier_amx(int(b.tile_rows));
+#endif
+    bool failed = false;
+    in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
+        const Range panels = part(l.panels, thread, threads);
+        const int64_t kept_panels = one_pass ? 1 : panels.end - panels.begin;
+        const size_t decoded_bytes = bf16::kSub * bf16::kStepBytes, sums_bytes = size_t(sums_rows) * kPanel * 4;
+        uint8_t* mine = own.get(decoded_bytes + kept_panels * sums_bytes + 3 * padded * 2);
+        if (mine == nullptr) failed = true;
+        barrier();
+        if (failed) return;
+        uint8_t* decoded = mine;
+        float* sums = reinterpret_cast<float*>(mine + decoded_bytes);
+        uint16_t* split = reinterpret_cast<uint16_t*>(mine + decoded_bytes + kept_panels * sums_bytes);
+#if SPARSIFY_COMPILES_AMX
+        if (amx) bf16::enter_amx(int(b.tile_rows));
+#endif
+        for (int64_t start = 0; start < rows; start += b.rows) {
+            const int64_t here = std::min(b.rows, rows - start);
+            const int64_t used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
+            pack_tiles(call, b, start, here, part((sums_rows + parts - 1) / parts, thread, threads), split, tiles);
+            barrier();
+            for (int64_t chunk = 0; chunk < l.steps; chunk += b.chunk) {
+                const int64_t end = std::min(l.steps, chunk + b.chunk);
+                for (int64_t p = panels.begin; p < panels.end; ++p) {
+                    float* c = sums + (one_pass ? 0 : p - panels.begin) * sums_rows * kPanel;
+                    if (chunk == 0) std::memset(c, 0, sums_bytes);
+                    for (int64_t s = chunk; s < end; s += bf16::kSub) {
+                        const int steps = int(std::min<int64_t>(bf16::kSub, end - s));
+                        decode(l.panel(call.blob, p) + s * l.step_bytes, steps, decoded);
+                        bf16::Pieces pieces{steps, 1, nullptr, l.stored_type};
+                        if (l.scaled()) {
+                            pieces.scales = l.scales(call.blob, p) + s / l.steps_per_group * kPanel;
+                            if (l.groups > 1) pieces.steps_per_piece = int(l.steps_per_group), pieces.pieces = steps / int(l.steps_per_group);
+                        }
+                        for (int64_t t = 0; t < used_tiles; ++t) {
+                            multiply(tiles + t * tile_bytes + s * bf16::kStepBytes, decoded, pieces, c + t * b.tile_rows * kPanel);
+                        }
+                    }
+                    if (end < l.steps) continue;
+                    const int64_t first = p * kPanel;
+                    for (int64_t r = 0; r < here; r += parts) {
+                        bf16::finish_row(c + r * kPanel, parts, call.bias_at(first), call.bias_type, call.type,
+                                         int(std::min<int64_t>(kPanel, l.n - first)), call.result((start + r) / parts, first));
+                    }
+                }
+            }
+            barrier();
+        }
+#if SPARSIFY_COMPILES_AMX
+        if (amx) bf16::leave_amx();
+#endif
+    });
+    return failed ? kOutOfMemory : kOk;
+}
+
+#endif  // SPARSIFY_COMPILES_AVX512BF16
+
+// ------------------------------------------------------------------------------------------------------ dispatch
+
+// The fastest level of this machine that is at most `requested` (-1: no bound); `requested` itself or -1 when `exactly`.
+static int best_level(int requested) {
+    static const sparsify::CpuFeatures cpu = sparsify::detect_cpu();
+    static const bool amx = SPARSIFY_COMPILES_AMX && cpu.amx_bf16 && cpu.avx512_bf16 && cpu.avx512_vbmi && sparsify::request_amx();
+    const bool runs[kLevels] = {
+        true, cpu.avx2, cpu.avx512, bool(SPARSIFY_COMPILES_AVX512BF16) && cpu.avx512_bf16 && cpu.avx512_vbmi, amx};
+    for (int level = kLevels - 1; level >= 0; --level) {
+        if (runs[level] && (requested < 0 || level == requested)) return level;
+    }
+    return -1;
+}
+
+static F32Kernels f32_kernels(const Layout& l, int level) {
+#if SPARSIFY_X86
+    if (level >= kAvx512) return avx512::kernels(l);
+    if (level == kAvx2) return avx2::kernels(l);
+#endif
+    return portable::kernels(l);
+}
+
+static int run(const Call& call, int level) {
+#if SPARSIFY_COMPILES_AVX512BF16
+    const bool fits = call.l.bits < 16 || call.l.stored_type == kBf16;  // values in fp16 need fp32 products
+    if (level >= kAvx512Bf16 && fits) {
+        const bool amx = level == kAmx;
+        const int64_t rows = call.rows * (call.l.sparse || call.l.bits == 4 ? parts_of(call.type) : 1);
+        if (rows <= std::min<int64_t>(bf16::kMaxDirectRows, direct_rows(call.l, amx))) return run_direct(call);
+        return run_tiles(call, amx);
+    }
+#endif
+    return run_f32(call, f32_kernels(call.l, level));
+}
+
+}  // namespace sparse24
+
+// ------------------------------------------------------------------------------------------------------ interface
+
+extern "C" {
+
+// The level that `requested` (0 portable, 1 avx2, 2 avx512, 3 avx512bf16, 4 amx; -1 the fastest) comes to here, -1 if this
+// machine cannot run it.
+int sparse24_level(int requested) { return sparse24::best_level(requested); }
+
+// Bytes of the packed form, -1 when no kernel runs such a linear. stored_type: of scales or values, 0 bf16, 1 fp16.
+int64_t sparse24_packed_bytes(int64_t n, int64_t k, int bits, int64_t group, int sparse, int stored_type) {
+    sparse24::Layout l;
+    return sparse24::make_layout(n, k, bits, group, sparse != 0, stored_type, &l) ? l.total_bytes : -1;
+}
+
+// Repack a checkpoint's tensors (sizes and contents already checked). Each thread writes, and so places in its memory, the
+// panels that it will read. `out`: 64-byte aligned.
+int sparse24_pack(int64_t n, int64_t k, int bits, int64_t group, int sparse, int stored_type, const void* packed,
+                  const void* meta, const void* scale, const void* values, void* out) {
+    using namespace sparse24;
+    Layout l;
+    if (!make_layout(n, k, bits, group, sparse != 0, stored_type, &l)) return kBadArgument;
+    const Source source{static_cast<const uint8_t*>(packed), static_cast<const uint8_t*>(meta),
+                        static_cast<const uint16_t*>(scale), static_cast<const uint16_t*>(values)};
+    uint8_t* blob = static_cast<uint8_t*>(out);
+    const Header header{kMagic, n, k, l.group, bits, l.sparse, stored_type, 0};
+    std::memset(blob, 0, kHeader);
+    std::memcpy(blob, &header, sizeof header);
+    in_threads(n * k, [&](int thread, int threads) {
+        const Range panels = part(l.panels, thread, threads);
+        for (int64_t p = panels.begin; p < panels.end; ++p) pack_panel(l, source, p, blob);
+    });
+    return kOk;
+}
+
+// y [rows, n] = x [rows, k] W' + bias. type: of x and y, 0 bf16, 1 fp16, 2 fp32; ldx: elements between rows of x; bias: n
+// values of bias_type, or null; options: the level plus 1, 0 for the fastest.
+int sparse24_linear(const void* packed, int64_t packed_bytes, const void* x, int type, int64_t rows, int64_t k, int64_t ldx,
+                    const void* bias, int bias_type, void* y, int64_t n, int options) {
+    using namespace sparse24;
+    Call call;
+    if (!read_layout(static_cast<const uint8_t*>(packed), packed_bytes, &call.l)) return kBadArgument;
+    if (call.l.k != k || call.l.n != n || rows < 0 || type < kBf16 || type > kF32 || (rows > 1 && ldx < k)) return kBadArgument;
+    const int chosen = best_level(options - 1);
+    if (chosen < 0) return kUnsupported;
+    if (rows == 0) return kOk;
+    call.blob = static_cast<const uint8_t*>(packed);
+    call.x = x, call.type = type, call.rows = rows, call.ldx = ldx;
+    call.bias = bias, call.bias_type = bias_type, call.y = y;
+    return run(call, chosen);
+}
+
+}  // extern "C"

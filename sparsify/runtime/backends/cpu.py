@@ -1,0 +1,122 @@
+"""The CPU back end: our C++ kernels (`kernels/cpu/sparse24.cpp`), which read the compressed weights and nothing else.
+
+At load time the tensors of a checkpoint are repacked into the order in which the kernels read them; the checkpoint's own
+tensors are not needed afterwards. The op is registered from C++ (`kernels/cpu/sparse24_torch.cpp`), because a call
+through Python would cost as much as a small product.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparsify import native
+from sparsify.errors import SparsifyError
+from sparsify.formats import ModuleScheme
+
+ENVIRONMENT_VARIABLE = "SPARSIFY_CPU_LEVEL"  # forces an instruction set, for tests and comparisons
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # slowest first, numbered as in the C++
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+ALIGNMENT = 64
+
+
+class Cpu:
+    """2:4 linears with 4, 8 and 16 bits and dense ones with 4 and 8, on any CPU that has a C++ compiler or a ready build."""
+
+    name = "cpu"
+
+    def reason_unavailable(self) -> str | None:
+        if os.environ.get(native.DISABLE) == "0":
+            return f"native kernels are switched off by {native.DISABLE}=0"
+        return None if _library() else "its kernels cannot be built here (the log says why; `sparsify doctor` shows it)"
+
+    def describe(self) -> str:
+        """The instruction set in use."""
+        return LEVELS[_level()]
+
+    def supports(self, scheme: ModuleScheme, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on CPUs, not on {device.type}"
+        if dtype not in TYPES:
+            return f"activations must be bfloat16, float16 or float32, not {dtype}"
+        return None if _packed_bytes(scheme, 0) > 0 else "no kernel for this shape or scheme"
+
+    def prepare(self, tensors: Mapping[str, Tensor], scheme: ModuleScheme, dtype: torch.dtype) -> list[Tensor]:
+        """One tensor of bytes: the linear in panels of 16 outputs (kernels/cpu/sparse24_layout.h)."""
+        stored = tensors["weight_values" if scheme.bits == 16 else "weight_scale"]
+        kind = TYPES[stored.dtype]
+        size = _packed_bytes(scheme, kind)
+        # 64-byte aligned whatever allocator serves torch, and one cache line past the end for the prefetcher's sake
+        whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        packed = whole[-whole.data_ptr() % ALIGNMENT :][:size]
+        given = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        addresses = [
+            given[name].data_ptr() if name in given else None
+            for name in ("weight_packed", "weight_meta", "weight_scale", "weight_values")
+        ]
+        library = _library()
+        assert library is not None
+        status = library.sparse24_pack(*_arguments(scheme, kind), *addresses, packed.data_ptr())
+        if status:
+            raise SparsifyError(f"the CPU kernels cannot pack a linear of {scheme} (status {status})")
+        return [packed]
+
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, scheme: ModuleScheme) -> Tensor:
+        return torch.ops.sparsify.sparse24_linear_cpu(x, prepared[0], bias, scheme.shape[0], _options())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The kernels, with the op registered and pointing at them; None after a line in the log that says what is missing."""
+    library, op = native.load("cpu/sparse24"), native.load("cpu/sparse24_torch")
+    if library is None or op is None:
+        return None
+    int64, int32, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
+    scheme = [int64, int64, int32, int64, int32, int32]
+    library.sparse24_packed_bytes.argtypes, library.sparse24_packed_bytes.restype = scheme, int64
+    library.sparse24_pack.argtypes = [*scheme, *[pointer] * 5]
+    op.sparse24_set_kernel.argtypes = [pointer]
+    op.sparse24_set_kernel(ctypes.cast(library.sparse24_linear, pointer))
+    torch.library.register_fake("sparsify::sparse24_linear_cpu", _fake_linear)
+    return library
+
+
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, options: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@functools.cache
+def _level() -> int:
+    """The number of the instruction set to use: the fastest, or the one that SPARSIFY_CPU_LEVEL names."""
+    library = _library()
+    assert library is not None
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not forced:
+        return int(library.sparse24_level(-1))
+    if forced not in LEVELS:
+        raise SparsifyError(f"{ENVIRONMENT_VARIABLE}={forced}: expected one of {', '.join(LEVELS)}")
+    if library.sparse24_level(LEVELS.index(forced)) < 0:
+        raise SparsifyError(
+            f"{ENVIRONMENT_VARIABLE}={forced}: this processor lacks it; the fastest here is "
+            f"{LEVELS[library.sparse24_level(-1)]}"
+        )
+    return LEVELS.index(forced)
+
+
+@functools.cache
+def _options() -> int:
+    """The op's option word: the level, counted from 1."""
+    return _level() + 1
+
+
+def _arguments(scheme: ModuleScheme, kind: int) -> tuple[int, ...]:
+    n, k = scheme.shape
+    return n, k, scheme.bits, scheme.group_size, int(scheme.pattern == "2:4"), kind
+
+
+def _packed_bytes(scheme: ModuleScheme, kind: int) -> int:
+    library = _library()
+    return int(library.sparse24_packed_bytes(*_arguments(scheme, kind))) if library else -1
