@@ -376,9 +376,9 @@ def backend_findings() -> list[Finding]:
     findings = []
     for backend in BACKENDS:
         reason = backend.reason_unavailable()
-        findings.append(
-            Finding("back ends", backend.name, "note" if reason else "ok", reason or "runs on this machine")
-        )
+        describe = getattr(backend, "describe", None)  # a back end may say what it found here: an instruction set
+        works = f"runs on this machine{f': {describe()}' if describe and not reason else ''}"
+        findings.append(Finding("back ends", backend.name, "note" if reason else "ok", reason or works))
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     scheme = ModuleScheme(bits=4, group_size=64, pattern="2:4", shape=(1024, 1024))
     forced = os.environ.get(ENVIRONMENT_VARIABLE)

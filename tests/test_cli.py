@@ -17,7 +17,27 @@ import pytest
 from sparsify import __version__, cli
 from sparsify.errors import CheckpointError, RecipeError
 
-COMMANDS = ["apply", "plan", "inspect", "export", "eval", "bench", "serve", "doctor", "demo", "recipes", "report"]
+COMMANDS = [
+    "apply",
+    "plan",
+    "inspect",
+    "export",
+    "eval",
+    "bench",
+    "serve",
+    "doctor",
+    "demo",
+    "recipes",
+    "report",
+    "kernels",
+]
+NESTED = [
+    ["bench", "latency"],
+    ["bench", "throughput"],
+    ["bench", "kernels"],
+    ["kernels", "build"],
+    ["kernels", "list"],
+]
 APPLY = ["apply", "2of4", "--model", "m", "--output", "o"]
 
 
@@ -28,7 +48,7 @@ def raising(error: BaseException) -> Callable[[argparse.Namespace], cli.Outcome]
     return handler
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["bench", "latency"], ["bench", "throughput"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), *NESTED])
 def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
@@ -55,6 +75,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["export", "a", "--output", "b"],
         ["inspect", "a", "--", "--port", "1"],
         ["doctor", "--quick"],
+        ["kernels"],
+        ["bench", "kernels", "smollm2-135m", "--", "--dtype", "half"],
+        ["bench", "kernels", "--rows", "1;2"],
+        ["bench", "kernels", "--group-size", "rows"],
+        ["bench", "latency", "a", "--threads", "all", "--best-threads"],
     ],
 )
 def test_usage_errors_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,12 +100,7 @@ def command_lines(text: str) -> list[str]:
 
 def test_every_example_in_a_help_page_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
-    for command in [
-        [],
-        *([name] for name in COMMANDS if name != "bench"),
-        ["bench", "latency"],
-        ["bench", "throughput"],
-    ]:
+    for command in [[], *([name] for name in COMMANDS if name not in ("bench", "kernels")), *NESTED]:
         with pytest.raises(SystemExit):
             cli.main([*command, "--help"])
         examples = capsys.readouterr().out.partition("examples:")[2]

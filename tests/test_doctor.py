@@ -11,6 +11,7 @@ from rich.console import Console
 
 from sparsify import doctor
 from sparsify.doctor import Finding, Report
+from sparsify.runtime.backends.reference import Reference
 
 ZEN5 = "processor\t: 0\nflags\t\t: fpu avx2 fma avx512f avx512bw avx512vbmi avx512_vnni avx512_bf16\n"
 SAPPHIRE_RAPIDS = "flags : avx2 fma avx512f avx512bw avx512vbmi avx512_vnni avx512_bf16 amx_tile amx_int8 amx_bf16\n"
@@ -122,6 +123,29 @@ def test_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSIFY_BACKEND", "steam")
     broken = {finding.name: finding for finding in doctor.backend_findings()}["serves on cpu"]
     assert (broken.status, broken.fix) == ("broken", "unset SPARSIFY_BACKEND") and "steam" in broken.detail
+
+
+def test_a_back_end_may_describe_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Described(Reference):
+        name = "described"
+
+        def describe(self) -> str:
+            return "avx512_bf16"
+
+    class Absent(Described):
+        name = "absent"
+
+        def reason_unavailable(self) -> str | None:
+            return "needs a compiler"
+
+        def describe(self) -> str:
+            raise AssertionError("a back end that does not run describes nothing")
+
+    monkeypatch.setattr("sparsify.runtime.backends.BACKENDS", (Absent(), Described(), Reference()))
+    findings = {finding.name: finding for finding in doctor.backend_findings()}
+    assert findings["described"].detail == "runs on this machine: avx512_bf16"
+    assert findings["reference"].detail == "runs on this machine"
+    assert (findings["absent"].status, findings["absent"].detail) == ("note", "needs a compiler")
 
 
 def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
