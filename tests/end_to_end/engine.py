@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,16 @@ SCRIPT = Path(__file__).with_name("generate.py")
 
 @dataclass(frozen=True)
 class Answers:
-    """What one engine said. tokens: [prompt][step]; logprobs: [prompt][step] of the best few tokens; log: its output."""
+    """What one engine said. tokens: [prompt][step]; logprobs: [prompt][step] of the best few tokens; log: its output.
+
+    together, alone: what it said to the mixed requests of `serve`, all in flight at once and one after another.
+    """
 
     tokens: list[list[int]]
     logprobs: list[list[dict[int, float]]]
     log: str
+    together: "Answers | None" = None
+    alone: "Answers | None" = None
 
 
 def serve(
@@ -31,9 +36,10 @@ def serve(
     scratch: Path,
     environment: dict[str, str] | None = None,
     prompts: Sequence[Sequence[int]] = PROMPTS,
+    mixed: Sequence[tuple[Sequence[int], int]] = (),
     **engine: Any,
 ) -> Answers:
-    """Start vLLM on `model`, answer the prompts greedily, stop."""
+    """Start vLLM on `model`, answer the prompts greedily, stop. mixed: (prompt, new tokens) to answer in both ways."""
     settings = {
         "dtype": "bfloat16",
         "enforce_eager": True,
@@ -42,6 +48,7 @@ def serve(
         "skip_tokenizer_init": True,
     }
     job = {"prompts": [list(prompt) for prompt in prompts], "engine": {"model": str(model), **settings, **engine}}
+    job["mixed"] = [[list(prompt), new_tokens] for prompt, new_tokens in mixed]
     variables = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -57,9 +64,14 @@ def serve(
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert run.returncode == 0 and result.is_file(), f"vLLM failed:\n{run.stdout[-6000:]}"
-    answers = json.loads(result.read_text())
-    steps = [[{int(t): p for t, p in step.items()} for step in answer["logprobs"]] for answer in answers]
-    return Answers([answer["tokens"] for answer in answers], steps, run.stdout)
+    found = json.loads(result.read_text())
+    together, alone = (_answers(found[way], run.stdout) for way in ("together", "alone"))
+    return replace(_answers(found["answers"], run.stdout), together=together, alone=alone)
+
+
+def _answers(told: Sequence[dict[str, Any]], log: str) -> Answers:
+    steps = [[{int(t): p for t, p in step.items()} for step in answer["logprobs"]] for answer in told]
+    return Answers([answer["tokens"] for answer in told], steps, log)
 
 
 def assert_same(ours: Answers, theirs: Answers, noise: float = BFLOAT16_NOISE, tie: float | None = None) -> None:
