@@ -60,6 +60,7 @@ MODELS_HELP = (
 THREADS_HELP = (
     "cores that compute: auto (vLLM keeps one for itself), all, or a list as VLLM_CPU_OMP_THREADS_BIND takes it (0-3)"
 )
+ONE_PROCESS_HELP = "vLLM's scheduler and worker in one process, so that neither waits busily on a core that computes"
 
 
 # ---------------------------------------------------------------------------------------------------------- commands
@@ -170,6 +171,7 @@ def bench(args: argparse.Namespace) -> Outcome:
         engine_args=args.vllm_args,
         threads=args.threads,
         best_threads=args.best_threads,
+        one_process=args.one_process,
         greedy=args.greedy,
         quiet=args.quiet,
     )
@@ -220,7 +222,7 @@ def group_size(text: str) -> int:
 def serve(args: argparse.Namespace) -> Outcome:
     from sparsify.bench import serve
 
-    serve(args.directory, args.vllm_args, args.threads)
+    serve(args.directory, args.vllm_args, args.threads, args.one_process)
     return Outcome({}, [])
 
 
@@ -445,6 +447,7 @@ def command_parser() -> argparse.ArgumentParser:
             action="store_true",
             help="measure every model with --threads auto and with all, and report each at its own best",
         )
+        command.add_argument("--one-process", action="store_true", help=ONE_PROCESS_HELP)
 
     command = add(
         benchmarks, "kernels", bench_kernels, "time of single linears: ours, torch's, vLLM's, beside the machine's peaks",
@@ -493,6 +496,7 @@ def command_parser() -> argparse.ArgumentParser:
     command.usage = "sparsify serve [options] DIR [-- VLLM_ARGS]"
     command.add_argument("directory", metavar="DIR", help="checkpoint directory")
     command.add_argument("--threads", metavar="auto|all|LIST", help=THREADS_HELP)
+    command.add_argument("--one-process", action="store_true", help=ONE_PROCESS_HELP)
 
     kernels = commands.add_parser(
         "kernels",

