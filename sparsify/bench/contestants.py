@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -145,25 +146,23 @@ def vllm_linear(n: int, k: int, group_size: int, copies: int, int8: bool = False
             return f"{name}: {reason}"
         scheme = ModuleScheme(4, group_size, "dense", (n, k))
         tensors = random_tensors(scheme, seed)
-        made = []
-        for _ in range(copies):
-            kernel = CPUWNA16LinearKernel(config, "weight_packed", "weight_scale", "weight_zero_point")
-            layer: Any = torch.nn.Module()
-            layer.bias = None
-            # pack-quantized, as vLLM loads it: [N, K/8] and [N, K/G]
-            layer.weight_packed = _parameter(tensors["weight_packed"], input_dim=1, output_dim=0, packed_dim=1)
-            layer.weight_scale = _parameter(tensors["weight_scale"], input_dim=1, output_dim=0)
-            kernel.process_weights_after_loading(layer)
-            if int8 and not layer.use_w4a8:
-                return f"{name}: vLLM does not use it on this processor"
-            made.append((kernel, layer))
+        kernel = CPUWNA16LinearKernel(config, "weight_packed", "weight_scale", "weight_zero_point")
+        layer: Any = torch.nn.Module()
+        layer.bias = None
+        # pack-quantized, as vLLM loads it: [N, K/8] and [N, K/G]
+        layer.weight_packed = _parameter(tensors["weight_packed"], input_dim=1, output_dim=0, packed_dim=1)
+        layer.weight_scale = _parameter(tensors["weight_scale"], input_dim=1, output_dim=0)
+        kernel.process_weights_after_loading(layer)
+        if int8 and not layer.use_w4a8:
+            return f"{name}: vLLM does not use it on this processor"
+        layers = [layer, *(deepcopy(layer) for _ in range(copies - 1))]
 
-    def call(kernel: Any, layer: Any) -> Callable[[Tensor], Tensor]:
+    def call(layer: Any) -> Callable[[Tensor], Tensor]:
         return lambda x: kernel.apply_weights(layer, x)
 
     return Contestant(
         name=name,
-        calls=[call(kernel, layer) for kernel, layer in made],
+        calls=[call(layer) for layer in layers],
         nbytes=stored_bytes(list(tensors.values())),
         dtype=torch.bfloat16,
         expected=first_outputs(tensors, scheme),
