@@ -1,6 +1,6 @@
 // y = x W' + b for a compressed linear W [N, K]: 2:4 sparse with 4, 8 or 16 bits, or dense with 4 or 8 bits.
 //
-// The work is split over panels of 16 outputs (sparse24_layout.h), statically, so that a thread always reads the same memory
+// The work is split over pairs of panels, 32 outputs (sparse24_layout.h), statically, so that a thread always reads the same memory
 // and a result does not depend on the number of threads. Two families of kernels:
 //
 //   sparse24_bf16.h   amx, avx512bf16: bf16 products, exact for every type of activation, summed in fp32
@@ -16,6 +16,10 @@
 
 #if defined(_OPENMP)
 #include <omp.h>
+#endif
+
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 #include "cpu_features.h"
@@ -211,6 +215,17 @@ namespace sparse24 {
 
 // ------------------------------------------------------------------------------------------------------ threads
 
+// Ask for huge pages: streaming through small ones costs a page walk every 4 KB, two-dimensional in a virtual machine.
+static void want_huge_pages(uint8_t* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+    if (end > begin && end - begin >= (uintptr_t(2) << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 struct Workspace {  // grows, and stays with its thread
     uint8_t* data = nullptr;
     size_t bytes = 0;
@@ -221,6 +236,7 @@ struct Workspace {  // grows, and stays with its thread
             bytes = (wanted + 4095) / 4096 * 4096;
             data = static_cast<uint8_t*>(std::aligned_alloc(64, bytes));
             if (data == nullptr) bytes = 0;
+            want_huge_pages(data, bytes);
         }
         return data;
     }
@@ -288,9 +304,9 @@ static void widen_row(const Call& call, int64_t m, int64_t padded, float* out) {
     std::fill(out + call.l.k, out + padded, 0.0f);
 }
 
-static void finish_f32(const Call& call, int64_t panel, int64_t m, const float* sums) {
-    const int64_t first = panel * kPanel;
-    const int columns = int(std::min<int64_t>(kPanel, call.l.n - first));
+static void finish_f32(const Call& call, int64_t pair, int64_t m, const float* sums) {
+    const int64_t first = pair * kPair;
+    const int columns = int(std::min<int64_t>(kPair, call.l.n - first));
     for (int j = 0; j < columns; ++j) {
         const float sum = sums[j] + (call.bias ? to_float(call.bias, call.bias_type, first + j) : 0.0f);
         void* to = call.result(m, first + j);
@@ -314,34 +330,37 @@ static int run_f32(const Call& call, const F32Kernels& kernels) {
     if (x == nullptr) return kOutOfMemory;
     bool failed = false;
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
-        float* mine = reinterpret_cast<float*>(own.get((kF32Sub * kStep + kF32Block) * kPanel * 4));
+        float* mine = reinterpret_cast<float*>(own.get((kF32Sub * kStep * kPanel + kF32Block * kPair) * 4));
         if (mine == nullptr) failed = true;
         barrier();
         if (failed) return;
         float *decoded = mine, *sums = mine + kF32Sub * kStep * kPanel;
-        const Range panels = part(l.panels, thread, threads);
+        const Range pairs = part(l.pairs, thread, threads);
         for (int64_t start = 0; start < call.rows; start += block) {
             const int64_t rows = std::min(block, call.rows - start);
             const Range to_widen = part(rows, thread, threads);
             for (int64_t m = to_widen.begin; m < to_widen.end; ++m) widen_row(call, start + m, padded, x + m * padded);
             barrier();
-            for (int64_t p = panels.begin; p < panels.end; ++p) {
-                const uint8_t* data = l.panel(call.blob, p);
-                const uint16_t* scales = l.scales(call.blob, p);
-                if (l.sparse && rows <= kF32DirectRows) {
-                    kernels.direct[rows - 1](l, data, scales, x, padded, sums);
-                } else {
-                    std::fill(sums, sums + rows * kPanel, 0.0f);
+            for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+                std::fill(sums, sums + rows * kPair, 0.0f);
+                for (int half = 0; half < 2; ++half) {
+                    const uint8_t* data = l.pair(call.blob, p) + half * l.step_bytes;
+                    const uint16_t* scales = l.scales(call.blob, p) + half * kPanel;
+                    float* c = sums + half * kPanel;
+                    if (l.sparse && rows <= kF32DirectRows) {
+                        kernels.direct[rows - 1](l, data, scales, x, padded, c);
+                        continue;
+                    }
                     for (int64_t s = 0; s < l.steps; s += kF32Sub) {
                         const int steps = int(std::min<int64_t>(kF32Sub, l.steps - s));
-                        kernels.decode(l, data + s * l.step_bytes, scales, s, steps, decoded);
+                        kernels.decode(l, data + s * 2 * l.step_bytes, scales, s, steps, decoded);
                         for (int64_t m = 0; m < rows; m += 4) {
                             const int some = int(std::min<int64_t>(4, rows - m));
-                            kernels.multiply[some - 1](x + m * padded + s * kStep, padded, decoded, steps * kStep, sums + m * kPanel);
+                            kernels.multiply[some - 1](x + m * padded + s * kStep, padded, decoded, steps * kStep, c + m * kPair);
                         }
                     }
                 }
-                for (int64_t m = 0; m < rows; ++m) finish_f32(call, p, start + m, sums + m * kPanel);
+                for (int64_t m = 0; m < rows; ++m) finish_f32(call, p, start + m, sums + m * kPair);
             }
             barrier();
         }
@@ -361,6 +380,18 @@ static int64_t direct_rows(const Layout& l, bool amx) {
     return l.sparse ? 1 : l.bits == 8 ? 2 : 1;
 }
 
+// Rows `start` .. of the result from the sums of one panel; `stride` floats between rows of sums, `parts` of which make one.
+static void finish_rows(const Call& call, int64_t pair, int half, int64_t start, int64_t rows, int parts, const float* sums,
+                        int64_t stride) {
+    const int64_t first = pair * kPair + half * kPanel;
+    const int columns = int(std::min<int64_t>(kPanel, call.l.n - first));
+    if (columns <= 0) return;
+    for (int64_t r = 0; r < rows; r += parts) {
+        bf16::finish_row(sums + r * stride, stride, parts, call.bias_at(first), call.bias_type, call.type, columns,
+                         call.result((start + r) / parts, first));
+    }
+}
+
 static int run_direct(const Call& call) {
     const Layout& l = call.l;
     const bool floats = !l.sparse && l.bits == 8;  // that kernel multiplies in fp32
@@ -375,8 +406,8 @@ static int run_direct(const Call& call) {
             failed = true;
             return;
         }
-        const Range panels = part(l.panels, thread, threads);
-        if (panels.begin == panels.end) return;
+        const Range pairs = part(l.pairs, thread, threads);
+        if (pairs.begin == pairs.end) return;
         uint16_t* split = reinterpret_cast<uint16_t*>(x + rows * stride);
         for (int64_t m = 0; m < call.rows && !as_it_is; ++m) {
             if (floats) {
@@ -390,30 +421,32 @@ static int run_direct(const Call& call) {
         }
         const uint8_t* from = as_it_is ? static_cast<const uint8_t*>(call.x) : x;
         const int64_t step = as_it_is ? call.ldx * 2 : stride;
-        float sums[bf16::kMaxDirectRows * kPanel];
-        for (int64_t p = panels.begin; p < panels.end; ++p) {
+        float sums[bf16::kMaxDirectRows * kPair];
+        for (int64_t p = pairs.begin; p < pairs.end; ++p) {
             for (int64_t r = 0; r < rows; r += 4) {
                 const int some = int(std::min<int64_t>(4, rows - r));
-                bf16::direct(l, some)(l, l.panel(call.blob, p), l.scales(call.blob, p), from + r * step, step, sums + r * kPanel);
+                bf16::direct(l, some)(l, l.pair(call.blob, p), l.scales(call.blob, p), from + r * step, step, sums + r * kPair);
             }
-            const int64_t first = p * kPanel;
-            for (int64_t m = 0; m < call.rows; ++m) {
-                bf16::finish_row(sums + m * parts * kPanel, parts, call.bias_at(first), call.bias_type, call.type,
-                                 int(std::min<int64_t>(kPanel, l.n - first)), call.result(m, first));
-            }
+            for (int half = 0; half < 2; ++half) finish_rows(call, p, half, 0, rows, parts, sums + half * kPanel, kPair);
         }
     });
     return failed ? kOutOfMemory : kOk;
 }
 
-constexpr int64_t kBlockRows = 240;     // rows that a decoded piece serves; a multiple of 16 and of 3, so that parts stay together
-constexpr int64_t kBlockBytes = 1 << 20;  // of activations that are to stay in the second-level cache
+constexpr int64_t kBlockRows = 240;        // rows that a decoded piece serves; a multiple of 16 and of 3: parts stay together
+constexpr int64_t kCached = 1 << 20;        // bytes of activations that are to stay in the second-level cache
+
+// With more rows of bf16 than this, multiplying the decoded weights by their scales costs less than scaling sums per group.
+// It rounds each weight to bf16, as storing the model densely would.
+constexpr int64_t kFoldRows = 64;
 
 struct Blocking {
     int64_t rows;        // split rows of a block
     int64_t tile_rows;   // 4, 8, 12 or 16
     int64_t tiles;
-    int64_t chunk;       // steps of K between two passes over the panels
+    int64_t chunk;       // steps of K between two passes over the pairs
+
+    int64_t step_bytes() const { return tile_rows * 64; }
 };
 
 static Blocking blocking(const Layout& l, int64_t rows) {
@@ -421,12 +454,13 @@ static Blocking blocking(const Layout& l, int64_t rows) {
     b.rows = std::min(rows, kBlockRows);
     b.tiles = (b.rows + 15) / 16;
     b.tile_rows = ((b.rows + b.tiles - 1) / b.tiles + 3) / 4 * 4;
-    b.chunk = std::max<int64_t>(bf16::kSub, kBlockBytes / (b.tiles * bf16::kStepBytes) / bf16::kSub * bf16::kSub);
-    b.chunk = std::min(b.chunk, l.steps);
+    if (b.tiles > 1) b.tile_rows = std::max<int64_t>(b.tile_rows, 12);
+    const int64_t bytes = b.tiles * b.step_bytes();
+    b.chunk = std::min(l.steps, std::max<int64_t>(bf16::kSub, kCached / bytes / bf16::kSub * bf16::kSub));
     return b;
 }
 
-// Rows of activations -> tiles: [tile][step][row of the tile][32]
+// Rows of activations -> tiles: [tile][step][row of the tile][32 inputs]
 static void pack_tiles(const Call& call, const Blocking& b, int64_t start, int64_t rows, Range mine, uint16_t* split, uint8_t* tiles) {
     const Layout& l = call.l;
     const int parts = parts_of(call.type);
@@ -437,16 +471,24 @@ static void pack_tiles(const Call& call, const Blocking& b, int64_t start, int64
         for (int p = 0; p < parts; ++p) {
             const int64_t r = m * parts + p;
             if (r >= b.tiles * b.tile_rows) continue;
-            uint8_t* to = tiles + (r / b.tile_rows * l.steps * 16 + r % b.tile_rows) * 64;
+            uint8_t* to = tiles + r / b.tile_rows * l.steps * b.step_bytes() + r % b.tile_rows * 64;
             for (int64_t s = 0; s < l.steps; ++s) {
                 if (real) {
-                    std::memcpy(to + s * bf16::kStepBytes, split + p * padded + s * kStep, 64);
+                    std::memcpy(to + s * b.step_bytes(), split + p * padded + s * kStep, 64);
                 } else {
-                    std::memset(to + s * bf16::kStepBytes, 0, 64);
+                    std::memset(to + s * b.step_bytes(), 0, 64);
                 }
             }
         }
     }
+}
+
+// The groups within `steps` steps from `first` on; a group longer than that is cut.
+static bf16::Pieces pieces_of(const Layout& l, const uint16_t* scales, int64_t first, int steps) {
+    if (!l.scaled()) return {steps, 1, nullptr, l.stored_type};
+    const uint16_t* from = scales + first / l.steps_per_group * kPair;
+    if (l.steps_per_group >= steps) return {steps, 1, from, l.stored_type};
+    return {int(l.steps_per_group), steps / int(l.steps_per_group), from, l.stored_type};
 }
 
 static int run_tiles(const Call& call, bool amx) {
@@ -454,27 +496,25 @@ static int run_tiles(const Call& call, bool amx) {
     const int parts = parts_of(call.type);
     const int64_t rows = call.rows * parts, padded = l.steps * kStep;
     const Blocking b = blocking(l, rows);
-    const int64_t tile_bytes = l.steps * bf16::kStepBytes, sums_rows = b.tiles * b.tile_rows;
+    const int64_t tile_bytes = l.steps * b.step_bytes(), sums_rows = b.tiles * b.tile_rows;
     uint8_t* tiles = shared.get(size_t(b.tiles) * tile_bytes);
     if (tiles == nullptr) return kOutOfMemory;
     const bool one_pass = b.chunk == l.steps;
+    const bool folded = amx && (!l.scaled() || (call.type == kBf16 && rows > kFoldRows));
     const bf16::Decode decode = bf16::decoder(l);
-    bf16::Multiply multiply = bf16::multiplier_dot(int(b.tile_rows));
-#if SPARSIFY_COMPILES_AMX
-    if (amx) multiply = bf16::multiplier_amx(int(b.tile_rows));
-#endif
+    const bf16::Multiply multiply = bf16::multiplier_dot(int(b.tile_rows));
     bool failed = false;
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
-        const Range panels = part(l.panels, thread, threads);
-        const int64_t kept_panels = one_pass ? 1 : panels.end - panels.begin;
-        const size_t decoded_bytes = bf16::kSub * bf16::kStepBytes, sums_bytes = size_t(sums_rows) * kPanel * 4;
-        uint8_t* mine = own.get(decoded_bytes + kept_panels * sums_bytes + 3 * padded * 2);
+        const Range pairs = part(l.pairs, thread, threads);
+        const int64_t kept = one_pass ? 1 : pairs.end - pairs.begin;  // pairs whose sums wait for the next chunk
+        const size_t decoded_bytes = 2 * bf16::kSub * bf16::kStepBytes, sums_bytes = size_t(sums_rows) * kPair * 4;
+        uint8_t* mine = own.get(decoded_bytes + kept * sums_bytes + 3 * padded * 2);
         if (mine == nullptr) failed = true;
         barrier();
         if (failed) return;
         uint8_t* decoded = mine;
         float* sums = reinterpret_cast<float*>(mine + decoded_bytes);
-        uint16_t* split = reinterpret_cast<uint16_t*>(mine + decoded_bytes + kept_panels * sums_bytes);
+        uint16_t* split = reinterpret_cast<uint16_t*>(mine + decoded_bytes + kept * sums_bytes);
 #if SPARSIFY_COMPILES_AMX
         if (amx) bf16::enter_amx(int(b.tile_rows));
 #endif
@@ -485,27 +525,39 @@ static int run_tiles(const Call& call, bool amx) {
             barrier();
             for (int64_t chunk = 0; chunk < l.steps; chunk += b.chunk) {
                 const int64_t end = std::min(l.steps, chunk + b.chunk);
-                for (int64_t p = panels.begin; p < panels.end; ++p) {
-                    float* c = sums + (one_pass ? 0 : p - panels.begin) * sums_rows * kPanel;
+                for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+                    float* c = sums + (one_pass ? 0 : p - pairs.begin) * sums_rows * kPair;  // [panel][row][16]
+                    const int64_t c_stride = sums_rows * kPanel;
                     if (chunk == 0) std::memset(c, 0, sums_bytes);
                     for (int64_t s = chunk; s < end; s += bf16::kSub) {
                         const int steps = int(std::min<int64_t>(bf16::kSub, end - s));
-                        decode(l.panel(call.blob, p) + s * l.step_bytes, steps, decoded);
-                        bf16::Pieces pieces{steps, 1, nullptr, l.stored_type};
-                        if (l.scaled()) {
-                            pieces.scales = l.scales(call.blob, p) + s / l.steps_per_group * kPanel;
-                            if (l.groups > 1) pieces.steps_per_piece = int(l.steps_per_group), pieces.pieces = steps / int(l.steps_per_group);
+                        decode(l.pair(call.blob, p) + s * 2 * l.step_bytes, steps, decoded, decoded_bytes / 2);
+                        const bf16::Pieces pieces = pieces_of(l, l.scales(call.blob, p), s, steps);
+                        for (int half = 0; half < 2 && folded && l.scaled(); ++half) {
+                            bf16::scale_decoded(decoded + half * decoded_bytes / 2, pieces, half);
                         }
-                        for (int64_t t = 0; t < used_tiles; ++t) {
-                            multiply(tiles + t * tile_bytes + s * bf16::kStepBytes, decoded, pieces, c + t * b.tile_rows * kPanel);
+                        for (int64_t t = 0; t < used_tiles;) {
+                            const uint8_t* a = tiles + t * tile_bytes + s * b.step_bytes();
+                            float* to = c + t * b.tile_rows * kPanel;
+#if SPARSIFY_COMPILES_AMX
+                            if (amx) {
+                                const int some = t + 1 < used_tiles ? 2 : 1;
+                                if (folded) {
+                                    const auto scaled = some == 2 ? bf16::multiply_scaled_amx<2> : bf16::multiply_scaled_amx<1>;
+                                    scaled(a, tile_bytes, decoded, decoded_bytes / 2, steps, int(b.tile_rows), to, c_stride);
+                                } else bf16::multiplier_amx(some, int(b.tile_rows))(a, tile_bytes, decoded, decoded_bytes / 2, pieces, to, c_stride);
+                                t += some;
+                                continue;
+                            }
+#endif
+                            for (int half = 0; half < 2; ++half) {
+                                multiply(a, decoded + half * decoded_bytes / 2, pieces, half, to + half * c_stride);
+                            }
+                            t += 1;
                         }
                     }
                     if (end < l.steps) continue;
-                    const int64_t first = p * kPanel;
-                    for (int64_t r = 0; r < here; r += parts) {
-                        bf16::finish_row(c + r * kPanel, parts, call.bias_at(first), call.bias_type, call.type,
-                                         int(std::min<int64_t>(kPanel, l.n - first)), call.result((start + r) / parts, first));
-                    }
+                    for (int half = 0; half < 2; ++half) finish_rows(call, p, half, start, here, parts, c + half * c_stride, kPanel);
                 }
             }
             barrier();
@@ -571,7 +623,7 @@ int64_t sparse24_packed_bytes(int64_t n, int64_t k, int bits, int64_t group, int
 }
 
 // Repack a checkpoint's tensors (sizes and contents already checked). Each thread writes, and so places in its memory, the
-// panels that it will read. `out`: 64-byte aligned.
+// pairs that it will read. `out`: 64-byte aligned.
 int sparse24_pack(int64_t n, int64_t k, int bits, int64_t group, int sparse, int stored_type, const void* packed,
                   const void* meta, const void* scale, const void* values, void* out) {
     using namespace sparse24;
@@ -581,11 +633,12 @@ int sparse24_pack(int64_t n, int64_t k, int bits, int64_t group, int sparse, int
                         static_cast<const uint16_t*>(scale), static_cast<const uint16_t*>(values)};
     uint8_t* blob = static_cast<uint8_t*>(out);
     const Header header{kMagic, n, k, l.group, bits, l.sparse, stored_type, 0};
+    want_huge_pages(blob, l.total_bytes);
     std::memset(blob, 0, kHeader);
     std::memcpy(blob, &header, sizeof header);
     in_threads(n * k, [&](int thread, int threads) {
-        const Range panels = part(l.panels, thread, threads);
-        for (int64_t p = panels.begin; p < panels.end; ++p) pack_panel(l, source, p, blob);
+        const Range pairs = part(l.pairs, thread, threads);
+        for (int64_t p = pairs.begin; p < pairs.end; ++p) pack_pair(l, source, p, blob);
     });
     return kOk;
 }

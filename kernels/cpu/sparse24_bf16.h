@@ -21,8 +21,8 @@ namespace bf16 {
 #define ALWAYS static inline __attribute__((always_inline))
 
 constexpr int kMaxDirectRows = 8;
-constexpr int kSub = 16;            // steps decoded at once: 16 KB of bf16 pairs
-constexpr int kStepBytes = 1024;    // of a decoded step, and of 16 rows of activations: 32 inputs x 16 x 2 bytes
+constexpr int kSub = 8;             // steps decoded at once: 8 KB of bf16 pairs per panel
+constexpr int kStepBytes = 1024;    // of a decoded step: 32 inputs x 16 outputs x 2 bytes
 constexpr int kQuadBytes = 160;     // of a step of one row of activations, expanded for `direct`
 
 ALWAYS __m512 load_scales(const uint16_t* s, int type) {
@@ -33,14 +33,10 @@ ALWAYS __m512 load_scales(const uint16_t* s, int type) {
 
 // code + 8 -> code as bf16; with `holes`, indices 16 .. 31 give zero, without them bit 4 of an index is ignored.
 ALWAYS __m512i code_table(bool holes) {
-    alignas(64) uint16_t table[32];
-    for (int i = 0; i < 32; ++i) {
-        const float value = holes && i >= 16 ? 0.0f : float((i & 15) - 8);
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        table[i] = uint16_t(bits >> 16);
-    }
-    return _mm512_load_si512(table);
+#define CODES 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0
+    alignas(64) static const uint16_t tables[2][32] = {{CODES, CODES}, {CODES}};
+#undef CODES
+    return _mm512_load_si512(tables[holes]);
 }
 
 // 16 signed bytes for the low and 16 for the high words -> pairs of bf16. Integers up to 128 are exact in bf16.
@@ -136,52 +132,62 @@ ALWAYS void direct_quad(const uint8_t* codes, __m512i c, __m512i meta, __m512i t
     }
 }
 
-// out[r] = 16 outputs of R rows. x: expanded rows, x_stride bytes apart.
+ALWAYS void prefetch(const uint8_t* p, int bytes) {
+#pragma GCC unroll 18
+    for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(p + line), _MM_HINT_T0);
+}
+
+// out[r][32] += scale * sum for both halves of a pair.
+template <int R, int CHAINS>
+ALWAYS void add_group(const __m512 (&sum)[2][R][CHAINS], const uint16_t* scales, int type, __m512 (&total)[2][R]) {
+    for (int half = 0; half < 2; ++half) {
+        const __m512 scale = scales ? load_scales(scales + half * kPanel, type) : _mm512_set1_ps(1.0f);
+        for (int r = 0; r < R; ++r) {
+            __m512 group = sum[half][r][0];
+            for (int c = 1; c < CHAINS; ++c) group = _mm512_add_ps(group, sum[half][r][c]);
+            total[half][r] = _mm512_fmadd_ps(group, scale, total[half][r]);
+        }
+    }
+}
+
+constexpr int kAhead = 4096;  // bytes between what is read and what is prefetched
+
+// out[r][32] = the outputs of a 2:4 pair for R rows. x: expanded rows, x_stride bytes apart.
 template <int BITS, int R>
 static void direct_sparse(const Layout& l, const uint8_t* p, const uint16_t* scales, const uint8_t* x, int64_t x_stride,
                           float* out) {
-    constexpr int CHAINS = R == 1 ? 4 : R == 2 ? 2 : 1;
+    constexpr int CHAINS = R == 1 ? 2 : 1, bytes = kMetaBytes + 32 * BITS;
     const __m512i table = code_table(false);
-    alignas(64) uint8_t shifted[64];
-    for (int i = 0; i < 64; ++i) shifted[i] = uint8_t(8 * (i % 8) + 8);
+    alignas(64) static const uint8_t shifted[64] = {
+        8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0,
+        8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0};
     const __m512i by_eight = _mm512_load_si512(shifted);
-    __m512 total[R];
-    for (int r = 0; r < R; ++r) total[r] = _mm512_setzero_ps();
+    __m512 total[2][R] = {};
     for (int64_t g = 0; g < l.groups; ++g) {
-        __m512 sum[R][CHAINS];
-        for (int r = 0; r < R; ++r) {
-            for (int c = 0; c < CHAINS; ++c) sum[r][c] = _mm512_setzero_ps();
-        }
-        for (int64_t s = 0; s < l.steps_per_group; ++s) {
-            constexpr int bytes = kMetaBytes + 16 * BITS * 2;
-#pragma GCC unroll 9
-            for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(p + 3072 + line), _MM_HINT_T0);
-            const __m512i meta = _mm512_loadu_si512(p);
-            const uint8_t* codes = p + kMetaBytes;
-            __m512i c0 = meta, c1 = meta;
-            if constexpr (BITS == 4) {
-                c0 = _mm512_loadu_si512(codes);
-                c1 = _mm512_loadu_si512(codes + 64);
+        __m512 sum[2][R][CHAINS] = {};
+        for (int64_t s = 0; s < l.steps_per_group; ++s, x += kQuadBytes) {
+            prefetch(p + kAhead, 2 * bytes);
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half, p += bytes) {
+                const __m512i meta = _mm512_loadu_si512(p);
+                const uint8_t* codes = p + kMetaBytes;
+                const __m512i c0 = BITS == 4 ? _mm512_loadu_si512(codes) : meta;
+                const __m512i c1 = BITS == 4 ? _mm512_loadu_si512(codes + 64) : meta;
+                direct_quad<BITS, 0>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
+                direct_quad<BITS, 4>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
+                direct_quad<BITS, 1>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
+                direct_quad<BITS, 5>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
+                direct_quad<BITS, 2>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
+                direct_quad<BITS, 6>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
+                direct_quad<BITS, 3>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
+                direct_quad<BITS, 7>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
             }
-            direct_quad<BITS, 0>(codes, c0, meta, table, by_eight, x, x_stride, sum);
-            direct_quad<BITS, 4>(codes, c1, meta, table, by_eight, x, x_stride, sum);
-            direct_quad<BITS, 1>(codes, c0, meta, table, by_eight, x, x_stride, sum);
-            direct_quad<BITS, 5>(codes, c1, meta, table, by_eight, x, x_stride, sum);
-            direct_quad<BITS, 2>(codes, c0, meta, table, by_eight, x, x_stride, sum);
-            direct_quad<BITS, 6>(codes, c1, meta, table, by_eight, x, x_stride, sum);
-            direct_quad<BITS, 3>(codes, c0, meta, table, by_eight, x, x_stride, sum);
-            direct_quad<BITS, 7>(codes, c1, meta, table, by_eight, x, x_stride, sum);
-            p += bytes;
-            x += kQuadBytes;
         }
-        const __m512 scale = BITS == 16 ? _mm512_set1_ps(1.0f) : load_scales(scales + g * kPanel, l.stored_type);
-        for (int r = 0; r < R; ++r) {
-            __m512 group = sum[r][0];
-            for (int c = 1; c < CHAINS; ++c) group = _mm512_add_ps(group, sum[r][c]);
-            total[r] = _mm512_fmadd_ps(group, scale, total[r]);
-        }
+        add_group(sum, BITS == 16 ? nullptr : scales + g * kPair, l.stored_type, total);
     }
-    for (int r = 0; r < R; ++r) _mm512_storeu_ps(out + r * kPanel, total[r]);
+    for (int r = 0; r < R; ++r) {
+        for (int half = 0; half < 2; ++half) _mm512_storeu_ps(out + r * kPair + half * kPanel, total[half][r]);
+    }
 }
 
 // The dense pair of inputs 2 P and 2 P + 1 of a step as bf16.
@@ -222,35 +228,25 @@ ALWAYS void direct_pairs(const uint8_t* codes, __m512i table, const uint8_t* x, 
     }
 }
 
-// As direct_sparse, for a dense panel. x: rows of bf16 (4 bits) or of fp32 (8 bits).
+// As direct_sparse, for a dense pair. x: rows of bf16 (4 bits) or of fp32 (8 bits).
 template <int BITS, int R>
 static void direct_dense(const Layout& l, const uint8_t* p, const uint16_t* scales, const uint8_t* x, int64_t x_stride,
                          float* out) {
-    constexpr int CHAINS = R == 1 ? 4 : R <= 4 ? 2 : 1;
+    constexpr int CHAINS = R <= 2 ? 2 : 1, bytes = kStep * kPanel * BITS / 8;
     const __m512i table = code_table(false);
-    __m512 total[R];
-    for (int r = 0; r < R; ++r) total[r] = _mm512_setzero_ps();
+    __m512 total[2][R] = {};
     for (int64_t g = 0; g < l.groups; ++g) {
-        __m512 sum[R][CHAINS];
-        for (int r = 0; r < R; ++r) {
-            for (int c = 0; c < CHAINS; ++c) sum[r][c] = _mm512_setzero_ps();
+        __m512 sum[2][R][CHAINS] = {};
+        for (int64_t s = 0; s < l.steps_per_group; ++s, x += kStep * (BITS == 8 ? 4 : 2)) {
+            prefetch(p + kAhead, 2 * bytes);
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half, p += bytes) direct_pairs<BITS, 0>(p, table, x, x_stride, sum[half]);
         }
-        for (int64_t s = 0; s < l.steps_per_group; ++s) {
-            constexpr int bytes = kStep * kPanel * BITS / 8;
-#pragma GCC unroll 8
-            for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(p + 3072 + line), _MM_HINT_T0);
-            direct_pairs<BITS, 0>(p, table, x, x_stride, sum);
-            p += bytes;
-            x += kStep * (BITS == 8 ? 4 : 2);
-        }
-        const __m512 scale = load_scales(scales + g * kPanel, l.stored_type);
-        for (int r = 0; r < R; ++r) {
-            __m512 group = sum[r][0];
-            for (int c = 1; c < CHAINS; ++c) group = _mm512_add_ps(group, sum[r][c]);
-            total[r] = _mm512_fmadd_ps(group, scale, total[r]);
-        }
+        add_group(sum, scales + g * kPair, l.stored_type, total);
     }
-    for (int r = 0; r < R; ++r) _mm512_storeu_ps(out + r * kPanel, total[r]);
+    for (int r = 0; r < R; ++r) {
+        for (int half = 0; half < 2; ++half) _mm512_storeu_ps(out + r * kPair + half * kPanel, total[half][r]);
+    }
 }
 
 // --------------------------------------------------------------------------------------- many rows: decode a panel
@@ -323,25 +319,55 @@ ALWAYS void decode_pairs(const uint8_t* codes, __m512i table, uint8_t* out) {
     }
 }
 
-// One step -> 16 rows of 64 bytes: row r holds inputs 2 r and 2 r + 1 of the 16 outputs, the right operand of tdpbf16ps.
+// Steps of a pair -> for each panel 16 rows of 64 bytes per step: row r holds inputs 2 r and 2 r + 1 of the 16 outputs, as the
+// right operand of tdpbf16ps does. The second panel goes `stride` bytes behind the first.
 template <int BITS, bool SPARSE>
-static void decode(const uint8_t* p, int steps, uint8_t* out) {
+static void decode(const uint8_t* p, int steps, uint8_t* out, int64_t stride) {
     const __m512i table = code_table(SPARSE);
     constexpr int bytes = SPARSE ? kMetaBytes + 32 * BITS : 64 * BITS;
-    for (int s = 0; s < steps; ++s, p += bytes, out += kStepBytes) {
-#pragma GCC unroll 9
-        for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(p + 4096 + line), _MM_HINT_T0);
-        if constexpr (SPARSE && BITS == 4) {
-            decode_sparse4(p, table, out);
-        } else if constexpr (SPARSE) {
-            decode_quads<BITS, 0>(p + kMetaBytes, places(_mm512_loadu_si512(p)), out);
-        } else {
-            decode_pairs<BITS, 0>(p, table, out);
+    for (int s = 0; s < steps; ++s, out += kStepBytes) {
+        prefetch(p + kAhead, 2 * bytes);
+        for (int half = 0; half < 2; ++half, p += bytes) {
+            uint8_t* to = out + half * stride;
+            if constexpr (SPARSE && BITS == 4) {
+                decode_sparse4(p, table, to);
+            } else if constexpr (SPARSE) {
+                decode_quads<BITS, 0>(p + kMetaBytes, places(_mm512_loadu_si512(p)), to);
+            } else {
+                decode_pairs<BITS, 0>(p, table, to);
+            }
         }
     }
 }
 
-using Decode = void (*)(const uint8_t* p, int steps, uint8_t* out);
+// The groups of a run of steps: a whole group, or the part of one that is longer than the run.
+struct Pieces {
+    int steps_per_piece, pieces;
+    const uint16_t* scales;  // of the first piece, a pair's 32 per piece; null: no scales
+    int scale_type;
+};
+
+ALWAYS __m512 scale_of(const Pieces& pieces, int piece, int half) {
+    return pieces.scales ? load_scales(pieces.scales + piece * kPair + half * kPanel, pieces.scale_type) : _mm512_set1_ps(1.0f);
+}
+
+// Multiply decoded steps of one panel by their scales, rounding to bf16 once: the very weights of a dense bf16 checkpoint.
+static void scale_decoded(uint8_t* rows, const Pieces& pieces, int half) {
+    alignas(64) static const uint16_t weave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i order = _mm512_load_si512(weave), upper = _mm512_set1_epi32(int(0xffff0000u));
+    for (int piece = 0; piece < pieces.pieces; ++piece) {
+        const __m512 scale = scale_of(pieces, piece, half);
+        for (int r = 0; r < 16 * pieces.steps_per_piece; ++r, rows += 64) {
+            const __m512i pair = _mm512_load_si512(rows);
+            const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)), scale);
+            const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(pair, upper)), scale);
+            _mm512_store_si512(rows, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+        }
+    }
+}
+
+using Decode = void (*)(const uint8_t* p, int steps, uint8_t* out, int64_t stride);
 using Direct = void (*)(const Layout& l, const uint8_t* p, const uint16_t* scales, const uint8_t* x, int64_t x_stride, float* out);
 
 static Decode decoder(const Layout& l) {
@@ -361,22 +387,15 @@ static Direct direct(const Layout& l, int rows) {
 
 // --------------------------------------------------------------------------------------- many rows: multiply
 
-// The groups of a run of steps: a whole group, or the part of one that is longer than the run.
-struct Pieces {
-    int steps_per_piece, pieces;
-    const uint16_t* scales;  // of the first piece; null: no scales
-    int scale_type;
-};
-
-// c[i][16] += sum over pieces of scale * (sum over their steps of a x b);  i < ROWS.
-// a: [step][16 rows][32] bf16, b: [step][16 pairs of inputs][16 outputs][2].
+// One panel (`half` of a pair): c[i][16] += sum over pieces of scale * (sum over their steps of a x b);  i < ROWS.
+// a: [step][ROWS][32] bf16, b: [step][16 pairs of inputs][16 outputs][2].
 template <int ROWS>
-static void multiply_dot(const uint8_t* a, const uint8_t* b, const Pieces& pieces, float* c) {
+static void multiply_dot(const uint8_t* a, const uint8_t* b, const Pieces& pieces, int half, float* c) {
     for (int piece = 0; piece < pieces.pieces; ++piece) {
         __m512 sum[ROWS];
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) sum[i] = _mm512_setzero_ps();
-        for (int s = 0; s < pieces.steps_per_piece; ++s, a += kStepBytes, b += kStepBytes) {
+        for (int s = 0; s < pieces.steps_per_piece; ++s, a += ROWS * 64, b += kStepBytes) {
             for (int r = 0; r < 16; ++r) {
                 const __m512i w = _mm512_load_si512(b + r * 64);
 #pragma GCC unroll 16
@@ -387,7 +406,7 @@ static void multiply_dot(const uint8_t* a, const uint8_t* b, const Pieces& piece
                 }
             }
         }
-        const __m512 scale = pieces.scales ? load_scales(pieces.scales + piece * kPanel, pieces.scale_type) : _mm512_set1_ps(1.0f);
+        const __m512 scale = scale_of(pieces, piece, half);
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i) {
             _mm512_storeu_ps(c + i * kPanel, _mm512_fmadd_ps(sum[i], scale, _mm512_loadu_ps(c + i * kPanel)));
@@ -395,7 +414,7 @@ static void multiply_dot(const uint8_t* a, const uint8_t* b, const Pieces& piece
     }
 }
 
-using Multiply = void (*)(const uint8_t* a, const uint8_t* b, const Pieces& pieces, float* c);
+using Multiply = void (*)(const uint8_t* a, const uint8_t* b, const Pieces& pieces, int half, float* c);
 
 static Multiply multiplier_dot(int rows) {
     return rows <= 4 ? multiply_dot<4> : rows <= 8 ? multiply_dot<8> : rows <= 12 ? multiply_dot<12> : multiply_dot<16>;
@@ -414,11 +433,11 @@ static void store_row(__m512 sum, int type, int columns, void* y) {
     }
 }
 
-// parts: rows of `sums` (16 floats each) that belong to one row of the result.
-static void finish_row(const float* sums, int parts, const void* bias, int bias_type, int type, int columns, void* y) {
+// parts: rows of `sums` (16 floats, `stride` apart) that make one row of the result.
+static void finish_row(const float* sums, int64_t stride, int parts, const void* bias, int bias_type, int type, int columns, void* y) {
     const __mmask16 mask = __mmask16((1u << columns) - 1);
     __m512 sum = _mm512_loadu_ps(sums);
-    for (int p = 1; p < parts; ++p) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + p * kPanel));
+    for (int p = 1; p < parts; ++p) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + p * stride));
     if (bias != nullptr && bias_type == kF32) {
         sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, bias));
     } else if (bias != nullptr) {
@@ -444,12 +463,12 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
-// Tiles 0, 1: sums of `rows` rows; 2, 4: activations; 3, 5: weights.
+// Tiles 0-3: sums, 4-5: activations, each of `rows` rows; 6-7: weights.
 static void enter_amx(int rows) {
     TileConfig config;
-    for (int tile = 0; tile < 6; ++tile) {
+    for (int tile = 0; tile < 8; ++tile) {
         config.row_bytes[tile] = 64;
-        config.rows[tile] = uint8_t(tile == 3 || tile == 5 ? 16 : rows);
+        config.rows[tile] = uint8_t(tile > 5 ? 16 : rows);
     }
     __asm__ volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic declares only the first 8 bytes as read
     _tile_loadconfig(&config);
@@ -457,44 +476,112 @@ static void enter_amx(int rows) {
 
 static void leave_amx() { _tile_release(); }
 
-#define SPARSE24_PIECE(TILE, BUFFER)                          \
-    _tile_zero(TILE);                                         \
-    for (int s = 0; s < pieces.steps_per_piece; ++s) {        \
-        _tile_loadd(2, a, 64);                                \
-        _tile_loadd(3, b, 64);                                \
-        _tile_dpbf16ps(TILE, 2, 3);                           \
-        a += kStepBytes, b += kStepBytes;                     \
-    }                                                         \
-    _tile_stored(TILE, BUFFER, 64);
-
-// As multiply_dot. The sums of a piece leave the tile through memory; they are read one piece later, when they have arrived.
+// sums[i][16] += scale * tile[i][16]
 template <int ROWS>
-static void multiply_amx(const uint8_t* a, const uint8_t* b, const Pieces& pieces, float* c) {
-    alignas(64) float buffer[2][16 * kPanel];
-    __m512 total[ROWS];
+ALWAYS void add_scaled(const float* tile, __m512 scale, float* sums) {
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) total[i] = _mm512_loadu_ps(c + i * kPanel);
+    for (int i = 0; i < ROWS; ++i) {
+        _mm512_store_ps(sums + i * kPanel, _mm512_fmadd_ps(_mm512_load_ps(tile + i * kPanel), scale, _mm512_load_ps(sums + i * kPanel)));
+    }
+}
+
+// Two decoded panels times TILES (1 or 2) tiles of ROWS rows of activations.
+//   a: [step][ROWS][32] bf16, the second tile a_stride bytes behind; b: [step][16 pairs][16 outputs][2], the second panel
+//   b_stride bytes behind; c[ROWS][16] +=, c_stride floats between panels.
+// What a tile of sums leaves in memory is added one piece later: reading it at once would wait for the store.
+template <int TILES, int ROWS>
+static void multiply_amx(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, const Pieces& pieces,
+                         float* c, int64_t c_stride) {
+    constexpr int kTile = 16 * kPanel;
+    alignas(64) float buffer[2][4 * kTile];
     for (int piece = 0; piece <= pieces.pieces; ++piece) {
+        float* leaving = buffer[piece % 2];
         if (piece < pieces.pieces) {
-            if (piece % 2) {
-                SPARSE24_PIECE(1, buffer[1])
-            } else {
-                SPARSE24_PIECE(0, buffer[0])
+            _tile_zero(0);
+            _tile_zero(1);
+            if constexpr (TILES == 2) {
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (int s = 0; s < pieces.steps_per_piece; ++s, a += ROWS * 64, b += kStepBytes) {
+                _tile_loadd(6, b, 64);
+                _tile_loadd(4, a, 64);
+                _tile_loadd(7, b + b_stride, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                if constexpr (TILES == 2) _tile_loadd(5, a + a_stride, 64);
+                _tile_dpbf16ps(1, 4, 7);
+#pragma GCC unroll 16
+                for (int i = 0; i < ROWS; ++i) {
+                    _mm_prefetch(reinterpret_cast<const char*>(a + ROWS * 64 + i * 64), _MM_HINT_T0);
+                    if constexpr (TILES == 2) _mm_prefetch(reinterpret_cast<const char*>(a + a_stride + ROWS * 64 + i * 64), _MM_HINT_T0);
+                }
+                if constexpr (TILES == 2) {
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+            }
+            _tile_stored(0, leaving, 64);
+            _tile_stored(1, leaving + kTile, 64);
+            if constexpr (TILES == 2) {
+                _tile_stored(2, leaving + 2 * kTile, 64);
+                _tile_stored(3, leaving + 3 * kTile, 64);
             }
         }
         if (piece == 0) continue;
         const float* arrived = buffer[(piece - 1) % 2];
-        const __m512 scale = pieces.scales ? load_scales(pieces.scales + (piece - 1) * kPanel, pieces.scale_type) : _mm512_set1_ps(1.0f);
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; ++i) total[i] = _mm512_fmadd_ps(_mm512_load_ps(arrived + i * kPanel), scale, total[i]);
+        const __m512 left = scale_of(pieces, piece - 1, 0), right = scale_of(pieces, piece - 1, 1);
+        add_scaled<ROWS>(arrived, left, c);
+        add_scaled<ROWS>(arrived + kTile, right, c + c_stride);
+        if constexpr (TILES == 2) {
+            add_scaled<ROWS>(arrived + 2 * kTile, left, c + ROWS * kPanel);
+            add_scaled<ROWS>(arrived + 3 * kTile, right, c + c_stride + ROWS * kPanel);
+        }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) _mm512_storeu_ps(c + i * kPanel, total[i]);
 }
-#undef SPARSE24_PIECE
 
-static Multiply multiplier_amx(int rows) {
-    return rows <= 4 ? multiply_amx<4> : rows <= 8 ? multiply_amx<8> : rows <= 12 ? multiply_amx<12> : multiply_amx<16>;
+// As multiply_amx, for weights that need no scale any more: the sums stay in their tiles.
+template <int TILES>
+static void multiply_scaled_amx(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, int steps, int rows,
+                                float* c, int64_t c_stride) {
+    float* second = c + rows * kPanel;
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + c_stride, 64);
+    if constexpr (TILES == 2) {
+        _tile_loadd(2, second, 64);
+        _tile_loadd(3, second + c_stride, 64);
+    }
+    const int step_bytes = rows * 64;
+    for (int s = 0; s < steps; ++s, a += step_bytes, b += kStepBytes) {
+        _tile_loadd(6, b, 64);
+        _tile_loadd(4, a, 64);
+        _tile_loadd(7, b + b_stride, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (TILES == 2) _tile_loadd(5, a + a_stride, 64);
+        _tile_dpbf16ps(1, 4, 7);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            _mm_prefetch(reinterpret_cast<const char*>(a + step_bytes + i * 64), _MM_HINT_T0);
+            if constexpr (TILES == 2) _mm_prefetch(reinterpret_cast<const char*>(a + a_stride + step_bytes + i * 64), _MM_HINT_T0);
+        }
+        if constexpr (TILES == 2) {
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + c_stride, 64);
+    if constexpr (TILES == 2) {
+        _tile_stored(2, second, 64);
+        _tile_stored(3, second + c_stride, 64);
+    }
+}
+
+using MultiplyTwo = void (*)(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, const Pieces& pieces,
+                             float* c, int64_t c_stride);
+
+static MultiplyTwo multiplier_amx(int tiles, int rows) {
+    if (tiles == 2) return rows <= 12 ? multiply_amx<2, 12> : multiply_amx<2, 16>;
+    return rows <= 4 ? multiply_amx<1, 4> : rows <= 8 ? multiply_amx<1, 8> : rows <= 12 ? multiply_amx<1, 12> : multiply_amx<1, 16>;
 }
 
 }  // namespace bf16

@@ -57,23 +57,23 @@ ALWAYS_F32 void direct_quads(const uint8_t* p, int type, const float* x, int64_t
     }
 }
 
-// out[r][16] = the panel's outputs for R rows of a 2:4 linear.
+// out[r * kPair + 0 .. 15] = the outputs of one panel of a 2:4 pair (p: its first step) for R rows.
 template <int BITS, int R>
 static void direct(const Layout& l, const uint8_t* p, const uint16_t* scales, const float* x, int64_t ldx, float* out) {
-    for (int i = 0; i < R * kPanel; ++i) out[i] = 0.0f;
+    for (int r = 0; r < R; ++r) std::fill(out + r * kPair, out + r * kPair + kPanel, 0.0f);
     for (int64_t g = 0; g < l.groups; ++g) {
         V::F sum[R][kPanel / V::W];
         for (int r = 0; r < R; ++r) {
             for (int v = 0; v < kPanel / V::W; ++v) sum[r][v] = V::set1(0.0f);
         }
-        for (int64_t s = 0; s < l.steps_per_group; ++s, p += l.step_bytes, x += kStep) {
+        for (int64_t s = 0; s < l.steps_per_group; ++s, p += 2 * l.step_bytes, x += kStep) {
             direct_quads<BITS, R, 0>(p, l.stored_type, x, ldx, sum);
         }
         float scale[kPanel];
-        if (BITS < 16) scales_of(scales + g * kPanel, l.stored_type, scale);
+        if (BITS < 16) scales_of(scales + g * kPair, l.stored_type, scale);
         for (int r = 0; r < R; ++r) {
             for (int v = 0; v < kPanel / V::W; ++v) {
-                float* to = out + r * kPanel + v * V::W;
+                float* to = out + r * kPair + v * V::W;
                 const V::F factor = BITS < 16 ? V::load(scale + v * V::W) : V::set1(1.0f);
                 V::store(to, V::fma(sum[r][v], factor, V::load(to)));
             }
@@ -129,9 +129,9 @@ ALWAYS_F32 void decode_input(const uint8_t* p, const float* scale, float* out) {
 template <int BITS, bool SPARSE>
 static void decode(const Layout& l, const uint8_t* p, const uint16_t* scales, int64_t first, int steps, float* out) {
     float scale[kPanel];
-    for (int s = 0; s < steps; ++s, p += l.step_bytes, out += kStep * kPanel) {
+    for (int s = 0; s < steps; ++s, p += 2 * l.step_bytes, out += kStep * kPanel) {
         if (BITS < 16 && (s == 0 || (first + s) % l.steps_per_group == 0)) {
-            scales_of(scales + (first + s) / l.steps_per_group * kPanel, l.stored_type, scale);
+            scales_of(scales + (first + s) / l.steps_per_group * kPair, l.stored_type, scale);
         }
         if constexpr (SPARSE) {
             decode_quad<BITS, 0, 0>(p, l.stored_type, scale, out);
@@ -141,7 +141,7 @@ static void decode(const Layout& l, const uint8_t* p, const uint16_t* scales, in
     }
 }
 
-// c[i][16] += sum_k x[i][k] * b[k][16] for ROWS rows.
+// c[i * kPair + 0 .. 15] += sum_k x[i][k] * b[k][16] for ROWS rows.
 template <int ROWS>
 static void multiply(const float* x, int64_t ldx, const float* b, int inputs, float* c) {
     V::F sum[ROWS][kPanel / V::W];
@@ -160,7 +160,7 @@ static void multiply(const float* x, int64_t ldx, const float* b, int inputs, fl
     }
     for (int i = 0; i < ROWS; ++i) {
         for (int v = 0; v < kPanel / V::W; ++v) {
-            float* to = c + i * kPanel + v * V::W;
+            float* to = c + i * kPair + v * V::W;
             V::store(to, V::add(V::load(to), sum[i][v]));
         }
     }

@@ -1,5 +1,6 @@
-// How a compressed linear lies in memory when it is multiplied: panels of 16 outputs, each a stream of steps of 32
-// inputs, so that a kernel reads one address after the other and every vector lane belongs to one output.
+// How a compressed linear lies in memory when it is multiplied: panels of 16 outputs, so that every vector lane belongs to
+// one output, cut into steps of 32 inputs. Two panels make a pair, whose steps alternate: a kernel works on both and reads
+// one address after the other.
 //
 // One step of a 2:4 panel, `j` the output within the panel, quads 0 .. 7 the 4-groups of the step:
 //
@@ -17,7 +18,7 @@
 // One step of a dense panel: 4 bits: 4 x 64 bytes, a dword per output, nibble t of the c-th word pair holds inputs
 // 2 (4 c + t) and 2 (4 c + t) + 1. 8 bits: per input 16 signed bytes.
 //
-// Behind all panels: per panel and group 16 scales as they are on disk (2 bytes each).
+// Behind all pairs: per pair and group 2 x 16 scales as they are on disk (2 bytes each).
 #pragma once
 
 #include <cstdint>
@@ -26,6 +27,7 @@
 namespace sparse24 {
 
 constexpr int kPanel = 16;       // outputs
+constexpr int kPair = 2 * kPanel;
 constexpr int kStep = 32;        // inputs
 constexpr int kHeader = 64;      // bytes before the first panel
 constexpr int kMetaBytes = 64;   // of one step
@@ -47,13 +49,13 @@ struct Layout {
     int bits;
     bool sparse;
     int stored_type;
-    int64_t panels, steps, groups, steps_per_group;
-    int64_t step_bytes, panel_bytes, scales_offset, total_bytes;
+    int64_t pairs, steps, groups, steps_per_group;
+    int64_t step_bytes, pair_bytes, scales_offset, total_bytes;
 
     bool scaled() const { return bits < 16; }
-    const uint8_t* panel(const uint8_t* blob, int64_t p) const { return blob + kHeader + p * panel_bytes; }
+    const uint8_t* pair(const uint8_t* blob, int64_t p) const { return blob + kHeader + p * pair_bytes; }
     const uint16_t* scales(const uint8_t* blob, int64_t p) const {
-        return reinterpret_cast<const uint16_t*>(blob + scales_offset) + p * groups * kPanel;
+        return reinterpret_cast<const uint16_t*>(blob + scales_offset) + p * groups * kPair;
     }
 };
 
@@ -66,15 +68,15 @@ inline bool make_layout(int64_t n, int64_t k, int bits, int64_t group, bool spar
     if (stored_type != kBf16 && stored_type != kF16) return false;
     Layout l;
     l.n = n, l.k = k, l.group = group, l.bits = bits, l.sparse = sparse, l.stored_type = stored_type;
-    l.panels = (n + kPanel - 1) / kPanel;
+    l.pairs = (n + kPair - 1) / kPair;
     l.steps = (k + kStep - 1) / kStep;
     l.groups = k / group;
     l.steps_per_group = (group + kStep - 1) / kStep;
     const int64_t stored = sparse ? kStep / 2 : kStep;
     l.step_bytes = (sparse ? kMetaBytes : 0) + stored * kPanel * bits / 8;
-    l.panel_bytes = l.steps * l.step_bytes;
-    l.scales_offset = kHeader + l.panels * l.panel_bytes;
-    l.total_bytes = l.scales_offset + (l.scaled() ? l.panels * l.groups * kPanel * 2 : 0);
+    l.pair_bytes = l.steps * 2 * l.step_bytes;
+    l.scales_offset = kHeader + l.pairs * l.pair_bytes;
+    l.total_bytes = l.scales_offset + (l.scaled() ? l.pairs * l.groups * kPair * 2 : 0);
     *out = l;
     return true;
 }
@@ -151,15 +153,15 @@ inline void pack_step(const Layout& l, const Source& src, int64_t panel, int64_t
     }
 }
 
-inline void pack_panel(const Layout& l, const Source& src, int64_t panel, uint8_t* blob) {
-    uint8_t* out = blob + kHeader + panel * l.panel_bytes;
-    for (int64_t step = 0; step < l.steps; ++step) pack_step(l, src, panel, step, out + step * l.step_bytes);
+inline void pack_pair(const Layout& l, const Source& src, int64_t pair, uint8_t* blob) {
+    uint8_t* out = blob + kHeader + pair * l.pair_bytes;
+    for (int64_t i = 0; i < 2 * l.steps; ++i) pack_step(l, src, 2 * pair + i % 2, i / 2, out + i * l.step_bytes);
     if (!l.scaled()) return;
-    uint16_t* scales = reinterpret_cast<uint16_t*>(blob + l.scales_offset) + panel * l.groups * kPanel;
+    uint16_t* scales = reinterpret_cast<uint16_t*>(blob + l.scales_offset) + pair * l.groups * kPair;
     for (int64_t g = 0; g < l.groups; ++g) {
-        for (int j = 0; j < kPanel; ++j) {
-            const int64_t row = panel * kPanel + j;
-            scales[g * kPanel + j] = row < l.n ? src.scale[row * l.groups + g] : 0;
+        for (int j = 0; j < kPair; ++j) {
+            const int64_t row = pair * kPair + j;
+            scales[g * kPair + j] = row < l.n ? src.scale[row * l.groups + g] : 0;
         }
     }
 }

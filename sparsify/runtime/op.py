@@ -66,6 +66,8 @@ def sparse24_linear(
     x: Tensor, prepared: list[Tensor], bias: Tensor | None, scheme: ModuleScheme, backend: str
 ) -> Tensor:
     """x @ W.T + bias. x: [..., K]; prepared: what `backend.prepare` returned for W: [N, K]. Returns [..., N]."""
-    if backend == Cpu.name:  # an op of its own, in C++: the general one spends longer in Python than a small product takes
+    if (
+        backend == Cpu.name
+    ):  # an op of its own, in C++: the general one spends longer in Python than a small product takes
         return get_backend(backend).linear(x, prepared, bias, scheme)
     return _OP(x, prepared, bias, scheme.shape[0], backend, scheme.bits, scheme.group_size, scheme.pattern)
