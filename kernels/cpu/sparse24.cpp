@@ -643,14 +643,23 @@ int sparse24_pack(int64_t n, int64_t k, int bits, int64_t group, int sparse, int
     return kOk;
 }
 
+// The options of calls that give none.
+void sparse24_set_options(void* packed, int options) {
+    sparse24::Header header;
+    std::memcpy(&header, packed, sizeof header);
+    header.options = options;
+    std::memcpy(packed, &header, sizeof header);
+}
+
 // y [rows, n] = x [rows, k] W' + bias. type: of x and y, 0 bf16, 1 fp16, 2 fp32; ldx: elements between rows of x; bias: n
-// values of bias_type, or null; options: the level plus 1, 0 for the fastest.
+// values of bias_type, or null; options: the level plus 1; 0: as set for this linear, else the fastest level.
 int sparse24_linear(const void* packed, int64_t packed_bytes, const void* x, int type, int64_t rows, int64_t k, int64_t ldx,
                     const void* bias, int bias_type, void* y, int64_t n, int options) {
     using namespace sparse24;
     Call call;
     if (!read_layout(static_cast<const uint8_t*>(packed), packed_bytes, &call.l)) return kBadArgument;
     if (call.l.k != k || call.l.n != n || rows < 0 || type < kBf16 || type > kF32 || (rows > 1 && ldx < k)) return kBadArgument;
+    if (options == 0) options = reinterpret_cast<const Header*>(packed)->options;
     const int chosen = best_level(options - 1);
     if (chosen < 0) return kUnsupported;
     if (rows == 0) return kOk;

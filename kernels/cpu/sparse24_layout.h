@@ -40,7 +40,7 @@ struct Header {
     int64_t n, k, group;
     int32_t bits, sparse;
     int32_t stored_type;  // of the scales, or of the values when bits is 16: kBf16 or kF16
-    int32_t reserved;
+    int32_t options;      // see sparse24_linear; what a call with options 0 uses
 };
 static_assert(sizeof(Header) <= kHeader);
 

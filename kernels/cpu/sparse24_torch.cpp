@@ -31,8 +31,7 @@ int type_code(const Tensor& t) {
     return -1;
 }
 
-Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-                           int64_t options) {
+Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features) {
     STD_TORCH_CHECK(kernel != nullptr, "sparse24_linear_cpu: the kernel is not loaded");
     const int64_t dims = x.dim();
     STD_TORCH_CHECK(dims > 0, "sparse24_linear_cpu: x must have at least one dimension");
@@ -48,7 +47,7 @@ Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& weight, const std::opt
     Tensor y = torch::stable::new_empty(input, shape);
     const int status = kernel(weight.const_data_ptr(), weight.numel(), input.const_data_ptr(), type_code(input), rows, k,
                               strided ? input.stride(0) : k, bias ? bias->const_data_ptr() : nullptr,
-                              bias ? type_code(*bias) : 0, y.mutable_data_ptr(), out_features, int(options));
+                              bias ? type_code(*bias) : 0, y.mutable_data_ptr(), out_features, 0);
     STD_TORCH_CHECK(status != 1, "sparse24_linear_cpu: x, weight and out_features do not belong together");
     STD_TORCH_CHECK(status != 2, "sparse24_linear_cpu: this processor cannot run the forced level");
     STD_TORCH_CHECK(status == 0, "sparse24_linear_cpu: out of memory");
@@ -60,7 +59,7 @@ Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& weight, const std::opt
 extern "C" void sparse24_set_kernel(void* function) { kernel = reinterpret_cast<Kernel>(function); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparsify, m) {
-    m.def("sparse24_linear_cpu(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, int options) -> Tensor");
+    m.def("sparse24_linear_cpu(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsify, CPU, m) { m.impl("sparse24_linear_cpu", TORCH_BOX(&sparse24_linear_cpu)); }

@@ -69,5 +69,5 @@ def sparse24_linear(
     if (
         backend == Cpu.name
     ):  # an op of its own, in C++: the general one spends longer in Python than a small product takes
-        return get_backend(backend).linear(x, prepared, bias, scheme)
+        return torch.ops.sparsify.sparse24_linear_cpu(x, prepared[0], bias, scheme.shape[0])
     return _OP(x, prepared, bias, scheme.shape[0], backend, scheme.bits, scheme.group_size, scheme.pattern)

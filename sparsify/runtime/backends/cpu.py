@@ -62,10 +62,11 @@ class Cpu:
         status = library.sparse24_pack(*_arguments(scheme, kind), *addresses, packed.data_ptr())
         if status:
             raise SparsifyError(f"the CPU kernels cannot pack a linear of {scheme} (status {status})")
+        library.sparse24_set_options(packed.data_ptr(), _level() + 1)
         return [packed]
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, scheme: ModuleScheme) -> Tensor:
-        return torch.ops.sparsify.sparse24_linear_cpu(x, prepared[0], bias, scheme.shape[0], _options())
+        return torch.ops.sparsify.sparse24_linear_cpu(x, prepared[0], bias, scheme.shape[0])
 
 
 @functools.cache
@@ -78,13 +79,14 @@ def _library() -> ctypes.CDLL | None:
     scheme = [int64, int64, int32, int64, int32, int32]
     library.sparse24_packed_bytes.argtypes, library.sparse24_packed_bytes.restype = scheme, int64
     library.sparse24_pack.argtypes = [*scheme, *[pointer] * 5]
+    library.sparse24_set_options.argtypes = [pointer, int32]
     op.sparse24_set_kernel.argtypes = [pointer]
     op.sparse24_set_kernel(ctypes.cast(library.sparse24_linear, pointer))
     torch.library.register_fake("sparsify::sparse24_linear_cpu", _fake_linear)
     return library
 
 
-def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, options: int) -> Tensor:
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -104,12 +106,6 @@ def _level() -> int:
             f"{LEVELS[library.sparse24_level(-1)]}"
         )
     return LEVELS.index(forced)
-
-
-@functools.cache
-def _options() -> int:
-    """The op's option word: the level, counted from 1."""
-    return _level() + 1
 
 
 def _arguments(scheme: ModuleScheme, kind: int) -> tuple[int, ...]:
