@@ -9,6 +9,7 @@
 // and in each family two ways: `direct` for few rows, where the weights are read once and no dense weight is ever built, and
 // decoding a piece of a panel into the first-level cache for many rows.
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -35,10 +36,12 @@
 #endif
 
 #include "sparse24_bf16.h"
+#include "sparse24_int8.h"
 
 namespace sparse24 {
 
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kLevels = 5 };
+constexpr int kInt8 = 256;  // option: many rows may be multiplied in int8
 enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2, kOutOfMemory = 3 };
 
 static inline float bf16_to_float(uint16_t v) {
@@ -328,7 +331,7 @@ static int run_f32(const Call& call, const F32Kernels& kernels) {
     const int64_t padded = l.steps * kStep, block = std::min<int64_t>(call.rows, kF32Block);
     float* x = reinterpret_cast<float*>(shared.get(size_t(block) * padded * 4));
     if (x == nullptr) return kOutOfMemory;
-    bool failed = false;
+    std::atomic<bool> failed{false};
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
         float* mine = reinterpret_cast<float*>(own.get((kF32Sub * kStep * kPanel + kF32Block * kPair) * 4));
         if (mine == nullptr) failed = true;
@@ -399,7 +402,7 @@ static int run_direct(const Call& call) {
     const int64_t rows = call.rows * parts, padded = l.steps * kStep;
     const int64_t stride = floats ? padded * 4 : l.sparse ? l.steps * bf16::kQuadBytes : padded * 2;
     const bool as_it_is = !floats && !l.sparse && call.type == kBf16 && padded == l.k;
-    bool failed = false;
+    std::atomic<bool> failed{false};
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
         uint8_t* x = own.get(size_t(rows) * stride + 3 * padded * 2);
         if (x == nullptr) {
@@ -503,7 +506,7 @@ static int run_tiles(const Call& call, bool amx) {
     const bool folded = amx && (!l.scaled() || (call.type == kBf16 && rows > kFoldRows));
     const bf16::Decode decode = bf16::decoder(l);
     const bf16::Multiply multiply = bf16::multiplier_dot(int(b.tile_rows));
-    bool failed = false;
+    std::atomic<bool> failed{false};
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
         const Range pairs = part(l.pairs, thread, threads);
         const int64_t kept = one_pass ? 1 : pairs.end - pairs.begin;  // pairs whose sums wait for the next chunk
@@ -569,6 +572,87 @@ static int run_tiles(const Call& call, bool amx) {
     return failed ? kOutOfMemory : kOk;
 }
 
+// As run_tiles, in int8 (sparse24_int8.h).
+static int run_int8(const Call& call, bool amx) {
+    const Layout& l = call.l;
+    const int64_t steps = (l.steps + int8::kSteps - 1) / int8::kSteps, padded = steps * int8::kSteps * kStep;
+    const Blocking b = blocking(l, call.rows);
+    const int64_t tile_bytes = steps * b.step_bytes(), sums_rows = b.tiles * b.tile_rows;
+    uint8_t* tiles = shared.get(size_t(b.tiles) * tile_bytes + sums_rows * 4);
+    if (tiles == nullptr) return kOutOfMemory;
+    float* row_scales = reinterpret_cast<float*>(tiles + b.tiles * tile_bytes);
+    const int8::Decode decode = int8::decoder(l);
+    constexpr int sub = 2 * bf16::kSub;
+    std::atomic<bool> failed{false};
+    in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
+        const Range pairs = part(l.pairs, thread, threads);
+        const size_t panel_bytes = sub / int8::kSteps * int8::kStepBytes, sums_bytes = size_t(sums_rows) * kPair * 4;
+        const size_t factor_bytes = size_t(l.groups) * 128;
+        uint8_t* mine = own.get(2 * panel_bytes + sums_bytes + factor_bytes + padded);
+        if (mine == nullptr) failed = true;
+        barrier();
+        if (failed) return;
+        uint8_t* decoded = mine;
+        int32_t* c = reinterpret_cast<int32_t*>(mine + 2 * panel_bytes);  // [panel][row][16]
+        __m512i* factors = reinterpret_cast<__m512i*>(mine + 2 * panel_bytes + sums_bytes);
+        int8_t* row = reinterpret_cast<int8_t*>(mine + 2 * panel_bytes + sums_bytes + factor_bytes);
+        const int64_t c_stride = sums_rows * kPanel;
+#if SPARSIFY_COMPILES_AMX
+        if (amx) bf16::enter_amx(int(b.tile_rows));
+#endif
+        for (int64_t start = 0; start < call.rows; start += b.rows) {
+            const int64_t here = std::min(b.rows, call.rows - start), used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
+            const Range rows = part(sums_rows, thread, threads);
+            for (int64_t m = rows.begin; m < rows.end; ++m) {
+                if (m < here) row_scales[m] = int8::quantize_row(call.row(start + m), call.type, l.k, padded, row);
+                uint8_t* to = tiles + m / b.tile_rows * tile_bytes + m % b.tile_rows * 64;
+                for (int64_t s = 0; s < steps; ++s) {
+                    if (m < here) std::memcpy(to + s * b.step_bytes(), row + s * 64, 64);
+                    else std::memset(to + s * b.step_bytes(), 0, 64);
+                }
+            }
+            barrier();
+            for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+                float sw[kPair];
+                int8::output_scales(l, l.scales(call.blob, p), sw, factors);
+                std::memset(c, 0, sums_bytes);
+                for (int64_t s = 0; s < l.steps; s += sub) {
+                    const int some = int(std::min<int64_t>(sub, l.steps - s)), wide = (some + 1) / int8::kSteps;
+                    decode(l, l.pair(call.blob, p) + s * 2 * l.step_bytes, s, some, factors, decoded, panel_bytes);
+                    for (int64_t t = 0; t < used_tiles;) {
+                        const uint8_t* a = tiles + t * tile_bytes + s / int8::kSteps * b.step_bytes();
+                        int32_t* to = c + t * b.tile_rows * kPanel;
+#if SPARSIFY_COMPILES_AMX
+                        if (amx) {
+                            const bool two = t + 1 < used_tiles;
+                            (two ? int8::multiply_amx<2> : int8::multiply_amx<1>)(a, tile_bytes, decoded, panel_bytes, wide,
+                                                                                  int(b.tile_rows), to, c_stride);
+                            t += two ? 2 : 1;
+                            continue;
+                        }
+#endif
+                        for (int half = 0; half < 2; ++half) {
+                            int8::multiply_dot(a, int(b.tile_rows), decoded + half * panel_bytes, wide, to + half * c_stride);
+                        }
+                        t += 1;
+                    }
+                }
+                float* sums = reinterpret_cast<float*>(c);  // in place
+                for (int64_t i = 0; i < 2 * sums_rows; ++i) {
+                    const int64_t m = i % sums_rows;
+                    int8::scale_row(c + i * kPanel, m < here ? row_scales[m] : 0.0f, sw + i / sums_rows * kPanel, sums + i * kPanel);
+                }
+                for (int half = 0; half < 2; ++half) finish_rows(call, p, half, start, here, 1, sums + half * c_stride, kPanel);
+            }
+            barrier();
+        }
+#if SPARSIFY_COMPILES_AMX
+        if (amx) bf16::leave_amx();
+#endif
+    });
+    return failed ? kOutOfMemory : kOk;
+}
+
 #endif  // SPARSIFY_COMPILES_AVX512BF16
 
 // ------------------------------------------------------------------------------------------------------ dispatch
@@ -593,16 +677,19 @@ static F32Kernels f32_kernels(const Layout& l, int level) {
     return portable::kernels(l);
 }
 
-static int run(const Call& call, int level) {
+static int run(const Call& call, int level, bool as_int8) {
 #if SPARSIFY_COMPILES_AVX512BF16
     const bool fits = call.l.bits < 16 || call.l.stored_type == kBf16;  // values in fp16 need fp32 products
     if (level >= kAvx512Bf16 && fits) {
         const bool amx = level == kAmx;
         const int64_t rows = call.rows * (call.l.sparse || call.l.bits == 4 ? parts_of(call.type) : 1);
         if (rows <= std::min<int64_t>(bf16::kMaxDirectRows, direct_rows(call.l, amx))) return run_direct(call);
+        static const bool vnni = sparsify::detect_cpu().avx512_vnni;
+        if (as_int8 && call.l.scaled() && vnni) return run_int8(call, amx);
         return run_tiles(call, amx);
     }
 #endif
+    (void)as_int8;
     return run_f32(call, f32_kernels(call.l, level));
 }
 
@@ -652,7 +739,8 @@ void sparse24_set_options(void* packed, int options) {
 }
 
 // y [rows, n] = x [rows, k] W' + bias. type: of x and y, 0 bf16, 1 fp16, 2 fp32; ldx: elements between rows of x; bias: n
-// values of bias_type, or null; options: the level plus 1; 0: as set for this linear, else the fastest level.
+// values of bias_type, or null; options: the level plus 1, plus 256 for int8
+// compute where there are many rows; 0: as set for this linear, else the fastest level.
 int sparse24_linear(const void* packed, int64_t packed_bytes, const void* x, int type, int64_t rows, int64_t k, int64_t ldx,
                     const void* bias, int bias_type, void* y, int64_t n, int options) {
     using namespace sparse24;
@@ -660,13 +748,13 @@ int sparse24_linear(const void* packed, int64_t packed_bytes, const void* x, int
     if (!read_layout(static_cast<const uint8_t*>(packed), packed_bytes, &call.l)) return kBadArgument;
     if (call.l.k != k || call.l.n != n || rows < 0 || type < kBf16 || type > kF32 || (rows > 1 && ldx < k)) return kBadArgument;
     if (options == 0) options = reinterpret_cast<const Header*>(packed)->options;
-    const int chosen = best_level(options - 1);
+    const int chosen = best_level(options % kInt8 - 1);
     if (chosen < 0) return kUnsupported;
     if (rows == 0) return kOk;
     call.blob = static_cast<const uint8_t*>(packed);
     call.x = x, call.type = type, call.rows = rows, call.ldx = ldx;
     call.bias = bias, call.bias_type = bias_type, call.y = y;
-    return run(call, chosen);
+    return run(call, chosen, options >= kInt8);
 }
 
 }  // extern "C"

@@ -18,6 +18,8 @@ from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
 
 ENVIRONMENT_VARIABLE = "SPARSIFY_CPU_LEVEL"  # forces an instruction set, for tests and comparisons
+INT8_VARIABLE = "SPARSIFY_CPU_INT8"  # set to 1: prompts and large batches are multiplied in int8
+INT8 = 256  # its bit in the option word
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # slowest first, numbered as in the C++
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ALIGNMENT = 64
@@ -34,8 +36,8 @@ class Cpu:
         return None if _library() else "its kernels cannot be built here (the log says why; `sparsify doctor` shows it)"
 
     def describe(self) -> str:
-        """The instruction set in use."""
-        return LEVELS[_level()]
+        """The instruction set in use, and whether int8 compute is on."""
+        return LEVELS[_level()] + (f", int8 compute for many rows ({INT8_VARIABLE})" if _int8() else "")
 
     def supports(self, scheme: ModuleScheme, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -62,7 +64,7 @@ class Cpu:
         status = library.sparse24_pack(*_arguments(scheme, kind), *addresses, packed.data_ptr())
         if status:
             raise SparsifyError(f"the CPU kernels cannot pack a linear of {scheme} (status {status})")
-        library.sparse24_set_options(packed.data_ptr(), _level() + 1)
+        library.sparse24_set_options(packed.data_ptr(), _level() + 1 + INT8 * _int8())
         return [packed]
 
     def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, scheme: ModuleScheme) -> Tensor:
@@ -106,6 +108,18 @@ def _level() -> int:
             f"{LEVELS[library.sparse24_level(-1)]}"
         )
     return LEVELS.index(forced)
+
+
+def _int8() -> bool:
+    """Whether many rows may be multiplied in int8: opted in by the user, and a processor that has kernels for it.
+
+    Activations get one scale per token and weights one per output, so results differ from the exact ones by about 1%
+    (kernels/cpu/sparse24_int8.h); one token alone, and 16-bit weights, are always multiplied exactly.
+    """
+    wanted = os.environ.get(INT8_VARIABLE, "0")
+    if wanted not in ("0", "1"):
+        raise SparsifyError(f"{INT8_VARIABLE}={wanted}: expected 0 or 1")
+    return wanted == "1" and _level() >= LEVELS.index("avx512bf16")
 
 
 def _arguments(scheme: ModuleScheme, kind: int) -> tuple[int, ...]:
