@@ -24,6 +24,7 @@
 #endif
 
 #include "cpu_features.h"
+#include "sparse24_crossovers.h"
 #include "sparse24_layout.h"
 #include "targets.h"
 
@@ -41,7 +42,8 @@
 namespace sparse24 {
 
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kLevels = 5 };
-constexpr int kInt8 = 256;  // option: many rows may be multiplied in int8
+// Options, added to a level: many rows may be multiplied in int8; few rows or many rows kernels whatever the number of rows.
+constexpr int kInt8 = 256, kForceDirect = 512, kForceTiles = 1024, kFirstOption = kInt8;
 enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2, kOutOfMemory = 3 };
 
 static inline float bf16_to_float(uint16_t v) {
@@ -377,10 +379,10 @@ static int run_f32(const Call& call, const F32Kernels& kernels) {
 
 static inline int parts_of(int type) { return type == kBf16 ? 1 : type == kF16 ? 2 : 3; }
 
-// Rows (after splitting) up to which `direct` beats decoding. Regenerate with `sparsify bench kernels --crossover`.
+// Rows (after splitting) up to which `direct` beats decoding a panel once for all: sparse24_crossovers.h, measured.
 static int64_t direct_rows(const Layout& l, bool amx) {
-    if (!amx) return 8;
-    return l.sparse ? 1 : l.bits == 8 ? 2 : 1;
+    const int scheme = l.bits == 4 ? 0 : l.bits == 8 ? 1 : 2;
+    return kDirectRows[amx][l.sparse ? scheme : 3 + scheme];
 }
 
 // Rows `start` .. of the result from the sums of one panel; `stride` floats between rows of sums, `parts` of which make one.
@@ -677,19 +679,20 @@ static F32Kernels f32_kernels(const Layout& l, int level) {
     return portable::kernels(l);
 }
 
-static int run(const Call& call, int level, bool as_int8) {
+static int run(const Call& call, int level, int options) {
 #if SPARSIFY_COMPILES_AVX512BF16
     const bool fits = call.l.bits < 16 || call.l.stored_type == kBf16;  // values in fp16 need fp32 products
     if (level >= kAvx512Bf16 && fits) {
         const bool amx = level == kAmx;
         const int64_t rows = call.rows * (call.l.sparse || call.l.bits == 4 ? parts_of(call.type) : 1);
-        if (rows <= std::min<int64_t>(bf16::kMaxDirectRows, direct_rows(call.l, amx))) return run_direct(call);
+        const int64_t limit = options & kForceDirect ? bf16::kMaxDirectRows : options & kForceTiles ? 0 : direct_rows(call.l, amx);
+        if (rows <= std::min<int64_t>(bf16::kMaxDirectRows, limit)) return run_direct(call);
         static const bool vnni = sparsify::detect_cpu().avx512_vnni;
-        if (as_int8 && call.l.scaled() && vnni) return run_int8(call, amx);
+        if (options & kInt8 && call.l.scaled() && vnni) return run_int8(call, amx);
         return run_tiles(call, amx);
     }
 #endif
-    (void)as_int8;
+    (void)options;
     return run_f32(call, f32_kernels(call.l, level));
 }
 
@@ -739,8 +742,8 @@ void sparse24_set_options(void* packed, int options) {
 }
 
 // y [rows, n] = x [rows, k] W' + bias. type: of x and y, 0 bf16, 1 fp16, 2 fp32; ldx: elements between rows of x; bias: n
-// values of bias_type, or null; options: the level plus 1, plus 256 for int8
-// compute where there are many rows; 0: as set for this linear, else the fastest level.
+// values of bias_type, or null; options: the level plus 1, plus kInt8 and others
+// (above); 0: as set for this linear, else the fastest level.
 int sparse24_linear(const void* packed, int64_t packed_bytes, const void* x, int type, int64_t rows, int64_t k, int64_t ldx,
                     const void* bias, int bias_type, void* y, int64_t n, int options) {
     using namespace sparse24;
@@ -748,13 +751,13 @@ int sparse24_linear(const void* packed, int64_t packed_bytes, const void* x, int
     if (!read_layout(static_cast<const uint8_t*>(packed), packed_bytes, &call.l)) return kBadArgument;
     if (call.l.k != k || call.l.n != n || rows < 0 || type < kBf16 || type > kF32 || (rows > 1 && ldx < k)) return kBadArgument;
     if (options == 0) options = reinterpret_cast<const Header*>(packed)->options;
-    const int chosen = best_level(options % kInt8 - 1);
+    const int chosen = best_level(options % kFirstOption - 1);
     if (chosen < 0) return kUnsupported;
     if (rows == 0) return kOk;
     call.blob = static_cast<const uint8_t*>(packed);
     call.x = x, call.type = type, call.rows = rows, call.ldx = ldx;
     call.bias = bias, call.bias_type = bias_type, call.y = y;
-    return run(call, chosen, options >= kInt8);
+    return run(call, chosen, options);
 }
 
 }  // extern "C"
