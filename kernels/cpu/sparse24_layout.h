@@ -65,6 +65,8 @@ inline bool make_layout(int64_t n, int64_t k, int bits, int64_t group, bool spar
     if (bits != 4 && bits != 8 && !(bits == 16 && sparse)) return false;
     if (bits == 16) group = k;
     if (group <= 0 || k % group || (group % kStep && group != k)) return false;
+    // Kernels decode 8 steps at once and scale whole groups of them: 3 steps (96 inputs) would straddle two runs.
+    if (group != k && group & (group - 1)) return false;
     if (stored_type != kBf16 && stored_type != kF16) return false;
     Layout l;
     l.n = n, l.k = k, l.group = group, l.bits = bits, l.sparse = sparse, l.stored_type = stored_type;

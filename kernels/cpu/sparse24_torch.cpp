@@ -44,6 +44,9 @@ Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& weight, const std::opt
     const Tensor input = strided || x.is_contiguous() ? x : torch::stable::contiguous(x);
     STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == out_features),
                     "sparse24_linear_cpu: bias must be contiguous, with one value per output");
+    // The kernel checks a weight against its size in bytes; these make numel() that size.
+    STD_TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == ScalarType::Byte,
+                    "sparse24_linear_cpu: weight must be the contiguous bytes that the back end prepared");
     Tensor y = torch::stable::new_empty(input, shape);
     const int status = kernel(weight.const_data_ptr(), weight.numel(), input.const_data_ptr(), type_code(input), rows, k,
                               strided ? input.stride(0) : k, bias ? bias->const_data_ptr() : nullptr,
