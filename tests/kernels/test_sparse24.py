@@ -267,6 +267,20 @@ def test_equals_the_float64_product(kernel: Kernel, level: int, bits: int, patte
 
 
 @scheme_ids
+@pytest.mark.parametrize("way", [512, 1024], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("level", [3, 4], ids=LEVELS[3:])
+def test_both_ways_whatever_the_crossovers_say(kernel: Kernel, level: int, way: int, bits: int, pattern: str) -> None:
+    """Which kernel serves how many rows is a measured table; each must be right for all that the table may give it."""
+    if not kernel.runs(level):
+        pytest.skip(f"this processor has no {LEVELS[level]}")
+    for group, rows, dtype in itertools.product((32, 64, 128), range(1, 9), TYPES):
+        linear = Linear(bits, pattern, 384 if bits == 16 else group, 33, 384)
+        x, bias = activations(rows, 384, dtype), activations(1, 33, F32, seed=2)[0]
+        y = kernel.linear(kernel.pack(linear), 33, x, bias, level + way)
+        assert worst(y, linear, x, bias, level) <= 1, (group, rows, dtype)
+
+
+@scheme_ids
 @pytest.mark.parametrize("group", [128, "channel"])
 def test_many_inputs_and_rows(kernel: Kernel, level: int, bits: int, pattern: str, group: int | str) -> None:
     """So many that blocks of 240 rows are multiplied in more than one pass over K, with sums that wait in between."""
