@@ -73,7 +73,7 @@ class Demo:
             )
         table.caption = (
             "Perplexity on text that the dense model wrote. Quickstart calibrates little and trains nothing.\n"
-            "Ratios to dense, more is better; sparse24 runs on its reference back end here, which multiplies dense weights."
+            "Ratios to dense, more is better. sparse24 and pack-quantized hold the same weights."
         )
         answers = [
             Panel(answer.strip() or "(nothing)", title=f"sparse24: {prompt}", title_align="left")
