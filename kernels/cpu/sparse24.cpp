@@ -3,7 +3,7 @@
 // The work is split over pairs of panels, 32 outputs (sparse24_layout.h), statically, so that a thread always reads the same memory
 // and a result does not depend on the number of threads. Two families of kernels:
 //
-//   sparse24_bf16.h   amx, avx512bf16: bf16 products, exact for every type of activation, summed in fp32
+//   sparse24_bf16.h   amx, avx512bf16: bf16 products of every type of activation, summed in fp32; on request int8 (_int8.h)
 //   sparse24_f32.h    avx512, avx2, portable: fp32 products
 //
 // and in each family two ways: `direct` for few rows, where the weights are read once and no dense weight is ever built, and
@@ -659,7 +659,7 @@ static int run_int8(const Call& call, bool amx) {
 
 // ------------------------------------------------------------------------------------------------------ dispatch
 
-// The fastest level of this machine that is at most `requested` (-1: no bound); `requested` itself or -1 when `exactly`.
+// `requested`, or -1 when this machine cannot run it; the fastest level of this machine for a request of -1.
 static int best_level(int requested) {
     static const sparsify::CpuFeatures cpu = sparsify::detect_cpu();
     static const bool amx = SPARSIFY_COMPILES_AMX && cpu.amx_bf16 && cpu.avx512_bf16 && cpu.avx512_vbmi && sparsify::request_amx();

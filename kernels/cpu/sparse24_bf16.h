@@ -1,7 +1,7 @@
 // Kernels for processors that multiply bf16 pairs (AVX512-BF16 with VBMI), with AMX tiles where they exist.
 //
 // All arithmetic is on bf16 activations and small exact integers, summed in fp32 per group and then scaled, so weights are
-// never rounded. fp16 and fp32 activations are cut into two or three bf16 rows whose sum is exact (see `split_row`).
+// not rounded; the one exception is `scale_decoded`, for many rows of bf16. fp16 and fp32 activations are cut into two or three bf16 rows whose sum is exact (see `split_row`).
 //
 // Few rows (`direct`): for each output the kept activations are picked from the four of a quad by a permute with the stored
 // positions; nothing dense is ever built. Many rows (`decode` + `multiply`): a panel becomes dense bf16 pairs in L1, which

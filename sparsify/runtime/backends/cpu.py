@@ -51,7 +51,7 @@ class Cpu:
         stored = tensors["weight_values" if scheme.bits == 16 else "weight_scale"]
         kind = TYPES[stored.dtype]
         size = _packed_bytes(scheme, kind)
-        # 64-byte aligned whatever allocator serves torch, and one cache line past the end for the prefetcher's sake
+        # aligned to a cache line whatever allocator serves torch
         whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         packed = whole[-whole.data_ptr() % ALIGNMENT :][:size]
         given = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -114,7 +114,7 @@ def _int8() -> bool:
     """Whether many rows may be multiplied in int8: opted in by the user, and a processor that has kernels for it.
 
     Activations get one scale per token and weights one per output, so results differ from the exact ones by about 1%
-    (kernels/cpu/sparse24_int8.h); one token alone, and 16-bit weights, are always multiplied exactly.
+    (kernels/cpu/sparse24_int8.h). A bfloat16 token alone, and 16-bit weights, are always multiplied exactly.
     """
     wanted = os.environ.get(INT8_VARIABLE, "0")
     if wanted not in ("0", "1"):
