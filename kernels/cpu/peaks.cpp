@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "amx.h"
 #include "cpu_features.h"
 
 #if SPARSIFY_X86
@@ -235,21 +236,7 @@ TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16") double multiply_bf16() {
 #define TARGET_AMX TARGET("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")
 constexpr int kTileDwords = 256;
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-TARGET_AMX void enter_amx() {
-    TileConfig config;
-    for (int tile = 0; tile < 8; ++tile) {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = 16;
-    }
-    __asm__ volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic declares only the first 8 bytes as read
-    _tile_loadconfig(&config);
-}
+TARGET_AMX void enter_amx() { sparsify::configure_tiles(16, 7); }
 
 TARGET_AMX void leave_amx() { _tile_release(); }
 

@@ -548,7 +548,7 @@ static int run_tiles(const Call& call, bool amx) {
                             if (amx) {
                                 const int some = t + 1 < used_tiles ? 2 : 1;
                                 if (folded) {
-                                    const auto scaled = some == 2 ? bf16::multiply_scaled_amx<2> : bf16::multiply_scaled_amx<1>;
+                                    const auto scaled = some == 2 ? bf16::multiply_scaled_amx<2, false> : bf16::multiply_scaled_amx<1, false>;
                                     scaled(a, tile_bytes, decoded, decoded_bytes / 2, steps, int(b.tile_rows), to, c_stride);
                                 } else bf16::multiplier_amx(some, int(b.tile_rows))(a, tile_bytes, decoded, decoded_bytes / 2, pieces, to, c_stride);
                                 t += some;
@@ -626,10 +626,10 @@ static int run_int8(const Call& call, bool amx) {
                         int32_t* to = c + t * b.tile_rows * kPanel;
 #if SPARSIFY_COMPILES_AMX
                         if (amx) {
-                            const bool two = t + 1 < used_tiles;
-                            (two ? int8::multiply_amx<2> : int8::multiply_amx<1>)(a, tile_bytes, decoded, panel_bytes, wide,
-                                                                                  int(b.tile_rows), to, c_stride);
-                            t += two ? 2 : 1;
+                            const int together = t + 1 < used_tiles ? 2 : 1;
+                            const auto multiply = together == 2 ? bf16::multiply_scaled_amx<2, true> : bf16::multiply_scaled_amx<1, true>;
+                            multiply(a, tile_bytes, decoded, panel_bytes, wide, int(b.tile_rows), to, c_stride);
+                            t += together;
                             continue;
                         }
 #endif
@@ -662,7 +662,7 @@ static int run_int8(const Call& call, bool amx) {
 // `requested`, or -1 when this machine cannot run it; the fastest level of this machine for a request of -1.
 static int best_level(int requested) {
     static const sparsify::CpuFeatures cpu = sparsify::detect_cpu();
-    static const bool amx = SPARSIFY_COMPILES_AMX && cpu.amx_bf16 && cpu.avx512_bf16 && cpu.avx512_vbmi && sparsify::request_amx();
+    static const bool amx = SPARSIFY_COMPILES_AMX && cpu.amx_bf16 && cpu.amx_int8 && cpu.avx512_bf16 && cpu.avx512_vbmi && sparsify::request_amx();
     const bool runs[kLevels] = {
         true, cpu.avx2, cpu.avx512, bool(SPARSIFY_COMPILES_AVX512BF16) && cpu.avx512_bf16 && cpu.avx512_vbmi, amx};
     for (int level = kLevels - 1; level >= 0; --level) {

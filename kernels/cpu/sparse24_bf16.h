@@ -8,6 +8,7 @@
 // serve all rows.
 #pragma once
 
+#include "amx.h"
 #include "sparse24_layout.h"
 #include "targets.h"
 
@@ -25,11 +26,18 @@ constexpr int kSub = 8;             // steps decoded at once: 8 KB of bf16 pairs
 constexpr int kStepBytes = 1024;    // of a decoded step: 32 inputs x 16 outputs x 2 bytes
 constexpr int kQuadBytes = 160;     // of a step of one row of activations, expanded for `direct`
 
-ALWAYS __m512 load_scales(const uint16_t* s, int type) {
-    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(s));
+// 16 numbers of `type` from x[i] on, as fp32; zero where `mask` is not set, which is not read.
+ALWAYS __m512 load_widened(const void* x, int type, int64_t i, __mmask16 mask) {
+    if (type == kF32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + i);
+    const __m256i raw = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + i);
     if (type == kF16) return _mm512_cvtph_ps(raw);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
+
+// The lanes of 16 from `i` on that lie below `k`.
+ALWAYS __mmask16 lanes_below(int64_t k, int64_t i) { return i + 16 <= k ? 0xffff : i >= k ? 0 : __mmask16((1u << (k - i)) - 1); }
+
+ALWAYS __m512 load_scales(const uint16_t* s, int type) { return load_widened(s, type, 0, 0xffff); }
 
 // code + 8 -> code as bf16; with `holes`, indices 16 .. 31 give zero, without them bit 4 of an index is ignored.
 ALWAYS __m512i code_table(bool holes) {
@@ -55,16 +63,13 @@ ALWAYS __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(su
 // apart, zero up to `padded`. Truncation leaves a remainder that the next part holds; what is not finite goes into the first.
 static void split_row(const void* x, int type, int64_t k, int64_t padded, uint16_t* out, int64_t stride) {
     for (int64_t i = 0; i < padded; i += 16) {
-        const int64_t left = k - i;
-        const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : __mmask16((1u << left) - 1);
+        const __mmask16 mask = lanes_below(k, i);
         if (type == kBf16) {
             const __m256i v = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + i);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), v);
             continue;
         }
-        __m512 rest = type == kF16
-                          ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + i))
-                          : _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + i);
+        __m512 rest = load_widened(x, type, i, mask);
         // A NaN whose payload lies in the lower half would be truncated to infinity.
         const __mmask16 nan = _mm512_cmp_ps_mask(rest, rest, _CMP_UNORD_Q);
         const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(rest), _mm512_set1_ps(3.4028235e38f), _CMP_LE_OQ);
@@ -80,8 +85,11 @@ static void split_row(const void* x, int type, int64_t k, int64_t padded, uint16
 // 32 bf16 of a row -> what `direct` reads of a step of a 2:4 panel: quads 0-3 as they are (they are broadcast and picked by
 // index bits 0-1), then quads 4-7 with every input four times (picked by index bits 2-3).
 ALWAYS void expand_step(const uint16_t* x, uint8_t* out) {
-    alignas(64) uint16_t order[2][32];
-    for (int i = 0; i < 64; ++i) order[i / 32][i % 32] = uint16_t(16 + i / 4);
+#define FOUR(i) i, i, i, i
+    alignas(64) static const uint16_t order[2][32] = {
+        {FOUR(16), FOUR(17), FOUR(18), FOUR(19), FOUR(20), FOUR(21), FOUR(22), FOUR(23)},
+        {FOUR(24), FOUR(25), FOUR(26), FOUR(27), FOUR(28), FOUR(29), FOUR(30), FOUR(31)}};
+#undef FOUR
     const __m512i v = _mm512_loadu_si512(x);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(v));
     _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(_mm512_load_si512(order[0]), v));
@@ -435,16 +443,9 @@ static void store_row(__m512 sum, int type, int columns, void* y) {
 
 // parts: rows of `sums` (16 floats, `stride` apart) that make one row of the result.
 static void finish_row(const float* sums, int64_t stride, int parts, const void* bias, int bias_type, int type, int columns, void* y) {
-    const __mmask16 mask = __mmask16((1u << columns) - 1);
     __m512 sum = _mm512_loadu_ps(sums);
     for (int p = 1; p < parts; ++p) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + p * stride));
-    if (bias != nullptr && bias_type == kF32) {
-        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, bias));
-    } else if (bias != nullptr) {
-        const __m256i raw = _mm256_maskz_loadu_epi16(mask, bias);
-        sum = _mm512_add_ps(sum, bias_type == kF16 ? _mm512_cvtph_ps(raw)
-                                                   : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16)));
-    }
+    if (bias != nullptr) sum = _mm512_add_ps(sum, load_widened(bias, bias_type, 0, lanes_below(columns, 0)));
     store_row(sum, type, columns, y);
 }
 
@@ -457,22 +458,8 @@ TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,f16c,fma,
 namespace sparse24 {
 namespace bf16 {
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
 // Tiles 0-3: sums, 4-5: activations, each of `rows` rows; 6-7: weights.
-static void enter_amx(int rows) {
-    TileConfig config;
-    for (int tile = 0; tile < 8; ++tile) {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = uint8_t(tile > 5 ? 16 : rows);
-    }
-    __asm__ volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic declares only the first 8 bytes as read
-    _tile_loadconfig(&config);
-}
+static void enter_amx(int rows) { sparsify::configure_tiles(rows, 5); }
 
 static void leave_amx() { _tile_release(); }
 
@@ -483,6 +470,36 @@ ALWAYS void add_scaled(const float* tile, __m512 scale, float* sums) {
     for (int i = 0; i < ROWS; ++i) {
         _mm512_store_ps(sums + i * kPanel, _mm512_fmadd_ps(_mm512_load_ps(tile + i * kPanel), scale, _mm512_load_ps(sums + i * kPanel)));
     }
+}
+
+// Tiles 0-3 += two tiles of activations (one when TILES is 1), a_stride bytes apart, times two panels, b_stride bytes apart.
+template <int TILES, bool INT8>
+ALWAYS void multiply_steps(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, int steps, int rows) {
+#define SPARSE24_DOT(SUM, A, B)       \
+    if constexpr (INT8) {             \
+        _tile_dpbssd(SUM, A, B);      \
+    } else {                          \
+        _tile_dpbf16ps(SUM, A, B);    \
+    }
+    const int step_bytes = rows * 64;
+    for (int s = 0; s < steps; ++s, a += step_bytes, b += kStepBytes) {
+        _tile_loadd(6, b, 64);
+        _tile_loadd(4, a, 64);
+        _tile_loadd(7, b + b_stride, 64);
+        SPARSE24_DOT(0, 4, 6)
+        if constexpr (TILES == 2) _tile_loadd(5, a + a_stride, 64);
+        SPARSE24_DOT(1, 4, 7)
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; ++i) {
+            _mm_prefetch(reinterpret_cast<const char*>(a + step_bytes + i * 64), _MM_HINT_T0);
+            if constexpr (TILES == 2) _mm_prefetch(reinterpret_cast<const char*>(a + a_stride + step_bytes + i * 64), _MM_HINT_T0);
+        }
+        if constexpr (TILES == 2) {
+            SPARSE24_DOT(2, 5, 6)
+            SPARSE24_DOT(3, 5, 7)
+        }
+    }
+#undef SPARSE24_DOT
 }
 
 // Two decoded panels times TILES (1 or 2) tiles of ROWS rows of activations.
@@ -503,23 +520,8 @@ static void multiply_amx(const uint8_t* a, int64_t a_stride, const uint8_t* b, i
                 _tile_zero(2);
                 _tile_zero(3);
             }
-            for (int s = 0; s < pieces.steps_per_piece; ++s, a += ROWS * 64, b += kStepBytes) {
-                _tile_loadd(6, b, 64);
-                _tile_loadd(4, a, 64);
-                _tile_loadd(7, b + b_stride, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                if constexpr (TILES == 2) _tile_loadd(5, a + a_stride, 64);
-                _tile_dpbf16ps(1, 4, 7);
-#pragma GCC unroll 16
-                for (int i = 0; i < ROWS; ++i) {
-                    _mm_prefetch(reinterpret_cast<const char*>(a + ROWS * 64 + i * 64), _MM_HINT_T0);
-                    if constexpr (TILES == 2) _mm_prefetch(reinterpret_cast<const char*>(a + a_stride + ROWS * 64 + i * 64), _MM_HINT_T0);
-                }
-                if constexpr (TILES == 2) {
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-            }
+            multiply_steps<TILES, false>(a, a_stride, b, b_stride, pieces.steps_per_piece, ROWS);
+            a += pieces.steps_per_piece * ROWS * 64, b += pieces.steps_per_piece * kStepBytes;
             _tile_stored(0, leaving, 64);
             _tile_stored(1, leaving + kTile, 64);
             if constexpr (TILES == 2) {
@@ -539,35 +541,20 @@ static void multiply_amx(const uint8_t* a, int64_t a_stride, const uint8_t* b, i
     }
 }
 
-// As multiply_amx, for weights that need no scale any more: the sums stay in their tiles.
-template <int TILES>
+// As multiply_amx, for weights that need no scale any more: the sums, fp32 or int32, stay in their tiles. INT8: every dword of
+// a and b is four signed bytes of four inputs instead of a pair of bf16.
+template <int TILES, bool INT8>
 static void multiply_scaled_amx(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, int steps, int rows,
-                                float* c, int64_t c_stride) {
-    float* second = c + rows * kPanel;
+                                void* sums, int64_t c_stride) {
+    uint32_t* c = static_cast<uint32_t*>(sums);
+    uint32_t* second = c + rows * kPanel;
     _tile_loadd(0, c, 64);
     _tile_loadd(1, c + c_stride, 64);
     if constexpr (TILES == 2) {
         _tile_loadd(2, second, 64);
         _tile_loadd(3, second + c_stride, 64);
     }
-    const int step_bytes = rows * 64;
-    for (int s = 0; s < steps; ++s, a += step_bytes, b += kStepBytes) {
-        _tile_loadd(6, b, 64);
-        _tile_loadd(4, a, 64);
-        _tile_loadd(7, b + b_stride, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (TILES == 2) _tile_loadd(5, a + a_stride, 64);
-        _tile_dpbf16ps(1, 4, 7);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-            _mm_prefetch(reinterpret_cast<const char*>(a + step_bytes + i * 64), _MM_HINT_T0);
-            if constexpr (TILES == 2) _mm_prefetch(reinterpret_cast<const char*>(a + a_stride + step_bytes + i * 64), _MM_HINT_T0);
-        }
-        if constexpr (TILES == 2) {
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
+    multiply_steps<TILES, INT8>(a, a_stride, b, b_stride, steps, rows);
     _tile_stored(0, c, 64);
     _tile_stored(1, c + c_stride, 64);
     if constexpr (TILES == 2) {

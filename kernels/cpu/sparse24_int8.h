@@ -20,24 +20,18 @@ constexpr int kStepBytes = 1024;   // of a decoded step: 16 quads x 16 outputs x
 
 // Row of K inputs -> `padded` signed bytes; returns the scale. A row that is not finite becomes zeros with scale NaN.
 static float quantize_row(const void* x, int type, int64_t k, int64_t padded, int8_t* out) {
-    auto load = [&](int64_t i) __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))) {
-        const __mmask16 mask = i + 16 <= k ? 0xffff : i >= k ? 0 : __mmask16((1u << (k - i)) - 1);
-        if (type == kF32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + i);
-        const __m256i raw = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + i);
-        if (type == kF16) return _mm512_cvtph_ps(raw);
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-    };
     __m512 most = _mm512_setzero_ps();
     bool finite = true;
     for (int64_t i = 0; i < k; i += 16) {
-        const __m512 v = _mm512_abs_ps(load(i));
+        const __m512 v = _mm512_abs_ps(bf16::load_widened(x, type, i, bf16::lanes_below(k, i)));
         finite &= _mm512_cmp_ps_mask(v, _mm512_set1_ps(3.4028235e38f), _CMP_LE_OQ) == 0xffff;
         most = _mm512_max_ps(most, v);
     }
     const float scale = _mm512_reduce_max_ps(most) / 127.0f;
     const float inverse = finite && scale >= 1e-37f ? 1.0f / scale : 0.0f;
     for (int64_t i = 0; i < padded; i += 16) {
-        const __m512i u = _mm512_cvtps_epi32(_mm512_mul_ps(inverse != 0.0f ? load(i) : _mm512_setzero_ps(), _mm512_set1_ps(inverse)));
+        const __mmask16 mask = inverse != 0.0f ? bf16::lanes_below(k, i) : 0;
+        const __m512i u = _mm512_cvtps_epi32(_mm512_mul_ps(bf16::load_widened(x, type, i, mask), _mm512_set1_ps(inverse)));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm512_cvtsepi32_epi8(u));
     }
     const uint32_t nan = 0x7fc00000;
@@ -214,50 +208,4 @@ static void scale_row(const int32_t* sums, float sx, const float* sw, float* out
 }  // namespace sparse24
 TARGET_END
 
-#if SPARSIFY_COMPILES_AMX
-TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,f16c,fma,bmi2,amx-tile,amx-bf16,amx-int8")
-namespace sparse24 {
-namespace int8 {
-
-// Two panels times TILES (1 or 2) tiles of rows; see bf16::multiply_scaled_amx.
-template <int TILES>
-static void multiply_amx(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, int steps, int rows, int32_t* c,
-                         int64_t c_stride) {
-    int32_t* second = c + rows * kPanel;
-    _tile_loadd(0, c, 64);
-    _tile_loadd(1, c + c_stride, 64);
-    if constexpr (TILES == 2) {
-        _tile_loadd(2, second, 64);
-        _tile_loadd(3, second + c_stride, 64);
-    }
-    const int step_bytes = rows * 64;
-    for (int s = 0; s < steps; ++s, a += step_bytes, b += kStepBytes) {
-        _tile_loadd(6, b, 64);
-        _tile_loadd(4, a, 64);
-        _tile_loadd(7, b + b_stride, 64);
-        _tile_dpbssd(0, 4, 6);
-        if constexpr (TILES == 2) _tile_loadd(5, a + a_stride, 64);
-        _tile_dpbssd(1, 4, 7);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-            _mm_prefetch(reinterpret_cast<const char*>(a + step_bytes + i * 64), _MM_HINT_T0);
-            if constexpr (TILES == 2) _mm_prefetch(reinterpret_cast<const char*>(a + a_stride + step_bytes + i * 64), _MM_HINT_T0);
-        }
-        if constexpr (TILES == 2) {
-            _tile_dpbssd(2, 5, 6);
-            _tile_dpbssd(3, 5, 7);
-        }
-    }
-    _tile_stored(0, c, 64);
-    _tile_stored(1, c + c_stride, 64);
-    if constexpr (TILES == 2) {
-        _tile_stored(2, second, 64);
-        _tile_stored(3, second + c_stride, 64);
-    }
-}
-
-}  // namespace int8
-}  // namespace sparse24
-TARGET_END
-#endif  // SPARSIFY_COMPILES_AMX
 #endif  // SPARSIFY_COMPILES_AVX512BF16
