@@ -5,14 +5,15 @@
 Run it with nothing else running, on the processor that matters most: the table is compiled in.
 """
 
-import ctypes
 import sys
 import time
 
 import torch
 
+from sparsify.bench.contestants import random_tensors
 from sparsify.formats import ModuleScheme
-from sparsify.runtime.backends.cpu import LEVELS, _library, _packed_bytes
+from sparsify.runtime.backends.cpu import LEVELS, Cpu, _library
+from sparsify.runtime.op import sparse24_linear
 
 N, K = 4096, 4096
 MOST_ROWS = 8
@@ -29,37 +30,18 @@ constexpr int kDirectRows[2][5] = {{{rows}}};
 }}  // namespace sparse24"""
 
 
-def packed(library: ctypes.CDLL, scheme: ModuleScheme) -> torch.Tensor:
-    """A linear of random codes; the time of a product does not depend on them."""
-    stored = K // 2 if scheme.pattern == "2:4" else K
-    codes = torch.randint(0, 256, (N, stored * scheme.bits // 8), dtype=torch.uint8)
-    positions = torch.tensor([4, 8, 12, 9, 13, 14], dtype=torch.uint8)[torch.randint(0, 6, (2, N, K // 8))]
-    meta = positions[0] | positions[1] << 4
-    ones = torch.ones(N, K // scheme.group_size, dtype=torch.bfloat16)
-    out = torch.empty(_packed_bytes(scheme, 0) + 64, dtype=torch.uint8)
-    out = out[-out.data_ptr() % 64 :]
-    status = library.sparse24_pack(
-        N, K, scheme.bits, scheme.group_size, int(scheme.pattern == "2:4"), 0,
-        codes.data_ptr(), meta.data_ptr(), ones.data_ptr(), codes.data_ptr(), out.data_ptr(),
-    )  # fmt: skip
-    assert status == 0, status
-    return out[: _packed_bytes(scheme, 0)]
-
-
-def crossover(library: ctypes.CDLL, level: int, scheme: ModuleScheme) -> int:
+def crossover(level: int, scheme: ModuleScheme) -> int:
     """The most rows for which the few-rows kernel is faster, counted up from one."""
-    weight = packed(library, scheme)
+    # random codes: the time of a product does not depend on them
+    (weight,) = Cpu().prepare(random_tensors(scheme), scheme, torch.bfloat16)
     for rows in range(1, MOST_ROWS + 1):
-        x, y = torch.randn(rows, K).bfloat16(), torch.empty(rows, N, dtype=torch.bfloat16)
+        x = torch.randn(rows, K).bfloat16()
         best = {FORCE_DIRECT: 1e9, FORCE_TILES: 1e9}
         for _ in range(30):
             for force in best:
+                _library().sparse24_set_options(weight.data_ptr(), level + 1 + force)
                 start = time.perf_counter()
-                library.sparse24_linear(
-                    ctypes.c_void_p(weight.data_ptr()), ctypes.c_int64(weight.numel()), ctypes.c_void_p(x.data_ptr()), 0,
-                    ctypes.c_int64(rows), ctypes.c_int64(K), ctypes.c_int64(K), None, 0, ctypes.c_void_p(y.data_ptr()),
-                    ctypes.c_int64(N), level + 1 + force,
-                )  # fmt: skip
+                sparse24_linear(x, [weight], None, scheme, Cpu.name)
                 best[force] = min(best[force], time.perf_counter() - start)
         print(f"{LEVELS[level]} {scheme.bits} bits {scheme.pattern}, {rows} rows: {best}", file=sys.stderr)
         if best[FORCE_TILES] < best[FORCE_DIRECT]:
@@ -75,7 +57,7 @@ def main() -> None:
         level = LEVELS.index(name)
         if library.sparse24_level(level) < 0:
             sys.exit(f"this processor has no {name}; keep that row of the table as it is")
-        table.append([crossover(library, level, ModuleScheme(b, K if b == 16 else 64, p, (N, K))) for b, p in SCHEMES])
+        table.append([crossover(level, ModuleScheme(b, K if b == 16 else 64, p, (N, K))) for b, p in SCHEMES])
     print(HEADER.format(rows=", ".join("{" + ", ".join(map(str, row)) + "}" for row in table)))
 
 

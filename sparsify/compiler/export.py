@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from sparsify.compiler.card import head_note, model_card
+from sparsify.compiler.run import CARD, METRICS, RECIPE, json_text
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats.directory import CheckpointWriter
 from sparsify.formats.export import RoundedHead
@@ -17,7 +18,6 @@ from sparsify.formats.export import export as convert
 from sparsify.recipe import Head, dump_recipe, parse_recipe
 
 DEFAULT_GROUP_SIZE = 64
-CARD, RECIPE, METRICS = "README.md", "recipe.yaml", "metrics.json"
 
 
 def export(
@@ -80,5 +80,5 @@ def _describe(
         card = model_card(metrics, asked)
     except (KeyError, TypeError, ValueError, RecipeError):
         return files
-    changed = {METRICS: json.dumps(metrics, indent=2, allow_nan=False) + "\n", RECIPE: dump_recipe(asked), CARD: card}
+    changed = {METRICS: json_text(metrics), RECIPE: dump_recipe(asked), CARD: card}
     return {**files, **{name: text.encode() for name, text in changed.items()}}

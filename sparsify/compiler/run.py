@@ -124,14 +124,14 @@ def apply(
     }
     files = {
         RECIPE: dump_recipe(recipe),
-        METRICS: _json(metrics),
-        RECORD: _json(record),
+        METRICS: json_text(metrics),
+        RECORD: json_text(record),
         CARD: model_card(metrics, recipe),
     }
     writer.finish(extra_files=files)
     if evaluate is not None:
         metrics["evaluation"] = {key: value for key, value in evaluate(output).items() if key != "seconds"}
-        atomic_write(output / METRICS, _json(metrics))
+        atomic_write(output / METRICS, json_text(metrics))
         atomic_write(output / CARD, model_card(metrics, recipe))
     return Applied(output, metrics, record)
 
@@ -371,5 +371,6 @@ def _counted(reasons: Any) -> dict[str, int]:
     return counts
 
 
-def _json(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """What a JSON file of an output directory holds."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
