@@ -84,11 +84,11 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        return any(scheme.needs_data for scheme in self.schemes.values())
+        return self.recipe.tune is not None or any(scheme.needs_data for scheme in self.schemes.values())
 
     @property
     def needs_twin(self) -> bool:
-        return any(scheme.correction > 0 for scheme in self.schemes.values())
+        return self.recipe.tune is not None or any(scheme.correction > 0 for scheme in self.schemes.values())
 
     def dense_modules(self) -> dict[str, str]:
         """What stays dense and why."""
@@ -263,6 +263,7 @@ def _scheme(recipe: Recipe, module: str, store: torch.dtype) -> Scheme | None:
         correction=max((p.correction for p in solving), default=0.0),
         activation_order=bool(quantize and quantize.activation_order),
         scale_search=bool(quantize is None or quantize.scale_search),
+        refine=max((p.refine for p in solving), default=0),
         dtype=store,
     )
 

@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,11 @@ from sparsify.formats.directory import CheckpointWriter
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.model.checkpoint import read_header
 from sparsify.model.linear import LinearWeights
-from sparsify.model.walk import GroupVisit, Walk
+from sparsify.model.walk import BlockVisit, GroupVisit, Walk
 from sparsify.passes.compress import Scheme, Statistics, compress
 from sparsify.passes.gram import cross, gram
 from sparsify.passes.head import quantize_head, rounding_error
+from sparsify.passes.recover.block import BlockTuning, Sample, tune_block
 from sparsify.progress import Task, progress_bar
 from sparsify.recipe import Recipe, dump_recipe
 
@@ -148,14 +149,16 @@ def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Note
         for index, block in enumerate(blocks):
             if _part(index) in finished:
                 bar.describe(f"resuming through {block}")
-                walk.replay(index, _by_module(plan, writer.read_part(_part(index))[0]))
+                linears, tensors = writer.read_part(_part(index))
+                walk.replay(index, _by_module(plan, linears), _parameters(plan, index, tensors))
                 bar.advance()
                 continue
             rewriting = _Rewriting(plan, bar)
+            tuning = _Tuning(plan, bar) if plan.recipe.tune is not None else None
             with _naming(block):
-                result = walk.visit(index, lambda name: name in plan.schemes, rewriting)
-            notes.write(index, _layer_notes(index, result.linears, rewriting.errors), result.skipped)
-            writer.write_part(_part(index), *_block_tensors(plan, index, result.linears))
+                result = walk.visit(index, lambda name: name in plan.schemes, rewriting, tuning)
+            notes.write(index, _layer_notes(index, result.linears, rewriting.errors), result.skipped, tuning)
+            writer.write_part(_part(index), *_block_tensors(plan, index, result.linears, result.others))
             bar.advance()
 
 
@@ -216,6 +219,36 @@ class _Rewriting:
         return parts
 
 
+class _Tuning:
+    """What the walk calls when the linears of a block are compressed: train the block, remember what that gained."""
+
+    def __init__(self, plan: Plan, bar: Task):
+        self.plan = plan
+        self.bar = bar
+        self.note: dict[str, Any] | None = None
+
+    def __call__(self, visit: BlockVisit) -> tuple[dict[str, LinearWeights], dict[str, Tensor]]:
+        block = self.plan.model.blocks[visit.block]
+        prefix = block + "."
+        tune = self.plan.recipe.tune
+        assert tune is not None
+        settings = BlockTuning(
+            epochs=tune.epochs, learning_rate=tune.learning_rate, scale_rate=tune.scale_learning_rate,
+            norm_rate=tune.norm_learning_rate, batch=tune.batch_size, holdout=tune.holdout,
+            seconds=tune.seconds_per_block, seed=self.plan.recipe.calibration.seed,
+        )  # fmt: skip
+        samples = [Sample(*parts) for parts in zip(visit.entering, visit.wanted, visit.calls, strict=True)]
+        inside = {name.removeprefix(prefix): linear for name, linear in visit.linears.items()}
+        tuned = tune_block(
+            visit.module, inside, samples, settings,
+            lambda step, steps: self.bar.describe(f"{block}: tuning, step {step} of {steps}"),
+        )  # fmt: skip
+        self.note = {"before": tuned.before, "after": tuned.after, "steps": tuned.steps}
+        others = {prefix + name: tensor.to(self.plan.store) for name, tensor in tuned.others.items()}
+        kept = {name: tensor for name, tensor in others.items() if self.plan.model.source_of(name) is not None}
+        return {prefix + name: linear for name, linear in tuned.linears.items()}, kept
+
+
 @contextmanager
 def _naming(block: str) -> Iterator[None]:
     """Say in which block a run failed when the error does not."""
@@ -234,8 +267,11 @@ class _Notes:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
-    def write(self, index: int, layers: list[dict[str, Any]], skipped: dict[str, str]) -> None:
-        write_json(self.directory / f"{_part(index)}.json", {"layers": layers, "skipped": skipped})
+    def write(
+        self, index: int, layers: list[dict[str, Any]], skipped: dict[str, str], tuning: _Tuning | None = None
+    ) -> None:
+        note = {"layers": layers, "skipped": skipped, "tuning": tuning.note if tuning is not None else None}
+        write_json(self.directory / f"{_part(index)}.json", note)
 
     def read(self, index: int) -> dict[str, Any]:
         return read_json(self.directory / f"{_part(index)}.json")
@@ -292,13 +328,22 @@ def _by_module(plan: Plan, stored: dict[str, LinearWeights]) -> dict[str, Linear
 
 
 def _block_tensors(
-    plan: Plan, index: int, new: dict[str, LinearWeights]
+    plan: Plan, index: int, new: dict[str, LinearWeights], others: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, LinearWeights], dict[str, Tensor]]:
-    """A finished block under its names in the checkpoint: compressed linears, and every other tensor as it was."""
+    """A finished block under its names in the checkpoint: compressed linears, and every other tensor as it was unless
+    `others` has it, by its name in the model."""
     linears = {_exported(plan, module): linear for module, linear in new.items()}
     replaced = {plan.linears[module].source for module in new}
+    changed = {plan.model.source_of(name): tensor for name, tensor in (others or {}).items()}
     names = [name for name in plan.model.source_names(index) if name not in replaced]
-    return linears, {name: _stored(plan, plan.checkpoint.tensor(name)) for name in names}
+    return linears, {name: _stored(plan, changed.get(name, plan.checkpoint.tensor(name))) for name in names}
+
+
+def _parameters(plan: Plan, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a finished block that are parameters of the model as they are, by their names there."""
+    named = {source: target for source, (target, same) in plan.model.sources.items() if same}
+    parameters = {f"{plan.model.blocks[index]}.{name}" for name, _ in plan.model.block(index).named_parameters()}
+    return {named[name]: tensor for name, tensor in tensors.items() if named.get(name) in parameters}
 
 
 def _layer_notes(block: int, linears: dict[str, LinearWeights], errors: dict[str, float]) -> list[dict[str, Any]]:
@@ -350,6 +395,7 @@ def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, A
             "tokens": calibration.samples * calibration.sequence_length if plan.needs_data else 0,
         },
         "layers": layers,
+        "tuning": [note["tuning"] for note in found] if plan.recipe.tune is not None else None,
         "head": head,
         "dense_modules": [{"module": module, "reason": reason} for module, reason in dense.items()],
         "sizes": {

@@ -7,7 +7,7 @@ list that holds most of its parameters, and what each block is called with is le
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -277,6 +277,38 @@ def share_equal(calls: Sequence[BlockCall], known: Sequence[BlockCall]) -> list[
         )
         for new, old in zip(calls, known, strict=True)
     ]
+
+
+def _map_leaves(function: Callable[..., Any], values: Sequence[Any]) -> Any:
+    """Apply `function` to the list of corresponding leaves of equally nested tuples and dicts."""
+    first = values[0]
+    if isinstance(first, tuple):
+        return tuple(_map_leaves(function, parts) for parts in zip(*values, strict=True))
+    if isinstance(first, dict):
+        return {key: _map_leaves(function, [value[key] for value in values]) for key in first}
+    return function(values)
+
+
+def call_of_row(call: BlockCall, row: int, rows: int) -> BlockCall:
+    """The call of one sequence out of a micro-batch of `rows`: what has a row per sequence is cut, the rest is shared."""
+
+    def cut(values: Sequence[Any]) -> Any:
+        value = values[0]
+        per_row = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows > 1
+        return value[row : row + 1] if per_row else value
+
+    return BlockCall(_map_leaves(cut, [call.args]), _map_leaves(cut, [call.kwargs]))
+
+
+def join_calls(calls: Sequence[BlockCall]) -> BlockCall:
+    """One call for several sequences. The inverse of `call_of_row`."""
+
+    def join(values: Sequence[Any]) -> Any:
+        if not isinstance(values[0], Tensor) or values[0].dim() < 2 or all(value is values[0] for value in values):
+            return values[0]
+        return torch.cat(list(values))
+
+    return BlockCall(_map_leaves(join, [c.args for c in calls]), _map_leaves(join, [c.kwargs for c in calls]))
 
 
 def run_block(block: nn.Module, x: Tensor, call: BlockCall) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from sparsify.errors import NumericalError, SparsifyError
-from sparsify.model.blocks import BlockCall, BlockModel, LinearGroup, capture_calls, find_groups, run_block, share_equal
+from sparsify.model.blocks import (
+    BlockCall,
+    BlockModel,
+    LinearGroup,
+    call_of_row,
+    capture_calls,
+    find_groups,
+    run_block,
+    share_equal,
+)
 from sparsify.model.linear import LinearWeights
 
 TOKENS_PER_MICRO_BATCH = 4096
@@ -46,15 +55,38 @@ class GroupVisit:
 
 
 @dataclass
+class BlockVisit:
+    """All that is known when every group of a block is rewritten, with a dense twin.
+
+    module:   the block with its rewritten weights
+    linears:  those weights by full module name
+    entering: hidden states that enter the compressed block, one [1, T, d] per sequence
+    wanted:   what the dense block made of the dense model's hidden states, one [1, T, d] per sequence
+    calls:    what else the model passes to the block, one per sequence
+    """
+
+    block: int
+    module: nn.Module
+    linears: dict[str, LinearWeights]
+    entering: list[Tensor]
+    wanted: list[Tensor]
+    calls: list[BlockCall]
+
+
+@dataclass
 class BlockResult:
-    """A finished block: its rewritten linears by full module name, and why its other linears stayed as they were."""
+    """A finished block: its rewritten linears by full module name, other parameters that were changed by full name, and
+    why its other linears stayed as they were."""
 
     block: int
     linears: dict[str, LinearWeights]
     skipped: dict[str, str]
+    others: dict[str, Tensor] = field(default_factory=dict)
 
 
 Rewrite = Callable[[GroupVisit], dict[str, LinearWeights]]
+Tune = Callable[[BlockVisit], tuple[dict[str, LinearWeights], dict[str, Tensor]]]
+"""Gives a block its final linears and other parameters, both by full name; what it leaves out stays as it is."""
 
 
 class Activations:
@@ -139,10 +171,11 @@ class _InStep:
         """Keep the outputs as the hidden states that enter the next block."""
         for i, output in enumerate(self.arrived):
             self.hidden[i] = output
+        self.arrived = []
 
     def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        while self.hooks:
+            self.hooks.pop().remove()
 
 
 class Walk:
@@ -173,8 +206,15 @@ class Walk:
         self.probe = capture_calls(model, tokens[:1, :PROBE_TOKENS].to(device))
 
     @torch.no_grad()
-    def visit(self, index: int, wanted: Callable[[str], bool], rewrite: Rewrite) -> BlockResult:
-        """Walk one block. `wanted` says by full module name which linears to rewrite, `rewrite` gives their new weights."""
+    def visit(
+        self, index: int, wanted: Callable[[str], bool], rewrite: Rewrite, tune: Tune | None = None
+    ) -> BlockResult:
+        """Walk one block.
+
+        wanted:  by full module name, which linears to rewrite
+        rewrite: gives the linears of a group their new weights
+        tune:    changes the whole block after that; needs a dense twin
+        """
         prefix = self.model.blocks[index] + "."
         block = self._enter(index)
         groups, skipped = find_groups(block, self.probe[0], self.probe[1][index])
@@ -205,7 +245,13 @@ class Walk:
                 compressed.resume()
                 if dense:
                     dense.resume()
-            compressed.finish()
+            others: dict[str, Tensor] = {}
+            if tune is None or not done:
+                compressed.finish()
+            else:
+                compressed.arrived = []  # these outputs are about to change
+                compressed.close()
+                others = self._tune(index, block, done, dense, tune)
             if dense:
                 dense.finish()
         finally:
@@ -213,17 +259,46 @@ class Walk:
             if dense:
                 dense.close()
         self._leave(index)
-        return BlockResult(index, done, {prefix + name: why for name, why in skipped.items()})
+        return BlockResult(index, done, {prefix + name: why for name, why in skipped.items()}, others)
+
+    def _tune(
+        self, index: int, block: nn.Module, done: dict[str, LinearWeights], dense: _InStep | None, tune: Tune
+    ) -> dict[str, Tensor]:
+        """Let `tune` change a rewritten block, put what it gives in place, and take the hidden states through."""
+        assert dense is not None, "tuning aims at the dense model's outputs"
+        visit = BlockVisit(index, block, done, [], [], [])
+        for i, output in enumerate(dense.arrived):
+            hidden, call = self.hidden[i], self.calls[i][index]
+            rows = hidden.shape[0]
+            visit.entering += hidden.split(1)
+            visit.wanted += output.split(1)
+            visit.calls += [call_of_row(call, row, rows) for row in range(rows)]
+        linears, others = tune(visit)
+        done |= linears
+        self._place(index, block, linears, others)
+        for i in range(len(self.hidden)):
+            self.hidden[i] = run_block(block, self.hidden[i], self.calls[i][index])
+        return others
+
+    def _place(
+        self, index: int, block: nn.Module, linears: Mapping[str, LinearWeights], others: Mapping[str, Tensor]
+    ) -> None:
+        """Give a block new weights, by full name."""
+        prefix = self.model.blocks[index] + "."
+        for name, weights in linears.items():
+            block.get_submodule(name.removeprefix(prefix)).weight.copy_(weights.dense(self.model.dtype))  # type: ignore[operator, union-attr]
+        for name, tensor in others.items():
+            block.get_parameter(name.removeprefix(prefix)).copy_(tensor)
 
     @torch.no_grad()
-    def replay(self, index: int, linears: Mapping[str, LinearWeights]) -> None:
-        """Take the hidden states through a block that an earlier run finished with these weights."""
-        prefix = self.model.blocks[index] + "."
+    def replay(
+        self, index: int, linears: Mapping[str, LinearWeights], others: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Take the hidden states through a block that an earlier run finished with these weights, by full name."""
         block = self._enter(index)
         for i in range(len(self.dense) if self.dense is not None else 0):
             self.dense[i] = run_block(block, self.dense[i], self.calls[i][index])  # type: ignore[index]
-        for name, weights in linears.items():
-            block.get_submodule(name.removeprefix(prefix)).weight.copy_(weights.dense(self.model.dtype))  # type: ignore[operator, union-attr]
+        self._place(index, block, linears, others or {})
         for i in range(len(self.hidden)):
             self.hidden[i] = run_block(block, self.hidden[i], self.calls[i][index])
         self._leave(index)

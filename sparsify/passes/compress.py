@@ -15,6 +15,7 @@ from sparsify.passes.hessian import Factors, corrected_target, factor, relative_
 from sparsify.passes.quantize.gptq import gptq
 from sparsify.passes.quantize.grid import Grid
 from sparsify.passes.quantize.rtn import round_to_nearest
+from sparsify.passes.refine import refine
 from sparsify.passes.sweep import column_sweep
 
 
@@ -28,6 +29,7 @@ class Scheme:
     damping:    added to the Hessian's diagonal, relative to its mean
     correction: alpha of the dense-target correction; 0 aims at the original weights
     activation_order: sweep the inputs of largest second moment first
+    refine:     passes of coordinate descent after the sweep
     dtype:      how scales and 16-bit values are stored
     """
 
@@ -39,6 +41,7 @@ class Scheme:
     correction: float = 0.0
     activation_order: bool = False
     scale_search: bool = True
+    refine: int = 0
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -136,8 +139,13 @@ def _stacked(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str
             U = factor(statistics.H[order][:, order], scheme.damping, name).inverse
         if grid is not None and scheme.quantize == "gptq":
             swept = gptq(W, U, grid, keep, select, order)
-            return LinearWeights(grid.bits, pattern, grid.group_size, codes=swept.codes, scale=swept.scale)
-        W = column_sweep(W, U, None, select=select, order=order, store=scheme.dtype).weight
+            refined = refine(
+                swept.weight, W, factors.damped, scheme.refine,
+                scale=swept.scale, grid=grid, keep=keep, select=select is not None,
+            )  # fmt: skip
+            return LinearWeights(grid.bits, pattern, grid.group_size, codes=refined.codes, scale=refined.scale)
+        swept = column_sweep(W, U, None, select=select, order=order, store=scheme.dtype)
+        W = refine(swept.weight, W, factors.damped, scheme.refine, select=select is not None, store=scheme.dtype).weight
     elif keep is not None:
         W = W * keep
     if grid is None:

@@ -19,12 +19,14 @@ RETRIES = 3  # each with ten times the damping
 class Factors:
     """Factors of the damped Hessian.
 
-    lower:   L [K, K] with L L' = H + damping * mean(diag H) * I
+    damped:  H + damping * mean(diag H) * I, [K, K]
+    lower:   L [K, K] with L L' = damped
     inverse: U [K, K] upper triangular with U'U = (H + ...)^-1; row k holds how the later inputs repair an error at k
     ridge:   what was added to the diagonal
     dead:    bool [K], inputs that are zero for every token; their weights do not matter
     """
 
+    damped: Tensor
     lower: Tensor
     inverse: Tensor
     ridge: float
@@ -53,7 +55,7 @@ def factor(H: Tensor, damping: float, name: str) -> Factors:
         if not failed:
             inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and torch.isfinite(inverse).all():
-            return Factors(lower, inverse, ridge, dead)
+            return Factors(damped, lower, inverse, ridge, dead)
     raise NumericalError(
         f"{name}: its Hessian cannot be factored even with damping {damping * 10 ** (RETRIES - 1):g}; "
         "raise `damping` in the recipe or use more calibration samples"

@@ -23,6 +23,7 @@ from sparsify.recipe.schema import (
     Prune,
     Quantize,
     Recipe,
+    Tune,
     head_format_problem,
 )
 from sparsify.recipe.words import closest
@@ -36,6 +37,7 @@ __all__ = [
     "Prune",
     "Quantize",
     "Recipe",
+    "Tune",
     "dump_recipe",
     "head_format_problem",
     "ignored_by",

@@ -91,9 +91,17 @@ Correction = Annotated[
         description="0 aims at the original weights, 1 at the dense model's outputs, between blends",
     ),
 ]
-
+Refine = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=100,
+        description="passes of coordinate descent over masks, codes and scales after the sweep; each lowers the exact layer error",
+    ),
+]
 
 NO_HESSIAN = "it inverts no Hessian"
+NO_SWEEP = "there is no sweep to refine"
 NO_OUTPUTS = "it never runs the model, so there are no outputs to aim at"
 
 
@@ -134,6 +142,7 @@ class Prune(_Pass):
     ignore: Ignore = ["lm_head"]
     damping: Damping = 0.01
     correction: Correction = 0.0
+    refine: Refine = 5
 
     @model_validator(mode="after")
     def _check(self) -> "Prune":
@@ -141,6 +150,8 @@ class Prune(_Pass):
             self._refuse_set("magnitude", correction=NO_OUTPUTS, damping=NO_HESSIAN)
         if self.method == "wanda" and not self.correction:
             self._refuse_set("wanda", damping=NO_HESSIAN)
+        if self.method != "sparsegpt":
+            self._refuse_set(self.method, refine=NO_SWEEP)
         return self
 
 
@@ -163,18 +174,53 @@ class Quantize(_Pass):
     scale_search: bool = Field(
         default=True, description="choose each scale for the least error instead of from the largest weight"
     )
+    refine: Refine = 5
 
     @model_validator(mode="after")
     def _check(self) -> "Quantize":
         if self.method == "rtn":
             self._refuse_set(
-                "rtn", correction=NO_OUTPUTS, damping=NO_HESSIAN, activation_order="it looks at no activations"
+                "rtn",
+                correction=NO_OUTPUTS,
+                damping=NO_HESSIAN,
+                activation_order="it looks at no activations",
+                refine=NO_SWEEP,
             )
         return self
 
 
-PASSES: dict[str, type[_Pass]] = {model.kind: model for model in (Prune, Quantize)}
-PLANNED_PASSES = ("depth", "tune", "distill")
+Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class Tune(_Pass):
+    """Train each block, once it is compressed, to give what the dense block gave; masks fixed, quantization in the loop."""
+
+    kind: ClassVar[Literal["tune"]] = "tune"
+
+    method: Literal["block"] = Field(default="block", description="one block at a time, as the walk leaves it")
+    epochs: int = Field(default=4, ge=1, description="passes over the calibration tokens; cost grows in proportion")
+    learning_rate: Rate = Field(
+        default=5e-3, description="of the weights, relative to the root mean square of those kept"
+    )
+    scale_learning_rate: Rate = Field(default=2e-3, description="of the scales, relative to their root mean square")
+    norm_learning_rate: Rate = Field(
+        default=1e-3, description="of norms and biases, relative to their root mean square"
+    )
+    batch_size: int = Field(default=4, ge=1, description="sequences per step")
+    holdout: float = Field(
+        default=0.0625,
+        ge=0,
+        le=0.5,
+        allow_inf_nan=False,
+        description="share of the sequences kept out of training; they decide which state of a block is kept",
+    )
+    seconds_per_block: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="stop training a block after so many seconds"
+    )
+
+
+PASSES: dict[str, type[_Pass]] = {model.kind: model for model in (Prune, Quantize, Tune)}
+PLANNED_PASSES = ("depth", "distill")
 
 
 def _one_key(value: Any) -> Any:
@@ -212,7 +258,7 @@ def _kind(value: Any) -> str:
 
 
 Pass = Annotated[
-    Annotated[Prune, Tag("prune")] | Annotated[Quantize, Tag("quantize")],
+    Annotated[Prune, Tag("prune")] | Annotated[Quantize, Tag("quantize")] | Annotated[Tune, Tag("tune")],
     Discriminator(_kind),
     BeforeValidator(_one_key),
 ]
@@ -294,6 +340,10 @@ class Recipe(_Model):
     def quantize(self) -> Quantize | None:
         return next((step for step in self.passes if isinstance(step, Quantize)), None)
 
+    @property
+    def tune(self) -> Tune | None:
+        return next((step for step in self.passes if isinstance(step, Tune)), None)
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         for check in CONFLICTS:
@@ -325,6 +375,22 @@ def _order(recipe: Recipe) -> None:
             kinds.index("prune"),
             "prune",
         )
+    if "tune" in kinds and kinds[0] == "tune":
+        raise refuse(
+            "tune trains what compression left over, so it comes after prune and quantize; put it after them",
+            "passes",
+            0,
+            "tune",
+        )
+    if "tune" in kinds and kinds.index("tune") < max(
+        kinds.index(kind) for kind in kinds if kind in ("prune", "quantize")
+    ):
+        raise refuse(
+            "a pass that decides weights comes after tune, which would undo the tuning; put tune last",
+            "passes",
+            kinds.index("tune"),
+            "tune",
+        )
 
 
 def _joint(recipe: Recipe) -> None:
@@ -333,6 +399,7 @@ def _joint(recipe: Recipe) -> None:
     if prune is None or quantize is None or prune.method == "magnitude" or quantize.method == "rtn":
         return
     shared = ["correction"] if prune.method == "wanda" and not prune.correction else ["correction", "damping"]
+    shared += ["refine"] if prune.method == "sparsegpt" else []
     for name in shared:
         one, other = getattr(prune, name), getattr(quantize, name)
         if one != other:

@@ -1,0 +1,145 @@
+// One pass of coordinate descent over a panel of inputs: for each group of four inputs, what every output should keep of it
+// given all its other weights, so that the exact layer error e = (w - t)' H (w - t) falls.
+//
+// With all other weights fixed, e is a quadratic in the four weights v of a group: v'Av - 2 b'v + const, where A is the 4x4
+// block of H and b = A v - g, g = H (w - t) being half the gradient at the present v. Every support of two inputs has its
+// minimum in closed form; on a grid the minimum is rounded one input after the other, the second one knowing what the first
+// one lost, in both orders. The best candidate is taken when it is better than what is there, so e never rises.
+//
+// A panel holds one input per row and one output per column, as in sweep.cpp: outputs do not depend on each other, each
+// thread takes chunks of them, and the result is the same to the last bit for any number of threads.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int kChunk = 64;  // outputs
+constexpr float kNever = 3e38f;
+
+// What does not change from chunk to chunk. Rows of W, G and keep are inputs of the panel.
+struct Panel {
+    const float* H;  // [size, size]
+    int64_t ldh;
+    int size;
+    float low, high;  // of the codes
+    bool grid;        // else bf16 values, or float32 ones
+    bool to_bf16;
+    bool select;      // choose two of four here; else stay inside `keep`, or change every input when there is none
+};
+
+INLINE float round_to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE float stored(const Panel& p, float x, float unit) {
+    if (p.grid) return std::min(std::max(std::rint(x / unit), p.low), p.high) * unit;
+    return p.to_bf16 ? round_to_bf16(x) : x;
+}
+
+// Inputs i ... i + 3 of a chunk: the best two of four. unit: the scale of each output. next: [4][kChunk], the new weights.
+INLINE void choose_two(const Panel& p, int i, const float* W, int64_t ldw, const float* G, int64_t ldg, const float* unit,
+                       float next[4][kChunk], int n) {
+    float A[4][4], b[4][kChunk], best[kChunk], first[kChunk], second[kChunk];
+    int32_t support[kChunk];
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < 4; c++) A[r][c] = p.H[(i + r) * p.ldh + i + c];
+    for (int c = 0; c < n; c++) best[c] = 0;
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < n; c++) {
+            float sum = 0;
+            for (int k = 0; k < 4; k++) sum += A[r][k] * W[(i + k) * ldw + c];
+            b[r][c] = sum - G[(i + r) * ldg + c];
+            best[c] += W[(i + r) * ldw + c] * (sum - 2 * b[r][c]);  // e of what is there, up to a constant
+        }
+    for (int c = 0; c < n; c++) support[c] = -1, first[c] = second[c] = 0;
+    for (int r = 0; r < 4; r++)
+        for (int s = 0; s < 4; s++) {
+            if (r == s) continue;  // r is rounded first
+            const float det = A[r][r] * A[s][s] - A[r][s] * A[r][s];
+            const bool regular = det > 1e-6f * A[r][r] * A[s][s];
+            if (A[s][s] <= 0) continue;
+            const float over_det = regular ? 1 / det : 0, over_s = 1 / A[s][s], over_r = A[r][r] > 0 ? 1 / A[r][r] : 0;
+            const float cross = A[r][s], ar = A[r][r], as = A[s][s];
+            const int32_t number = 4 * r + s;
+            for (int c = 0; c < n; c++) {
+                const float x = regular ? (as * b[r][c] - cross * b[s][c]) * over_det : b[r][c] * over_r;
+                const float v = stored(p, x, unit[c]);
+                const float u = stored(p, (b[s][c] - cross * v) * over_s, unit[c]);
+                const float e = v * (ar * v + 2 * (cross * u - b[r][c])) + u * (as * u - 2 * b[s][c]);
+                const bool better = e < best[c];
+                best[c] = better ? e : best[c];
+                first[c] = better ? v : first[c];
+                second[c] = better ? u : second[c];
+                support[c] = better ? number : support[c];
+            }
+        }
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < n; c++) {
+            const float chosen = support[c] >> 2 == r ? first[c] : (support[c] & 3) == r ? second[c] : 0.0f;
+            next[r][c] = support[c] < 0 ? W[(i + r) * ldw + c] : chosen;
+        }
+}
+
+CLONES void refine_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
+                         const uint8_t* keep, int64_t ldk, int n) {
+    float next[4][kChunk], change[4][kChunk], unit[kChunk];
+    for (int c = 0; c < n; c++) unit[c] = scale ? scale[c] : 1.0f;
+    const int step = p.select ? 4 : 1;
+    for (int i = 0; i < p.size; i += step) {
+        if (p.select) {
+            choose_two(p, i, W, ldw, G, ldg, unit, next, n);
+        } else {
+            const float h = p.H[i * (p.ldh + 1)];
+            const float over = h > 0 ? 1 / h : 0;
+            for (int c = 0; c < n; c++) {
+                const float now = W[i * ldw + c], g = G[i * ldg + c];
+                const float better = stored(p, now - g * over, unit[c]);
+                const float gain = (better - now) * (h * (better - now) + 2 * g);  // how e changes
+                const bool free = !keep || keep[i * ldk + c];
+                next[0][c] = free && gain < 0 ? better : now;
+            }
+        }
+        for (int r = 0; r < step; r++)
+            for (int c = 0; c < n; c++) {
+                change[r][c] = next[r][c] - W[(i + r) * ldw + c];
+                W[(i + r) * ldw + c] = next[r][c];
+            }
+        for (int j = 0; j < p.size; j++) {
+            float* g = G + j * ldg;
+            for (int r = 0; r < step; r++) {
+                const float h = p.H[j * p.ldh + i + r];
+                for (int c = 0; c < n; c++) g[c] += h * change[r][c];
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// W, G: [size, outputs], weights and half gradient, both changed; H: [size, size]; scale: [outputs], or null for weights
+// without a grid; keep: bool [size, outputs] or null.
+extern "C" void sparsify_refine_panel(float* W, int64_t ldw, float* G, int64_t ldg, const float* H, int64_t ldh, int size,
+                                      int64_t outputs, const float* scale, float low, float high, const uint8_t* keep,
+                                      int64_t ldk, int select, int to_bf16, int threads) {
+    const Panel panel{H, ldh, size, low, high, scale != nullptr, to_bf16 != 0, select != 0};
+    const int64_t chunks = (outputs + kChunk - 1) / kChunk;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t c = chunk * kChunk;
+        const int n = static_cast<int>(std::min<int64_t>(kChunk, outputs - c));
+        refine_chunk(panel, W + c, ldw, G + c, ldg, scale ? scale + c : nullptr, keep ? keep + c : nullptr, ldk, n);
+    }
+}
