@@ -69,7 +69,11 @@ def test_dump_gives_the_same_recipe_back_and_other_yaml_readers_agree() -> None:
         ("version: 1\npasses:\n  - zzz: {}\n", 3, "unknown pass 'zzz'; known passes: prune, quantize"),
         ("version: 1\npasses:\n  - depth: {}\n", 3, "pass 'depth' does not exist in this version"),
         ("version: 1\npasses:\n  - tune: {}\n", 3, "tune trains what compression left over"),
-        ("version: 1\npasses:\n  - prune: {method: sparsegpt}\n  - tune: {}\n  - quantize: {method: gptq, bits: 4, group_size: 64}\n", 4, "which would undo the tuning; put tune last"),
+        (
+            "version: 1\npasses:\n  - prune: {method: sparsegpt}\n  - tune: {}\n  - quantize: {method: rtn, bits: 4, group_size: 64}",
+            4,
+            "which would undo the tuning; put tune last",
+        ),
         (PRUNE.replace("magnitude", "wanda") + "  - tune: {epochs: 0}\n", 5, "epochs must be at least 1"),
         ("version: 1\npasses:\n  - prune: {method: magnitude, refine: 2}\n", 3, "there is no sweep to refine"),
         ("version: 1\npasses:\n  - prune\n", 3, "pass 'prune' needs its settings"),
