@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from sparsify.distributed import gathered, processes, share
 from sparsify.errors import NumericalError
 from sparsify.model.linear import LinearWeights
 from sparsify.passes import prune as pruning
@@ -79,10 +80,12 @@ class Statistics:
 
 @torch.no_grad()
 def compress(
-    weights: Mapping[str, Tensor], scheme: Scheme, statistics: Statistics | None
+    weights: Mapping[str, Tensor], scheme: Scheme, statistics: Statistics | None, together: bool = False
 ) -> tuple[dict[str, LinearWeights], dict[str, float]]:
     """Compress linears that read the same tensor. weights: module name -> [N_i, K].
 
+    together: all processes call this with the same arguments; each solves its share of the outputs, which do not depend
+    on each other, and all get the whole.
     Returns the compressed linears, and their relative output error on the calibration tokens (empty without data).
     """
     names = list(weights)
@@ -93,7 +96,10 @@ def compress(
             )
     rows = [weights[name].shape[0] for name in names]
     original = torch.cat([weights[name].float() for name in names])
-    compressed = _stacked(original, scheme, statistics, ", ".join(names))
+    together = together and original.shape[0] >= processes()
+    mine = share(original.shape[0]) if together else slice(None)
+    compressed = _stacked(original[mine], scheme, statistics, ", ".join(names))
+    compressed = _joined(gathered(compressed), original.device) if together else compressed
     parts: dict[str, LinearWeights] = {}
     errors: dict[str, float] = {}
     start = 0
@@ -111,6 +117,17 @@ def compress(
             errors[name] = relative_error(original[piece], parts[name].dense(torch.float32), statistics.H)
         start += n
     return parts, errors
+
+
+def _joined(parts: Sequence[LinearWeights], device: torch.device) -> LinearWeights:
+    """One linear from the outputs that each process solved."""
+
+    def joined(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat([tensor.to(device) for tensor in tensors])
+
+    codes, scale, values = (joined(name) for name in ("codes", "scale", "values"))
+    return replace(parts[0], codes=codes, scale=scale, values=values)
 
 
 def _rows(tensor: Tensor | None, piece: slice) -> Tensor | None:

@@ -200,11 +200,11 @@ class Tune(_Pass):
     method: Literal["block"] = Field(default="block", description="one block at a time, as the walk leaves it")
     epochs: int = Field(default=4, ge=1, description="passes over the calibration tokens; cost grows in proportion")
     learning_rate: Rate = Field(
-        default=5e-3, description="of the weights, relative to the root mean square of those kept"
+        default=1.5e-2, description="of the weights, relative to the root mean square of those kept"
     )
-    scale_learning_rate: Rate = Field(default=2e-3, description="of the scales, relative to their root mean square")
+    scale_learning_rate: Rate = Field(default=5e-3, description="of the scales, relative to their root mean square")
     norm_learning_rate: Rate = Field(
-        default=1e-3, description="of norms and biases, relative to their root mean square"
+        default=5e-3, description="of norms and biases, relative to their root mean square"
     )
     batch_size: int = Field(default=4, ge=1, description="sequences per step")
     holdout: float = Field(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify.distributed import gathered, processes, rank, sum_over_all
 from sparsify.errors import NumericalError
 from sparsify.model.blocks import BlockCall, join_calls, run_block
 from sparsify.model.linear import LinearWeights
@@ -38,9 +39,9 @@ class BlockTuning:
     """
 
     epochs: int = 4
-    learning_rate: float = 5e-3
-    scale_rate: float = 2e-3
-    norm_rate: float = 1e-3
+    learning_rate: float = 1.5e-2
+    scale_rate: float = 5e-3
+    norm_rate: float = 5e-3
     batch: int = 4
     holdout: float = 0.0625
     seconds: float | None = None
@@ -70,15 +71,14 @@ class Tuned:
     steps: int
 
 
-def token_weights(wanted: Tensor) -> Tensor:
-    """1 / max(|y_t|^2, median over tokens). wanted: [B, T, d]. Returns [B, T]: errors become relative, outliers do not decide."""
+def block_loss(output: Tensor, wanted: Tensor) -> Tensor:
+    """sum_b mean_t |output_bt - wanted_bt|^2 / max(|wanted_bt|^2, median_t |wanted_bt|^2). output, wanted: [B, T, d].
+
+    Errors are relative to the size of a token, so those few that carry massive activations do not decide alone.
+    """
     size = wanted.float().square().sum(-1)
-    return 1 / size.clamp(min=float(size.median()))
-
-
-def block_loss(output: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
-    """mean_t weights_t |output_t - wanted_t|^2. output, wanted: [B, T, d]; weights: [B, T]."""
-    return ((output.float() - wanted.float()).square().sum(-1) * weights).mean()
+    size = size.clamp(min=size.median(-1, keepdim=True).values)
+    return ((output.float() - wanted.float()).square().sum(-1) / size).mean(-1).sum()
 
 
 def tune_block(
@@ -92,57 +92,55 @@ def tune_block(
 
     block:   with the compressed weights in place
     linears: its compressed linears by their names inside the block
+    samples: of several processes each has every nth; all come to the same result
     Raises NumericalError when the loss is NaN or infinite before a single step.
     """
     student = copy.deepcopy(block).float()
     trained = make_trainable(student, linears)
-    held = max(1, round(len(samples) * settings.holdout)) if len(samples) > 1 else 0
-    step_of = max(1, len(samples) // held) if held else 0
-    held_out = [sample for i, sample in enumerate(samples) if held and i % step_of == step_of - 1][:held]
-    training = [sample for sample in samples if all(sample is not other for other in held_out)] or list(samples)
-    held_out = held_out or training
+    mine = {position * processes() + rank(): sample for position, sample in enumerate(samples)}
+    training, held_out = _split(sum(gathered(len(samples))), settings.holdout)
 
-    def forward(batch: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    def loss_of(numbers: Sequence[int]) -> Tensor | None:
+        """The summed loss of those of the sequences that this process has; None when it has none of them."""
+        batch = [mine[number] for number in numbers if number in mine]
+        if not batch:
+            return None
         entering = torch.cat([sample.entering for sample in batch]).float()
-        wanted = torch.cat([sample.wanted for sample in batch])
         with torch.autocast(entering.device.type, dtype=torch.bfloat16):
             output = run_block(student, entering, join_calls([sample.call for sample in batch]))
-        return output, wanted
+        return block_loss(output, torch.cat([sample.wanted for sample in batch]))
 
     def held_out_loss() -> float:
-        total = 0.0
         with torch.no_grad():
-            for start in range(0, len(held_out), settings.batch):
-                batch = held_out[start : start + settings.batch]
-                output, wanted = forward(batch)
-                total += float(block_loss(output, wanted, token_weights(wanted))) * len(batch)
-        return total / len(held_out)
+            parts = [loss_of(numbers) for numbers in _batches(held_out, settings.batch)]
+        return sum(gathered(sum(float(part) for part in parts if part is not None))) / len(held_out)
 
     before = best = held_out_loss()
     if not math.isfinite(before):
         raise NumericalError("the loss of the block is NaN or infinite before any training; check the dense model")
     best_state: dict[str, Tensor] | None = None
-    steps_per_epoch = math.ceil(len(training) / settings.batch)
-    steps = settings.epochs * steps_per_epoch
-    optimizer = torch.optim.AdamW(_parameter_groups(student, trained, settings), weight_decay=0.0, fused=True)
+    steps = settings.epochs * len(_batches(training, settings.batch))
+    groups = _parameter_groups(student, trained, settings)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     rates = [group["lr"] for group in optimizer.param_groups]
     order = torch.Generator().manual_seed(settings.seed)
-    start_time, step = time.monotonic(), 0
-    spent = False
+    started, step, spent = time.monotonic(), 0, False
     while not spent and step < steps:
         shuffled = [training[i] for i in torch.randperm(len(training), generator=order).tolist()]
-        for first in range(0, len(shuffled), settings.batch):
+        for numbers in _batches(shuffled, settings.batch):
             progress = step / steps
             if settings.seconds is not None:
-                progress = max(progress, (time.monotonic() - start_time) / settings.seconds)
+                progress = max(progress, *gathered((time.monotonic() - started) / settings.seconds))
             if spent := progress >= 1:
                 break
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _schedule(progress)
             with torch.enable_grad():
-                output, wanted = forward(shuffled[first : first + settings.batch])
-                loss = block_loss(output, wanted, token_weights(wanted))
-                loss.backward()
+                loss = loss_of(numbers)
+                if loss is not None:
+                    (loss / len(numbers)).backward()
+            _sum_gradients(parameters)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -161,6 +159,29 @@ def tune_block(
         if not any(name.startswith(linear + ".") for linear in trained)
     }
     return Tuned({name: linear.export().validate(name) for name, linear in trained.items()}, others, before, best, step)
+
+
+def _split(count: int, holdout: float) -> tuple[list[int], list[int]]:
+    """Numbers of the sequences to train on and of those held out, spread evenly; with a single one it is both."""
+    held = min(count - 1, max(1, round(count * holdout))) if holdout else 0
+    if not held:
+        return list(range(count)), list(range(count))
+    held_out = [count * (i + 1) // held - 1 for i in range(held)]
+    return sorted(set(range(count)) - set(held_out)), held_out
+
+
+def _batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Each process has seen its own sequences; all take the same step."""
+    if processes() == 1:
+        return
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    summed = sum_over_all(torch.cat([gradient.flatten() for gradient in gradients]))
+    for parameter, part in zip(parameters, summed.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def _schedule(progress: float) -> float:
