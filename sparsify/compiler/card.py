@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from sparsify.compiler.training import short
 from sparsify.formats import ModuleScheme
 from sparsify.model.head import OutputHead
 from sparsify.recipe import Recipe, dump_recipe
@@ -38,6 +39,7 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     ]
     if head := metrics.get("head"):
         rows.insert(3, ("output head", head_in_words(head, sizes["head_bytes"])))
+    rows += [(training["kind"], training_in_words(training)) for training in metrics.get("training", [])]
     if evaluation := metrics.get("evaluation"):
         rows.append(("perplexity", shown_perplexity(evaluation["perplexity"])))
         if evaluation.get("dense_perplexity") is not None:
@@ -74,6 +76,15 @@ def head_in_words(head: dict[str, Any], nbytes: int) -> str:
     was = " (was tied to the embedding, which stays dense)" if head["tied"] else ""
     return (
         f"{head['module']}: {head['bits']}-bit, {8 * nbytes / (n * k):.2f} bits per weight, {nbytes / 1e6:.1f} MB{was}"
+    )
+
+
+def training_in_words(training: dict[str, Any]) -> str:
+    """`488 steps, 2.0M tokens of 3906 rows, teacher embedded:...; loss 1.91 to 0.73`."""
+    teacher = f", teacher {training['teacher']}" if training["teacher"] else ""
+    return (
+        f"{training['steps']} steps, {short(training['tokens'])} tokens of {training['rows']} rows{teacher}; "
+        f"loss {training['first']['loss']:.4g} to {training['last']['loss']:.4g}"
     )
 
 

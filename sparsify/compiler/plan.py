@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from sparsify.errors import RecipeError
-from sparsify.formats import get_format
-from sparsify.model.blocks import ROUTER, BlockModel, open_blocks
+from sparsify.compiler.training import PlannedTraining, plan_training
+from sparsify.errors import CheckpointError, RecipeError
+from sparsify.formats import ModuleScheme, get_format
+from sparsify.formats.directory import CompressedCheckpoint, open_compressed
+from sparsify.model.blocks import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.head import OutputHead, find_head
 from sparsify.model.linear import LinearWeights
@@ -26,7 +28,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Planned:
-    """One linear of a decoder block. source: its tensor in the checkpoint; scheme: None when it stays dense, and why."""
+    """One linear of a decoder block. source: its tensor in the checkpoint; scheme: None when it stays dense, and why.
+
+    given: how it is compressed already, in a recipe that starts from a compressed checkpoint
+    """
 
     module: str
     source: str
@@ -34,10 +39,23 @@ class Planned:
     shape: tuple[int, int]
     scheme: Scheme | None
     reason: str | None
+    given: ModuleScheme | None = None
 
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    def describe(self) -> str:
+        """What becomes of it, in words."""
+        if self.given is not None:
+            groups = (
+                "one scale per channel"
+                if self.given.group_size == self.shape[1]
+                else f"groups of {self.given.group_size}"
+            )
+            bits = "16-bit" if self.given.bits == 16 else f"{self.given.bits}-bit, {groups}"
+            return f"is {self.given.pattern} {bits}, trained"
+        return describe(self.scheme) if self.scheme else f"stays dense: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,8 @@ class Plan:
     other_dense: dict[str, str]
     store: torch.dtype
     head: PlannedHead | None = None
+    training: tuple[PlannedTraining, ...] = ()
+    compressed: CompressedCheckpoint | None = None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -89,6 +109,19 @@ class Plan:
     @property
     def needs_twin(self) -> bool:
         return self.recipe.tune is not None or any(scheme.correction > 0 for scheme in self.schemes.values())
+
+    def dense_linear_bytes(self, module: str) -> int:
+        """Bytes of a linear before it was compressed: 16-bit where that was done before this recipe."""
+        planned = self.linears[module]
+        return planned.weights * 2 if planned.given is not None else self.checkpoint.info(planned.source).nbytes
+
+    def dense_bytes(self) -> int:
+        """Bytes of the dense model."""
+        if self.compressed is None:
+            return self.checkpoint.nbytes()
+        inside = {module: scheme.shape for module, scheme in self.compressed.modules.items()}
+        packed = sum(self.compressed.nbytes(module) for module in inside)
+        return self.checkpoint.nbytes() - packed + sum(2 * n * k for n, k in inside.values())
 
     def dense_modules(self) -> dict[str, str]:
         """What stays dense and why."""
@@ -112,7 +145,7 @@ class Plan:
             sum(p.numel() for p in self.model.block(i).parameters()) * self.model.dtype.itemsize for i in range(blocks)
         )
         if not self.needs_data:
-            return Estimate(dense, dense - saved, 3 * block_bytes, 0)
+            return Estimate(dense, dense - saved, max(3 * block_bytes, self._training_bytes()), 0)
         streams = 2 if self.needs_twin else 1
         tokens = self.recipe.calibration.samples * self.recipe.calibration.sequence_length
         widest = max(p.shape[1] for p in self.linears.values())
@@ -125,7 +158,7 @@ class Plan:
             (p.block, p.module.rpartition(".")[0], p.shape[1]): p.shape[1] for p in self.linears.values() if p.scheme
         }
         hessians = streams * tokens * sum(k * k for k in inputs.values())
-        return Estimate(dense, dense - saved, memory, forward + hessians)
+        return Estimate(dense, dense - saved, max(memory, self._training_bytes()), forward + hessians)
 
     def to_json(self) -> dict[str, Any]:
         estimate = self.estimate()
@@ -144,8 +177,24 @@ class Plan:
             "head": self._head_json(),
             "dense_modules": self.dense_modules(),
             "walks": 1 if self.needs_data else 0,
+            "training": [planned.to_json() for planned in self.training],
             "estimate": vars(estimate),
         }
+
+    def _training_multiply_adds(self, planned: PlannedTraining) -> int:
+        """Forward and backward of the student, forward of the teacher; 0 where the amount of data is not known yet."""
+        weights = sum(p.weights for p in self.linears.values()) + self.model.head_weights()
+        teacher = 1 if planned.teacher is not None else 0
+        return (planned.tokens or 0) * weights * (3 + teacher)
+
+    def _describe_training(self, planned: PlannedTraining) -> str:
+        work = self._training_multiply_adds(planned)
+        return planned.describe() + (f"; about {_minutes(work, torch.bfloat16)} on this machine" if work else "")
+
+    def _training_bytes(self) -> int:
+        """Weights, gradients and two moments in float32, the weights of the products and the teacher in bfloat16."""
+        weights = sum(p.weights for p in self.linears.values())
+        return 20 * weights + 8 * self.model.head_weights() if self.training else 0
 
     def _head_json(self) -> dict[str, Any] | None:
         if self.head is None:
@@ -164,7 +213,7 @@ class Plan:
         kinds: dict[tuple[str, tuple[int, int], str], int] = {}
         for name, planned in self.linears.items():
             inside = name.removeprefix(self.model.blocks[planned.block] + ".")
-            what = describe(planned.scheme) if planned.scheme else f"stays dense: {planned.reason}"
+            what = planned.describe()
             kinds[inside, planned.shape, what] = kinds.get((inside, planned.shape, what), 0) + 1
         for (inside, shape, what), count in kinds.items():
             table.add_row(inside, f"{shape[0]} x {shape[1]}", str(count), what)
@@ -176,6 +225,8 @@ class Plan:
             if self.needs_data
             else "no walk: data-free"
         )
+        if self.compressed is not None:
+            how = "compressed already, masks stay as they are"
         table.caption = (
             f"{how}; {estimate.dense_bytes / 1e6:.0f} MB become {estimate.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
             f"memory about {estimate.memory_bytes / 1e9:.1f} GB"
@@ -184,6 +235,7 @@ class Plan:
                 if estimate.multiply_adds
                 else ""
             )
+            + "".join(f"\nthen {self._describe_training(planned)}" for planned in self.training)
         )
         return table
 
@@ -201,6 +253,8 @@ def describe(scheme: Scheme) -> str:
 
 def make_plan(recipe: Recipe, model: str) -> Plan:
     """Bind a recipe to a model. Raises RecipeError or CheckpointError when the two do not fit; runs nothing."""
+    if not recipe.compresses:
+        return _training_plan(recipe, model)
     checkpoint = open_checkpoint(model)
     opened = open_blocks(checkpoint)
     store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
@@ -220,7 +274,8 @@ def make_plan(recipe: Recipe, model: str) -> Plan:
                 reason = "routes tokens to experts"
             linears[module] = Planned(module, source, index, shape, None if reason else scheme, reason)
         other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
-    plan = Plan(recipe, opened, linears, other, store, _head(recipe, opened, store))
+    training = plan_training(recipe, checkpoint)
+    plan = Plan(recipe, opened, linears, other, store, _head(recipe, opened, store), training)
     if not plan.schemes:
         reasons = sorted({reason for reason in plan.dense_modules().values()})
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
@@ -228,6 +283,37 @@ def make_plan(recipe: Recipe, model: str) -> Plan:
     outside -= {plan.head.head.source} if plan.head is not None and not plan.head.head.tied else set()
     other |= {opened.sources[name][0].removesuffix(".weight"): "outside the decoder blocks" for name in sorted(outside)}
     return plan
+
+
+def _training_plan(recipe: Recipe, model: str) -> Plan:
+    """The plan of a recipe without prune and quantize: the checkpoint is compressed already and is only trained."""
+    compressed = open_compressed(model)
+    checkpoint = compressed.checkpoint
+    meta = meta_model(checkpoint, torch.float32)
+    names = [*compressed.other_names(), *(f"{module}.weight" for module in compressed.modules)]
+    opened = BlockModel(checkpoint, meta, find_blocks(meta), target_names(meta, names), torch.float32)
+    linears = {}
+    for module, scheme in compressed.modules.items():
+        source = f"{module}.weight"
+        target = opened.sources[source][0] if source in opened.sources else source
+        if (block := opened.owner(target)) is not None:
+            name = target.removesuffix(".weight")
+            linears[name] = Planned(name, source, block, scheme.shape, None, None, scheme)
+    if not linears:
+        raise CheckpointError(
+            f"{model} holds no compressed linear, and this recipe only trains; compress it first, for instance with "
+            f"2of4, or write 2:4 zeros as such: sparsify export {model} --format sparse24"
+        )
+    outside = {name for name in compressed.other_names() if len(checkpoint.shape(name)) == 2}
+    other = {
+        name.removesuffix(".weight"): "outside the decoder blocks"
+        if opened.owner(opened.sources[name][0]) is None
+        else "dense"
+        for name in sorted(outside)
+        if name in opened.sources
+    }
+    store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
+    return Plan(recipe, opened, linears, other, store, None, plan_training(recipe, checkpoint), compressed)
 
 
 def _head(recipe: Recipe, opened: BlockModel, store: torch.dtype) -> PlannedHead | None:

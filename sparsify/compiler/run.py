@@ -17,13 +17,14 @@ from rich.table import Table
 from torch import Tensor
 
 from sparsify import __version__
-from sparsify.compiler.card import head_in_words, head_note, model_card, shown_perplexity
+from sparsify.compiler.card import head_in_words, head_note, model_card, shown_perplexity, training_in_words
 from sparsify.compiler.plan import Plan, make_plan
+from sparsify.compiler.train import train_stage
 from sparsify.data import calibration_tokens
 from sparsify.errors import SparsifyError
 from sparsify.files import atomic_write, cache_directory, read_json, write_json
 from sparsify.formats import ModuleScheme
-from sparsify.formats.directory import CheckpointWriter
+from sparsify.formats.directory import CheckpointWriter, CompressedCheckpoint
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.model.checkpoint import read_header
 from sparsify.model.linear import LinearWeights
@@ -76,6 +77,8 @@ class Applied:
             table.add_row("output error, worst", f"{worst['relative_error']:.4f} at {worst['module']}")
         for reason, count in _counted(entry["reason"] for entry in self.metrics["dense_modules"]).items():
             table.add_row("left dense", f"{count}: {reason}")
+        for training in self.metrics["training"]:
+            table.add_row(training["kind"], training_in_words(training))
         if evaluation := self.metrics.get("evaluation"):
             table.add_row("perplexity", shown_perplexity(evaluation["perplexity"]))
         return table
@@ -103,22 +106,28 @@ def apply(
         recipe = recipe.model_copy(update={"model": model})
     plan = make_plan(recipe, model)
     writer = CheckpointWriter(
-        output, recipe.export.format, plan.checkpoint, resume=resume, identity=dump_recipe(recipe)
+        output, recipe.export.format, plan.checkpoint, resume=resume, identity=dump_recipe(resumable(recipe))
     )
     finished = writer.parts()
     notes = _Notes(writer.work / "notes")
-    if plan.needs_data:
+    if plan.compressed is not None:
+        _carry(plan, plan.compressed, writer, finished, notes)
+    elif plan.needs_data:
         _walk(plan, writer, finished, notes, quiet, spill)
     else:
         _stream(plan, writer, finished, notes, quiet)
-    if OUTER not in finished:
+    if OUTER not in writer.parts():
         _outer(plan, writer, notes)
+    trained = time.perf_counter()
+    _train(plan, writer, notes, quiet)
+    trained = time.perf_counter() - trained
     metrics = _metrics(plan, notes, writer)
     record = {
         "sparsify": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - start, 1),
+        "training_seconds": round(trained, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "resumed_after_blocks": len(finished - {OUTER}),
         "command": sys.argv,
@@ -160,6 +169,55 @@ def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Note
             notes.write(index, _layer_notes(index, result.linears, rewriting.errors), result.skipped, tuning)
             writer.write_part(_part(index), *_block_tensors(plan, index, result.linears, result.others))
             bar.advance()
+
+
+def _carry(
+    plan: Plan, compressed: CompressedCheckpoint, writer: CheckpointWriter, finished: set[str], notes: _Notes
+) -> None:
+    """Take over a checkpoint that is compressed already, block by block, as the walk would have left it."""
+    owners = {name: plan.model.owner(target) for name, (target, _) in plan.model.sources.items()}
+    for index in [*range(len(plan.model.blocks)), None]:
+        part = OUTER if index is None else _part(index)
+        if part in finished:
+            continue
+        mine = {name for name, owner in owners.items() if owner == index}
+        linears = {m: compressed.linear(m) for m in compressed.modules if f"{m}.weight" in mine}
+        biases = {f"{module}.bias" for module, linear in linears.items() if linear.bias is not None}
+        plain = [name for name in compressed.other_names() if name in mine and name not in biases]
+        if index is not None:
+            notes.write(index, _layer_notes(index, _by_module(plan, linears), {}), {})
+        writer.write_part(part, linears, {name: _stored(plan, compressed.tensor(name)) for name in plain})
+
+
+def _train(plan: Plan, writer: CheckpointWriter, notes: _Notes, quiet: bool) -> None:
+    """The training passes, each on what the one before left. Notes of the layers follow the weights."""
+    for number, planned in enumerate(plan.training, 1):
+        if writer.stage >= number:
+            continue
+
+        def conclude(summary: dict[str, Any], linears: dict[str, LinearWeights], number: int = number) -> None:
+            trained = _by_module(plan, linears)
+            for index in range(len(plan.model.blocks)):
+                note = notes.read(index)
+                errors = {layer["module"]: layer["relative_error"] for layer in note["layers"]}
+                mine = {layer["module"]: trained[layer["module"]] for layer in note["layers"]}
+                notes.write_layers(index, _layer_notes(index, mine, errors))
+            notes.write_training(number, summary)
+
+        train_stage(number, planned, plan.checkpoint, plan.recipe.calibration, writer, conclude, quiet)
+
+
+def resumable(recipe: Recipe) -> Recipe:
+    """The recipe without what may differ when an interrupted run is continued: a diverged training goes on at a lower rate."""
+
+    def fixed(step: Any) -> Any:
+        if step not in recipe.training:
+            return step
+        fields = type(step).model_fields
+        free = ("learning_rate", "scale_learning_rate", "norm_learning_rate", "save_every", "tensorboard")
+        return step.model_copy(update={name: fields[name].default for name in free if name in fields})
+
+    return recipe.model_copy(update={"passes": [fixed(step) for step in recipe.passes]})
 
 
 def _stream(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Notes, quiet: bool) -> None:
@@ -273,11 +331,21 @@ class _Notes:
         note = {"layers": layers, "skipped": skipped, "tuning": tuning.note if tuning is not None else None}
         write_json(self.directory / f"{_part(index)}.json", note)
 
+    def write_layers(self, index: int, layers: list[dict[str, Any]]) -> None:
+        """What became of the layers of a finished block afterwards."""
+        write_json(self.directory / f"{_part(index)}.json", {**self.read(index), "layers": layers})
+
     def read(self, index: int) -> dict[str, Any]:
         return read_json(self.directory / f"{_part(index)}.json")
 
     def write_head(self, note: dict[str, Any]) -> None:
         write_json(self.directory / f"{OUTER}.json", note)
+
+    def write_training(self, number: int, note: dict[str, Any]) -> None:
+        write_json(self.directory / f"training-{number}.json", note)
+
+    def read_training(self, number: int) -> dict[str, Any]:
+        return read_json(self.directory / f"training-{number}.json")
 
     def read_head(self) -> dict[str, Any]:
         return read_json(self.directory / f"{OUTER}.json")
@@ -323,7 +391,7 @@ def _exported(plan: Plan, module: str) -> str:
 
 
 def _by_module(plan: Plan, stored: dict[str, LinearWeights]) -> dict[str, LinearWeights]:
-    modules = {_exported(plan, module): module for module in plan.schemes}
+    modules = {_exported(plan, module): module for module in plan.linears}
     return {modules[name]: linear for name, linear in stored.items()}
 
 
@@ -379,10 +447,10 @@ def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, A
     layers = [layer for note in found for layer in note["layers"]]
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     linear_bytes = sum(by_module[_exported(plan, layer["module"])] for layer in layers)
-    replaced = [plan.linears[layer["module"]].source for layer in layers]
     own = [plan.head.head.source] if plan.head is not None and not plan.head.head.tied else []
     dense_head_bytes = sum(plan.checkpoint.info(name).nbytes for name in own)
-    outside = plan.checkpoint.nbytes() - sum(plan.checkpoint.info(name).nbytes for name in [*replaced, *own])
+    dense_bytes = plan.dense_bytes()
+    outside = dense_bytes - sum(plan.dense_linear_bytes(layer["module"]) for layer in layers) - dense_head_bytes
     calibration = plan.recipe.calibration
     return {
         "version": 1,
@@ -399,13 +467,14 @@ def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, A
         "head": head,
         "dense_modules": [{"module": module, "reason": reason} for module, reason in dense.items()],
         "sizes": {
-            "dense_bytes": plan.checkpoint.nbytes(),
+            "dense_bytes": dense_bytes,
             "compressed_bytes": sum(writer.tensor_bytes().values()),
             "outside_bytes": outside,
             "bits_per_weight": round(8 * linear_bytes / max(weights, 1), 4),
             "head_bytes": 0 if head is None else by_module[head["module"]],
             "dense_head_bytes": dense_head_bytes,
         },
+        "training": [notes.read_training(number) for number in range(1, len(plan.training) + 1)],
         "evaluation": None,
     }
 

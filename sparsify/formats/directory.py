@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,7 @@ class CheckpointWriter:
         self.format: Format = get_format(format)
         self.source = source
         self.work = partial_directory(self.output)
-        self._parts = self.work / "parts"
+        self.stage = max((int(d.name.rpartition("-")[2]) for d in self.work.glob("parts-*")), default=0)
         if self.output.exists():
             raise CheckpointError(f"{self.output} exists already; choose another output or remove it first")
         record = {"format": format, "source": source.spec, "identity": identity}
@@ -103,6 +104,29 @@ class CheckpointWriter:
                 stale.unlink()
             write_json(self.work / "writer.json", record)
 
+    @property
+    def _parts(self) -> Path:
+        """The parts as the last finished stage left them."""
+        return self.work / (f"parts-{self.stage}" if self.stage else "parts")
+
+    @contextmanager
+    def next_stage(self) -> Iterator[Callable[[str, Mapping[str, LinearWeights], Mapping[str, Tensor]], None]]:
+        """Write every part again, as training changed it. Yields what writes one; the new parts count when all are there.
+
+        A kill before that leaves the parts of the stage before, to which the same stage can be applied again.
+        """
+        after = self.work / f"parts-{self.stage + 1}"
+        aside = self.work / f".{after.name}{PARTIAL}"
+        with writing(aside):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        yield partial(self._write, aside)
+        if {file.stem for file in aside.glob("*.safetensors")} != self.parts():
+            raise CheckpointError(f"{aside} holds other parts than {self._parts}; this is a bug in sparsify")
+        with writing(after):
+            publish(aside, after)
+        self.stage += 1
+
     def parts(self) -> set[str]:
         """Names of the finished parts."""
         return {file.stem for file in self._parts.glob("*.safetensors")}
@@ -113,6 +137,11 @@ class CheckpointWriter:
         linears: compressed linears by module name; tensors: all other tensors of the part by full name.
         A linear that the format cannot hold is written dense and listed in `dense_modules`.
         """
+        self._write(self._parts, part, linears, tensors)
+
+    def _write(
+        self, directory: Path, part: str, linears: Mapping[str, LinearWeights], tensors: Mapping[str, Tensor]
+    ) -> None:
         encoded: dict[str, Tensor] = {}
         record = _Record(self.format.name, {}, {}, [], {})
         for module, linear in linears.items():
@@ -131,7 +160,7 @@ class CheckpointWriter:
             encoded |= {f"{module}.{suffix}": tensor for suffix, tensor in new.items()}
         for name in sorted(set(encoded) & set(tensors)):
             raise CheckpointError(f"part {part} holds {name} twice, as a compressed linear and as a plain tensor")
-        file = self._file(part)
+        file = directory / self._file(part).name
         aside = file.with_name(f".{file.name}.{os.getpid()}{PARTIAL}")
         lazy = {name: LazyTensor.of(tensor) for name, tensor in {**encoded, **tensors}.items()}
         try:

@@ -46,6 +46,11 @@ class BlockModel:
     dtype: torch.dtype
     _by_prefix: dict[str, list[str]] = field(default_factory=dict)
 
+    def head_weights(self) -> int:
+        """Weights of the output head, whether they are tied to the embedding or not."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        return 0 if head is None else sum(p.numel() for p in head.parameters())
+
     def block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.blocks[index])
 
@@ -69,7 +74,7 @@ class BlockModel:
 
     def load(self, index: int | None) -> None:
         """Read the parameters of one block (None: everything outside the blocks) from the checkpoint."""
-        _load(self.model, {name: self.checkpoint.tensor(name) for name in self.source_names(index)}, self.dtype)
+        load_state(self.model, {name: self.checkpoint.tensor(name) for name in self.source_names(index)}, self.dtype)
         if index is None:
             return  # what is missing there (an untied lm_head, say) is noticed only if the walk needs it
         for name, parameter in self.block(index).named_parameters():
@@ -98,23 +103,32 @@ class BlockModel:
         ]
 
 
-def _load(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Transformers shows no progress bars of its own meanwhile."""
     from transformers.utils import logging as transformers_logging
 
     show = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
+        yield
+    finally:
+        if show:
+            transformers_logging.enable_progress_bar()
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Put checkpoint tensors into a model on the meta device, as transformers would: renamed, assembled, in `dtype`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    with without_bars():
         info, _ = convert_and_load_state_dict_in_model(
             model=model,
             state_dict=state,
             load_config=LoadStateDictConfig(dtype=dtype, weight_mapping=get_model_conversion_mapping(model)),
         )
-    finally:
-        if show:
-            transformers_logging.enable_progress_bar()
     if info.mismatched_keys or info.conversion_errors:
         problem = sorted(map(str, info.mismatched_keys or info.conversion_errors))[0]
         raise CheckpointError(f"checkpoint tensor {problem} does not fit the model that config.json describes")
@@ -122,6 +136,11 @@ def _load(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> Non
 
 def source_map(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[str, bool]]:
     """Where transformers puts each checkpoint tensor, by its own renaming rules."""
+    return target_names(model, checkpoint.names())
+
+
+def target_names(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, bool]]:
+    """Checkpoint tensor name -> (name in the model, whether it is the same tensor), for the names that the model knows."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -130,7 +149,7 @@ def source_map(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[str,
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = {name: p for name, p in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
     sources = {}
-    for name in checkpoint.names():
+    for name in names:
         target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if target not in state and name in state:
             target, converter = name, None

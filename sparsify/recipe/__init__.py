@@ -16,9 +16,13 @@ from sparsify.recipe.ready import ready_recipes
 from sparsify.recipe.schema import (
     PASSES,
     Calibration,
+    Columns,
+    Distill,
     Evaluation,
     Export,
+    Finetune,
     Head,
+    LossWeights,
     Pass,
     Prune,
     Quantize,
@@ -30,9 +34,13 @@ from sparsify.recipe.words import closest
 
 __all__ = [
     "Calibration",
+    "Columns",
+    "Distill",
     "Evaluation",
     "Export",
+    "Finetune",
     "Head",
+    "LossWeights",
     "Pass",
     "Prune",
     "Quantize",

@@ -57,10 +57,15 @@ def _submodel(annotation: Any) -> type[BaseModel] | None:
 
 
 def options_at(path: KeyPath) -> tuple[Any, ...]:
-    """The values a key may take when there is a list of them."""
+    """The values a key, or an entry of the list under a key, may take when there are few."""
+    entry = isinstance(path[-1], int)
+    path = path[:-1] if entry else path
     model = model_at(path[:-1])
     field = model.model_fields.get(str(path[-1])) if model else None
-    return typing.get_args(field.annotation) if field and typing.get_origin(field.annotation) is typing.Literal else ()
+    annotation = field.annotation if field else None
+    if entry and typing.get_origin(annotation) is list:
+        (annotation,) = typing.get_args(annotation)
+    return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
 
 
 def unknown_key(path: KeyPath) -> str:
@@ -112,7 +117,8 @@ def _wrong_option(path: KeyPath, value: Any) -> str:
     if path == ("version",):
         return f"this sparsify reads recipes of version 1, not {shown(value)}"
     options = options_at(path)
-    message = f"{path[-1]} must be {either(options)}, not {shown(value)}"
+    name = f"an entry of {path[-2]}" if isinstance(path[-1], int) else path[-1]
+    message = f"{name} must be {either(options)}, not {shown(value)}"
     if path[-1] == "group_size" and not isinstance(value, bool) and value in (-1, 0, None):
         return f"{message}; for one scale per row write channel"
     if path[-1] == "bits" and value == 16:

@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     Tag,
+    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
@@ -219,8 +220,219 @@ class Tune(_Pass):
     )
 
 
-PASSES: dict[str, type[_Pass]] = {model.kind: model for model in (Prune, Quantize, Tune)}
-PLANNED_PASSES = ("depth", "distill")
+UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+
+
+def _count(value: Any) -> Any:
+    """`2M`, `500k` and `1.5B` as numbers; whatever else is left to the type check."""
+    if isinstance(value, str) and (found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKMBG]?)", value.strip())):
+        return round(float(found[1]) * UNITS[found[2]])
+    return value
+
+
+Count = Annotated[
+    int,
+    BeforeValidator(_count),
+    Field(ge=1),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?\s*[kKMBG]?$"},
+            ]
+        }
+    ),
+]
+"""A number of tokens, written as 2000000, 500k, 2M or 1.5B."""
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class LossWeights(_Model):
+    """How much each part of the loss counts; 0 leaves it out."""
+
+    feature: Weight = Field(
+        default=1.0, description="SquareHead: relative squared distance of the hidden states after every block"
+    )
+    logits: Weight = Field(default=1.0, description="KL divergence from the teacher's next-token distribution")
+    cross_entropy: Weight = Field(default=0.0, description="next-token loss on the text itself")
+
+
+class FinetuneWeights(LossWeights):
+    """How much each part of the loss counts; feature and logits need a teacher."""
+
+    feature: Weight = Field(default=0.0, description="as in distill")
+    logits: Weight = Field(default=0.0, description="as in distill")
+    cross_entropy: Weight = Field(default=1.0, description="next-token loss on the answers")
+
+
+class _Training(_Pass):
+    """Common to the passes that train the whole model. Masks never change."""
+
+    method: str
+    sequence_length: int = Field(default=512, ge=2, description="tokens per row of training text")
+    batch_size: int = Field(default=8, ge=1, description="rows per optimiser step, all devices together")
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="rows that run at once on a device, less memory when small; default batch_size"
+    )
+    learning_rate: Rate = Field(
+        default=2e-3, description="of the weights at its peak, relative to the root mean square of those kept"
+    )
+    scale_learning_rate: Rate = Field(default=5e-4, description="of the scales, relative to their root mean square")
+    norm_learning_rate: Rate = Field(
+        default=5e-4, description="of norms and biases, relative to their root mean square"
+    )
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps over which the rate rises from 0")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="how the learning rate falls to 0 after warmup; constant: it stays"
+    )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="divides both models' logits before their divergence is taken",
+    )
+    train: list[Literal["linears", "norms", "embedding"]] = Field(
+        default=["linears", "norms"],
+        min_length=1,
+        description="what changes: the compressed linears, norms (with all biases), embedding (with a head tied to it)",
+    )
+    quantize_in_loop: bool = Field(
+        default=True,
+        description="train what quantization makes of the weights, scales too; false rounds once, at the end",
+    )
+    precision: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="of matrix products; parameters are always float32"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep one activation per block and compute the rest again: less memory, more time"
+    )
+    save_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints to resume from; default a tenth of all steps"
+    )
+    tensorboard: str | None = Field(default=None, min_length=1, description="directory for TensorBoard's event files")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the order of the rows")
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> "_Training":
+        micro = self.micro_batch_size
+        if micro is not None and self.batch_size % micro:
+            raise refuse(f"micro_batch_size {micro} does not divide batch_size {self.batch_size}", "micro_batch_size")
+        return self
+
+
+class Distill(_Training):
+    """Train the compressed model to do what the dense one does. One teacher, the same text for both."""
+
+    kind: ClassVar[Literal["distill"]] = "distill"
+
+    method: Literal["squarehead"] = Field(
+        description="squarehead: hidden states after every block, next-token distribution, and the text itself"
+    )
+    tokens: Count = Field(description="tokens seen in training, repeated ones counted again: 2M, 500k")
+    source: str | None = Field(
+        default=None, description="text to train on, as calibration.source; default what calibration reads"
+    )
+    samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows of text to read, repeated until tokens is reached; default as many as tokens asks for",
+    )
+    weights: LossWeights = LossWeights()
+    teacher: str | None = Field(default=None, min_length=1, description="default the dense model")
+    teacher_logits: Literal["online", "cached"] = Field(
+        default="online",
+        description="online runs the teacher beside the student; cached runs it once and keeps its top_k on disk",
+    )
+    top_k: int = Field(default=64, ge=1, description="logits per token in the cache; the others are kept as one sum")
+
+    @field_validator("source")
+    @classmethod
+    def _known_source(cls, source: str | None) -> str | None:
+        if source is not None and (problem := source_problem(source)):
+            raise refuse(problem)
+        return source
+
+    @model_validator(mode="after")
+    def _check(self) -> "Distill":
+        weights = self.weights
+        step = self.batch_size * self.sequence_length
+        if self.tokens < step:
+            raise refuse(
+                f"{self.tokens} tokens are less than one step of {self.batch_size} x {self.sequence_length} = {step}; "
+                f"raise tokens or lower batch_size",
+                "tokens",
+            )
+        if not weights.feature and not weights.logits:
+            raise refuse("neither feature nor logits counts, so there is nothing to learn from the teacher", "weights")
+        if self.teacher_logits == "cached" and weights.feature:
+            raise refuse(
+                "the cache holds the teacher's logits but weights.feature asks for its hidden states; "
+                "set weights.feature: 0 or teacher_logits: online",
+                "teacher_logits",
+            )
+        if self.teacher_logits == "online" and self.top_k != type(self).model_fields["top_k"].default:
+            raise refuse("top_k has no effect with teacher_logits online; remove it", "top_k")
+        if self.temperature != 1 and not weights.logits:
+            raise refuse("temperature has no effect without weights.logits; remove it", "temperature")
+        if self.temperature != 1 and self.teacher_logits == "cached":
+            raise refuse(
+                "cached logits know the sum of the rest at temperature 1 only; remove temperature", "temperature"
+            )
+        return self
+
+
+class Columns(_Model):
+    """Names of the fields of records that are no `messages`."""
+
+    prompt: str = Field(min_length=1, description="field with what the user says")
+    answer: str = Field(min_length=1, description="field with what the model should answer")
+
+
+class Finetune(_Training):
+    """Supervised fine-tuning on conversations; only what the assistant says is learned."""
+
+    kind: ClassVar[Literal["finetune"]] = "finetune"
+
+    method: Literal["sft"] = Field(default="sft", description="sft: cross entropy on the answers")
+    data: str = Field(
+        description='file:PATH (jsonl or parquet, {"messages": [...]} per record) or hub:ID[:CONFIG[:SPLIT]]'
+    )
+    columns: Columns | None = Field(default=None, description="for records with other fields than messages")
+    epochs: int = Field(default=1, ge=1, description="how often each conversation is seen")
+    samples: int | None = Field(default=None, ge=1, description="conversations to read; default all")
+    weights: FinetuneWeights = FinetuneWeights()
+    teacher: str | None = Field(
+        default=None, min_length=1, description="a dense model fine-tuned on the same data, for feature and logits"
+    )
+
+    @field_validator("data")
+    @classmethod
+    def _known_source(cls, data: str) -> str:
+        if problem := source_problem(data):
+            raise refuse(problem.replace("self, ", ""))
+        if data == "self":
+            raise refuse("fine-tuning needs conversations: file:PATH or hub:ID[:CONFIG[:SPLIT]]")
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> "Finetune":
+        weights = self.weights
+        if not (weights.feature or weights.logits or weights.cross_entropy):
+            raise refuse("all weights are 0, so there is nothing to learn", "weights")
+        if self.teacher is None and (weights.feature or weights.logits):
+            raise refuse(
+                "feature and logits compare with a teacher; name one with teacher, or set both to 0", "weights"
+            )
+        if self.teacher is not None and not (weights.feature or weights.logits):
+            raise refuse("teacher has no effect while weights.feature and weights.logits are 0", "teacher")
+        if self.temperature != 1 and not weights.logits:
+            raise refuse("temperature has no effect without weights.logits; remove it", "temperature")
+        return self
+
+
+PASSES: dict[str, type[_Pass]] = {model.kind: model for model in (Prune, Quantize, Tune, Distill, Finetune)}
+PLANNED_PASSES = ("depth",)
 
 
 def _one_key(value: Any) -> Any:
@@ -258,7 +470,11 @@ def _kind(value: Any) -> str:
 
 
 Pass = Annotated[
-    Annotated[Prune, Tag("prune")] | Annotated[Quantize, Tag("quantize")] | Annotated[Tune, Tag("tune")],
+    Annotated[Prune, Tag("prune")]
+    | Annotated[Quantize, Tag("quantize")]
+    | Annotated[Tune, Tag("tune")]
+    | Annotated[Distill, Tag("distill")]
+    | Annotated[Finetune, Tag("finetune")],
     Discriminator(_kind),
     BeforeValidator(_one_key),
 ]
@@ -344,6 +560,16 @@ class Recipe(_Model):
     def tune(self) -> Tune | None:
         return next((step for step in self.passes if isinstance(step, Tune)), None)
 
+    @property
+    def training(self) -> list[Distill | Finetune]:
+        """The passes that train the whole model after it was compressed, in order."""
+        return [step for step in self.passes if isinstance(step, Distill | Finetune)]
+
+    @property
+    def compresses(self) -> bool:
+        """Whether a dense model is compressed first; otherwise the recipe starts from a compressed one."""
+        return len(self.training) < len(self.passes)
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         for check in CONFLICTS:
@@ -393,6 +619,40 @@ def _order(recipe: Recipe) -> None:
         )
 
 
+def _training_last(recipe: Recipe) -> None:
+    """Training needs all masks and scales; nothing after it could compress without undoing it."""
+    first = next((index for index, step in enumerate(recipe.passes) if isinstance(step, Distill | Finetune)), None)
+    for index, step in enumerate(recipe.passes):
+        if first is not None and index > first and not isinstance(step, Distill | Finetune):
+            before = recipe.passes[first].kind
+            raise refuse(
+                f"{step.kind} comes after {before}, which trains the compressed model as a whole; put {step.kind} first",
+                "passes",
+                index,
+                step.kind,
+            )
+
+
+def _starts_compressed(recipe: Recipe) -> None:
+    """A recipe that only trains reads a compressed checkpoint, which does not say what the dense model was."""
+    if recipe.compresses:
+        return
+    for index, step in enumerate(recipe.passes):
+        if isinstance(step, Distill) and step.teacher is None:
+            raise refuse(
+                "this recipe starts from a compressed model, so name the dense one: teacher: MODEL",
+                "passes",
+                index,
+                "distill",
+            )
+    if recipe.export.head is not None:
+        raise refuse(
+            "a recipe that only trains leaves the output head as it is; quantize it with sparsify export --head",
+            "export",
+            "head",
+        )
+
+
 def _joint(recipe: Recipe) -> None:
     """Pruning and quantizing a linear share one Hessian and one target, so what shapes those cannot differ."""
     prune, quantize = recipe.prune, recipe.quantize
@@ -414,7 +674,7 @@ def _joint(recipe: Recipe) -> None:
 
 
 def _format(recipe: Recipe) -> None:
-    if recipe.export.format == "pack-quantized" and recipe.quantize is None:
+    if recipe.export.format == "pack-quantized" and recipe.quantize is None and recipe.compresses:
         raise refuse(
             "pack-quantized stores integers but no pass quantizes; add a quantize pass or export sparse24",
             "export",
@@ -423,6 +683,15 @@ def _format(recipe: Recipe) -> None:
 
 
 def _leak(recipe: Recipe) -> None:
+    for step in recipe.training:
+        text = step.source if isinstance(step, Distill) else step.data
+        if text is not None and recipe.evaluation is not None and same_text(text, recipe.evaluation.text):
+            raise refuse(
+                f"evaluation reads the text that {step.kind} trains on, which would flatter the result; "
+                "give one of them another file",
+                "evaluation",
+                "text",
+            )
     if recipe.evaluation is not None and same_text(recipe.calibration.source, recipe.evaluation.text):
         raise refuse(
             "evaluation reads the same text as calibration, which would flatter the result; "
@@ -432,7 +701,15 @@ def _leak(recipe: Recipe) -> None:
         )
 
 
-CONFLICTS: tuple[Callable[[Recipe], None], ...] = (_duplicates, _order, _joint, _format, _leak)
+CONFLICTS: tuple[Callable[[Recipe], None], ...] = (
+    _duplicates,
+    _training_last,
+    _order,
+    _starts_compressed,
+    _joint,
+    _format,
+    _leak,
+)
 
 
 def problem_path(context: dict[str, Any]) -> KeyPath:

@@ -53,6 +53,7 @@ def render_page(metrics: Mapping[str, Any], evaluations: Any = None, bench: Mapp
         f'<div class="two"><div>{beside}</div><div>{size(metrics)}</div></div>',
         speed(bench) if measured_speed else "",
         answers(bench or {}),
+        training_section(metrics),
         layer_section(metrics, layers),
         dense_modules(metrics),
         recipe(metrics),
@@ -399,6 +400,24 @@ def workload(bench: Mapping[str, Any]) -> str:
     return "; ".join(said) + "."
 
 
+def training_section(metrics: Mapping[str, Any]) -> str:
+    """What the training passes did: one table and one curve each."""
+    bodies = []
+    for note in metrics.get("training") or []:
+        curve = [(int(step), float(loss)) for step, loss in note["curve"]]
+        first, last = note["first"], note["last"]
+        entries = [
+            ("steps", f"{note['steps']:,}"),
+            ("tokens", f"{words.count(note['tokens'])} of {note['rows']:,} rows"),
+            ("teacher", f"<code>{esc(note['teacher'])}</code>" if note.get("teacher") else "none"),
+        ]
+        entries += [(name.replace("_", " "), f"{first[name]:.4g} → {last[name]:.4g}") for name in first if name in last]
+        label = f"Loss of {note['kind']}, from {first['loss']:.4g} to {last['loss']:.4g}"
+        picture = figure(partial(svg.loss_curve, curve, label=label), "Loss over the steps of training.")
+        bodies.append(f"<h3>{esc(note['kind'])}: {esc(note['method'])}</h3>{facts(entries)}{picture}")
+    return section("Training", "".join(bodies)) if bodies else ""
+
+
 def layer_section(metrics: Mapping[str, Any], layers: Sequence[Layer]) -> str:
     if not layers:
         return section("Layer by layer", "<p class='note'>No linear was compressed.</p>")
@@ -406,7 +425,9 @@ def layer_section(metrics: Mapping[str, Any], layers: Sequence[Layer]) -> str:
     if measured:
         body = (
             "<p>Relative error of a linear: how much of its output's energy is lost, ‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², on the "
-            "calibration inputs that reach it in the compressed model.</p>"
+            "calibration inputs that reach it in the compressed model."
+            + (" Measured before the model was trained as a whole." if metrics.get("training") else "")
+            + "</p>"
         )
         body += figure(lambda w: svg.heat_map(layers, w), "Every cell is one linear; point at it for its figures.")
         body += "<h3>Error by depth</h3>" + figure(

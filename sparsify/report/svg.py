@@ -174,6 +174,30 @@ def depth_chart(layers: Sequence[Layer], width: float) -> str:
     return drawing.render()
 
 
+def loss_curve(points: Sequence[tuple[int, float]], width: float, label: str) -> str:
+    """The mean loss over the steps of a training; from 0 up, so that a drop looks as large as it is."""
+    left, top, bottom, height = 52, 12, 38, 200
+    ticks = nice_ticks(max(loss for _, loss in points))
+    peak, first, last = ticks[-1] or 1.0, points[0][0], points[-1][0]
+
+    def at(step: int, loss: float) -> tuple[float, float]:
+        share = (step - first) / (last - first) if last > first else 0.5
+        return left + 8 + share * (width - left - 20), top + (1 - loss / peak) * (height - top - bottom)
+
+    drawing = Drawing(width, height, label)
+    for tick in ticks:
+        y = at(first, tick)[1]
+        drawing.line(left, y, width, y, "grid")
+        drawing.text(left - 8, y + 4, f"{tick:g}", "tick", "end")
+    drawing.path([at(*point) for point in points], "curve")
+    for point in (points[0], points[-1]):
+        drawing.circle(*at(*point), 3.5, "dot", f"step {point[0]}: {point[1]:.4g}")
+    drawing.text(at(first, 0)[0], height - bottom + 18, str(first), "tick", "middle")
+    drawing.text(at(last, 0)[0], height - bottom + 18, str(last), "tick", "end")
+    drawing.text(width, height - 4, "step", "tick", "end")
+    return drawing.render()
+
+
 def nice_ticks(ceiling: float, wanted: int = 4) -> list[float]:
     """0 and round steps (1, 2, 2.5, 5 times a power of ten) up to the first one that covers `ceiling`."""
     if ceiling <= 0:

@@ -307,3 +307,40 @@ def test_one_block_and_many_blocks():
                 ]
                 assert max(edges, default=0) <= width + 0.1
                 Document(picture)
+
+
+def test_training_is_shown_with_its_losses_and_its_curve():
+    metrics = sample_metrics(4)
+    assert "Training" not in render_page(metrics)
+    metrics["training"] = [
+        {
+            "kind": "distill",
+            "method": "squarehead",
+            "steps": 488,
+            "rows": 1024,
+            "tokens": 1_998_848,
+            "teacher": "a<b",
+            "first": {"loss": 1.25, "feature": 0.5, "logits": 0.75},
+            "last": {"loss": 0.5, "feature": 0.2, "logits": 0.3},
+            "curve": [[1, 1.25], [200, 0.8], [488, 0.5]],
+        }
+    ]
+    page = render_page(metrics)
+    text = " ".join(Document(page).words)
+    for words_of_it in (
+        "distill: squarehead",
+        "1,024 rows",
+        "a<b",
+        "1.25 → 0.5",
+        "0.5 → 0.2",
+        "before the model was trained",
+    ):
+        assert words_of_it in text, words_of_it
+    for width in (svg.WIDE, svg.NARROW):
+        one = svg.loss_curve([(1, 3.0)], width, "one step")
+        many = svg.loss_curve([(i, 10.0 / i) for i in range(1, 101)], width, "many")
+        for picture in (one, many):
+            Document(picture)
+            assert max(float(x) for x in re.findall(r'cx="([\d.]+)"', picture)) <= width
+        heights = [float(y) for y in re.findall(r"[ML] ?[\d.]+,([\d.]+)", many)]
+        assert heights == sorted(heights)  # a falling loss goes down on the page

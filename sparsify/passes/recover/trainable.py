@@ -6,7 +6,7 @@ Rounding has no useful gradient, so it is passed straight through (arXiv 1308.34
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,29 +14,57 @@ from torch import Tensor, nn
 
 from sparsify.model.linear import CODE_RANGE, LinearWeights
 
+PIECE = 1 << 16  # weights rounded at once on a CPU, so that what lies between two operations stays in the cache
+
+
+def round_to_grid(W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int) -> Tensor:
+    """scale * clamp(round(W / scale)) inside the mask. W: [N, K] float32; scale: [N, K/G] float32; mask: bool [N, K] or None."""
+    rounded = torch.empty_like(W)
+    for rows in _pieces(W):
+        steps = scale[rows, :, None]
+        torch.div(_groups(W[rows], scale), steps, out=_groups(rounded[rows], scale))
+        _groups(rounded[rows], scale).round_().clamp_(low, high).mul_(steps)
+        if mask is not None:
+            rounded[rows].mul_(mask[rows])
+    return rounded
+
+
+def grid_gradient(
+    gradient: Tensor, W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    """From the gradient of `round_to_grid`'s result those of W: [N, K] and of scale: [N, K/G]."""
+    d_weight, d_scale = torch.empty_like(W), torch.empty_like(scale)
+    for rows in _pieces(W):
+        ratio = _groups(W[rows], scale) / scale[rows, :, None]
+        code = ratio.round().clamp_(low, high)
+        error = ratio.neg_().add_(code)
+        inside = error.abs() <= 0.5
+        of_group = gradient[rows] if mask is None else gradient[rows] * mask[rows]
+        of_group = _groups(of_group, scale)
+        torch.mul(of_group, inside, out=_groups(d_weight[rows], scale))
+        torch.sum(torch.where(inside, error, code).mul_(of_group), 2, out=d_scale[rows])
+    return d_weight, d_scale
+
+
+def _pieces(W: Tensor) -> Iterator[slice]:
+    """Rows to work on together; all of them where there is no cache to stay in."""
+    n, k = W.shape
+    step = max(1, PIECE // k) if W.device.type == "cpu" else max(n, 1)
+    return (slice(start, start + step) for start in range(0, n, step))
+
 
 class _OnGrid(torch.autograd.Function):
-    """W, scale -> scale * clamp(round(W / scale)) inside the mask. W: [N, K]; scale: [N, K/G]; mask: bool [N, K] or None."""
+    """`round_to_grid`, which autograd differentiates by `grid_gradient`."""
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int) -> Tensor:
         ctx.save_for_backward(W, scale, mask)
         ctx.range = (low, high)
-        groups = _groups(W, scale)
-        rounded = (groups / scale[:, :, None]).round_().clamp_(low, high).mul_(scale[:, :, None]).view_as(W)
-        return rounded if mask is None else rounded.mul_(mask)
+        return round_to_grid(W, scale, mask, low, high)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        W, scale, mask = ctx.saved_tensors
-        low, high = ctx.range
-        gradient = gradients[0] if mask is None else gradients[0] * mask
-        ratio = _groups(W, scale) / scale[:, :, None]
-        code = ratio.round().clamp_(low, high)
-        inside = (ratio >= low - 0.5) & (ratio <= high + 0.5)
-        of_group = gradient.reshape(ratio.shape)
-        d_scale = (torch.where(inside, code - ratio, code) * of_group).sum(2)
-        return (of_group * inside).view_as(W), d_scale, None, None, None
+        return *grid_gradient(gradients[0], *ctx.saved_tensors, *ctx.range), None, None, None
 
 
 class _Stored(torch.autograd.Function):
@@ -49,6 +77,17 @@ class _Stored(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return gradients[0], None
+
+
+class Stored(nn.Module):
+    """A parametrization: the model sees the parameter as its checkpoint will hold it, training moves the exact one."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Stored.apply(x, self.dtype)  # type: ignore[no-any-return]
 
 
 def _groups(W: Tensor, scale: Tensor) -> Tensor:
@@ -74,6 +113,9 @@ class TrainableLinear(nn.Module):
         self.scale = None if linear.scale is None else nn.Parameter(linear.scale.float())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.float())
         self.register_buffer("mask", None if linear.pattern == "dense" else kept_positions(linear), persistent=True)
+        self.quantize_in_loop = True  # False: the forward pass uses the weights before rounding; `export` rounds them
+        self._held: Tensor | None = None
+        self._collected: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -92,13 +134,59 @@ class TrainableLinear(nn.Module):
         scale = _Stored.apply(self._positive_scale(), self.store)
         return _OnGrid.apply(self.weight, scale, mask, *CODE_RANGE[self.bits])  # type: ignore[no-any-return]
 
+    def in_loop(self) -> Tensor:
+        """The weight that the forward pass multiplies with, [N, K] float32: `effective()`, or before rounding if so asked."""
+        if self.quantize_in_loop or self.scale is None:
+            return self.effective()
+        mask: Tensor | None = self.mask  # type: ignore[assignment]
+        return self.weight if mask is None else self.weight * mask
+
+    @property
+    def holds(self) -> bool:
+        return self._held is not None
+
+    @torch.no_grad()
+    def hold(self, dtype: torch.dtype) -> None:
+        """Compute the weight once, in `dtype`, for all micro-batches of a step. `release` ends it."""
+        self._held = self.in_loop().to(dtype, copy=True).requires_grad_(self.weight.requires_grad)
+        if self._held.requires_grad:
+            self._held.register_post_accumulate_grad_hook(self._collect)
+
+    @torch.no_grad()
+    def _collect(self, held: Tensor) -> None:
+        """Sum the micro-batches' gradients in float32: bfloat16 would swallow the small ones."""
+        gradient, held.grad = held.grad, None
+        assert gradient is not None
+        if self._collected is None:
+            self._collected = gradient.float()
+        else:
+            self._collected.add_(gradient)
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Pass what was collected since `hold` on to the gradients of weight and scale."""
+        gradient, self._collected, self._held = self._collected, None, None
+        if gradient is None:
+            return
+        mask: Tensor | None = self.mask  # type: ignore[assignment]
+        if self.scale is None or not self.quantize_in_loop:
+            self.weight.grad = gradient if mask is None else gradient.mul_(mask)
+            return
+        scale = self._positive_scale().to(self.store).float()
+        d_weight, d_scale = grid_gradient(gradient, self.weight, scale, mask, *CODE_RANGE[self.bits])
+        self.weight.grad = d_weight
+        if self.scale.requires_grad:
+            self.scale.grad = d_scale * (self.scale >= torch.finfo(self.store).tiny)  # clamped ones stand still
+
     def _positive_scale(self) -> Tensor:
         assert self.scale is not None
         return self.scale.clamp(min=torch.finfo(self.store).tiny)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.effective().to(x.dtype), bias)
+        weight = self.in_loop() if self._held is None else self._held
+        dtype = x.dtype if self._held is None else weight.dtype
+        bias = None if self.bias is None else _Stored.apply(self.bias, self.store).to(dtype)
+        return nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
 
     @torch.no_grad()
     def export(self) -> LinearWeights:

@@ -1,0 +1,92 @@
+"""What the training passes of a recipe will do: steps, tokens, teacher, all checked before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify.errors import CheckpointError
+from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.passes.recover.distill import check_same_language
+from sparsify.recipe import Distill, Finetune, Recipe
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """One training pass. steps, tokens: None where they depend on data that is not read yet; teacher: None without one."""
+
+    settings: Distill | Finetune
+    steps: int | None
+    tokens: int | None
+    teacher: Checkpoint | None
+
+    def describe(self) -> str:
+        """`distill: 488 steps of 8 x 512 tokens (2.0M) of self, teacher embedded:..., quantization in the loop`"""
+        settings = self.settings
+        batch = f"{settings.batch_size} x {settings.sequence_length}"
+        if isinstance(settings, Distill):
+            assert self.tokens is not None
+            text = settings.source or "the calibration source"
+            what = f"{self.steps} steps of {batch} tokens ({short(self.tokens)}) of {text}"
+        else:
+            times = "once" if settings.epochs == 1 else f"{settings.epochs} times"
+            what = f"{settings.data} {times}, {settings.batch_size} conversations of at most {settings.sequence_length} tokens a step"
+        teacher = "" if self.teacher is None else f", teacher {self.teacher.spec}"
+        return f"{settings.kind}: {what}{teacher}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.settings.kind,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "teacher": None if self.teacher is None else self.teacher.spec,
+        }
+
+
+def short(count: int) -> str:
+    """2000000 as 2.0M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def plan_training(recipe: Recipe, model: Checkpoint) -> tuple[PlannedTraining, ...]:
+    """The training passes of a recipe for a model, dense or compressed. CheckpointError for a teacher that cannot teach it."""
+    return tuple(_planned(settings, recipe, model) for settings in recipe.training)
+
+
+def _planned(settings: Distill | Finetune, recipe: Recipe, model: Checkpoint) -> PlannedTraining:
+    spec = settings.teacher
+    if isinstance(settings, Distill) and spec is None:
+        spec = model.spec  # a recipe that compresses starts from the dense model
+    teacher = None
+    if spec is not None:
+        teacher = model if spec == model.spec else open_checkpoint(spec)
+        if "quantization_config" in teacher.config:
+            raise CheckpointError(f"teacher {spec} is compressed itself; name the dense model")
+        check_same_language(model.config, teacher.config, spec, settings.weights.feature > 0)
+        _check_tokenizers(model, teacher)
+    if isinstance(settings, Distill):
+        per_step = settings.batch_size * settings.sequence_length
+        steps = settings.tokens // per_step
+        return PlannedTraining(settings, steps, steps * per_step, teacher)
+    return PlannedTraining(settings, None, None, teacher)
+
+
+def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Vocabularies of one size may still be different languages."""
+    if student.directory == teacher.directory:
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        one, other = (AutoTokenizer.from_pretrained(c.directory).get_vocab() for c in (student, teacher))
+    except (OSError, ValueError):
+        return  # a checkpoint without a tokenizer says nothing about its tokens; the text will need one and say so
+    if one != other:
+        token = next(token for token in one if one[token] != other.get(token)) if set(one) - set(other) or one else "?"
+        raise CheckpointError(
+            f"teacher {teacher.spec} has another vocabulary than the student (token {one.get(token)} is {token!r} to the "
+            "student); take the dense model it was made from"
+        )
