@@ -10,6 +10,7 @@ from sparsify.compiler.training import short
 from sparsify.formats import ModuleScheme
 from sparsify.model.head import OutputHead
 from sparsify.recipe import Recipe, dump_recipe
+from sparsify.recipe.sources import sources_in_words
 
 HUB_IDS = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 USAGE = {
@@ -91,7 +92,7 @@ def training_in_words(training: dict[str, Any]) -> str:
 def _calibration(calibration: dict[str, Any]) -> str:
     if not calibration["tokens"]:
         return "none, the passes need no data"
-    return f"{calibration['samples']} x {calibration['sequence_length']} tokens from {calibration['source']}"
+    return f"{calibration['samples']} x {calibration['sequence_length']} tokens from {sources_in_words(calibration)}"
 
 
 def shown_perplexity(perplexity: float | None) -> str:

@@ -22,6 +22,7 @@ from sparsify.model.walk import TOKENS_PER_MICRO_BATCH
 from sparsify.passes.compress import Scheme
 from sparsify.passes.head import head_problem, head_scheme
 from sparsify.recipe import Prune, Quantize, Recipe, ignored_by
+from sparsify.recipe.sources import sources_in_words
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -178,6 +179,7 @@ class Plan:
             "dense_modules": self.dense_modules(),
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
+            "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
             "estimate": vars(estimate),
         }
 
@@ -220,8 +222,10 @@ class Plan:
         if self.head is not None:
             n, k = self.head.head.shape
             table.add_row(self.head.head.module, f"{n} x {k}", "", self.head.describe())
+        calibration = self.recipe.calibration.model_dump()
         how = (
-            "one walk over the blocks" + (" beside the dense model" if self.needs_twin else "")
+            f"calibration on {sources_in_words(calibration)}\none walk over the blocks"
+            + (" beside the dense model" if self.needs_twin else "")
             if self.needs_data
             else "no walk: data-free"
         )

@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.data.cache import cached, model_key, tokenizer_key
+from sparsify.data.mixture import interleave
 from sparsify.data.pack import documents, rows_of, tokenize
 from sparsify.data.records import RECORD_FILES, file_records, hub_records, read_text
 from sparsify.errors import CalibrationError
-from sparsify.recipe.schema import Calibration
-from sparsify.recipe.sources import parse_source
+from sparsify.recipe.schema import Calibration, SelfText
+from sparsify.recipe.sources import SELF, parse_source
 
-__all__ = ["calibration_tokens", "check_source"]
+__all__ = ["calibration_tokens", "check_sources"]
 
 CHARACTERS_PER_TOKEN = 64  # far above any tokenizer's mean: bounds how much of a huge text is tokenised
 LEAST_CHARACTERS = 1 << 26
@@ -30,26 +31,49 @@ def calibration_tokens(
 ) -> Tensor:
     """The rows that a recipe calibrates on. Returns int64 [samples, sequence_length] on the CPU.
 
-    `self`: the model that `model_factory` returns samples them. `file:`: a plain text is tokenised whole and cut into
+    `self`: the model that `model_factory` returns writes them. `file:`: a plain text is tokenised whole and cut into
     consecutive rows; records (.jsonl, .parquet) are documents one after another, in the order of the file. `hub:`: the
-    same with the records of a data set, shuffled by the seed.
+    same with the records of a data set, shuffled by the seed. A mixture takes from each source its share of the rows, and
+    the seed shuffles the sources among each other.
 
-    With `cache_dir`, sampled and downloaded rows are kept there. `key` identifies the model (a hash of its checkpoint);
+    With `cache_dir`, written and downloaded rows are kept there. `key` identifies the model (a hash of its checkpoint);
     given, a hit calls no `model_factory`, not given, the weights of the loaded model are hashed.
     Raises CalibrationError when the text is missing, unreadable or too short."""
-    source = parse_source(spec.source)
+    check_sources(spec)  # before the model writes for minutes
+    parts = []
+    for (source, _), samples in zip(spec.mixture, spec.rows, strict=True):
+        own = spec.self if source == SELF else None
+        alone = spec.model_copy(update={"source": source, "sources": None, "samples": samples, "self": own})
+        parts.append(_rows(alone, source, tokenizer, model_factory, cache_dir, key, quiet))
+    return interleave(parts, spec.seed)
+
+
+def check_sources(spec: Calibration) -> None:
+    """Whether the files of a recipe are there and hold text. Cheap: call it before loading any model."""
+    for name, _ in spec.mixture:
+        _checked_path(name)
+
+
+def _rows(
+    spec: Calibration,
+    name: str,
+    tokenizer: Any,
+    model_factory: Callable[[], Any] | None,
+    cache_dir: Path | None,
+    key: str | None,
+    quiet: bool,
+) -> Tensor:
+    """The rows of the one source `name` of `spec`."""
+    source = parse_source(name)
     shape = (spec.samples, spec.sequence_length)
     asked = {**spec.model_dump(), "tokenizer": tokenizer_key(tokenizer)}
     if source.kind == "self":
         return _own_text(spec, tokenizer, model_factory, cache_dir, asked, key, quiet)
     if source.kind == "hub":
         return cached(
-            cache_dir,
-            asked,
-            shape,
-            lambda: rows_of(documents(hub_records(source, spec.seed), tokenizer), *shape, spec.source),
+            cache_dir, asked, shape, lambda: rows_of(documents(hub_records(source, spec.seed), tokenizer), *shape, name)
         )
-    path = check_source(spec)
+    path = _checked_path(name)
     assert path is not None
     if path.suffix.lower() in RECORD_FILES:
         return rows_of(documents(file_records(path), tokenizer), *shape, str(path))
@@ -57,9 +81,9 @@ def calibration_tokens(
     return rows_of([tokenize(tokenizer, read_text(path, limit))], *shape, str(path))
 
 
-def check_source(spec: Calibration) -> Path | None:
-    """The file that a `file:` source names, None for other sources. Cheap: call it before loading any model."""
-    path = parse_source(spec.source).path
+def _checked_path(source: str) -> Path | None:
+    """The file that a `file:` source names, None for other sources."""
+    path = parse_source(source).path
     if path is None:
         return None
     if path.is_dir():
@@ -90,8 +114,10 @@ def _own_text(
         model = model_factory()
         key = model_key(model)
 
+    options = spec.self or SelfText()
+
     def sample() -> Tensor:
-        from sparsify.data.generate import sample_rows
+        from sparsify.data.own_text import own_rows
 
         writer = model if model is not None else model_factory()
         limit = getattr(writer.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -99,19 +125,7 @@ def _own_text(
             raise CalibrationError(
                 f"calibration.sequence_length is {spec.sequence_length} but the model reads at most {limit} tokens; lower it"
             )
-        opening, endings = document_marks(tokenizer, writer)
-        return sample_rows(writer, spec.samples, spec.sequence_length, spec.seed, opening, endings, quiet)
+        return own_rows(writer, tokenizer, spec.samples, spec.sequence_length, spec.seed, options, quiet)
 
-    return cached(cache_dir, {**asked, "model": key}, (spec.samples, spec.sequence_length), sample)
-
-
-def document_marks(tokenizer: Any, model: Any) -> tuple[int | None, set[int]]:
-    """The token that opens a document and those that end one. Models without the former (GPT-2, Qwen) open with the latter."""
-    declared = getattr(model.generation_config, "eos_token_id", None) if model.can_generate() else None
-    endings = {token for token in [tokenizer.eos_token_id, *_several(declared)] if token is not None}
-    opening = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return opening, endings
-
-
-def _several(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    asked |= {"self": options.model_dump(), "model": key}
+    return cached(cache_dir, asked, (spec.samples, spec.sequence_length), sample)

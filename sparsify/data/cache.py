@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify.files import atomic_write
 
-VERSION = 1  # raise it when sampling or packing changes, so that old entries are not found
+VERSION = 2  # raise it when sampling or packing changes, so that old entries are not found
 INCIDENTAL = ("_name_or_path", "transformers_version")  # where a model was loaded from and by what is not what it is
 
 

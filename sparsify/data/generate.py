@@ -1,11 +1,15 @@
-"""Calibration text that the model writes itself, so that no data set is needed.
+"""Sampling text from a model: rows that are always full, of documents and turns that others have opened.
 
-Sampling at temperature 1 from the model's own distribution: Liu et al. 2023 (LLM-QAT, arXiv:2305.17888, section 3.1) and
-Williams et al. 2024 (self-calibration, arXiv:2410.17170). Nothing is cut off the distribution (no top-k, no top-p):
-truncated sampling falls into loops, full sampling does not, and the text then has the statistics the model was trained on.
+Nothing is cut off the model's distribution (no top-k, no top-p): truncated sampling falls into loops, full sampling does
+not, and the text then has the statistics that the model was trained on (Liu et al. 2023, LLM-QAT, arXiv:2305.17888,
+section 3.1). Only the first tokens after an opening are drawn hotter, which spreads the subjects, and the temperature then
+falls in a straight line (Carlini et al. 2021, arXiv:2012.07805, section 4.1; Williams et al. 2024, arXiv:2410.17170).
 """
 
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +23,32 @@ CACHE_BYTES = 2 << 30  # keys and values of one batch stay below this
 MAX_BATCH = 128
 WORK_PER_THREAD = 4e9  # multiply-adds of one step below which a further thread waits more than it computes
 DRAW_ROWS = 16  # rows drawn at once: bounds the float64 copies of the vocabulary
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that are given, not sampled: they open a document or a turn. varied: what follows starts hot."""
+
+    tokens: tuple[int, ...]
+    varied: bool = False
+
+
+Script = Iterator[Segment]
+"""What one row is made of: its first segment, then the one after each ending that the model writes. Never runs out."""
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """`first` for the first token after a varied segment, falling in a straight line to `then` within `tokens` tokens."""
+
+    first: float = 1.0
+    then: float = 1.0
+    tokens: int = 0
+
+    def at(self, token: int, varied: bool) -> float:
+        if not varied or token >= self.tokens:
+            return self.then
+        return self.first + (self.then - self.first) * token / self.tokens
 
 
 class _RoomyLayer(DynamicLayer):
@@ -46,37 +76,63 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class _Row:
+    """Where one row stands: given tokens that wait, and how many were sampled since."""
+
+    def __init__(self, script: Script, temperature: Temperature) -> None:
+        self.script, self.temperature = script, temperature
+        self.sampled = 0
+        self.varied = False
+        self.waiting: deque[int] = deque()
+        self.open(None)
+
+    def open(self, ending: int | None) -> None:
+        """Take the next segment. Many models open a document with the token that ended the one before, and most chat
+        templates go on with the token that ended the turn: it is not doubled."""
+        segment = next(self.script)
+        doubled = ending is not None and segment.tokens[:1] == (ending,)
+        self.waiting.extend(segment.tokens[doubled:])
+        self.varied, self.sampled = segment.varied, 0
+
+
 @torch.inference_mode()
 def sample_rows(
     model: Any,
-    samples: int,
+    scripts: Sequence[Script],
     sequence_length: int,
     seed: int,
-    opening: int | None,
     endings: Collection[int] = (),
+    temperatures: Sequence[Temperature] | None = None,
     quiet: bool = False,
-) -> Tensor:
-    """Text sampled by `model`. Returns int64 [samples, sequence_length], full rows without padding.
+) -> tuple[Tensor, Tensor]:
+    """Text that `model` samples, one row per script, each at its temperature (1 when none are given).
 
-    Every row starts with the token `opening` (without one, with a token drawn uniformly). After a token of `endings` the
-    document is over and a fresh one is opened in the same row, as documents follow each other in pretraining; it sees the
-    one before, exactly as it will when the row runs through the model for calibration.
+    Returns the tokens, int64 [rows, sequence_length], full rows without padding, and the mean log-likelihood of the sampled
+    ones under the model at temperature 1, float64 [rows] (0 where nothing was sampled).
+
+    After a token of `endings` the script opens the next document or turn in the same row, as documents follow each other
+    in pretraining; it sees the ones before, exactly as it will when the row runs through the model for calibration.
 
     One uniform number per token decides (inverse transform sampling), drawn ahead from `seed`, so the text does not depend
     on how rows are batched, up to the rounding of the model's own arithmetic.
     """
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(samples, sequence_length, generator=generator, dtype=torch.float64)
-    batches = draws.split(batch_size(model.config, samples, sequence_length))
+    draws = torch.rand(len(scripts), sequence_length, generator=generator, dtype=torch.float64)
+    batches = draws.split(batch_size(model.config, len(scripts), sequence_length))
+    rows = iter(zip(scripts, temperatures or [Temperature()] * len(scripts), strict=True))
     was_training, threads = model.training, torch.get_num_threads()
     model.eval()
     torch.set_num_threads(useful_threads(threads, len(batches[0]) * model.num_parameters()))
     try:
         with progress_bar("sampling calibration text", total=len(batches) * sequence_length, quiet=quiet) as bar:
-            return torch.cat([_sample_batch(model, batch, opening, endings, bar.advance) for batch in batches])
+            written = [
+                _sample_batch(model, list(islice(rows, len(batch))), batch, frozenset(endings), bar.advance)
+                for batch in batches
+            ]
     finally:
         torch.set_num_threads(threads)
         model.train(was_training)
+    return torch.cat([tokens for tokens, _ in written]), torch.cat([likelihood for _, likelihood in written])
 
 
 def useful_threads(available: int, work: float) -> int:
@@ -96,38 +152,63 @@ def batch_size(config: Any, samples: int, sequence_length: int) -> int:
 
 
 def _sample_batch(
-    model: Any, draws: Tensor, opening: int | None, endings: Collection[int], advance: Callable[[], None]
-) -> Tensor:
-    """draws: [B, S] in [0, 1). Returns tokens [B, S] on the CPU."""
+    model: Any,
+    started: Sequence[tuple[Script, Temperature]],
+    draws: Tensor,
+    endings: frozenset[int],
+    advance: Callable[[], None],
+) -> tuple[Tensor, Tensor]:
+    """draws: [B, S] in [0, 1). Returns tokens [B, S] and mean log-likelihoods [B] on the CPU."""
     length = draws.shape[1]
-    draws = draws.to(model.device)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    openings = (draws * vocabulary).long() if opening is None else torch.full_like(draws, opening, dtype=torch.long)
-    # Many models open a document with the token that ended the one before; it must not be doubled.
-    ends = torch.tensor([token for token in endings if token != opening], dtype=torch.long, device=model.device)
+    rows = [_Row(script, temperature) for script, temperature in started]
     cache = DynamicCache(config=model.config)
     cache.layers = [_RoomyLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    tokens = openings.clone()
-    for column in range(1, length):
-        last = tokens[:, column - 1]
-        logits = model(input_ids=last[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
-        drawn = inverse_transform(logits, draws[:, column])
-        tokens[:, column] = torch.where(torch.isin(last, ends), openings[:, column], drawn)
+    tokens = torch.empty(draws.shape, dtype=torch.long)
+    total, count = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.float64)
+    logits: Tensor | None = None
+    for column in range(length):
+        free = [index for index, row in enumerate(rows) if not row.waiting]
+        if free:
+            if logits is None:
+                raise CalibrationError("a row needs at least one token to start with")
+            heat = [rows[index].temperature.at(rows[index].sampled, rows[index].varied) for index in free]
+            at = torch.tensor(free)
+            u, warmth = draws[at, column], torch.tensor(heat, dtype=torch.float64)
+            drawn, likelihood = inverse_transform(logits[at.to(logits.device)], u.to(logits.device), warmth)
+            tokens[at, column] = drawn.cpu()
+            total[at] += likelihood.cpu()
+            count[at] += 1
+        for index, row in enumerate(rows):
+            if row.waiting:
+                tokens[index, column] = row.waiting.popleft()
+            else:
+                row.sampled += 1
+                if (token := int(tokens[index, column])) in endings:
+                    row.open(token)
         advance()
-    advance()
-    return tokens.cpu()
+        if column + 1 < length:
+            step = tokens[:, column, None].to(model.device)
+            logits = model(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
+    return tokens, total / count.clamp(min=1)
 
 
-def inverse_transform(logits: Tensor, u: Tensor) -> Tensor:
-    """The token at which the cumulative probability passes u. logits: [B, V], u: [B] float64 in [0, 1). Returns [B]."""
-    drawn = []
-    for some_logits, some_u in zip(logits.split(DRAW_ROWS), u.split(DRAW_ROWS), strict=True):
-        cumulative = torch.softmax(some_logits.double(), -1).cumsum(-1)
+def inverse_transform(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """The token at which the cumulative probability at `temperature` passes u, and its log-likelihood at temperature 1.
+
+    logits: [B, V]; u, temperature: [B] float64, u in [0, 1). Returns int64 [B] and float64 [B]."""
+    drawn, likelihood = [], []
+    temperature = temperature.to(logits.device)
+    parts = zip(logits.split(DRAW_ROWS), u.split(DRAW_ROWS), temperature.split(DRAW_ROWS), strict=True)
+    for some_logits, some_u, some_heat in parts:
+        exact = some_logits.float()
+        cumulative = torch.softmax(exact / some_heat[:, None].float(), -1).cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1:]
         if not torch.isfinite(total).all():
             raise CalibrationError(
                 "the model cannot write calibration text: its logits are NaN or infinite; check the checkpoint, "
                 "or calibrate on a text with calibration.source=file:PATH"
             )
-        drawn.append(torch.searchsorted(cumulative, some_u[:, None] * total, right=True)[:, 0])
-    return torch.cat(drawn).clamp_(max=logits.shape[1] - 1)
+        token = torch.searchsorted(cumulative, some_u[:, None] * total, right=True).clamp_(max=logits.shape[1] - 1)
+        drawn.append(token[:, 0])
+        likelihood.append((exact.gather(1, token)[:, 0] - torch.logsumexp(exact, -1)).double())
+    return torch.cat(drawn), torch.cat(likelihood)

@@ -43,17 +43,18 @@ def model_at(path: KeyPath) -> type[BaseModel] | None:
     if path[:1] == ("passes",):
         model, path = (PASSES.get(str(path[2])) if len(path) > 2 else None), path[3:]
     for key in path:
+        if isinstance(key, int):  # an entry of a list is described by what the list holds
+            continue
         field = model.model_fields.get(str(key)) if model else None
         model = _submodel(field.annotation) if field else None
     return model
 
 
 def _submodel(annotation: Any) -> type[BaseModel] | None:
-    """The model in `Model` or `Model | None`; None in everything else."""
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+    """The model in `Model`, `Model | None` or a list of them; None in everything else."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_submodel, typing.get_args(annotation))), None)
 
 
 def options_at(path: KeyPath) -> tuple[Any, ...]:
@@ -71,7 +72,7 @@ def options_at(path: KeyPath) -> tuple[Any, ...]:
 def unknown_key(path: KeyPath) -> str:
     model = model_at(path[:-1])
     known = list(model.model_fields) if model else []
-    where = path[-2] if len(path) > 1 else "the recipe"
+    where = next((key for key in path[-2::-1] if isinstance(key, str)), "the recipe")
     guess = closest(str(path[-1]), known) or ";"
     return f"unknown key '{path[-1]}' in {where}{guess} known keys: {', '.join(known)}"
 
@@ -91,6 +92,8 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
         return f"{name} must be a mapping of settings, not {shown(value)}"
     if kind == "list_type":
         return f"{name} must be a list, one '- ' entry per line, not {shown(value)}"
+    if kind == "too_short" and path != ("passes",):
+        return f"{name} is empty; give at least one entry or leave it out"
     if kind == "too_short":
         return f"{name} is empty, so there is nothing to do; add for instance '- prune: {{method: sparsegpt}}'"
     if kind == "string_too_short":
@@ -106,7 +109,7 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
 
 
 def _missing(path: KeyPath) -> str:
-    where = path[-2] if len(path) > 1 else "the recipe"
+    where = next((key for key in path[-2::-1] if isinstance(key, str)), "the recipe")
     if path == ("version",):
         return "the recipe needs the key 'version'; start the file with 'version: 1'"
     options = options_at(path)

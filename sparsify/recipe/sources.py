@@ -1,9 +1,13 @@
 """The little language of calibration sources: `self`, `file:PATH`, `hub:ID[:CONFIG[:SPLIT]]`."""
 
 import filecmp
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+SELF = "self"
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Source:
 def source_problem(text: str) -> str | None:
     """What is wrong with a source and how to write it, or None when it is fine."""
     forms = "self, file:PATH or hub:ID[:CONFIG[:SPLIT]]"
-    if text == "self":
+    if text == SELF:
         return None
     scheme, colon, rest = text.partition(":")
     if not colon or scheme not in ("file", "hub"):
@@ -38,7 +42,7 @@ def source_problem(text: str) -> str | None:
 
 def parse_source(text: str) -> Source:
     """Split a source that `source_problem` accepted."""
-    if text == "self":
+    if text == SELF:
         return Source("self")
     scheme, _, rest = text.partition(":")
     if scheme == "file":
@@ -56,3 +60,23 @@ def same_text(calibration: str, evaluation: str) -> bool:
     if one.resolve() == other.resolve():
         return True
     return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` whole rows in proportion to `weights`, by largest remainders: exact in sum, none off by one or more. Of equal
+    remainders the earlier wins."""
+    exact = [total * weight / math.fsum(weights) for weight in weights]
+    counts = [math.floor(share) for share in exact]
+    left = total - sum(counts)
+    for index in sorted(range(len(weights)), key=lambda index: counts[index] - exact[index])[:left]:
+        counts[index] += 1
+    return counts
+
+
+def sources_in_words(calibration: Mapping[str, Any]) -> str:
+    """`self`, or `50% self + 50% file:PATH`: what a recipe or metrics.json says under `calibration`."""
+    entries = calibration.get("sources")
+    if not entries:
+        return str(calibration.get("source") or SELF)
+    total = math.fsum(entry["weight"] for entry in entries)
+    return " + ".join(f"{100 * entry['weight'] / total:.3g}% {entry['source']}" for entry in entries)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from sparsify.recipe.sources import SELF, sources_in_words
 from sparsify.report import svg, words
 from sparsify.report.figures import (
     EMBEDDINGS,
@@ -518,8 +519,8 @@ def method(metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]], b
     """How it was measured: machine, versions, commands, and what the figures do not say."""
     entries = [("base model", f"<code>{esc(metrics.get('base_model') or 'unknown')}</code>")]
     if calibration := metrics.get("calibration"):
-        source = calibration.get("source")
-        named = "text sampled from the model itself" if source == "self" else esc(source)
+        source = sources_in_words(calibration)
+        named = "text sampled from the model itself" if source == SELF else esc(source)
         size = f"{calibration.get('samples')} × {calibration.get('sequence_length')} tokens"
         entries.append(("calibration", f"{named}, {esc(size)}"))
     if seconds := metrics.get("seconds"):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.data import calibration_tokens, check_source
+from sparsify.data import calibration_tokens, check_sources
 from sparsify.errors import CalibrationError, MissingDependency
 from sparsify.recipe import Calibration
 
@@ -104,12 +104,16 @@ def test_files_that_are_no_text_are_refused(tokenizer: Any, tmp_path: Path) -> N
 
 
 def test_the_source_can_be_checked_before_anything_is_loaded(tmp_path: Path) -> None:
-    assert check_source(spec("self")) is None and check_source(spec("hub:a/b")) is None
+    check_sources(spec("self"))
+    check_sources(spec("hub:a/b"))
     path = tmp_path / "a.txt"
     with pytest.raises(CalibrationError, match="does not exist"):
-        check_source(spec(f"file:{path}"))
+        check_sources(spec(f"file:{path}"))
     path.write_text("x")
-    assert check_source(spec(f"file:{path}")) == path
+    check_sources(spec(f"file:{path}"))
+    mixture = [{"source": "self", "weight": 1.0}, {"source": f"file:{tmp_path / 'b.txt'}", "weight": 1.0}]
+    with pytest.raises(CalibrationError, match="b.txt does not exist"):
+        check_sources(Calibration(sources=mixture))
 
 
 # ------------------------------------------------------------------------------------------------------------ records

@@ -10,44 +10,84 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from sparsify.data import calibration_tokens
-from sparsify.data.generate import MAX_BATCH, batch_size, inverse_transform, sample_rows, useful_threads
+from sparsify.data.generate import (
+    MAX_BATCH,
+    Script,
+    Segment,
+    Temperature,
+    batch_size,
+    inverse_transform,
+    sample_rows,
+    useful_threads,
+)
 from sparsify.errors import CalibrationError
 from sparsify.recipe import Calibration
+from sparsify.recipe.schema import SelfText
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPEC = Calibration(samples=6, sequence_length=40, seed=3)
+AS_IT_IS = SelfText(chat=0, openings=0, corpora=0, coolest=1.0, first_tokens=0, candidates=1)
+PLAIN = SPEC.model_copy(update={"self": AS_IT_IS})  # the model's own distribution and nothing else
 
 
-def expected_rows(model: Any, samples: int, length: int, seed: int, opening: int, endings: set[int]) -> torch.Tensor:
-    """The definition, token by token in float64 on the whole text so far."""
+def only(*tokens: int, varied: bool = False) -> Script:
+    """Documents that all open with the same tokens."""
+    while True:
+        yield Segment(tokens, varied)
+
+
+def scripts(count: int, *tokens: int, varied: bool = False) -> list[Script]:
+    return [only(*tokens, varied=varied) for _ in range(count)]
+
+
+def expected_rows(
+    model: Any, samples: int, length: int, seed: int, openings: list[list[int]], endings: set[int], heat: Temperature
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, token by token in float64 on the whole text so far. openings: taken in turn by each row."""
     draws = torch.rand(samples, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    result = []
+    result, likelihoods = [], []
     for row in draws.tolist():
-        text = [opening]
-        for u in row[1:]:
-            if text[-1] in endings and text[-1] != opening:
-                text.append(opening)
-                continue
+        text, total, count, opened, since = list(openings[0]), 0.0, 0, 1, 0
+        while len(text) < length:
             with torch.no_grad():
-                probability = torch.softmax(model(torch.tensor([text])).logits[0, -1].double(), -1)
+                logits = model(torch.tensor([text])).logits[0, -1].double()
+            probability = torch.softmax(logits / heat.at(since, True), -1)
             cumulative = itertools.accumulate(probability.tolist())
-            text.append(next(token for token, below in enumerate(cumulative) if below > u))
-        result.append(text)
-    return torch.tensor(result)
+            token = next(token for token, below in enumerate(cumulative) if below > row[len(text)])
+            total += float(torch.log_softmax(logits, -1)[token])
+            count, since = count + 1, since + 1
+            text.append(token)
+            if token in endings:
+                given = openings[opened % len(openings)]
+                text += given[1:] if given[:1] == [token] else given
+                opened, since = opened + 1, 0
+        result.append(text[:length])
+        likelihoods.append(total / count)
+    return torch.tensor(result), torch.tensor(likelihoods, dtype=torch.float64)
 
 
 def test_every_token_is_drawn_from_the_models_distribution_of_the_whole_text_before_it(llama: Any) -> None:
     endings = set(range(1, 300, 7))  # so many that documents do end
-    tokens = sample_rows(llama, 4, 32, seed=3, opening=0, endings=endings, quiet=True)
-    assert torch.equal(tokens, expected_rows(llama, 4, 32, 3, 0, endings))
-    assert (tokens[:, 1:] == 0).any(), "no document ended: the test would not see one being opened"
+    heat = Temperature(first=2.0, then=0.8, tokens=3)
+    tokens, likelihood = sample_rows(llama, scripts(4, 0, 9, varied=True), 32, 3, endings, [heat] * 4, quiet=True)
+    expected, expected_likelihood = expected_rows(llama, 4, 32, 3, [[0, 9]], endings, heat)
+    assert torch.equal(tokens, expected)
+    assert torch.allclose(likelihood, expected_likelihood, atol=1e-4)
+    assert (tokens[:, 2:] == 9).any(), "no document ended: the test would not see one being opened"
+
+
+def test_the_temperature_falls_in_a_straight_line_after_what_is_to_vary() -> None:
+    heat = Temperature(first=2.0, then=1.0, tokens=4)
+    assert [heat.at(token, True) for token in range(6)] == [2.0, 1.75, 1.5, 1.25, 1.0, 1.0]
+    assert heat.at(0, False) == 1.0 and Temperature().at(0, True) == 1.0
 
 
 def test_the_batching_does_not_change_the_text(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = sample_rows(llama, 6, 32, seed=3, opening=0, quiet=True)
+    together, likelihood = sample_rows(llama, scripts(6, 0), 32, seed=3, quiet=True)
     monkeypatch.setattr("sparsify.data.generate.MAX_BATCH", 4)
     monkeypatch.setattr("sparsify.data.generate.DRAW_ROWS", 2)
-    assert torch.equal(sample_rows(llama, 6, 32, seed=3, opening=0, quiet=True), together)
+    apart_, likelihood_ = sample_rows(llama, scripts(6, 0), 32, seed=3, quiet=True)
+    assert torch.equal(apart_, together) and torch.allclose(likelihood_, likelihood)
 
 
 def test_a_sliding_window_keeps_the_layers_own_cache() -> None:
@@ -57,20 +97,26 @@ def test_a_sliding_window_keeps_the_layers_own_cache() -> None:
         num_key_value_heads=2, sliding_window=8, max_position_embeddings=128, initializer_range=0.3,
     )  # fmt: skip
     model = MistralForCausalLM(config).eval()
-    assert torch.equal(sample_rows(model, 2, 24, 3, 0, quiet=True), expected_rows(model, 2, 24, 3, 0, set()))
+    expected, _ = expected_rows(model, 2, 24, 3, [[0]], set(), Temperature())
+    assert torch.equal(sample_rows(model, scripts(2, 0), 24, 3, quiet=True)[0], expected)
 
 
 def test_a_model_that_opens_documents_with_the_ending_does_not_double_it(make_tokenizer: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1)
     model = GPT2LMHeadModel(config).eval()
-    tokens = calibration_tokens(SPEC, make_tokenizer(bos=None), lambda: model, quiet=True)
-    assert torch.equal(tokens, expected_rows(model, 6, 40, 3, 1, {1}))
-    assert (tokens[:, 0] == 1).all()
+    with torch.no_grad():
+        model.lm_head.weight[1] += 0.4  # so that documents do end
+    tokens = calibration_tokens(PLAIN, make_tokenizer(bos=None), lambda: model, quiet=True)
+    expected, _ = expected_rows(model, 6, 40, 3, [[1]], {1}, Temperature())
+    assert torch.equal(tokens, expected)
+    assert (tokens[:, 1:] == 1).any() and not ((tokens[:, 1:] == 1) & (tokens[:, :-1] == 1)).any()
 
 
-def test_without_any_mark_a_row_opens_with_a_drawn_token(llama: Any) -> None:
-    tokens = sample_rows(llama, 6, 16, seed=3, opening=None, quiet=True)
+def test_without_any_mark_a_row_opens_with_a_drawn_token(make_tokenizer: Callable[..., Any], llama: Any) -> None:
+    tokenizer = make_tokenizer(bos=None)
+    tokenizer.eos_token = None
+    tokens = calibration_tokens(PLAIN, tokenizer, lambda: llama, quiet=True)
     assert len(set(tokens[:, 0].tolist())) > 3
 
 
@@ -78,11 +124,15 @@ def test_drawing_follows_the_probabilities() -> None:
     """Chi-square of 20000 draws from 5 tokens: 4 degrees of freedom, 99.99% quantile 23.5."""
     probability = torch.tensor([0.5, 0.25, 0.0, 0.2, 0.05], dtype=torch.float64)
     u = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    counts = torch.bincount(inverse_transform(probability.log().expand(20000, 5), u), minlength=5)
+    warmth = torch.ones(20000, dtype=torch.float64)
+    drawn, likelihood = inverse_transform(probability.log().expand(20000, 5), u, warmth)
+    counts = torch.bincount(drawn, minlength=5)
+    assert torch.allclose(likelihood.exp(), probability[drawn], atol=1e-6)
     assert counts[2] == 0
     expected = 20000 * probability
     assert (((counts - expected) ** 2)[expected > 0] / expected[expected > 0]).sum() < 23.5
-    edges = inverse_transform(probability.log().expand(3, 5), torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64))
+    at = torch.tensor([0.0, 0.51, 1 - 2**-53], dtype=torch.float64)
+    edges, _ = inverse_transform(probability.log().expand(3, 5), at, warmth[:3])
     assert edges.tolist() == [0, 1, 4]
 
 
@@ -99,7 +149,7 @@ def test_threads_grow_with_the_work_and_are_given_back(llama: Any) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        sample_rows(llama, 2, 8, seed=0, opening=0, quiet=True)
+        sample_rows(llama, scripts(2, 0), 8, seed=0, quiet=True)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -110,7 +160,7 @@ def test_rows_are_full_deterministic_and_differ_by_seed(tokenizer: Any, llama: A
     tokens = calibration_tokens(SPEC, tokenizer, lambda: llama, quiet=True)
     assert llama.training, "the model is given back as it came"
     assert tokens.shape == (6, 40) and tokens.dtype == torch.long
-    assert (tokens[:, 0] == tokenizer.bos_token_id).all() and len(tokens.unique()) > 50
+    assert len(tokens.unique()) > 50
     assert torch.equal(calibration_tokens(SPEC, tokenizer, lambda: llama, quiet=True), tokens)
     other = calibration_tokens(SPEC.model_copy(update={"seed": 4}), tokenizer, lambda: llama, quiet=True)
     assert not torch.equal(other, tokens)

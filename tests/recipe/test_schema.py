@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from sparsify.errors import RecipeError
 from sparsify.recipe import Prune, Quantize, Recipe, dump_recipe, json_schema, load_recipe, parse_recipe, ready_recipes
+from sparsify.recipe.sources import shares, sources_in_words
 
 ROOT = Path(__file__).parents[2]
 PRUNE = "version: 1\npasses:\n  - prune:\n      method: sparsegpt\n"
@@ -185,6 +186,76 @@ def test_evaluating_on_the_calibration_text_is_refused(tmp_path: Path) -> None:
         message = refused(recipe(same))
         assert message.startswith("r.yaml:7: ") and "never calibrate on what is evaluated" in message
     assert parse_recipe(recipe(other)).evaluation is not None
+
+
+def mixture(*entries: str, more: str = "") -> str:
+    listed = "".join(f"    - {{{entry}}}\n" for entry in entries)
+    return PRUNE + f"calibration:\n  sources:\n{listed}{more}"
+
+
+def test_a_mixture_gives_each_source_its_share_of_the_rows() -> None:
+    text = mixture("source: self, weight: 2", "source: 'file:a.txt', weight: 1", "source: 'hub:b', weight: 1")
+    calibration = parse_recipe(text, overrides=["calibration.samples=7"]).calibration
+    assert calibration.source is None
+    assert calibration.mixture == [("self", 0.5), ("file:a.txt", 0.25), ("hub:b", 0.25)]
+    assert calibration.rows == [3, 2, 2]  # 3.5, 1.75, 1.75: the two largest remainders get one more
+    recipe = parse_recipe(text)
+    assert parse_recipe(dump_recipe(recipe)) == recipe and parse_recipe(JOINT).calibration.rows == [128]
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "expected"),
+    [
+        (10, [1, 1, 1], [4, 3, 3]),
+        (128, [0.5, 0.5], [64, 64]),
+        (5, [1, 2, 7], [1, 1, 3]),
+        (1, [0.5, 0.5], [1, 0]),
+        (100, [1e-9, 3.0], [0, 100]),
+    ],
+)
+def test_rows_are_shared_out_by_largest_remainders(total: int, weights: list[float], expected: list[int]) -> None:
+    assert shares(total, weights) == expected and sum(expected) == total
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        (mixture("source: self, weight: 1", more="  source: self\n"), 6, "both source and sources"),
+        (PRUNE + "calibration:\n  source: null\n", 6, "calibration needs a source"),
+        (PRUNE + "calibration:\n  sources: []\n", 6, "sources is empty; give at least one entry"),
+        (mixture("source: self, weight: 0"), 7, "must be more than 0"),
+        (mixture("source: self, weight: 1, x: 1"), 7, "unknown key 'x' in sources; known keys: source, weight"),
+        (mixture("source: self"), 7, "sources needs the key 'weight'"),
+        (mixture("source: wiki, weight: 1"), 7, "source 'wiki' is not one of self"),
+        (mixture("source: self, weight: 1", "source: self, weight: 2"), 8, "here a second time"),
+        (mixture("source: self, weight: 1", "source: 'file:a', weight: 1e-9"), 8, "gets none of the 128 samples"),
+        (PRUNE + "calibration:\n  source: file:a\n  self: {chat: 1}\n", 7, "self has no effect"),
+        (PRUNE + "calibration:\n  self:\n    chatt: 1\n", 7, "unknown key 'chatt' in self; did you mean 'chat'?"),
+        (PRUNE + "calibration:\n  self:\n    coolest: 1.1\n", 7, "coolest is 1.1, above temperature, 1.0"),
+    ],
+)
+def test_mixtures_and_own_text_that_cannot_be_meant(text: str, line: int, words: str) -> None:
+    message = refused(text)
+    assert message.startswith(f"r.yaml:{line}: ") and words in message, message
+
+
+def test_no_part_of_a_mixture_may_be_what_is_evaluated(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("one text")
+    (tmp_path / "c.txt").write_text("two text")
+
+    def recipe(part: str) -> str:
+        entries = mixture("source: self, weight: 1", f"source: 'file:{tmp_path}/{part}', weight: 1")
+        return entries + f"evaluation:\n  text: file:{tmp_path}/a.txt\n"
+
+    assert "never calibrate on what is evaluated" in refused(recipe("b.txt"))
+    assert parse_recipe(recipe("c.txt")).evaluation is not None
+
+
+def test_a_mixture_is_named_in_words() -> None:
+    assert sources_in_words({"source": "file:a"}) == "file:a" and sources_in_words({}) == "self"
+    entries = [{"source": "self", "weight": 3.0}, {"source": "hub:b", "weight": 1.0}]
+    assert sources_in_words({"source": None, "sources": entries}) == "75% self + 25% hub:b"
 
 
 def test_a_source_that_is_a_file_is_told_to_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
