@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify import __version__
+from sparsify.distributed import is_main
 from sparsify.errors import RecipeError, SparsifyError
 
 if TYPE_CHECKING:
@@ -556,7 +557,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with only_results_on_stdout(args.command != "serve"):
             outcome = args.handler(args)
-        show(outcome, getattr(args, "json", False))
+        if is_main():  # of several processes that torchrun started, one speaks
+            show(outcome, getattr(args, "json", False))
         return outcome.status
     except (KeyboardInterrupt, Exception) as error:
         if args.debug or os.environ.get("SPARSIFY_DEBUG", "0") not in ("", "0"):

@@ -21,6 +21,17 @@ from sparsify.compiler.card import head_in_words, head_note, model_card, shown_p
 from sparsify.compiler.plan import Plan, make_plan
 from sparsify.compiler.train import train_stage
 from sparsify.data import calibration_tokens
+from sparsify.distributed import (
+    device,
+    gathered,
+    is_main,
+    join,
+    main_first,
+    processes,
+    rank,
+    sum_over_all,
+    wait_for_all,
+)
 from sparsify.errors import SparsifyError
 from sparsify.files import atomic_write, cache_directory, read_json, write_json
 from sparsify.formats import ModuleScheme
@@ -98,34 +109,44 @@ def apply(
     resume:   go on with an interrupted run; the result has the same bytes (run.json, which holds times, excepted)
     evaluate: measures the finished directory
     spill:    keep the calibration activations in a file instead of in memory
+    Started by torchrun in several processes, they share the samples and the work; one of them writes.
     Raises SparsifyError for anything a user can mend. Nothing appears under `output` before it is complete.
     """
     start = time.perf_counter()
+    join()
+    quiet = quiet or not is_main()
     output = Path(output)
     if recipe.model != model:
         recipe = recipe.model_copy(update={"model": model})
-    plan = make_plan(recipe, model)
-    writer = CheckpointWriter(
-        output, recipe.export.format, plan.checkpoint, resume=resume, identity=dump_recipe(resumable(recipe))
-    )
-    finished = writer.parts()
+    with main_first():
+        plan = make_plan(recipe, model)
+        identity = dump_recipe(resumable(recipe))
+        writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume=resume, identity=identity)
+        finished = writer.parts()
     notes = _Notes(writer.work / "notes")
-    if plan.compressed is not None:
-        _carry(plan, plan.compressed, writer, finished, notes)
-    elif plan.needs_data:
+    wait_for_all()  # nobody writes a part before everybody knows which ones were there
+    if plan.needs_data and plan.compressed is None:
         _walk(plan, writer, finished, notes, quiet, spill)
-    else:
-        _stream(plan, writer, finished, notes, quiet)
-    if OUTER not in writer.parts():
-        _outer(plan, writer, notes)
+    if is_main():
+        if plan.compressed is not None:
+            _carry(plan, plan.compressed, writer, finished, notes)
+        elif not plan.needs_data:
+            _stream(plan, writer, finished, notes, quiet)
+        if OUTER not in writer.parts():
+            _outer(plan, writer, notes)
+    wait_for_all()
     trained = time.perf_counter()
     _train(plan, writer, notes, quiet)
     trained = time.perf_counter() - trained
+    if not is_main():
+        wait_for_all()
+        return Applied(output, read_json(output / METRICS), read_json(output / RECORD))
     metrics = _metrics(plan, notes, writer)
     record = {
         "sparsify": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "processes": processes(),
         "seconds": round(time.perf_counter() - start, 1),
         "training_seconds": round(trained, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -143,6 +164,7 @@ def apply(
         metrics["evaluation"] = {key: value for key, value in evaluate(output).items() if key != "seconds"}
         atomic_write(output / METRICS, json_text(metrics))
         atomic_write(output / CARD, model_card(metrics, recipe))
+    wait_for_all()
     return Applied(output, metrics, record)
 
 
@@ -151,9 +173,12 @@ def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Note
     blocks = plan.model.blocks
     if all(_part(index) in finished for index in range(len(blocks))):
         return
-    tokens = _tokens(plan, writer, quiet)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    walk = Walk(plan.model, tokens, plan.needs_twin, writer.work if spill else None, device)
+    with main_first():
+        tokens = _my_rows(_tokens(plan, writer, quiet))
+    folder = writer.work / f"activations-{rank()}"
+    if spill:
+        folder.mkdir(exist_ok=True)
+    walk = Walk(plan.model, tokens, plan.needs_twin, folder if spill else None, device())
     with progress_bar("compressing", len(blocks), quiet=quiet) as bar:
         for index, block in enumerate(blocks):
             if _part(index) in finished:
@@ -166,9 +191,20 @@ def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Note
             tuning = _Tuning(plan, bar) if plan.recipe.tune is not None else None
             with _naming(block):
                 result = walk.visit(index, lambda name: name in plan.schemes, rewriting, tuning)
-            notes.write(index, _layer_notes(index, result.linears, rewriting.errors), result.skipped, tuning)
-            writer.write_part(_part(index), *_block_tensors(plan, index, result.linears, result.others))
+            if is_main():
+                notes.write(index, _layer_notes(index, result.linears, rewriting.errors), result.skipped, tuning)
+                writer.write_part(_part(index), *_block_tensors(plan, index, result.linears, result.others))
             bar.advance()
+
+
+def _my_rows(tokens: Tensor) -> Tensor:
+    """Of several processes each takes every nth row. tokens: [samples, sequence]."""
+    if tokens.shape[0] < processes():
+        raise SparsifyError(
+            f"{tokens.shape[0]} calibration samples cannot be shared by {processes()} processes; "
+            "raise calibration.samples or start fewer"
+        )
+    return tokens[rank() :: processes()]
 
 
 def _carry(
@@ -259,12 +295,12 @@ class _Rewriting:
 
     def __call__(self, visit: GroupVisit) -> dict[str, LinearWeights]:
         self.bar.describe(f"{visit.names[0]}{' ...' if len(visit.names) > 1 else ''}")
-        tokens = sum(x.shape[0] for x in visit.inputs)
-        H = gram(visit.inputs).div_(tokens)
-        C = cross(visit.dense_inputs, visit.inputs).div_(tokens) if visit.dense_inputs else None
+        tokens = sum(gathered(sum(x.shape[0] for x in visit.inputs)))
+        H = sum_over_all(gram(visit.inputs)).div_(tokens)
+        C = sum_over_all(cross(visit.dense_inputs, visit.inputs)).div_(tokens) if visit.dense_inputs else None
         new: dict[str, LinearWeights] = {}
         for scheme, weights in self._by_scheme(visit).items():
-            part, errors = compress(weights, scheme, Statistics(H, C))
+            part, errors = compress(weights, scheme, Statistics(H, C), together=True)
             new |= part
             self.errors |= errors
         return new

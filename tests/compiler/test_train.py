@@ -406,12 +406,12 @@ def finetune(talks, more="", epochs=3):
 
 
 def test_a_compressed_checkpoint_is_fine_tuned_on_conversations(tmp_path, compressed, talks):
-    plan = make_plan(finetune(talks), str(compressed))
+    plan = make_plan(finetune(talks, epochs=8), str(compressed))
     assert not plan.schemes and plan.to_json()["training"][0]["kind"] == "finetune"
-    result = apply(finetune(talks), str(compressed), tmp_path / "out", quiet=True)
+    result = apply(finetune(talks, epochs=8), str(compressed), tmp_path / "out", quiet=True)
     (note,) = result.metrics["training"]
     assert (
-        note["steps"] == 48
+        note["steps"] == 128
         and note["rows"] == 64
         and note["last"]["cross_entropy"] < 0.5 * note["first"]["cross_entropy"]
     )

@@ -1,0 +1,100 @@
+"""torchrun with two gloo processes gives what one process gives, up to the order of sums."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsify.compiler.run import apply
+from sparsify.formats.directory import open_compressed
+from sparsify.model.linear import is_two_four
+from sparsify.recipe import parse_recipe
+from tests.tiny import save_tiny, tiny_text
+
+CALIBRATED = """
+version: 1
+calibration: {{source: "file:{text}", samples: {samples}, sequence_length: 32}}
+passes:
+  - prune: {{method: sparsegpt, correction: 0.4}}
+  - quantize: {{method: gptq, bits: 4, group_size: 32, correction: 0.4}}
+"""
+TUNED = CALIBRATED + "  - tune: {{epochs: 2, batch_size: 3, holdout: 0.2}}\n"
+DISTILLED = (
+    CALIBRATED
+    + "  - distill: {{method: squarehead, tokens: 512, samples: 16, sequence_length: 32, batch_size: 4, precision: float32}}\n"
+)
+
+
+def torchrun(recipe: Path, model: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "sparsify", "apply", str(recipe), "--model", str(model), "--output", str(output), *more,
+    ]  # fmt: skip
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture
+def both(tmp_path):
+    """Runs a recipe in one process and in two; returns the metrics and directories of both."""
+
+    def run(text: str):
+        source = save_tiny(tmp_path / "source")
+        recipe = tmp_path / "recipe.yaml"
+        words = tiny_text(tmp_path / "text.txt")
+        recipe.write_text(text.format(text=words, samples=65))  # not a multiple of two
+        one = apply(parse_recipe(recipe.read_text()), str(source), tmp_path / "one", quiet=True)
+        ran = torchrun(recipe, source, tmp_path / "two", "--json")
+        assert ran.returncode == 0, ran.stderr
+        two = json.loads(ran.stdout)  # one process speaks
+        assert two["run"]["processes"] == 2 and not list(tmp_path.glob("*.partial"))
+        return one.metrics, two, open_compressed(tmp_path / "one"), open_compressed(tmp_path / "two")
+
+    return run
+
+
+def compare(one, two):
+    """The first linears have the same codes but for ties. One that falls the other way moves all that comes after it, so
+    further on it is the errors that must be equal."""
+    assert one.modules == two.modules and one.modules
+    for module in one.modules:
+        a, b = one.linear(module), two.linear(module)
+        assert is_two_four(b.codes)
+        if ".0." in module and any(name in module for name in ("q_proj", "k_proj", "v_proj")):
+            assert (a.codes == b.codes).float().mean() > 0.99, module
+
+
+def test_calibration_is_shared(both):
+    one, two, single, double = both(CALIBRATED)
+    compare(single, double)
+    for a, b in zip(one["layers"], two["layers"], strict=True):
+        assert b["relative_error"] == pytest.approx(a["relative_error"], rel=0.02), a["module"]
+
+
+def test_tuning_is_shared(both):
+    one, two, single, double = both(TUNED)
+    compare(single, double)
+    for a, b in zip(one["tuning"], two["tuning"], strict=True):
+        assert a["steps"] == b["steps"] == 36
+        assert all(b[when] == pytest.approx(a[when], rel=0.03) for when in ("before", "after"))
+
+
+def test_distillation_is_shared(both):
+    one, two, single, double = both(DISTILLED)
+    compare(single, double)
+    (a,), (b,) = one["training"], two["training"]
+    for when in ("first", "last"):
+        for name, value in a[when].items():
+            assert b[when][name] == pytest.approx(value, rel=0.02), (when, name)
+
+
+def test_too_few_samples_to_share(tmp_path):
+    source, recipe = save_tiny(tmp_path / "source"), tmp_path / "recipe.yaml"
+    recipe.write_text(CALIBRATED.format(text=tiny_text(tmp_path / "text.txt"), samples=1))
+    ran = torchrun(recipe, source, tmp_path / "two")
+    assert ran.returncode and "1 calibration samples cannot be shared by 2 processes" in ran.stderr
+    assert not (tmp_path / "two").exists()
