@@ -192,6 +192,22 @@ def bench_kernels(args: argparse.Namespace) -> Outcome:
     return Outcome(result.to_json(), [table(result)])
 
 
+def bench_recipes(args: argparse.Namespace) -> Outcome:
+    from sparsify.bench.recipes import compare_recipes, table
+
+    results = compare_recipes(
+        args.recipes,
+        args.model,
+        args.text or ["self"],
+        Path(args.output),
+        args.set,
+        args.sequence_length,
+        args.chunks,
+        args.quiet,
+    )
+    return Outcome({"recipes": [result.to_json() for result in results]}, [table(results)])
+
+
 def kernel_options(args: argparse.Namespace) -> "KernelOptions":
     """What the arguments of `bench kernels` ask for."""
     from sparsify.bench.kernels import ROWS, KernelOptions
@@ -499,6 +515,34 @@ def command_parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", metavar="auto|all|LIST", help=THREADS_HELP)
     command.add_argument("--one-process", action="store_true", help=ONE_PROCESS_HELP)
 
+    command = add(
+        benchmarks, "recipes", bench_recipes, "apply several recipes to one model; accuracy, time and memory of each",
+        is_quiet, shows_json,
+        shown=(
+            "sparsify bench recipes 2of4 w4a16 2of4-w4a16 --model embedded:smollm2-135m-instruct --output out/recipes",
+            "sparsify bench recipes 2of4-w4a16 plain=2of4-w4a16,passes.prune.correction=0,passes.quantize.correction=0 "
+            "--model DIR --text test.txt --set calibration.source=file:train.txt --output out/recipes",
+        ),
+    )  # fmt: skip
+    command.add_argument(
+        "recipes",
+        metavar="RECIPE",
+        nargs="+",
+        help="file or ready recipe; NAME=RECIPE,KEY=VALUE,... gives one a name and changes of its own",
+    )
+    command.add_argument("--model", metavar="MODEL", help="the dense model, unless the recipes name it")
+    command.add_argument(
+        "--output", "-o", required=True, metavar="DIR", help="directory for the results, which are kept"
+    )
+    command.add_argument(
+        "--text", action="append", metavar="FILE", help="text to score, or self; repeatable (default self)"
+    )
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change of every recipe that has such a setting"
+    )
+    command.add_argument("--sequence-length", type=int, metavar="N", help="tokens per scored chunk")
+    command.add_argument("--chunks", type=int, metavar="N", help="chunks scored")
+
     kernels = commands.add_parser(
         "kernels",
         help="build the native kernels ahead of time, or list them",
@@ -540,7 +584,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         own, extra = own[:at], own[at + 1 :]
     parser = command_parser()
     args = parser.parse_args(own)
-    takes_engine_arguments = args.command == "serve" or getattr(args, "benchmark", "kernels") != "kernels"
+    takes_engine_arguments = args.command == "serve" or getattr(args, "benchmark", "kernels") in (
+        "latency",
+        "throughput",
+    )
     if extra and not takes_engine_arguments:
         parser.error(f"{args.command} takes no arguments after --")
     args.vllm_args = extra

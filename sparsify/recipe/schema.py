@@ -692,6 +692,13 @@ class Recipe(_Model):
     def quantize(self) -> Quantize | None:
         return next((step for step in self.passes if isinstance(step, Quantize)), None)
 
+    def learns_from(self, text: str) -> bool:
+        """Whether calibration or training reads this text (file:PATH)."""
+        sources = [source for source, _ in self.calibration.mixture]
+        own = [step.source if isinstance(step, Distill) else step.data for step in self.training]
+        sources += [source for source in own if source is not None]
+        return any(same_text(source, text) for source in sources)
+
     @property
     def tune(self) -> Tune | None:
         return next((step for step in self.passes if isinstance(step, Tune)), None)

@@ -1,0 +1,171 @@
+"""Recipes against each other: the same model, the same text, one table of accuracy and of what each of them costs.
+
+Every recipe runs in a process of its own, one after the other, so that its memory is its own. A directory that is there
+already, made by the same recipe, is not made again: an interrupted comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from sparsify.errors import SparsifyError
+from sparsify.evaluation import EvaluationResult, evaluate_all
+from sparsify.evaluation.result import number
+from sparsify.files import read_json
+from sparsify.recipe import Recipe, dump_recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A recipe by its label, with its changes, and where its result lies."""
+
+    label: str
+    source: str
+    overrides: tuple[str, ...]
+    recipe: Recipe
+    output: Path
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """seconds, peak_memory_bytes: of the run that made the directory. evaluation: of all texts, by their name."""
+
+    label: str
+    directory: str
+    nbytes: int
+    bits_per_weight: float
+    seconds: float
+    peak_memory_bytes: int
+    evaluation: dict[str, EvaluationResult]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "evaluation": {text: result.to_json() for text, result in self.evaluation.items()}}
+
+
+def contenders(specs: Sequence[str], overrides: Sequence[str], model: str | None, output: Path) -> list[Contender]:
+    """specs: `RECIPE` or `LABEL=RECIPE,key=value,...`; overrides: for all recipes, left out where one has no such pass.
+
+    Every recipe is checked before any of them runs.
+    """
+    found: list[Contender] = []
+    for spec in specs:
+        source, *own = spec.split(",")
+        label, equals, rest = source.partition("=")
+        label, source = (label, rest) if equals else (Path(source).stem, source)
+        if any(other.label == label for other in found):
+            raise SparsifyError(f"two recipes are called {label}; give one a name of its own: NAME={source}")
+        if not label or "/" in label:
+            raise SparsifyError(f"{spec}: a name is a word without slashes, as in NAME=RECIPE")
+        passes = [step.kind for step in load_recipe(source, (), model).passes]
+        fitting = [change for change in overrides if not _other_pass(change, passes)]
+        changes = (*fitting, *own)
+        found.append(Contender(label, source, changes, load_recipe(source, changes, model), output / label))
+    return found
+
+
+def _other_pass(change: str, passes: Sequence[str]) -> bool:
+    """Whether an override is for a pass that a recipe does not have."""
+    parts = change.partition("=")[0].split(".")
+    return parts[0] == "passes" and len(parts) > 1 and not parts[1].isdigit() and parts[1] not in passes
+
+
+def compare_recipes(
+    specs: Sequence[str],
+    model: str | None,
+    texts: Sequence[str],
+    output: Path,
+    overrides: Sequence[str] = (),
+    sequence_length: int | None = None,
+    chunks: int | None = None,
+    quiet: bool = False,
+) -> list[RecipeResult]:
+    """Apply recipes to one model and score all results beside the dense model.
+
+    texts: files to score, or `self` for text that the dense model writes
+    output: a directory; each result lies in it under its label and stays there
+    """
+    entries = contenders(specs, overrides, model, output)
+    models = {entry.recipe.model for entry in entries}
+    if None in models or len(models) != 1:
+        raise SparsifyError("recipes are compared on one model; name it with --model")
+    for entry in entries:
+        for text in texts:
+            if text != "self" and entry.recipe.learns_from(f"file:{text.removeprefix('file:')}"):
+                raise SparsifyError(f"{entry.label} learns from {text}, which would flatter it; score another text")
+        _make(entry, quiet)
+    scored: dict[str, list[EvaluationResult]] = {}
+    for text in texts:
+        name = "self" if text == "self" else Path(text.removeprefix("file:")).name
+        scored[name] = evaluate_all(
+            [entry.output for entry in entries], entries[0].recipe.model, text,
+            sequence_length, chunks, labels=[entry.label for entry in entries], quiet=quiet,
+        )  # fmt: skip
+    return [
+        _result(entry, {text: results[index] for text, results in scored.items()})
+        for index, entry in enumerate(entries)
+    ]
+
+
+def _make(entry: Contender, quiet: bool) -> None:
+    """Run one recipe, unless its result is there."""
+    if entry.output.exists():
+        made = entry.output / "recipe.yaml"
+        if made.is_file() and made.read_text(encoding="utf-8") == dump_recipe(entry.recipe):
+            return
+        raise SparsifyError(f"{entry.output} was made by another recipe; remove it or choose another --output")
+    assert entry.recipe.model is not None
+    changes = [argument for change in entry.overrides for argument in ("--set", change)]
+    command = [
+        sys.executable, "-m", "sparsify", "apply", entry.source, "--model", entry.recipe.model,
+        "--output", str(entry.output), "--resume", *changes, *(["--quiet"] if quiet else []),
+    ]  # fmt: skip
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise SparsifyError(f"{entry.label} failed; what it said stands above")
+
+
+def _result(entry: Contender, evaluation: dict[str, EvaluationResult]) -> RecipeResult:
+    metrics, record = read_json(entry.output / "metrics.json"), read_json(entry.output / "run.json")
+    sizes = metrics["sizes"]
+    return RecipeResult(
+        entry.label, str(entry.output), sizes["compressed_bytes"], sizes["bits_per_weight"],
+        record["seconds"], record["peak_memory_bytes"], evaluation,
+    )  # fmt: skip
+
+
+def table(results: Sequence[RecipeResult]) -> Table:
+    """The dense model first, then a row per recipe; times relative to the quickest."""
+    texts = list(results[0].evaluation)
+    quickest = min(result.seconds for result in results) or 1.0
+    first = results[0].evaluation[texts[0]]
+    view = Table(
+        title="Recipes compared", title_justify="left", caption_justify="left",
+        caption=f"perplexity and KL(dense || model) in nats per token on {', '.join(texts)}: {first.tokens} tokens in chunks of "
+        f"{first.sequence_length}; time relative to the quickest recipe",
+    )  # fmt: skip
+    view.add_column("recipe")
+    for text in texts:
+        view.add_column(f"perplexity, {text}" if len(texts) > 1 else "perplexity", justify="right")
+        view.add_column("KL", justify="right")
+    for heading in ("bits per weight", "time", "memory"):
+        view.add_column(heading, justify="right")
+    dense: list[str] = []
+    for text in texts:
+        dense += [number(results[0].evaluation[text].dense_perplexity), "0"]
+    view.add_row("dense", *dense, "16", "", "", style="dim")
+    for result in results:
+        scores: list[str] = []
+        for score in result.evaluation.values():
+            scores += [number(score.perplexity), number(score.kl, 4)]
+        view.add_row(
+            Text(result.label), *scores, f"{result.bits_per_weight:.2f}", f"{result.seconds / quickest:.1f}x",
+            f"{result.peak_memory_bytes / 1e9:.1f} GB",
+        )  # fmt: skip
+    return view
