@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -22,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from sparsify.compiler.training import PlannedTraining
 from sparsify.data import calibration_tokens
 from sparsify.data.chat import conversation_rows
+from sparsify.distributed import device, is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CalibrationError, CheckpointError
 from sparsify.files import cache_directory, publish
 from sparsify.formats.directory import CheckpointWriter, natural
@@ -111,10 +111,9 @@ def train_stage(
     settings = planned.settings
     directory = writer.work / f"training-{number}"
     directory.mkdir(parents=True, exist_ok=True)
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    device = processes.device
-    quiet = quiet or not processes.is_main_process
-    with processes.main_process_first():  # the others find what the first one kept
+    join()
+    quiet = quiet or not is_main()
+    with main_first():
         rows = training_rows(planned, checkpoint, calibration, directory, quiet)
     steps = planned.steps if planned.steps is not None else len(rows) * _epochs(settings) // settings.batch_size
     if steps < 1:
@@ -122,17 +121,17 @@ def train_stage(
             f"{settings.kind}: {len(rows)} rows are less than one step of batch_size {settings.batch_size}; "
             "lower batch_size or give more data"
         )
-    teacher = None if planned.teacher is None else open_teacher(planned, device)
+    teacher = None if planned.teacher is None else open_teacher(planned, device())
     lessons: Any = None
     if teacher is not None and isinstance(settings, Distill) and settings.teacher_logits == "cached":
-        with processes.main_process_first():
+        with main_first():
             lessons = cache_teacher(teacher, rows.tokens, settings.top_k, directory / "teacher", quiet)
         teacher = None
     elif teacher is not None:
         lessons = online(teacher)
     opened, student, groups = prepare(settings, writer, checkpoint)
-    if processes.num_processes == 1:
-        student.to(device)  # FSDP moves its shards itself
+    if processes() == 1:
+        student.to(device())  # FSDP moves its shards itself
     watch = train(student, groups, opened.linears, rows, collate, settings, steps, directory, lessons, quiet)
     summary = {
         "kind": settings.kind,
@@ -143,12 +142,12 @@ def train_stage(
         "teacher": None if planned.teacher is None else planned.teacher.spec,
         **watch.summary(),
     }
-    if processes.is_main_process:
-        if processes.num_processes > 1:  # what was trained is in shards here, and whole in the last checkpoint
+    if is_main():
+        if processes() > 1:  # what was trained is in shards here, and whole in the last checkpoint
             opened, student, _ = prepare(settings, writer, checkpoint)
             load_parameters(student, directory / f"{PREFIX}{steps}")
         rewrite(writer, opened, partial(conclude, summary))
-    processes.wait_for_everyone()
+    wait_for_all()
     writer.stage = number
 
 
@@ -258,7 +257,7 @@ def kept(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
     return load_file(file)
 
 
-def open_teacher(planned: PlannedTraining, device: torch.device) -> Teacher:
+def open_teacher(planned: PlannedTraining, device: str) -> Teacher:
     """The dense model, in the precision of the products."""
     from transformers import AutoModelForCausalLM
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from sparsify.distributed import processes
 from sparsify.errors import CheckpointError, MissingDependency, NumericalError
 from sparsify.files import publish, read_json, write_json
 from sparsify.passes.recover.student import Student
@@ -289,15 +290,15 @@ def describe(settings: Distill | Finetune, watch: LossWatch | None) -> str:
 
 def arguments(student: Student, settings: Distill | Finetune, steps: int, directory: Path) -> TrainingArguments:
     """What the Trainer is told. Under torchrun with several processes FSDP2 shards parameters, gradients and optimiser."""
-    processes = world_size()
-    micro = min(settings.micro_batch_size or settings.batch_size, max(1, settings.batch_size // processes))
-    if settings.batch_size % (micro * processes):
+    among = processes()
+    micro = min(settings.micro_batch_size or settings.batch_size, max(1, settings.batch_size // among))
+    if settings.batch_size % (micro * among):
         raise CheckpointError(
-            f"{settings.kind}: batch_size {settings.batch_size} does not divide into {processes} processes of {micro} rows; "
-            f"choose a multiple of {micro * processes}"
+            f"{settings.kind}: batch_size {settings.batch_size} does not divide into {among} processes of {micro} rows; "
+            f"choose a multiple of {micro * among}"
         )
     sharding: dict[str, Any] = {}
-    if processes > 1:
+    if among > 1:
         blocks = sorted({type(block).__name__ for block in student.outputs.blocks})
         sharding = {
             "fsdp": True,
@@ -313,7 +314,7 @@ def arguments(student: Student, settings: Distill | Finetune, steps: int, direct
         output_dir=str(directory),
         max_steps=steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=settings.batch_size // (micro * processes),
+        gradient_accumulation_steps=settings.batch_size // (micro * among),
         learning_rate=settings.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
         warmup_steps=math.ceil(settings.warmup * steps),
@@ -341,13 +342,6 @@ def root_mean_square(parameter: Tensor) -> float:
     """Over what is not zero: pruned weights do not count. 1 for a tensor of zeros, such as a new bias."""
     kept = int(parameter.count_nonzero())
     return math.sqrt(float(parameter.float().square().sum()) / kept) if kept else 1.0
-
-
-def world_size() -> int:
-    """Processes that torchrun started together."""
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def board(directory: str | None) -> list[TrainerCallback]:
