@@ -194,9 +194,20 @@ class Plan:
         return planned.describe() + (f"; about {_minutes(work, torch.bfloat16)} on this machine" if work else "")
 
     def _training_bytes(self) -> int:
-        """Weights, gradients and two moments in float32, the weights of the products and the teacher in bfloat16."""
+        """Weights, gradients and two moments in float32, the weights of the products and the teacher in bfloat16, and what
+        the backward pass of one micro-batch needs of the forward pass: a few dozen vectors per token and block."""
+        if not self.training:
+            return 0
         weights = sum(p.weights for p in self.linears.values())
-        return 20 * weights + 8 * self.model.head_weights() if self.training else 0
+        hidden, widest = (pick(p.shape[1] for p in self.linears.values()) for pick in (min, max))
+        per_token = 2 * (20 * hidden + 10 * widest)
+        activations = 0
+        for planned in self.training:
+            settings = planned.settings
+            tokens = (settings.micro_batch_size or settings.batch_size) * settings.sequence_length
+            depth = 1 if settings.gradient_checkpointing else len(self.model.blocks)
+            activations = max(activations, tokens * per_token * depth)
+        return 20 * weights + 8 * self.model.head_weights() + activations
 
     def _head_json(self) -> dict[str, Any] | None:
         if self.head is None:

@@ -267,6 +267,17 @@ def test_a_rising_loss_is_divergence(tmp_path, recipe, source, monkeypatch):
     assert saved.good and len(saved.losses) == trainer.step_of(kept)
 
 
+def test_the_progress_bar_says_what_fits():
+    settings = parse_recipe(
+        "version: 1\npasses:\n  - prune: {method: magnitude}\n  - distill: {method: squarehead, tokens: 1M}\n"
+    )
+    seen = watch.LossWatch()
+    assert trainer.describe(settings.training[0], seen) == "distill"
+    seen.add({"loss": 1.5, "feature": 0.25, "cross_entropy": 3.0, "logits": 1.25})
+    assert trainer.describe(settings.training[0], seen, 80) == "distill: loss 1.5"
+    assert trainer.describe(settings.training[0], seen, 160) == "distill: loss 1.5 (feature 0.25, logits 1.25)"
+
+
 def test_the_rule_of_divergence():
     def run(losses):
         seen = watch.LossWatch()

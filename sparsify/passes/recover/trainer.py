@@ -36,20 +36,34 @@ PREFIX = "checkpoint-"  # the Trainer's own
 KEPT = 2  # checkpoints on disk at a time
 BETAS = (0.9, 0.95)
 GRADIENT_NORM = 1.0
+WIDE = 120  # columns from which the progress bar has room for the parts of the loss
+WINDOW_BATCHES = 16  # batches whose rows are sorted by length together
+
+
+def _by_length(window: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Batches of rows of similar length, in random order. window: int64, rows in the order drawn, whole batches."""
+    batches = window[lengths[window].argsort(stable=True)].reshape(-1, batch_size)
+    return batches[torch.randperm(len(batches), generator=generator)].reshape(-1)
 
 
 class Rows(Dataset[dict[str, Any]]):
     """The rows of all steps, in the order they are trained on. Each epoch is a permutation of its own, drawn from the seed.
 
-    The order is a table and not a sampler's state, so a resumed run goes on with the same rows.
+    The order is a table and not a sampler's state, so a resumed run goes on with the same rows. Rows of unequal lengths
+    are sorted within a few batches, whose own order is drawn again: less is padding, and each batch is still a random one.
+
+    lengths: of the rows, or None when all are equal
     """
 
-    def __init__(self, rows: Any, steps: int, batch_size: int, seed: int):
+    def __init__(self, rows: Any, steps: int, batch_size: int, seed: int, lengths: Tensor | None = None):
         self.rows = rows
         generator = torch.Generator().manual_seed(seed)
         wanted = steps * batch_size
         epochs = [torch.randperm(len(rows), generator=generator) for _ in range(-(-wanted // len(rows)))]
         self.order = torch.cat(epochs)[:wanted]
+        if lengths is not None:
+            windows = self.order.split(WINDOW_BATCHES * batch_size)
+            self.order = torch.cat([_by_length(w, lengths, batch_size, generator) for w in windows])
 
     def __len__(self) -> int:
         return len(self.order)
@@ -80,7 +94,8 @@ def train(
     discard_unfinished(directory)
     last = last_checkpoint(directory)
     done = 0 if last is None else step_of(last)
-    order = Rows(rows, steps, settings.batch_size, settings.seed)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows]) if isinstance(rows, list) else None
+    order = Rows(rows, steps, settings.batch_size, settings.seed, lengths)
     with hushed(), progress_bar(describe(settings, None), steps, completed=done, quiet=quiet) as bar:
         trainer = DistillTrainer(student, groups, linears, order, collate, settings, steps, directory, teacher)
         trainer.show_on(bar)
@@ -280,16 +295,23 @@ class _Show(TrainerCallback):
             logs.update(self.trainer.watch.losses[-1])
 
 
-def describe(settings: Distill | Finetune, watch: LossWatch | None) -> str:
-    """The progress bar's text: `distill: loss 1.234 (feature 0.21, logits 1.02)`."""
+def describe(settings: Distill | Finetune, watch: LossWatch | None, columns: int | None = None) -> str:
+    """The progress bar's text: `distill: loss 1.234`, on a wide terminal with the parts of it that count."""
     if watch is None or not watch.losses:
         return settings.kind
-    parts = ", ".join(f"{name} {value:.3g}" for name, value in watch.losses[-1].items() if name != "loss")
-    return f"{settings.kind}: loss {watch.smoothed:.4g} ({parts})"
+    said = f"{settings.kind}: loss {watch.smoothed:.4g}"
+    if (columns or shutil.get_terminal_size().columns) < WIDE:
+        return said
+    weights = settings.weights.model_dump()
+    parts = [f"{name} {value:.3g}" for name, value in watch.losses[-1].items() if weights.get(name)]
+    return f"{said} ({', '.join(parts)})" if len(parts) > 1 else said
 
 
 def arguments(student: Student, settings: Distill | Finetune, steps: int, directory: Path) -> TrainingArguments:
-    """What the Trainer is told. Under torchrun with several processes FSDP2 shards parameters, gradients and optimiser."""
+    """What the Trainer is told. Under torchrun with several processes FSDP2 shards parameters, gradients and optimiser.
+
+    On CPUs accelerate leaves FSDP aside and every process keeps all of them.
+    """
     among = processes()
     micro = min(settings.micro_batch_size or settings.batch_size, max(1, settings.batch_size // among))
     if settings.batch_size % (micro * among):

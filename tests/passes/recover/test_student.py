@@ -10,6 +10,7 @@ from sparsify.passes.quantize.grid import Grid
 from sparsify.passes.quantize.rtn import round_to_nearest
 from sparsify.passes.recover.student import BlockOutputs, Student, Teacher, has_plain_head, trainable_parameters
 from sparsify.passes.recover.trainable import make_trainable
+from sparsify.passes.recover.trainer import Rows
 from sparsify.recipe import LossWeights
 from tests.tiny import tiny_model
 
@@ -174,3 +175,23 @@ def test_the_teacher_is_left_alone():
     assert len(lesson.hidden) == 3 and not any(h.requires_grad for h in lesson.hidden)
     assert not any(p.requires_grad for p in dense.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
+
+
+def test_every_row_is_seen_once_an_epoch_in_batches_of_similar_length():
+    rows = [{"input_ids": torch.zeros(3 + 7 * i % 50)} for i in range(40)]
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    for given in (None, lengths):
+        order = Rows(rows, 20, 4, 0, given).order
+        assert len(order) == 80 and all(order.bincount() == 2)
+        assert torch.equal(order, Rows(rows, 20, 4, 0, given).order)
+        assert not torch.equal(order, Rows(rows, 20, 4, 1, given).order)
+        assert sorted(Rows(rows, 10, 4, 0, given).order.tolist()) == list(range(40))
+
+    def padding(order):
+        batches = lengths[order].reshape(-1, 4)
+        return int((batches.max(1).values[:, None] - batches).sum())
+
+    grouped = Rows(rows, 20, 4, 0, lengths).order
+    assert padding(grouped) < 0.5 * padding(Rows(rows, 20, 4, 0).order)
+    longest = lengths[grouped].reshape(-1, 4).max(1).values
+    assert not torch.equal(longest, longest.sort().values)  # but not from short to long
