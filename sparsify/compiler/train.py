@@ -34,6 +34,7 @@ from sparsify.passes.recover.student import Student, Teacher, trainable_paramete
 from sparsify.passes.recover.trainable import TrainableLinear, make_trainable
 from sparsify.passes.recover.trainer import PREFIX, load_parameters, train
 from sparsify.recipe import Calibration, Distill, Finetune
+from sparsify.recipe.sources import SELF
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -227,7 +228,8 @@ def training_text(settings: Distill, calibration: Calibration) -> Calibration:
     rows = settings.samples or -(-settings.tokens // settings.sequence_length)
     changes: dict[str, Any] = {"samples": rows, "sequence_length": settings.sequence_length}
     if settings.source is not None:
-        return Calibration(source=settings.source, seed=settings.seed, **changes)
+        own = calibration.self if settings.source == SELF else None
+        return Calibration(source=settings.source, seed=settings.seed, self=own, **changes)
     return calibration.model_copy(update=changes)
 
 
