@@ -412,11 +412,11 @@ class _Training(_Pass):
         default=None, ge=1, description="rows that run at once on a device, less memory when small; default batch_size"
     )
     learning_rate: Rate = Field(
-        default=2e-3, description="of the weights at its peak, relative to the root mean square of those kept"
+        default=5e-3, description="of the weights at its peak, relative to the root mean square of those kept"
     )
-    scale_learning_rate: Rate = Field(default=5e-4, description="of the scales, relative to their root mean square")
+    scale_learning_rate: Rate = Field(default=2e-3, description="of the scales, relative to their root mean square")
     norm_learning_rate: Rate = Field(
-        default=5e-4, description="of norms and biases, relative to their root mean square"
+        default=1e-3, description="of norms and biases, relative to their root mean square"
     )
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps over which the rate rises from 0")
     schedule: Literal["cosine", "linear", "constant"] = Field(
