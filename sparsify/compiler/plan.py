@@ -371,7 +371,7 @@ def _scheme(recipe: Recipe, module: str, store: torch.dtype) -> Scheme | None:
 
 def _solver(passes: Sequence[Prune | Quantize]) -> Prune | Quantize:
     """The pass that inverts the Hessian: the last one that sweeps, and with Wanda alone the one that is there."""
-    return next((p for p in reversed(passes) if p.method in ("sparsegpt", "gptq")), passes[-1])
+    return next((p for p in reversed(passes) if p.method in ("sparsegpt", "alps", "gptq")), passes[-1])
 
 
 def _stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> int:

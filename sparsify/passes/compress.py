@@ -48,7 +48,7 @@ class Scheme:
     @property
     def sweeps(self) -> bool:
         """Whether weights are repaired by the column sweep, which needs the whole Hessian."""
-        return self.quantize == "gptq" or self.prune == "sparsegpt"
+        return self.quantize == "gptq" or (self.prune is not None and pruning.METHODS[self.prune].solves)
 
     @property
     def needs_data(self) -> bool:
@@ -146,8 +146,10 @@ def _stacked(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str
             W = corrected_target(W, statistics.C, factors, scheme.correction)
         W = W.masked_fill(factors.dead, 0)
     method = pruning.METHODS[scheme.prune] if scheme.prune else None
-    keep = method.mask(W, statistics.H if statistics else None) if method and method.mask else None
+    H = factors.damped if factors and method and method.solves else statistics.H if statistics else None
+    keep = method.mask(W, H) if method and method.mask else None
     select = method.select if method else None
+    swaps = method is not None and method.solves
     if scheme.sweeps:
         assert factors is not None and statistics is not None
         order, U = None, factors.inverse
@@ -158,11 +160,11 @@ def _stacked(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str
             swept = gptq(W, U, grid, keep, select, order)
             refined = refine(
                 swept.weight, W, factors.damped, scheme.refine,
-                scale=swept.scale, grid=grid, keep=keep, select=select is not None,
+                scale=swept.scale, grid=grid, keep=keep, select=swaps,
             )  # fmt: skip
             return LinearWeights(grid.bits, pattern, grid.group_size, codes=refined.codes, scale=refined.scale)
-        swept = column_sweep(W, U, None, select=select, order=order, store=scheme.dtype)
-        W = refine(swept.weight, W, factors.damped, scheme.refine, select=select is not None, store=scheme.dtype).weight
+        swept = column_sweep(W, U, None, keep=keep, select=select, order=order, store=scheme.dtype)
+        W = refine(swept.weight, W, factors.damped, scheme.refine, keep=keep, select=swaps, store=scheme.dtype).weight
     elif keep is not None:
         W = W * keep
     if grid is None:

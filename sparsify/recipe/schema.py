@@ -272,8 +272,9 @@ class Prune(_Pass):
 
     kind: ClassVar[Literal["prune"]] = "prune"
 
-    method: Literal["magnitude", "wanda", "sparsegpt"] = Field(
-        description="magnitude (no data), wanda (activation norms) or sparsegpt (second order, kept weights repair)"
+    method: Literal["magnitude", "wanda", "sparsegpt", "alps"] = Field(
+        description="magnitude (no data), wanda (activation norms), sparsegpt (second order, kept weights repair) or "
+        "alps (second order, the mask of all inputs at once: better and slower)"
     )
     pattern: Literal["2:4"] = Field(default="2:4", description="two kept of every four: what sparse tensor cores run")
     ignore: Ignore = ["lm_head"]
@@ -287,7 +288,7 @@ class Prune(_Pass):
             self._refuse_set("magnitude", correction=NO_OUTPUTS, damping=NO_HESSIAN)
         if self.method == "wanda" and not self.correction:
             self._refuse_set("wanda", damping=NO_HESSIAN)
-        if self.method != "sparsegpt":
+        if self.method in ("magnitude", "wanda"):
             self._refuse_set(self.method, refine=NO_SWEEP)
         return self
 
@@ -802,7 +803,7 @@ def _joint(recipe: Recipe) -> None:
     if prune is None or quantize is None or prune.method == "magnitude" or quantize.method == "rtn":
         return
     shared = ["correction"] if prune.method == "wanda" and not prune.correction else ["correction", "damping"]
-    shared += ["refine"] if prune.method == "sparsegpt" else []
+    shared += ["refine"] if prune.method in ("sparsegpt", "alps") else []
     for name in shared:
         one, other = getattr(prune, name), getattr(quantize, name)
         if one != other:

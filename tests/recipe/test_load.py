@@ -40,9 +40,10 @@ def test_the_ready_recipes_do_what_their_names_say() -> None:
     assert (quickstart.calibration.samples, quickstart.calibration.sequence_length) == (32, 256)
     for recipe in (quickstart, joint):
         assert recipe.prune is not None and recipe.quantize is not None
-        assert (recipe.prune.method, recipe.quantize.method) == ("sparsegpt", "gptq")
-        assert (recipe.quantize.bits, recipe.quantize.group_size, recipe.prune.correction) == (4, 64, 0.5)
+        assert recipe.quantize.method == "gptq"
+        assert (recipe.quantize.bits, recipe.quantize.group_size, recipe.prune.correction) == (4, 64, 0.4)
         assert recipe.export.format == "sparse24"
+    assert (quickstart.prune.method, joint.prune.method) == ("sparsegpt", "alps")
     assert load_recipe("2of4").quantize is None and load_recipe("w4a16").prune is None
     free = load_recipe("magnitude-rtn")
     assert [step.method for step in free.passes] == ["magnitude", "rtn"]
