@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsify import __version__
 from sparsify.compiler.card import head_in_words, head_note, model_card, shown_perplexity, training_in_words
 from sparsify.compiler.plan import Plan, make_plan
-from sparsify.compiler.train import train_stage
+from sparsify.compiler.train import ADAPTER, train_stage
 from sparsify.data import calibration_tokens
 from sparsify.distributed import (
     device,
@@ -159,7 +159,8 @@ def apply(
         RECORD: json_text(record),
         CARD: model_card(metrics, recipe),
     }
-    writer.finish(extra_files=files)
+    adapter = sorted((writer.work / ADAPTER).glob("*"))
+    writer.finish(extra_files={**files, **{f"{ADAPTER}/{file.name}": file.read_bytes() for file in adapter}})
     if evaluate is not None:
         metrics["evaluation"] = {key: value for key, value in evaluate(output).items() if key != "seconds"}
         atomic_write(output / METRICS, json_text(metrics))

@@ -23,7 +23,7 @@ from sparsify.data import calibration_tokens
 from sparsify.data.chat import conversation_rows
 from sparsify.distributed import device, is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CalibrationError, CheckpointError
-from sparsify.files import cache_directory, publish
+from sparsify.files import atomic_write, cache_directory, publish
 from sparsify.formats.directory import CheckpointWriter, natural
 from sparsify.formats.scheme import in_block
 from sparsify.model.blocks import load_state, meta_model, target_names, without_bars
@@ -31,11 +31,12 @@ from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.linear import LinearWeights
 from sparsify.passes.recover.distill import TextRows, cache_teacher, collate, online
 from sparsify.passes.recover.student import Student, Teacher, trainable_parameters
-from sparsify.passes.recover.trainable import TrainableLinear, make_trainable
+from sparsify.passes.recover.trainable import make_trainable
 from sparsify.passes.recover.trainer import PREFIX, load_parameters, train
-from sparsify.recipe import Calibration, Distill, Finetune
+from sparsify.recipe import Calibration, Distill, Finetune, Lora
 from sparsify.recipe.sources import SELF
 
+ADAPTER = "adapter"  # folder of an output directory
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -43,17 +44,19 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class OpenedStudent:
     """The compressed model as one that can be trained.
 
-    linears:  trainable, by their name in the model
+    linears:  trainable, by their name in the model; those that end with other weights than they began with
     modules:  name of a compressed linear in the checkpoint -> its name in the model
     tensors:  name of any other tensor in the checkpoint -> name of the parameter that it is
     dtypes:   name of such a parameter -> its type in the checkpoint
+    adapter:  peft's settings of an adapter that is exported beside the weights
     """
 
     model: Any
-    linears: dict[str, TrainableLinear]
+    linears: dict[str, Any]
     modules: dict[str, str]
     tensors: dict[str, str]
     dtypes: dict[str, torch.dtype]
+    adapter: Any = None
 
 
 def open_student(writer: CheckpointWriter, checkpoint: Checkpoint) -> OpenedStudent:
@@ -133,7 +136,8 @@ def train_stage(
     opened, student, groups = prepare(settings, writer, checkpoint)
     if processes() == 1:
         student.to(device())  # FSDP moves its shards itself
-    watch = train(student, groups, opened.linears, rows, collate, settings, steps, directory, lessons, quiet)
+    masked = {} if isinstance(settings, Lora) else opened.linears
+    watch = train(student, groups, masked, rows, collate, settings, steps, directory, lessons, quiet)
     summary = {
         "kind": settings.kind,
         "method": settings.method,
@@ -147,6 +151,8 @@ def train_stage(
         if processes() > 1:  # what was trained is in shards here, and whole in the last checkpoint
             opened, student, _ = prepare(settings, writer, checkpoint)
             load_parameters(student, directory / f"{PREFIX}{steps}")
+        if opened.adapter is not None:
+            keep_adapter(opened, writer)
         rewrite(writer, opened, partial(conclude, summary))
     wait_for_all()
     writer.stage = number
@@ -157,6 +163,15 @@ def prepare(
 ) -> tuple[OpenedStudent, Student, dict[str, list[nn.Parameter]]]:
     """The student as training begins, and what is trained of it, by kind."""
     opened = open_student(writer, checkpoint)
+    if isinstance(settings, Lora):
+        groups = {"weights": place_adapters(opened, settings)}
+        if settings.gradient_checkpointing:
+            opened.model.gradient_checkpointing_enable()
+        return (
+            opened,
+            Student(opened.model, settings.weights, settings.temperature, PRECISIONS[settings.precision]),
+            groups,
+        )
     for linear in opened.linears.values():
         linear.quantize_in_loop = settings.quantize_in_loop
     groups = trainable_parameters(opened.model, opened.linears, settings.train, opened.dtypes)
@@ -164,6 +179,42 @@ def prepare(
         opened.model.gradient_checkpointing_enable()
     student = Student(opened.model, settings.weights, settings.temperature, PRECISIONS[settings.precision])
     return opened, student, groups
+
+
+def place_adapters(opened: OpenedStudent, settings: Lora) -> list[nn.Parameter]:
+    """Freeze the student and give its compressed linears adapters. Returns what is trained."""
+    from sparsify.passes.recover.lora import add_adapters, targeted
+
+    if processes() > 1:
+        raise CheckpointError("lora trains in one process; start it without torchrun, or distill instead")
+    everything = {name: linear.export() for name, linear in opened.linears.items()}
+    wanted = targeted(everything, settings.targets)
+    merge = settings.export == "merge"
+    placed, config = add_adapters(
+        opened.model,
+        everything,
+        wanted,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        merge=merge,
+        quantized_base=settings.quantized_base,
+        quantize_in_loop=settings.quantize_in_loop,
+        dtype=PRECISIONS[settings.precision],
+        seed=settings.seed,
+    )
+    opened.linears = placed if merge else {}
+    opened.adapter = None if merge else config
+    return [parameter for parameter in opened.model.parameters() if parameter.requires_grad]
+
+
+def keep_adapter(opened: OpenedStudent, writer: CheckpointWriter) -> None:
+    """Put the trained adapter into the work directory, from where it goes into the finished one."""
+    from sparsify.passes.recover.lora import adapter_files
+
+    directory = writer.work / ADAPTER
+    directory.mkdir(exist_ok=True)
+    for name, content in adapter_files(opened.model, opened.adapter, writer.output.name).items():
+        atomic_write(directory / name, content)
 
 
 def _epochs(settings: Distill | Finetune) -> int:
@@ -187,7 +238,9 @@ def rewrite(
             for module in linears:
                 trained = opened.linears.get(opened.modules[module])
                 if trained is not None:
-                    linears[module] = inside[module] = trained.cpu().export().validate(module)
+                    linears[module] = trained.cpu().export().validate(module)
+                if in_block(opened.modules[module]):
+                    inside[module] = linears[module]
             for name, tensor in tensors.items():
                 owner, _, last = opened.tensors.get(name, "").rpartition(".")
                 if name in opened.tensors and is_parametrized(opened.model.get_submodule(owner), last):

@@ -58,7 +58,7 @@ def plan_training(recipe: Recipe, model: Checkpoint) -> tuple[PlannedTraining, .
 
 def _planned(settings: Distill | Finetune, recipe: Recipe, model: Checkpoint) -> PlannedTraining:
     spec = settings.teacher
-    if isinstance(settings, Distill) and spec is None:
+    if isinstance(settings, Distill) and settings.needs_teacher and spec is None:
         spec = model.spec  # a recipe that compresses starts from the dense model
     teacher = None
     if spec is not None:

@@ -232,8 +232,9 @@ class CheckpointWriter:
             for sidecar in self.source.sidecar_files():
                 shutil.copyfile(sidecar, final / sidecar.name)
             for name, content in (extra_files or {}).items():
-                if Path(name).name != name:
-                    raise CheckpointError(f"extra file {name!r} must be a plain file name")
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise CheckpointError(f"extra file {name!r} must lie inside the directory")
+                (final / name).parent.mkdir(parents=True, exist_ok=True)
                 (final / name).write_bytes(content.encode() if isinstance(content, str) else content)
             if self.output.exists():
                 raise CheckpointError(f"{self.output} appeared meanwhile; remove it and continue with --resume")

@@ -461,7 +461,7 @@ class _Training(_Pass):
 class Distill(_Training):
     """Train the compressed model to do what the dense one does. One teacher, the same text for both."""
 
-    kind: ClassVar[Literal["distill"]] = "distill"
+    kind: ClassVar[str] = "distill"
 
     method: Literal["squarehead"] = Field(
         description="squarehead: hidden states after every block, next-token distribution, and the text itself"
@@ -490,6 +490,11 @@ class Distill(_Training):
             raise refuse(problem)
         return source
 
+    @property
+    def needs_teacher(self) -> bool:
+        """False only for a pass that may learn from the text alone."""
+        return bool(self.weights.feature or self.weights.logits)
+
     @model_validator(mode="after")
     def _check(self) -> "Distill":
         weights = self.weights
@@ -500,7 +505,7 @@ class Distill(_Training):
                 f"raise tokens or lower batch_size",
                 "tokens",
             )
-        if not weights.feature and not weights.logits:
+        if not self.needs_teacher and not isinstance(self, Lora):
             raise refuse("neither feature nor logits counts, so there is nothing to learn from the teacher", "weights")
         if self.teacher_logits == "cached" and weights.feature:
             raise refuse(
@@ -516,6 +521,41 @@ class Distill(_Training):
             raise refuse(
                 "cached logits know the sum of the rest at temperature 1 only; remove temperature", "temperature"
             )
+        return self
+
+
+class Lora(Distill):
+    """Heal the compressed model with low-rank adapters; its own weights stand still. Losses and text as in distill."""
+
+    kind: ClassVar[str] = "lora"
+
+    method: Literal["squarehead"] = Field(default="squarehead", description="as in distill")
+    rank: int = Field(default=16, ge=1, description="of each adapter B A")
+    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False, description="B A counts alpha / rank")
+    targets: Annotated[list[str], AfterValidator(_check_patterns)] | None = Field(
+        default=None, min_length=1, description="compressed linears that get one, written as in ignore; default all"
+    )
+    export: Literal["merge", "adapter"] = Field(
+        default="merge",
+        description="merge: into the weights, inside the mask and compressed again; adapter: in the directory adapter/ of "
+        "the output, as peft and vLLM load it",
+    )
+    quantized_base: bool = Field(
+        default=True, description="QLoRA: the weights stay codes in memory and are multiplied out for each product"
+    )
+    learning_rate: Rate = Field(default=1e-3, description="of B at its peak, and of A relative to its root mean square")
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> "Lora":
+        frozen = "the model's own weights stand still"
+        self._refuse_set("lora", train=frozen, scale_learning_rate=frozen, norm_learning_rate=frozen)
+        if not (self.needs_teacher or self.weights.cross_entropy):
+            raise refuse("all weights are 0, so there is nothing to learn", "weights")
+        if not self.needs_teacher and self.teacher is not None:
+            raise refuse("teacher has no effect while weights.feature and weights.logits are 0", "teacher")
+        if self.export == "adapter":
+            why = "an adapter that is not merged is not rounded"
+            self._refuse_set("lora and export adapter", quantize_in_loop=why)
         return self
 
 
@@ -568,7 +608,7 @@ class Finetune(_Training):
         return self
 
 
-PASSES: dict[str, type[_Pass]] = {model.kind: model for model in (Prune, Quantize, Tune, Distill, Finetune)}
+PASSES: dict[str, type[_Pass]] = {model.kind: model for model in (Prune, Quantize, Tune, Distill, Finetune, Lora)}
 PLANNED_PASSES = ("depth",)
 
 
@@ -611,7 +651,8 @@ Pass = Annotated[
     | Annotated[Quantize, Tag("quantize")]
     | Annotated[Tune, Tag("tune")]
     | Annotated[Distill, Tag("distill")]
-    | Annotated[Finetune, Tag("finetune")],
+    | Annotated[Finetune, Tag("finetune")]
+    | Annotated[Lora, Tag("lora")],
     Discriminator(_kind),
     BeforeValidator(_one_key),
 ]
@@ -777,17 +818,31 @@ def _training_last(recipe: Recipe) -> None:
             )
 
 
+def _adapter_last(recipe: Recipe) -> None:
+    """An adapter belongs to the weights it was trained on."""
+    for index, step in enumerate(recipe.passes[:-1]):
+        if isinstance(step, Lora) and step.export == "adapter":
+            raise refuse(
+                f"{recipe.passes[index + 1].kind} comes after lora and would change the weights that its adapter belongs to; "
+                "put lora last or merge it",
+                "passes",
+                index,
+                "lora",
+                "export",
+            )
+
+
 def _starts_compressed(recipe: Recipe) -> None:
     """A recipe that only trains reads a compressed checkpoint, which does not say what the dense model was."""
     if recipe.compresses:
         return
     for index, step in enumerate(recipe.passes):
-        if isinstance(step, Distill) and step.teacher is None:
+        if isinstance(step, Distill) and step.needs_teacher and step.teacher is None:
             raise refuse(
                 "this recipe starts from a compressed model, so name the dense one: teacher: MODEL",
                 "passes",
                 index,
-                "distill",
+                step.kind,
             )
     if recipe.export.head is not None:
         raise refuse(
@@ -851,6 +906,7 @@ def _leak(recipe: Recipe) -> None:
 CONFLICTS: tuple[Callable[[Recipe], None], ...] = (
     _duplicates,
     _training_last,
+    _adapter_last,
     _order,
     _starts_compressed,
     _joint,

@@ -67,6 +67,11 @@ class _OnGrid(torch.autograd.Function):
         return *grid_gradient(gradients[0], *ctx.saved_tensors, *ctx.range), None, None, None
 
 
+def on_grid(W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int) -> Tensor:
+    """`round_to_grid`, differentiable in W and scale."""
+    return _OnGrid.apply(W, scale, mask, low, high)  # type: ignore[no-any-return]
+
+
 class _Stored(torch.autograd.Function):
     """x rounded to the type it will be stored in; the gradient passes straight through."""
 
@@ -132,7 +137,7 @@ class TrainableLinear(nn.Module):
             kept = self.weight if mask is None else self.weight * mask
             return _Stored.apply(kept, self.store)  # type: ignore[no-any-return]
         scale = _Stored.apply(self._positive_scale(), self.store)
-        return _OnGrid.apply(self.weight, scale, mask, *CODE_RANGE[self.bits])  # type: ignore[no-any-return]
+        return on_grid(self.weight, scale, mask, *CODE_RANGE[self.bits])
 
     def in_loop(self) -> Tensor:
         """The weight that the forward pass multiplies with, [N, K] float32: `effective()`, or before rounding if so asked."""
