@@ -276,7 +276,7 @@ def test_writer_refuses_what_would_be_wrong(llama, make_linear, tmp_path):
     with pytest.raises(CheckpointError, match="holds model.layers.0.up.weight_meta twice"):
         writer.write_part("0", {"model.layers.0.up": make_linear()}, {"model.layers.0.up.weight_meta": torch.ones(1)})
     writer.write_part("0", {}, {"a": torch.ones(1)})
-    with pytest.raises(CheckpointError, match="plain file name"):
+    with pytest.raises(CheckpointError, match="must lie inside the directory"):
         writer.finish({}, {"../README.md": "x"})
     writer.write_part("1", {}, {"a": torch.ones(1)})
     with pytest.raises(CheckpointError, match="a is in two parts"):
