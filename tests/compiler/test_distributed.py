@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import sparsify.compiler.run as run
 from sparsify.compiler.run import apply
+from sparsify.distributed import share
+from sparsify.errors import SparsifyError
 from sparsify.formats.directory import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
@@ -21,9 +25,9 @@ passes:
   - prune: {{method: sparsegpt, correction: 0.4}}
   - quantize: {{method: gptq, bits: 4, group_size: 32, correction: 0.4}}
 """
-TUNED = CALIBRATED + "  - tune: {{epochs: 2, batch_size: 3, holdout: 0.2}}\n"
-DISTILLED = (
+ALL = (
     CALIBRATED
+    + "  - tune: {{epochs: 2, batch_size: 3, holdout: 0.2}}\n"
     + "  - distill: {{method: squarehead, tokens: 512, samples: 16, sequence_length: 32, batch_size: 4, precision: float32}}\n"
 )
 
@@ -38,25 +42,6 @@ def torchrun(recipe: Path, model: Path, output: Path, *more: str) -> subprocess.
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-@pytest.fixture
-def both(tmp_path):
-    """Runs a recipe in one process and in two; returns the metrics and directories of both."""
-
-    def run(text: str):
-        source = save_tiny(tmp_path / "source")
-        recipe = tmp_path / "recipe.yaml"
-        words = tiny_text(tmp_path / "text.txt")
-        recipe.write_text(text.format(text=words, samples=65))  # not a multiple of two
-        one = apply(parse_recipe(recipe.read_text()), str(source), tmp_path / "one", quiet=True)
-        ran = torchrun(recipe, source, tmp_path / "two", "--json")
-        assert ran.returncode == 0, ran.stderr
-        two = json.loads(ran.stdout)  # one process speaks
-        assert two["run"]["processes"] == 2 and not list(tmp_path.glob("*.partial"))
-        return one.metrics, two, open_compressed(tmp_path / "one"), open_compressed(tmp_path / "two")
-
-    return run
-
-
 def compare(one, two):
     """The first linears have the same codes but for ties. One that falls the other way moves all that comes after it, so
     further on it is the errors that must be equal."""
@@ -68,33 +53,39 @@ def compare(one, two):
             assert (a.codes == b.codes).float().mean() > 0.99, module
 
 
-def test_calibration_is_shared(both):
-    one, two, single, double = both(CALIBRATED)
-    compare(single, double)
+def test_two_processes_come_to_what_one_comes_to(tmp_path):
+    """Calibration, block tuning and distillation (FSDP2), in one recipe."""
+    source, recipe = save_tiny(tmp_path / "source"), tmp_path / "recipe.yaml"
+    recipe.write_text(ALL.format(text=tiny_text(tmp_path / "text.txt"), samples=65))  # not a multiple of two
+    one = apply(parse_recipe(recipe.read_text()), str(source), tmp_path / "one", quiet=True).metrics
+    ran = torchrun(recipe, source, tmp_path / "two", "--json")
+    assert ran.returncode == 0, ran.stderr
+    two = json.loads(ran.stdout)  # one process speaks
+    assert two["run"]["processes"] == 2 and not list(tmp_path.glob("*.partial"))
+    compare(open_compressed(tmp_path / "one"), open_compressed(tmp_path / "two"))
     for a, b in zip(one["layers"], two["layers"], strict=True):
-        assert b["relative_error"] == pytest.approx(a["relative_error"], rel=0.02), a["module"]
-
-
-def test_tuning_is_shared(both):
-    one, two, single, double = both(TUNED)
-    compare(single, double)
+        assert b["relative_error"] == pytest.approx(a["relative_error"], rel=0.05), a["module"]
     for a, b in zip(one["tuning"], two["tuning"], strict=True):
         assert a["steps"] == b["steps"] == 36
-        assert all(b[when] == pytest.approx(a[when], rel=0.03) for when in ("before", "after"))
-
-
-def test_distillation_is_shared(both):
-    one, two, single, double = both(DISTILLED)
-    compare(single, double)
+        assert all(b[when] == pytest.approx(a[when], rel=0.05) for when in ("before", "after"))
     (a,), (b,) = one["training"], two["training"]
     for when in ("first", "last"):
         for name, value in a[when].items():
-            assert b[when][name] == pytest.approx(value, rel=0.02), (when, name)
+            assert b[when][name] == pytest.approx(value, rel=0.05), (when, name)
 
 
-def test_too_few_samples_to_share(tmp_path):
-    source, recipe = save_tiny(tmp_path / "source"), tmp_path / "recipe.yaml"
-    recipe.write_text(CALIBRATED.format(text=tiny_text(tmp_path / "text.txt"), samples=1))
-    ran = torchrun(recipe, source, tmp_path / "two")
-    assert ran.returncode and "1 calibration samples cannot be shared by 2 processes" in ran.stderr
-    assert not (tmp_path / "two").exists()
+def test_too_few_samples_to_share(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SparsifyError, match="1 calibration samples cannot be shared by 2 processes"):
+        run._my_rows(torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_shares_cover_everything_once(monkeypatch):
+    for world in (1, 2, 3, 5):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        rows, parts = [], []
+        for number in range(world):
+            monkeypatch.setenv("RANK", str(number))
+            rows += run._my_rows(torch.arange(11)[:, None])[:, 0].tolist()
+            parts += list(range(11))[share(11)]
+        assert sorted(rows) == parts == list(range(11))

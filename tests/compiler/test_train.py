@@ -55,11 +55,20 @@ def recipe(text):
     return make
 
 
-@pytest.fixture
-def compressed(source, text, tmp_path):
-    """The same model, compressed and not trained."""
+@pytest.fixture(scope="module")
+def compressed_once(tmp_path_factory):
+    """A tiny model, compressed and not trained."""
+    place = tmp_path_factory.mktemp("compressed")
+    source, text = save_tiny(place / "source", dtype=torch.bfloat16), tiny_text(place / "text.txt", 2000)
     head = f'version: 1\ncalibration: {{source: "file:{text}", samples: 8, sequence_length: 32}}\npasses:{COMPRESS}\n'
-    apply(parse_recipe(head), str(source), tmp_path / "compressed", quiet=True)
+    apply(parse_recipe(head), str(source), place / "compressed", quiet=True)
+    return place / "compressed"
+
+
+@pytest.fixture
+def compressed(compressed_once, source, tmp_path):
+    """A copy of it, of a model equal to `source`."""
+    shutil.copytree(compressed_once, tmp_path / "compressed")
     return tmp_path / "compressed"
 
 
