@@ -266,6 +266,11 @@ class DistillTrainer(Trainer):
             group["initial_lr"], group["lr"] = base, base * shape(scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Whoever listens, TensorBoard for one, gets the parts of the loss beside the whole."""
+        parts = self.watch.losses[-1] if "loss" in logs and self.watch.losses else {}
+        super().log({**logs, **parts}, *args, **kwargs)
+
     def verify_masks(self) -> None:
         """NumericalError when a linear's mask is not the one training began with, or keeps other than two of four."""
         for name, mask in self.masks.items():
@@ -288,11 +293,6 @@ class _Show(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.advance()
         self.bar.describe(describe(self.trainer.settings, self.trainer.watch))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """TensorBoard gets the parts of the loss beside the whole."""
-        if logs is not None and "loss" in logs and self.trainer.watch.losses:
-            logs.update(self.trainer.watch.losses[-1])
 
 
 def describe(settings: Distill | Finetune, watch: LossWatch | None, columns: int | None = None) -> str:
