@@ -100,6 +100,7 @@ def compare_recipes(
         for text in texts:
             if text != "self" and entry.recipe.learns_from(f"file:{text.removeprefix('file:')}"):
                 raise SparsifyError(f"{entry.label} learns from {text}, which would flatter it; score another text")
+    for entry in entries:
         _make(entry, quiet)
     scored: dict[str, list[EvaluationResult]] = {}
     for text in texts:

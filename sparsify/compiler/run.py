@@ -441,7 +441,8 @@ def _block_tensors(
     replaced = {plan.linears[module].source for module in new}
     changed = {plan.model.source_of(name): tensor for name, tensor in (others or {}).items()}
     names = [name for name in plan.model.source_names(index) if name not in replaced]
-    return linears, {name: _stored(plan, changed.get(name, plan.checkpoint.tensor(name))) for name in names}
+    tensors = {name: changed[name] if name in changed else plan.checkpoint.tensor(name) for name in names}
+    return linears, {name: _stored(plan, tensor) for name, tensor in tensors.items()}
 
 
 def _parameters(plan: Plan, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -239,8 +239,7 @@ class Walk:
                 visit = GroupVisit(index, names, linears, compressed.inputs(), dense.inputs() if dense else None)  # type: ignore[arg-type]
                 new = rewrite(visit)
                 del visit
-                for name, linear in zip(names, linears, strict=True):
-                    linear.weight.copy_(new[name].dense(self.model.dtype))  # type: ignore[operator, union-attr]
+                self._place(index, block, new, {})
                 done |= new
                 compressed.resume()
                 if dense:

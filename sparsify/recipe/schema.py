@@ -38,29 +38,23 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
 class SelfText(_Model):
     """How the model writes its own calibration text. The defaults are for every kind of use; nothing needs to be set."""
 
-    chat: float | None = Field(
+    chat: Share | None = Field(
         default=None,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
         description="share of rows that are conversations with both sides written by the model, the others are plain "
         "documents; null: a quarter where the tokenizer has a chat template, else none",
     )
-    openings: float = Field(
+    openings: Share = Field(
         default=0.5,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
         description="share of plain documents that begin with given words (English, many kinds and subjects)",
     )
-    corpora: float = Field(
+    corpora: Share = Field(
         default=0.25,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
         description="share of the plain rows that are rewritten as research corpora hold text (Penn Treebank, WikiText): "
         "punctuation apart, rare words <unk>",
     )
@@ -211,20 +205,14 @@ Ignore = Annotated[
     Field(description="linears to leave dense: a module name or its last components, with * wildcards, or re:REGEX"),
 ]
 Damping = Annotated[
-    float,
+    Share,
     Field(
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
         description="share of the mean Hessian diagonal added to the diagonal before it is inverted",
     ),
 ]
 Correction = Annotated[
-    float,
+    Share,
     Field(
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
         description="0 aims at the original weights, 1 at the dense model's outputs, between blends",
     ),
 ]

@@ -18,9 +18,9 @@ from sparsify.compiler.run import apply
 from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
 from sparsify.formats.directory import CheckpointWriter, open_compressed
 from sparsify.model.linear import is_two_four
-from sparsify.passes.recover.student import Student
 from sparsify.passes.recover.trainable import kept_positions
 from sparsify.recipe import load_recipe, parse_recipe, ready_recipes
+from tests.students import noted_students
 from tests.tiny import save_tiny, tiny_text
 
 COMMON = "sequence_length: 16, batch_size: 4, precision: float32, learning_rate: 0.02, scale_learning_rate: 0.005"
@@ -75,15 +75,7 @@ def compressed(compressed_once, source, tmp_path):
 @pytest.fixture
 def students(monkeypatch):
     """The students of all training passes, to look at afterwards."""
-    made = []
-
-    class Noted(Student):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
-
-    monkeypatch.setattr(training, "Student", Noted)
-    return made
+    return noted_students(monkeypatch)
 
 
 def bytes_of(directory):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparsify.errors import MissingDependency, RecipeError
 from sparsify.model.linear import CODE_RANGE, LinearWeights
 from sparsify.passes.quantize.grid import Grid, search_scale
-from sparsify.passes.recover.trainable import Stored, kept_positions, on_grid
+from sparsify.passes.recover.trainable import Stored, codes_of, kept_positions, on_grid
 from sparsify.recipe import ignored_by
 
 try:
@@ -154,8 +154,7 @@ def merge_inside_mask(linear: LinearWeights, delta: Tensor, refit: bool) -> Line
         kept = [None] * scale.shape[1] if mask is None else mask.T.split(linear.group_size)
         groups = zip(weight.T.split(linear.group_size), kept, strict=True)
         scale = torch.stack([search_scale(rows, grid, inside, None) for rows, inside in groups], 1).to(linear.dtype)
-    codes = (weight / scale.float().repeat_interleave(linear.group_size, 1)).round().clamp(*CODE_RANGE[linear.bits])
-    return LinearWeights(**common, codes=(codes if mask is None else codes * mask).to(torch.int8), scale=scale)
+    return LinearWeights(**common, codes=codes_of(weight, scale, mask, linear.bits), scale=scale)
 
 
 def add_adapters(

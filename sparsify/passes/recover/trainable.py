@@ -207,9 +207,13 @@ class TrainableLinear(nn.Module):
         if self.scale is None:
             return LinearWeights(**common, values=self.effective().to(self.store))
         scale = self._positive_scale().to(self.store)
-        codes = _groups(self.weight, scale).div(scale.float()[:, :, None]).round_().clamp_(*CODE_RANGE[self.bits])
-        codes = codes.view_as(self.weight)
-        return LinearWeights(**common, codes=(codes if mask is None else codes * mask).to(torch.int8), scale=scale)
+        return LinearWeights(**common, codes=codes_of(self.weight, scale, mask, self.bits), scale=scale)
+
+
+def codes_of(W: Tensor, scale: Tensor, mask: Tensor | None, bits: int) -> Tensor:
+    """The codes that W rounds to, int8 [N, K], 0 outside the mask. W: [N, K] float32; scale: [N, K/G]; mask: bool [N, K] or None."""
+    codes = _groups(W, scale).div(scale.float()[:, :, None]).round_().clamp_(*CODE_RANGE[bits]).view_as(W)
+    return (codes if mask is None else codes * mask).to(torch.int8)
 
 
 def kept_positions(linear: LinearWeights) -> Tensor:

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import sparsify.compiler.train as training
 from sparsify.compiler.run import apply
 from sparsify.errors import RecipeError
 from sparsify.formats.directory import open_compressed
@@ -22,9 +21,9 @@ from sparsify.passes.recover.lora import (
     targeted,
     unpack_codes,
 )
-from sparsify.passes.recover.student import Student
 from sparsify.passes.recover.trainable import kept_positions
 from sparsify.recipe import parse_recipe
+from tests.students import noted_students
 from tests.tiny import save_tiny, tiny_text
 
 GROUP = 32
@@ -189,14 +188,7 @@ def source(tmp_path):
 @pytest.fixture
 def run(tmp_path, source, monkeypatch):
     text = tiny_text(tmp_path / "text.txt", 2000)
-    students = []
-
-    class Noted(Student):
-        def __init__(self, *args):
-            super().__init__(*args)
-            students.append(self)
-
-    monkeypatch.setattr(training, "Student", Noted)
+    students = noted_students(monkeypatch)
 
     def go(name, passes, more="", format="sparse24"):
         common = "tokens: 2560, samples: 40, sequence_length: 16, batch_size: 8, precision: float32, rank: 4"
