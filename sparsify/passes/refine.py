@@ -131,23 +131,27 @@ def _in_torch(
         return (x / scale).round_().clamp_(grid.low, grid.high).mul_(scale)
 
     step = 4 if select else 1
+    scalars = H.cpu()  # a branch on a number that lies on a GPU would wait for all the work before it
     for i in range(0, W.shape[0], step):
         of_four = slice(i, i + step)
         before = W[of_four].clone()
         if select:
-            W[of_four] = _best_two(before, G[of_four], H[of_four, of_four], stored)
-        elif H[i, i] > 0:
-            new = stored(before[0] - G[i] / H[i, i])
+            W[of_four] = _best_two(before, G[of_four], H[of_four, of_four], scalars[of_four, of_four], stored)
+        elif (curvature := scalars[i, i]) > 0:
+            new = stored(before[0] - G[i] / curvature)
             change = new - before[0]
-            better = change * (H[i, i] * change + 2 * G[i]) < 0
+            better = change * (curvature * change + 2 * G[i]) < 0
             W[i] = torch.where(better if keep is None else better & keep[i], new, before[0])
         G.addmm_(H[:, of_four], W[of_four] - before)
 
 
-def _best_two(v: Tensor, g: Tensor, A: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
-    """The best support of two and its stored values. v, g: [4, N], weights and half gradient; A: [4, 4]. Returns [4, N]."""
-    b = A @ v - g
-    best, least = v, (v * (A @ v - 2 * b)).sum(0)
+def _best_two(v: Tensor, g: Tensor, H: Tensor, A: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
+    """The best support of two and its stored values. v, g: [4, N], weights and half gradient. Returns [4, N].
+
+    H: [4, 4]; A: the same on the CPU, for the numbers in it
+    """
+    b = H @ v - g
+    best, least = v, (v * (H @ v - 2 * b)).sum(0)
     for r, s in permutations(range(4), 2):  # r is rounded first, s knows what r lost
         if A[s, s] <= 0:
             continue
@@ -157,7 +161,7 @@ def _best_two(v: Tensor, g: Tensor, A: Tensor, stored: Callable[[Tensor], Tensor
         new = torch.zeros_like(v)
         new[r] = stored(x)
         new[s] = stored((b[s] - A[r, s] * new[r]) / A[s, s])
-        error = (new * (A @ new - 2 * b)).sum(0)
+        error = (new * (H @ new - 2 * b)).sum(0)
         better = error < least
         best, least = torch.where(better, new, best), torch.where(better, error, least)
     return best
