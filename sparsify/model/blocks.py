@@ -83,6 +83,10 @@ class BlockModel:
                     f"{self.checkpoint.spec} lacks the tensor {self.blocks[index]}.{name}; is it complete and of this model type?"
                 )
 
+    def to(self, device: str) -> None:
+        """Move what is loaded; what is on the meta device stays there, where `nn.Module.to` would raise."""
+        self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+
     def unload(self, index: int) -> None:
         """Return the parameters of a block to the meta device, which frees their memory."""
         for module in self.block(index).modules():

@@ -193,7 +193,7 @@ class Walk:
         self.model = model
         self.device = device
         model.load(None)
-        model.model.to(device) if device != "cpu" else None
+        model.to(device)
         batch = max(1, TOKENS_PER_MICRO_BATCH // tokens.shape[1])
         entered: list[Tensor] = []
         self.calls: list[list[BlockCall]] = []

@@ -163,3 +163,15 @@ def test_wrong_shape_is_named(tmp_path):
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has shape \[3, 3\]"):
         open_blocks(open_checkpoint(directory))
+
+
+def test_moves_what_is_loaded_to_a_device_and_leaves_the_rest(tmp_path):
+    model = open_blocks(open_checkpoint(save_tiny(tmp_path / "m")))
+    model.load(None)
+    model.load(1)
+    before = {name: p.clone() for name, p in model.model.named_parameters() if not p.is_meta}
+    model.to("cpu")  # `nn.Module.to` raises here: it cannot move a block that is not loaded
+    after = dict(model.model.named_parameters())
+    assert all(p.is_meta for p in model.block(0).parameters())
+    assert not any(p.is_meta for p in model.block(1).parameters())
+    assert all(torch.equal(after[name], p) for name, p in before.items())
