@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 # A module may import from those above it, never from those below.
 ORDER = (
-    "errors", "files", "native", "progress", "distributed", "recipe", "model", "data", "passes", "formats", "compiler", "runtime",
+    "errors", "files", "native", "emulation", "progress", "distributed", "recipe", "model", "data", "passes", "formats", "compiler", "runtime",
     "evaluation", "bench", "report", "demo", "doctor", "kernel_builds", "cli", "__main__",
 )  # fmt: skip
 
