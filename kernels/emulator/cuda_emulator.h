@@ -55,6 +55,7 @@ inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
 
+using emulator::atomic_add;
 using emulator::block_barrier;
 using emulator::cp_async_16;
 using emulator::cp_async_commit;
@@ -69,6 +70,7 @@ using emulator::shared_load;
 using emulator::shared_store;
 using emulator::shuffle_down;
 using emulator::shuffle_xor;
+using emulator::thread_fence;
 using emulator::warp_barrier;
 
 inline uint32_t load_nc_u32(const void* global) { return emulator::load<uint32_t>("load_nc_u32", global, true); }
@@ -117,6 +119,10 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
     if (value < 0 || size_t(value) > emulator::kSharedAtMost) return cudaErrorInvalidValue;
     emulator::shared_allowance(reinterpret_cast<const void*>(kernel)) = size_t(value);
     return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+    return emulator::machine().global.fill(pointer, value, bytes) ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 inline cudaError_t cudaGetLastError() { return *emulator::machine().error() ? cudaErrorLaunchFailure : cudaSuccess; }

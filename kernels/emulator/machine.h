@@ -107,6 +107,18 @@ class Machine {
         leave();
     }
 
+    void thread_fence() {
+        current_->unfenced = false;
+        unfenced_ = false;  // a fence covers what the thread has seen through the barrier, too
+    }
+
+    // Before an atomic operation of the running thread.
+    void meet_blocks() {
+        bool fenced = !unfenced_;
+        for (int id = 0; id < thread_count_; ++id) fenced = fenced && !threads_[size_t(id)].unfenced;
+        global.meet(fenced);
+    }
+
     void cp_async_wait(size_t left) {
         Thread& thread = *current_;
         while (thread.commits.size() > left) {
@@ -186,6 +198,8 @@ class Machine {
 
     void run_block(size_t shared_bytes) {
         shared.begin_block(shared_bytes);
+        global.begin_block(block_index.x + grid_size.x * (block_index.y + grid_size.y * block_index.z));
+        unfenced_ = false;
         ++counters.blocks;
         if (threads_.size() < kMaxThreads) threads_.resize(kMaxThreads);
         warps_.assign(size_t((thread_count_ + kLanes - 1) / kLanes), Warp{});
@@ -197,6 +211,7 @@ class Machine {
             thread.copies.clear();
             thread.commits.clear();
             thread.uncommitted = 0;
+            thread.unfenced = false;
             thread.fiber.start(stacks_.get(id), Stacks::kBytes, thread_main);
             warp_of(thread).all |= 1u << id % kLanes;
         }
@@ -220,7 +235,11 @@ class Machine {
         int left = -1, waits = -1;
         for (int id = 0; id < thread_count_; ++id) (warps_[size_t(id / kLanes)].finished >> id % kLanes & 1 ? left : waits) = id;
         if (left >= 0 && waits >= 0) trap("block_barrier: thread %d waits, but thread %d has left the kernel", waits, left);
-        ++counters.barriers;
+        for (int id = 0; id < thread_count_; ++id) {
+            unfenced_ = unfenced_ || threads_[size_t(id)].unfenced;
+            threads_[size_t(id)].unfenced = false;
+        }
+        counters.barriers += waits >= 0;
         return waits >= 0;
     }
 
@@ -252,6 +271,7 @@ class Machine {
     Thread* current_ = nullptr;
     int thread_count_ = 0;
     uint32_t epoch_ = 0;
+    bool unfenced_ = false;  // the block wrote global memory before its last barrier and did not fence since
     int block_order_ = 0;
     const char* kernel_ = "";
     void (*body_)(const void*) = nullptr;

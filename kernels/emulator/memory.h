@@ -68,7 +68,7 @@ class SharedMemory {
     void read(const char* what, size_t offset, size_t size, const Moment& now, bool whole_warp = false) {
         for (size_t i = offset; i < offset + size; ++i) {
             Byte& byte = shadow_[i];
-            if (byte.state == kEmpty) trap("%s: byte %zu of shared memory is uninitialised", what, i);
+            if (byte.state == kEmpty) trap("%s: byte %zu of shared memory is uninitialised: nothing has written it yet", what, i);
             if (byte.state == kPending)
                 trap("%s: byte %zu of shared memory is the target of a cp.async of thread %d that was not waited for", what, i,
                      byte.write.thread);
@@ -143,12 +143,15 @@ class SharedMemory {
     size_t bytes_ = 0;
 };
 
+// Blocks of one launch run in no order: bytes that one of them writes belong to it. Another block may read them only after
+// both have met at an atomic operation, with a fence before it on the writer's side (CUDA C++ Programming Guide, "Memory
+// fence functions"), and may never write them.
 class GlobalMemory {
   public:
     void add(const void* pointer, size_t bytes, bool initialised) {
         remove(pointer);
         Allocation made{reinterpret_cast<uintptr_t>(pointer), bytes, false, {}};
-        made.state.assign(bytes, initialised ? kInitialised : kEmpty);
+        made.state.assign(bytes, Byte{0, 0, initialised});
         const auto at = std::lower_bound(ranges_.begin(), ranges_.end(), made.begin,
                                          [](const Allocation& range, uintptr_t begin) { return range.begin < begin; });
         ranges_.insert(at, std::move(made));
@@ -161,37 +164,85 @@ class GlobalMemory {
         last_ = 0;
     }
 
+    void begin_block(uint32_t block) {
+        block_ = block + 1;
+        if (releases_.size() <= block_) releases_.resize(block_ + 1);
+        acquired_ = 0;
+    }
+    // An atomic operation by the running block; `fenced`: what it wrote before is visible to all who see the operation.
+    void meet(bool fenced) {
+        acquired_ = ++clock_;
+        if (fenced) releases_[block_] = clock_;
+    }
+
     // `read_only`: a load through the read-only path (ld.global.nc), undefined for bytes that this launch writes.
     void read(const char* what, const void* pointer, size_t size, size_t alignment, bool read_only) {
         Allocation& range = locate(what, pointer, size, alignment);
         const size_t offset = reinterpret_cast<uintptr_t>(pointer) - range.begin;
         for (size_t i = offset; i < offset + size; ++i) {
-            if (range.state[i] == kEmpty)
+            const Byte& byte = range.state[i];
+            if (!byte.initialised)
                 trap("%s: byte %zu of an allocation of %zu bytes in global memory is uninitialised", what, i, range.bytes);
-            if (read_only && range.state[i] == kWritten)
+            if (byte.writer == 0) continue;
+            if (read_only)
                 trap("%s: byte %zu of an allocation of %zu bytes in global memory was written by this launch", what, i, range.bytes);
+            const uint32_t released = releases_[byte.writer];
+            if (byte.writer != block_ && !(released > byte.time && acquired_ > released))
+                trap("race: %s reads byte %zu of an allocation of %zu bytes in global memory, written by block %u with no fence and "
+                     "atomic operation in between",
+                     what, i, range.bytes, byte.writer - 1);
         }
     }
-    void write(const char* what, const void* pointer, size_t size, size_t alignment) {
+    // `atomic`: an operation that blocks may do on the same bytes.
+    void write(const char* what, const void* pointer, size_t size, size_t alignment, bool atomic = false) {
         Allocation& range = locate(what, pointer, size, alignment);
         const size_t offset = reinterpret_cast<uintptr_t>(pointer) - range.begin;
-        std::fill_n(range.state.begin() + ptrdiff_t(offset), size, uint8_t(kWritten));
         range.touched = true;
+        for (size_t i = offset; i < offset + size; ++i) {
+            Byte& byte = range.state[i];
+            if (atomic) {
+                if (!byte.initialised)
+                    trap("%s: byte %zu of an allocation of %zu bytes in global memory is uninitialised", what, i, range.bytes);
+                continue;
+            }
+            if (byte.writer && byte.writer != block_)
+                trap("race: %s writes byte %zu of an allocation of %zu bytes in global memory, written by block %u", what, i,
+                     range.bytes, byte.writer - 1);
+            byte = Byte{block_, clock_, true};
+        }
+    }
+    // A write by the host, in the order of the stream.
+    bool fill(void* pointer, int value, size_t bytes) {
+        const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
+        for (Allocation& range : ranges_) {
+            if (at < range.begin || at + bytes > range.begin + range.bytes) continue;
+            std::memset(pointer, value, bytes);
+            for (size_t i = at - range.begin; i < at - range.begin + bytes; ++i) range.state[i].initialised = true;
+            return true;
+        }
+        return bytes == 0;
     }
     void end_launch() {
         for (Allocation& range : ranges_) {
-            if (range.touched) std::replace(range.state.begin(), range.state.end(), uint8_t(kWritten), uint8_t(kInitialised));
+            if (range.touched)
+                for (Byte& byte : range.state) byte.writer = 0;
             range.touched = false;
         }
+        releases_.clear();
+        clock_ = 0;
     }
 
   private:
-    enum State : uint8_t { kEmpty, kInitialised, kWritten };
+    struct Byte {
+        uint32_t writer;  // 1 + the block of this launch that wrote it, 0: none did
+        uint32_t time;    // of that write: the number of atomic operations before
+        bool initialised;
+    };
     struct Allocation {
         uintptr_t begin;
         size_t bytes;
         bool touched;
-        std::vector<uint8_t> state;
+        std::vector<Byte> state;
     };
 
     Allocation& locate(const char* what, const void* pointer, size_t size, size_t alignment) {
@@ -223,6 +274,8 @@ class GlobalMemory {
 
     std::vector<Allocation> ranges_;  // by address, disjoint
     size_t last_ = 0;
+    std::vector<uint32_t> releases_;  // by 1 + block: when it last did an atomic operation behind a fence
+    uint32_t block_ = 0, acquired_ = 0, clock_ = 0;
 };
 
 }  // namespace emulator

@@ -45,8 +45,20 @@ inline void global_store(void* pointer, V value) {
     Machine& m = machine();
     m.global.write("global_store", pointer, sizeof(V), alignof(V));
     m.counters.global_bytes_written += sizeof(V);
+    m.thread().unfenced = true;
     std::memcpy(pointer, &value, sizeof(V));
 }
+
+inline unsigned atomic_add(unsigned* pointer, unsigned value) {
+    Machine& m = machine();
+    m.global.write("atomic_add", pointer, sizeof(unsigned), alignof(unsigned), true);
+    m.meet_blocks();
+    const unsigned old = *pointer;
+    *pointer = old + value;
+    return old;
+}
+
+inline void thread_fence() { machine().thread_fence(); }
 
 // 9.7.9.25.3.1, cp.async.cg with cp-size 16 and src-size 16 or 0: the bytes are undefined until the copy was waited for.
 inline void cp_async_16(void* shared, const void* global, bool valid) {
