@@ -245,8 +245,10 @@ def serve(args: argparse.Namespace) -> Outcome:
 
 def build_kernels(args: argparse.Namespace) -> Outcome:
     from sparsify.kernel_builds import build_all, table
+    from sparsify.native_cuda import parse_archs
 
-    builds = build_all(args.kernels)
+    archs = parse_archs(args.arch) if args.arch else ()
+    builds = build_all(args.kernels, archs)
     failed = any(build.problem for build in builds)
     return Outcome({"kernels": [build.to_json() for build in builds]}, [table(builds)], FAILED if failed else 0)
 
@@ -256,6 +258,23 @@ def list_kernels(args: argparse.Namespace) -> Outcome:
 
     builds = list_all()
     return Outcome({"kernels": [build.to_json() for build in builds]}, [table(builds)])
+
+
+def check_kernels(args: argparse.Namespace) -> Outcome:
+    from sparsify.bench.gpu_kernels import check_here, tables
+
+    report = check_here(
+        gpu=args.gpu,
+        linears=args.shape,
+        rows=args.rows or (),
+        group_size=args.group_size,
+        quick=args.quick,
+        seconds=args.seconds,
+        only=args.backend,
+        output=args.output,
+        times=args.times,
+    )
+    return Outcome(report.to_json(), tables(report), 0 if report.right else FAILED)
 
 
 def doctor(args: argparse.Namespace) -> Outcome:
@@ -545,15 +564,52 @@ def command_parser() -> argparse.ArgumentParser:
 
     kernels = commands.add_parser(
         "kernels",
-        help="build the native kernels ahead of time, or list them",
+        help="build the native kernels ahead of time, list them, check them",
         description="Native kernels are built on first use; images and machines without a compiler want them built before.",
     ).add_subparsers(dest="kernels_command", required=True, metavar="COMMAND")
     command = add(
         kernels, "build", build_kernels, "compile the native kernels into the cache", shows_json,
-        shown=("sparsify kernels build", "sparsify kernels build cpu/gram"),
+        shown=(
+            "sparsify kernels build",
+            "sparsify kernels build cpu/gram",
+            "sparsify kernels build --arch 80,86,89,90,100,120     one file for every GPU from Ampere to Blackwell",
+        ),
     )  # fmt: skip
     command.add_argument(
         "kernels", metavar="KERNEL", nargs="*", help="names as `sparsify kernels list` shows them (all)"
+    )
+    command.add_argument(
+        "--arch", metavar="SM,SM", help="GPU architectures for the CUDA kernels (those of the GPUs here); needs nvcc"
+    )
+    command = add(
+        kernels, "check", check_kernels, "are the kernels right, and on a GPU how fast: the first command to run on a new one",
+        shows_json,
+        shown=(
+            "sparsify kernels check --gpu --output check.json",
+            "sparsify kernels check --gpu --quick",
+            "sparsify kernels check --gpu --shape 28672x8192 --rows 1,16,256",
+        ),
+    )  # fmt: skip
+    command.add_argument(
+        "--gpu", action="store_true", help="check and time the kernels of the GPU (default: the CPU's)"
+    )
+    command.add_argument(
+        "--shape", action="append", default=[], metavar="NxK", help="outputs x inputs to time; repeatable (Llama's)"
+    )
+    command.add_argument("--rows", type=numbers, metavar="M,M", help="tokens multiplied at once (1 to 4096)")
+    command.add_argument(
+        "--group-size", type=int, default=64, choices=(32, 64, 128), help="inputs per scale (default 64)"
+    )
+    command.add_argument("--backend", action="append", default=[], metavar="NAME", help="only this one; repeatable")
+    command.add_argument("--quick", action="store_true", help="fewer shapes")
+    command.add_argument(
+        "--seconds", type=float, default=180, metavar="S", help="leave out what is not measured by then (default 180)"
+    )
+    command.add_argument("--output", "-o", metavar="FILE", help="write everything that was found as JSON")
+    command.add_argument(
+        "--times",
+        metavar="FILE",
+        help="put the times into this file, by which back ends are chosen (kernels/README.md)",
     )
     add(kernels, "list", list_kernels, "show the native kernels and where they were built", shows_json)
 

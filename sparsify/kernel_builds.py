@@ -9,19 +9,22 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from sparsify import native
+from sparsify import native, native_cuda
 from sparsify.errors import SparsifyError
-from sparsify.files import cache_directory
 
 
 @dataclass(frozen=True)
 class KernelBuild:
-    """One kernel. library: its newest build in the cache, or None; problem: why it could not be built."""
+    """One kernel. library: its newest build in the cache, or None; problem: why it could not be built.
+
+    note: why it was not built where that is no failure.
+    """
 
     name: str
     source: str
     library: str | None
     problem: str | None = None
+    note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -29,24 +32,48 @@ class KernelBuild:
 
 def list_all() -> list[KernelBuild]:
     """Every kernel with its newest build in the cache; builds nothing."""
-    return [KernelBuild(name, _source(name), _newest(name)) for name in native.known_kernels()]
+    names = [*native.known_kernels(), *native_cuda.known_kernels()]
+    return [KernelBuild(name, _source(name), _newest(name)) for name in names]
 
 
-def build_all(names: Sequence[str] = ()) -> list[KernelBuild]:
+def build_all(names: Sequence[str] = (), archs: Sequence[int] = ()) -> list[KernelBuild]:
     """Build some kernels, or all. A kernel that the compiler refuses does not keep the others from being built.
 
-    Raises SparsifyError for an unknown name, and when there is neither a compiler nor a build from before.
+    archs: GPU architectures for the CUDA kernels; without any, those of the GPUs here, and where there are none, CUDA
+    kernels are passed over unless named. Raises SparsifyError for an unknown name, and when there is neither a compiler
+    nor a build from before.
     """
-    known = native.known_kernels()
+    known = [*native.known_kernels(), *native_cuda.known_kernels()]
     if unknown := [name for name in names if name not in known]:
         raise SparsifyError(f"unknown kernel {unknown[0]!r}; known kernels: {', '.join(known)}")
+    wanted = list(names or known)
+    for_gpu = [name for name in wanted if name in native_cuda.known_kernels()]
+    if for_gpu and not archs:
+        archs = _archs_at_hand()
+        if not archs and names:
+            raise SparsifyError(
+                f"there is no GPU here to build {for_gpu[0]} for: name architectures, as in --arch 80,90"
+            )
     builds = []
-    for name in names or known:
+    for name in wanted:
+        if name in for_gpu and not archs:
+            note = "no GPU here: built on first use on one, or with --arch 80,86,89,90,100,120"
+            builds.append(KernelBuild(name, _source(name), _newest(name), note=note))
+            continue
         try:
-            builds.append(KernelBuild(name, _source(name), str(native.build(name))))
+            library = native_cuda.build(name, archs) if name in for_gpu else native.build(name)
+            builds.append(KernelBuild(name, _source(name), str(library)))
         except native.NativeBuildError as error:
             builds.append(KernelBuild(name, _source(name), None, str(error)))
     return builds
+
+
+def _archs_at_hand() -> tuple[int, ...]:
+    try:
+        from sparsify.runtime.backends.cuda import archs_at_hand
+    except (ImportError, OSError, RuntimeError):  # kernels can be built without torch
+        return ()
+    return archs_at_hand()
 
 
 def table(builds: Sequence[KernelBuild]) -> Table:
@@ -54,17 +81,21 @@ def table(builds: Sequence[KernelBuild]) -> Table:
     view = Table("kernel", "source", "library")
     for build in builds:
         # Text, not str: a compiler's message may hold brackets
-        where = Text(build.problem, style="red") if build.problem else Text(build.library or "built on first use")
+        where = Text(build.library or build.note or "built on first use")
+        if build.problem:
+            where = Text(build.problem, style="red")
         view.add_row(build.name, Text(build.source), where)
     return view
 
 
 def _source(name: str) -> str:
-    return str(native.kernels_directory() / f"{name}.cpp")
+    suffix = "cu" if name in native_cuda.known_kernels() else "cpp"
+    return str(native.kernels_directory() / f"{name}.{suffix}")
 
 
 def _newest(name: str) -> str | None:
-    stem = name.rpartition("/")[2]
-    # STEM-SOURCES-COMPILER.so: both are digests without a dash
-    builds = [file for file in (cache_directory() / "native").glob(f"{stem}-*-*.so") if file.stem.count("-") == 2]
+    # STEM-SOURCES-COMPILER.so, of CUDA STEM-SOURCES-ARCHITECTURES-COMPILER.so: no part holds a dash
+    dashes = 3 if name in native_cuda.known_kernels() else 2
+    files = native.build_folder().glob(f"{native.build_stem(name)}-*-*.so")
+    builds = [file for file in files if file.stem.count("-") == dashes]
     return str(max(builds, key=lambda file: file.stat().st_mtime)) if builds else None

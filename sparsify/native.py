@@ -3,7 +3,7 @@
 A kernel is one C++ file with a C interface that depends on nothing but the compiler and OpenMP; a file that includes
 `torch/` is built against the headers in torch's wheel, of which only the stable ABI is used. One build serves any
 processor of the architecture (kernels choose their instruction set at run time), so a build made ahead of time, in an
-image for instance, is found again on machines that have no compiler.
+image for instance, is found again on machines that have no compiler. CUDA sources are built by `native_cuda`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.files import cache_directory
 
 DISABLE = "SPARSIFY_NATIVE"  # set to 0: no native code is built or loaded
+FOLDERS = ("cpu", "cuda")  # of kernels/; in the second, C++ files that call the CUDA kernels
 COMPILERS = ("c++", "g++", "clang++")
 # --as-needed: of two libraries that offer OpenMP's symbols only the first, torch's own, becomes a dependency.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wl,--as-needed")
@@ -65,7 +66,12 @@ def kernels_directory() -> Path:
 def known_kernels() -> list[str]:
     """Names that `load` and `build` take: `cpu/gram` for kernels/cpu/gram.cpp."""
     root = kernels_directory()
-    return sorted(f"cpu/{path.stem}" for path in (root / "cpu").glob("*.cpp"))
+    return sorted(f"{folder}/{path.stem}" for folder in FOLDERS for path in (root / folder).glob("*.cpp"))
+
+
+def build_stem(name: str) -> str:
+    """What the files of a kernel's builds begin with: `gram` for cpu/gram, `cuda_sparse24` for cuda/sparse24."""
+    return name.removeprefix("cpu/").replace("/", "_")
 
 
 def find_compiler() -> Compiler | None:
@@ -113,28 +119,44 @@ def build(name: str) -> Path:
     if not source.is_file():
         raise SparsifyError(f"unknown kernel {name!r}; known kernels: {', '.join(known_kernels())}")
     openmp = openmp_library()
-    stem = f"{source.stem}-{_source_key(source, openmp)}"
-    folder = cache_directory() / "native"
+    stem = f"{build_stem(name)}-{_source_key(source, openmp)}"
+    folder = build_folder()
     compiler = find_compiler()
     if compiler is None:
         if ready := sorted(folder.glob(f"{stem}-*.so")):
             return ready[0]
         raise MissingDependency("no C++ compiler found: install g++ (or clang++), or set CXX to the command of one")
-    library = folder / f"{stem}-{_digest(compiler.version)}.so"
+    library = folder / f"{stem}-{digest(compiler.version)}.so"
+    runtime = [str(openmp)] if openmp else []
+    command = [*compiler.command, *FLAGS, str(source), *torch_flags(source), *runtime]
+    compile_once(name, command, compiler.version, library)
+    return library
+
+
+def build_folder() -> Path:
+    """Where builds are kept."""
+    return cache_directory() / "native"
+
+
+def compile_once(
+    name: str, command: Sequence[str], version: str, library: Path, seconds: float = COMPILE_SECONDS
+) -> None:
+    """Run a compiler unless `library` is there already. Safe in many processes at once: a lock, then a rename.
+
+    command: everything but the output; version: of the compiler, for its error message; seconds: the most it may take.
+    """
     if library.exists():
-        return library
+        return
+    folder = library.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{source.stem}.lock"):
+        with _locked(folder / f"{build_stem(name)}.lock"):
             if not library.exists():  # another process may have built it while this one waited
-                logger.info(
-                    "building the native kernel %s with %s (once; kept in %s)", name, compiler.command[0], folder
-                )
-                _compile(compiler, source, openmp, library)
+                logger.info("building the native kernel %s with %s (once; kept in %s)", name, command[0], folder)
+                _compile(name, command, version, library, seconds)
     except OSError as error:
         message = f"cannot write the native kernel {name} to {folder} ({error}); set SPARSIFY_CACHE to a folder you own"
         raise NativeBuildError(message) from error
-    return library
 
 
 def open_library(name: str) -> ctypes.CDLL:
@@ -164,7 +186,8 @@ def load(name: str) -> ctypes.CDLL | None:
         return None
 
 
-def _digest(*parts: str | bytes) -> str:
+def digest(*parts: str | bytes) -> str:
+    """A short name for contents: 16 hexadecimal digits."""
     state = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -178,7 +201,7 @@ def _source_key(source: Path, openmp: Path | None) -> str:
     texts = [part for file in (source, *headers) for part in (file.name, file.read_bytes())]
     runtime = openmp.name if openmp else ""
     release = metadata.version("torch") if torch_flags(source) else ""
-    return _digest(sparsify.__version__, platform.machine(), runtime, release, *FLAGS, *texts)
+    return digest(sparsify.__version__, platform.machine(), runtime, release, *FLAGS, *texts)
 
 
 @contextlib.contextmanager
@@ -190,21 +213,18 @@ def _locked(path: Path) -> Iterator[None]:
         yield  # closing the file releases the lock, and so does the death of the process
 
 
-def _compile(compiler: Compiler, source: Path, openmp: Path | None, library: Path) -> None:
-    runtime = [str(openmp)] if openmp else []
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{source.stem}-") as folder:
+def _compile(name: str, command: Sequence[str], version: str, library: Path, seconds: float) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=f".{build_stem(name)}-") as folder:
         aside = Path(folder) / library.name
-        command = [*compiler.command, *FLAGS, str(source), *torch_flags(source), *runtime, "-o", str(aside)]
+        source = next(Path(part).name for part in command if Path(part).suffix in (".cpp", ".cu"))
         try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+            run = subprocess.run([*command, "-o", str(aside)], capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired:
-            raise NativeBuildError(
-                f"{compiler.command[0]} did not finish {source.name} in {COMPILE_SECONDS} s"
-            ) from None
+            raise NativeBuildError(f"{command[0]} did not finish {source} in {seconds:.0f} s") from None
         if run.returncode:
             lines = run.stderr.strip().splitlines()
             first = next(
                 (line for line in lines if "error" in line), lines[0] if lines else f"exit status {run.returncode}"
             )
-            raise NativeBuildError(f"{compiler.command[0]} ({compiler.version}) refuses {source.name}: {first}")
+            raise NativeBuildError(f"{command[0]} ({version}) refuses {source}: {first}")
         os.replace(aside, library)

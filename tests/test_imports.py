@@ -14,12 +14,12 @@ from packaging.utils import canonicalize_name
 
 # A module may import from those above it, never from those below.
 ORDER = (
-    "errors", "files", "native", "emulation", "progress", "distributed", "recipe", "model", "data", "passes", "formats", "compiler",
-    "runtime", "evaluation", "bench", "report", "demo", "doctor", "kernel_builds", "cli", "__main__",
+    "errors", "files", "native", "native_cuda", "emulation", "progress", "distributed", "recipe", "model", "data", "passes", "formats",
+    "compiler", "runtime", "evaluation", "bench", "report", "demo", "doctor", "kernel_builds", "cli", "__main__",
 )  # fmt: skip
 
 # The runtime is loaded by every vLLM worker and by transformers: it may know the format and nothing of the compiler.
-RUNTIME_MAY_IMPORT = ("errors", "files", "native", "model.linear", "formats", "runtime")
+RUNTIME_MAY_IMPORT = ("errors", "files", "native", "native_cuda", "model.linear", "formats", "runtime")
 
 # What must be importable without the heavy packages, and why.
 HEAVY = ("torch", "transformers", "vllm", "numpy", "pydantic", "rich")

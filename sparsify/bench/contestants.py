@@ -51,20 +51,29 @@ class Contestant:
     detail: str = ""
 
 
-def random_tensors(scheme: ModuleScheme, seed: int = 0) -> dict[str, Tensor]:
-    """Valid sparse24 tensors of `scheme` with random contents, made in their packed form: seconds for any size."""
+def random_tensors(
+    scheme: ModuleScheme, seed: int = 0, device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """Valid sparse24 tensors of `scheme` with random contents, made in their packed form: seconds for any size.
+
+    dtype: of the scales or values.
+    """
     if problem := scheme_problem(scheme):
         raise SparsifyError(f"a linear {scheme.shape[0]}x{scheme.shape[1]} cannot be measured: {problem}")
-    generator = torch.Generator().manual_seed(seed)
+    device = device or torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(seed)
+    valid = META_BYTES.to(device)
     tensors = {}
-    for suffix, (shape, dtype) in tensor_layout(scheme, torch.bfloat16).items():
+    for suffix, (shape, kind) in tensor_layout(scheme, dtype).items():
         if suffix == "weight_meta":
-            choice = torch.randint(len(META_BYTES), shape, generator=generator, dtype=torch.uint8)
-            tensors[suffix] = META_BYTES[choice.int()]
+            choice = torch.randint(len(valid), shape, generator=generator, dtype=torch.uint8, device=device)
+            tensors[suffix] = valid[choice.int()]
         elif suffix == "weight_packed":
-            tensors[suffix] = torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32)
+            tensors[suffix] = torch.randint(
+                -(2**31), 2**31, shape, generator=generator, dtype=torch.int32, device=device
+            )
         else:  # scales, values
-            tensor = torch.empty(shape, dtype=dtype).uniform_(0.5, 1.5, generator=generator)
+            tensor = torch.empty(shape, dtype=kind, device=device).uniform_(0.5, 1.5, generator=generator)
             tensors[suffix] = tensor.mul_(2.0**-7)
     return tensors
 

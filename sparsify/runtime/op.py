@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsify.formats import ModuleScheme
 from sparsify.runtime.backends import get_backend
 from sparsify.runtime.backends.cpu import Cpu
+from sparsify.runtime.backends.cuda import Cuda
 
 NAME = "sparsify::sparse24_linear"
 SCHEMA = (
@@ -60,14 +61,16 @@ _LIBRARY.define(SCHEMA)
 _LIBRARY.impl("sparse24_linear", _sparse24_linear, "CompositeExplicitAutograd")
 torch.library.register_fake(NAME, _fake_sparse24_linear, lib=_LIBRARY)
 _OP = torch.ops.sparsify.sparse24_linear.default
+_CUDA = Cuda()
 
 
 def sparse24_linear(
     x: Tensor, prepared: list[Tensor], bias: Tensor | None, scheme: ModuleScheme, backend: str
 ) -> Tensor:
     """x @ W.T + bias. x: [..., K]; prepared: what `backend.prepare` returned for W: [N, K]. Returns [..., N]."""
-    if (
-        backend == Cpu.name
-    ):  # an op of its own, in C++: the general one spends longer in Python than a small product takes
+    # Two have an op of their own, in C++: the general one spends longer in Python than a small product takes.
+    if backend == Cpu.name:
         return torch.ops.sparsify.sparse24_linear_cpu(x, prepared[0], bias, scheme.shape[0])
+    if backend == Cuda.name:
+        return _CUDA.linear(x, prepared, bias, scheme)
     return _OP(x, prepared, bias, scheme.shape[0], backend, scheme.bits, scheme.group_size, scheme.pattern)

@@ -1,5 +1,8 @@
 """The back ends of `sparsify::sparse24_linear`, one per file, fastest first.
 
+Where several serve a linear on a GPU, measured times decide (`crossovers.py`), and the order of `BACKENDS` where there
+are none.
+
 A back end turns the tensors of a checkpoint into its own layout once, at load time (`prepare`), and multiplies with
 them afterwards (`linear`). To add one: write a file beside this one and put an instance into `BACKENDS`.
 """
@@ -15,8 +18,11 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
+from sparsify.runtime.backends import crossovers
 from sparsify.runtime.backends.cpu import Cpu
+from sparsify.runtime.backends.cuda import Cuda
 from sparsify.runtime.backends.reference import Reference
+from sparsify.runtime.backends.torch24 import Torch24
 
 ENVIRONMENT_VARIABLE = "SPARSIFY_BACKEND"
 
@@ -39,7 +45,7 @@ class Backend(Protocol):
         """x: [..., K]; bias: [N] or None. Returns [..., N] in the dtype of x, never a view of x."""
 
 
-BACKENDS: tuple[Backend, ...] = (Cpu(), Reference())
+BACKENDS: tuple[Backend, ...] = (Cpu(), Cuda(), Torch24(), Reference())
 
 
 def known_backends() -> list[str]:
@@ -69,11 +75,18 @@ def choose_backend(scheme: ModuleScheme, device: torch.device, dtype: torch.dtyp
         except SparsifyError as error:
             raise SparsifyError(f"{ENVIRONMENT_VARIABLE}: {error}") from None
     reasons = []
+    serving = []
     for backend in candidates:
         reason = backend.reason_unavailable() or backend.supports(scheme, device, dtype)
-        if reason is None:
-            return backend
-        reasons.append(f"{backend.name}: {reason}")
+        if reason is not None:
+            reasons.append(f"{backend.name}: {reason}")
+            continue
+        serving.append(backend)
+        if device.type == "cpu":  # one order holds for every processor, and the reference need not be asked
+            break
+    if serving:
+        measured = crossovers.fastest([backend.name for backend in serving], scheme, device) if serving[1:] else None
+        return get_backend(measured) if measured else serving[0]
     n, k = scheme.shape
     what = f"a {scheme.pattern} {scheme.bits}-bit linear [{n}, {k}] on {device} with {dtype}"
     remedy = f"; unset {ENVIRONMENT_VARIABLE} to let sparsify choose" if forced else ""

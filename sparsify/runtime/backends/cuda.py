@@ -1,0 +1,235 @@
+"""The CUDA back end: our `mma.sp` kernel for NVIDIA GPUs from Ampere on (`kernels/cuda/sparse24.cu`).
+
+At load time the tensors of a checkpoint are repacked, on the GPU, into the order in which the kernel reads them. The op
+is registered from C++ (`kernels/cuda/sparse24_torch.cpp`), because a call through Python would cost more than a small
+product. Compiled by nvcc on first use for the GPUs at hand, or ahead of time (`sparsify kernels build --arch 80,90`).
+"""
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsify import native, native_cuda
+from sparsify.errors import SparsifyError
+from sparsify.formats import ModuleScheme
+
+KERNEL, OP = "cuda/sparse24", "cuda/sparse24_torch"
+TYPES = {torch.bfloat16: 0, torch.float16: 1}
+MULTIPLE = 64  # of outputs and of inputs
+GROUP_SIZES = (32, 64, 128)  # or one scale per output
+
+logger = logging.getLogger(__name__)
+
+
+class Cuda:
+    """4-bit 2:4 linears with bfloat16 or float16 activations on 2:4 tensor cores."""
+
+    name = "cuda"
+
+    def reason_unavailable(self) -> str | None:
+        if os.environ.get(native.DISABLE) == "0":
+            return f"native kernels are switched off by {native.DISABLE}=0"
+        if not _gpus():
+            return "it needs an NVIDIA GPU that torch can use, from Ampere (sm_80) on"
+        return None if _library() else "its kernel cannot be had here (the log says why)"
+
+    def describe(self) -> str:
+        """The architectures that the kernel was loaded for."""
+        return ", ".join(f"sm_{arch}" for arch in archs_at_hand())
+
+    def supports(self, scheme: ModuleScheme, device: torch.device, dtype: torch.dtype) -> str | None:
+        if problem := _device_problem(device):
+            return problem
+        if scheme.bits != 4 or scheme.pattern != "2:4":
+            return f"it multiplies 4-bit 2:4 weights, not {scheme.bits}-bit {scheme.pattern} ones"
+        if dtype not in TYPES:
+            return f"activations must be bfloat16 or float16, not {dtype}"
+        n, k = scheme.shape
+        if n % MULTIPLE or k % MULTIPLE:
+            return f"outputs and inputs must be multiples of {MULTIPLE}, not {n} and {k}"
+        if scheme.group_size not in (*GROUP_SIZES, k):
+            return f"no kernel for groups of {scheme.group_size}"
+        if _library() is None:
+            return "its kernel cannot be had here (the log says why)"
+        return None if packed_bytes(scheme) > 0 else "no kernel for this shape"
+
+    def prepare(self, tensors: Mapping[str, Tensor], scheme: ModuleScheme, dtype: torch.dtype) -> list[Tensor]:
+        """The linear in the kernel's order, uint8 [packed bytes]; and an empty tensor of the type of its scales.
+
+        The op needs that type beside the bytes, and a tensor tells it to torch.compile without a look at its contents.
+        """
+        library = _required()
+        given = [tensors[name].contiguous() for name in ("weight_packed", "weight_meta", "weight_scale")]
+        scale = given[2]
+        packed = torch.empty(packed_bytes(scheme), dtype=torch.uint8, device=scale.device)
+        n, k = scheme.shape
+        with _on(scale.device) as stream:
+            status = library.sparse24_cuda_pack(
+                n, k, scheme.group_size, TYPES[scale.dtype], *(t.data_ptr() for t in given), packed.data_ptr(), stream
+            )
+        if status:
+            raise SparsifyError(f"the CUDA kernel cannot pack a linear of {scheme} (status {status})")
+        return [packed, torch.empty(0, dtype=scale.dtype, device=scale.device)]
+
+    def linear(self, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, scheme: ModuleScheme) -> Tensor:
+        packed, scale = prepared
+        n = scheme.shape[0]
+        return torch.ops.sparsify.sparse24_linear_cuda(x, packed, bias, n, scheme.group_size, TYPES[scale.dtype])
+
+
+def _device_problem(device: torch.device) -> str | None:
+    if _STAND_IN.get() is not None:
+        return None if device.type == "cpu" else "the emulated kernel runs on the processor"
+    if device.type != "cuda":
+        return f"it runs on NVIDIA GPUs, not on {device.type}"
+    major, minor = _capability(device)
+    return None if major >= 8 else f"2:4 tensor cores begin with sm_80 (Ampere), and this GPU is sm_{major}{minor}"
+
+
+def packed_bytes(scheme: ModuleScheme) -> int:
+    """Size of a linear in the kernel's order; negative when the kernel does not serve it."""
+    n, k = scheme.shape
+    return int(_required().sparse24_cuda_packed_bytes(n, k, scheme.group_size))
+
+
+def configs() -> list[str]:
+    """Names of the kernel's tile shapes."""
+    library = _required()
+    return [library.sparse24_cuda_config_name(i).decode() for i in range(library.sparse24_cuda_config_count())]
+
+
+def force_config(config: int) -> None:
+    """Make the op use one tile shape, for checks and measurements; -1 lets the kernel choose again."""
+    _required()
+    _op().sparse24_set_cuda_config(config)
+
+
+def archs_at_hand() -> tuple[int, ...]:
+    """The architectures of the GPUs here that have 2:4 tensor cores: (80, 90)."""
+    return tuple(sorted({major * 10 + minor for major, minor in map(_capability, _gpus()) if major >= 8}))
+
+
+def _gpus() -> list[torch.device]:
+    """Every NVIDIA GPU that torch can use and that has 2:4 tensor cores."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return []
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [device for device in devices if _capability(device) >= (8, 0)]
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _sm_counts() -> list[int]:
+    """Multiprocessors of every device, in torch's order."""
+    return [torch.cuda.get_device_properties(i).multi_processor_count for i in range(torch.cuda.device_count())]
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[int]:
+    """Make a device current; gives the address of its current stream."""
+    if device.type == "cpu":  # the emulator
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
+def _current_stream_function() -> int:
+    """The address of torch's own function that says which stream is current, part of its stable C interface."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cuda.so", "libtorch.so", "libtorch_python.so"):
+        try:
+            function = ctypes.CDLL(str(folder / name)).aoti_torch_get_current_cuda_stream
+        except (OSError, AttributeError):
+            continue
+        address = ctypes.cast(function, ctypes.c_void_p).value
+        assert address is not None
+        return address
+    raise SparsifyError(f"torch {torch.__version__} does not tell its current CUDA stream: update torch")
+
+
+def _op() -> ctypes.CDLL:
+    return native.open_library(OP)
+
+
+def _required() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise SparsifyError("the CUDA kernel cannot be had here (the log says why)")
+    return library
+
+
+# The kernel compiled for the processor, while `emulated` is entered.
+_STAND_IN: ContextVar[ctypes.CDLL | None] = ContextVar("stand_in", default=None)
+
+
+@contextmanager
+def emulated(library: ctypes.CDLL, sm_count: int) -> Iterator[None]:
+    """Run the op through a build of the kernel for the processor (kernels/emulator), with tensors on the CPU."""
+    real = _loaded() if _gpus() else None
+    connect(library, _op(), None, [sm_count])
+    token = _STAND_IN.set(library)
+    try:
+        yield
+    finally:
+        _STAND_IN.reset(token)
+        if real is not None:
+            connect(real, _op(), _current_stream_function(), _sm_counts())
+
+
+def _library() -> ctypes.CDLL | None:
+    return _STAND_IN.get() or _loaded()
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | None:
+    """The kernels, with the op registered and pointing at them; None after a line in the log that says what is missing."""
+    try:
+        library, op = native_cuda.open_library(KERNEL, archs_at_hand()), _op()
+        connect(library, op, _current_stream_function(), _sm_counts())
+    except SparsifyError as error:
+        logger.warning("kernel %s: %s", KERNEL, error)
+        return None
+    return library
+
+
+def connect(library: ctypes.CDLL, op: ctypes.CDLL, current_stream: int | None, sm_counts: Sequence[int]) -> None:
+    """Declare the C interface of the kernels and hand it to the op.
+
+    current_stream: None where the kernels run on the processor, which tensors must then be on.
+    """
+    int64, int32, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
+    library.sparse24_cuda_packed_bytes.argtypes = [int64] * 3
+    library.sparse24_cuda_packed_bytes.restype = int64
+    library.sparse24_cuda_pack.argtypes = [*[int64] * 3, int32, *[pointer] * 5]
+    library.sparse24_cuda_config_name.argtypes = [int32]
+    library.sparse24_cuda_config_name.restype = ctypes.c_char_p
+    op.sparse24_set_cuda_kernels.argtypes = [*[pointer] * 4, ctypes.POINTER(int32), int32]
+    op.sparse24_set_cuda_kernels.restype = None
+    op.sparse24_set_cuda_config.restype = None
+    names = ("packed_bytes", "workspace_bytes", "linear")
+    functions = [ctypes.cast(getattr(library, f"sparse24_cuda_{name}"), pointer) for name in names]
+    counts = (int32 * len(sm_counts))(*sm_counts)
+    op.sparse24_set_cuda_kernels(*functions, current_stream, counts, len(counts))
+    _register_fake()
+
+
+@functools.cache
+def _register_fake() -> None:
+    torch.library.register_fake("sparsify::sparse24_linear_cuda", _fake_linear)
+
+
+def _fake_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, scale_type: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
