@@ -23,6 +23,7 @@ from sparsify.runtime.backends.cpu import Cpu
 from sparsify.runtime.backends.cuda import Cuda
 from sparsify.runtime.backends.reference import Reference
 from sparsify.runtime.backends.torch24 import Torch24
+from sparsify.runtime.backends.triton import Triton
 
 ENVIRONMENT_VARIABLE = "SPARSIFY_BACKEND"
 
@@ -45,7 +46,7 @@ class Backend(Protocol):
         """x: [..., K]; bias: [N] or None. Returns [..., N] in the dtype of x, never a view of x."""
 
 
-BACKENDS: tuple[Backend, ...] = (Cpu(), Cuda(), Torch24(), Reference())
+BACKENDS: tuple[Backend, ...] = (Cpu(), Cuda(), Torch24(), Triton(), Reference())
 
 
 def known_backends() -> list[str]:
