@@ -13,7 +13,7 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
 from sparsify.formats import ModuleScheme
-from sparsify.runtime.backends import choose_backend, crossovers, cuda, torch24
+from sparsify.runtime.backends import choose_backend, crossovers, cuda, torch24, triton
 from sparsify.runtime.backends.torch24 import Torch24
 from sparsify.runtime.op import sparse24_linear
 from tests.runtime.test_op import on_disk
@@ -26,6 +26,7 @@ SCHEME = ModuleScheme(16, 256, "2:4", (64, 256))
 def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of compute capability 8.0 and a torch without cuSPARSELt."""
     monkeypatch.setattr(torch24, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(triton, "_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch24, "_has_cusparselt", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(crossovers, "_gpu_name", lambda device: "a GPU that nobody measured")

@@ -192,9 +192,9 @@ def test_serves_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert served.reason_unavailable() is None
     gpu = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(backend, "_capability", lambda device: (7, 5))
     assert "8.0" in (served.supports(scheme, gpu, torch.bfloat16) or "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backend, "_capability", lambda device: (9, 0))
     assert served.supports(scheme, gpu, torch.bfloat16) is None
     assert "float32" in (served.supports(scheme, gpu, torch.float32) or "")
 

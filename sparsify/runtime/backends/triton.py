@@ -45,7 +45,7 @@ class Triton:
             return f"activations must be bfloat16 or float16, not {dtype}"
         if device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
             return f"it runs on GPUs, not on {device.type}"
-        if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        if device.type == "cuda" and torch.version.hip is None and _capability(device) < (8, 0):
             return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
         return None
 
@@ -188,6 +188,10 @@ def _position_table() -> Tensor:
 def _interpreting() -> bool:
     """Whether Triton runs its kernels on the CPU, one instruction at a time: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _kernels() -> Any:
