@@ -11,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -25,17 +26,23 @@ using WorkspaceBytes = int64_t (*)(int64_t m, int64_t n, int64_t k, int64_t grou
 using Linear = int (*)(const void* x, int64_t ldx, int type, int64_t m, const void* packed, int64_t n, int64_t k,
                        int64_t group_size, int scale_type, const void* bias, void* y, void* workspace, int config,
                        int sm_count, void* stream);
+using Decode = int (*)(const void* packed, int64_t n, int64_t k, int64_t group_size, int scale_type, int type, void* weight,
+                       void* stream);
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
 
 struct Kernels {
     PackedBytes packed_bytes = nullptr;
     WorkspaceBytes workspace_bytes = nullptr;
     Linear linear = nullptr;
-    CurrentStream current_stream = nullptr;  // null: the kernels run on the processor (the emulator, in tests)
+    Decode decode = nullptr;
+    CurrentStream current_stream = nullptr;  // null: the kernels run on the processor (tests)
     std::vector<int> sm_counts;              // of each device
-    int config = -1;                         // -1: the kernel chooses its tiles
+    std::vector<int> dense_rows;             // of each device: from so many rows on, decode and multiply densely; 0: never
+    int config = -1;                         // a tile shape of the kernel; -1: as is best; -2: decode and multiply densely
 };
 Kernels kernels;
+
+constexpr int kDecode = -2;
 
 constexpr int64_t kAlignment = 16;  // bytes, of a row of x
 
@@ -53,6 +60,14 @@ bool same_device(const Tensor& a, const Tensor& b) {
 }
 
 bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0; }
+
+// torch.nn.functional.linear
+Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                      torch::stable::detail::from(bias)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 Tensor sparse24_linear_cuda(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features,
                             int64_t group_size, int64_t scale_type) {
@@ -91,8 +106,15 @@ Tensor sparse24_linear_cuda(const Tensor& x, const Tensor& packed, const std::op
     if (!aligned(input)) input = torch::stable::clone(torch::stable::contiguous(input));
     const int64_t ldx = dims == 2 && rows > 1 ? input.stride(0) : k;
 
+    if (rows == 0) return torch::stable::new_empty(x, shape);
+    if (kernels.config == kDecode || (kernels.config == -1 && kernels.dense_rows[device] > 0 && rows >= kernels.dense_rows[device])) {
+        Tensor weight = torch::stable::new_empty(x, {out_features, k});
+        const int status = kernels.decode(packed.const_data_ptr(), out_features, k, group_size, static_cast<int>(scale_type), type,
+                                          weight.mutable_data_ptr(), stream);
+        STD_TORCH_CHECK(status == 0, "sparse24_linear_cuda: the weight could not be decoded, status ", status);
+        return dense_linear(x, weight, bias);
+    }
     Tensor y = torch::stable::new_empty(x, shape);
-    if (rows == 0) return y;
     const int sm_count = kernels.sm_counts[device];
     const int64_t bytes = kernels.workspace_bytes(rows, out_features, k, group_size, sm_count, kernels.config);
     STD_TORCH_CHECK(bytes >= 0, "sparse24_linear_cuda: the kernel does not serve this shape");
@@ -109,18 +131,20 @@ Tensor sparse24_linear_cuda(const Tensor& x, const Tensor& packed, const std::op
 
 }  // namespace
 
-// The functions of sparse24.cu, torch's aoti_torch_get_current_cuda_stream (or null, see above), and the number of
-// multiprocessors of every device.
-extern "C" void sparse24_set_cuda_kernels(void* packed_bytes, void* workspace_bytes, void* linear, void* current_stream,
-                                          const int* sm_counts, int devices) {
+// The functions of sparse24.cu, torch's aoti_torch_get_current_cuda_stream (or null, see above), and for every device its number
+// of multiprocessors and from how many rows on a weight is decoded (0: never).
+extern "C" void sparse24_set_cuda_kernels(void* packed_bytes, void* workspace_bytes, void* linear, void* decode,
+                                          void* current_stream, const int* sm_counts, const int* dense_rows, int devices) {
     kernels.packed_bytes = reinterpret_cast<PackedBytes>(packed_bytes);
     kernels.workspace_bytes = reinterpret_cast<WorkspaceBytes>(workspace_bytes);
     kernels.linear = reinterpret_cast<Linear>(linear);
+    kernels.decode = reinterpret_cast<Decode>(decode);
     kernels.current_stream = reinterpret_cast<CurrentStream>(current_stream);
     kernels.sm_counts.assign(sm_counts, sm_counts + devices);
+    kernels.dense_rows.assign(dense_rows, dense_rows + devices);
 }
 
-// Forces one of the kernel's configurations, for checks and measurements; -1 lets it choose again.
+// Forces one of the kernel's tile shapes or, with -2, decoding, for checks and measurements; -1 takes what is best again.
 extern "C" void sparse24_set_cuda_config(int config) { kernels.config = config; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparsify, m) {

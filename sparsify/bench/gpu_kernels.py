@@ -41,7 +41,8 @@ LINEARS = (
 )
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 QUICK_LINEARS, QUICK_ROWS = LINEARS[1:4], (1, 16, 64, 512)
-DENSE, CUSPARSELT, MARLIN = "torch bf16", "torch24 bf16", "vLLM Marlin"
+DENSE, MARLIN = "torch bf16", "vLLM Marlin"
+DECODED = "decoded"  # the configuration of the CUDA back end that writes the weight out and multiplies densely
 ON_CPU = ("cpu", "reference")
 
 # The sweep of shapes: the smallest, ragged multiples of 64, one scale per output, and those of models. (N, K, group size)
@@ -259,8 +260,8 @@ def check_backend(backend: Backend, device: torch.device, until: float, quick: b
 
     until: on the monotonic clock; cases after that are counted as left out.
     """
-    names = ["", *cuda.configs()] if backend.name == "cuda" else [""]
-    found = [Correctness(backend.name, name) for name in names]
+    configs = {"": None, **cuda_configs()} if backend.name == "cuda" else {"": None}
+    found = [Correctness(backend.name, name) for name in configs]
     exhaustive = backend.name in STRICT or device.type == "cpu"
     rows = CHECKED_ROWS if exhaustive and not quick else FEW_ROWS
     bits = 16 if backend.name == "torch24" else 4
@@ -287,10 +288,23 @@ def check_backend(backend: Backend, device: torch.device, until: float, quick: b
                         continue
                     x, bias = activations(m, k, n, dtype, device, apart=index % 3 == 1, bias=index % 2 == 1)
                     exact, magnitude = float64_product(x, weight, bias)
-                    for config, check in enumerate(found):
-                        with forced_config(config - 1 if backend.name == "cuda" else None):
-                            one_case(check, backend, x, prepared, bias, scheme, exact, magnitude, f"{case} M {m}")
+                    for config, check in zip(configs.values(), found, strict=True):
+                        strict = backend.name in STRICT and not decodes(config, m, device)
+                        with forced_config(config):
+                            one_case(
+                                check, backend, x, prepared, bias, scheme, exact, magnitude, f"{case} M {m}", strict
+                            )
     return found
+
+
+def cuda_configs() -> dict[str, int]:
+    """What the op can be forced to by name: the kernel's tile shapes, and decoding."""
+    return {**{name: index for index, name in enumerate(cuda.configs())}, DECODED: cuda.DECODE}
+
+
+def decodes(config: int | None, m: int, device: torch.device) -> bool:
+    """Whether the CUDA back end multiplies a decoded weight, whose values are rounded."""
+    return config == cuda.DECODE or (config is None and 0 < cuda.dense_rows(device) <= m)
 
 
 def one_case(
@@ -303,18 +317,19 @@ def one_case(
     exact: Tensor,
     magnitude: Tensor,
     case: str,
+    strict: bool,
 ) -> None:
     """Add one product to what is known about a back end. exact, magnitude: what `float64_product` returned."""
     check.cases += 1
     try:
         y = sparse24_linear(x, prepared, bias, scheme, backend.name)
-        share, rms = errors(y, exact, magnitude, scheme.shape[1], strict=backend.name in STRICT)
+        share, rms = errors(y, exact, magnitude, scheme.shape[1], strict)
     except Exception as error:  # a check goes on and tells
         check.failures.append(f"{case}: {summary(error)}")
         return
     check.worst, check.rms = max(check.worst, min(share, NOT_A_NUMBER)), max(check.rms, min(rms, NOT_A_NUMBER))
     unit = UNITS[x.dtype]
-    if not (share <= 1 and rms <= (0.9 if backend.name in STRICT else 1.3) * unit):  # one rounding: 0.4 in the mean
+    if not (share <= 1 and rms <= (0.9 if strict else 1.3) * unit):  # one rounding: 0.4 in the mean
         check.failures.append(f"{case}: error {share:.3g} times the allowed, {rms / unit:.3g} roundings in the mean")
 
 
@@ -396,8 +411,8 @@ def check_streams_and_graphs(backend: Backend, device: torch.device) -> Correctn
 
 @contextmanager
 def forced_config(config: int | None) -> Iterator[None]:
-    """The CUDA kernel with one of its tile shapes; -1 and None: as it chooses."""
-    if config is None or config < 0:
+    """The CUDA back end with one of its configurations; None: as it chooses."""
+    if config is None:
         yield
         return
     cuda.force_config(config)
@@ -459,7 +474,7 @@ def time_linear(
                     report.notes.append(note)
                 continue
             if contestant.name == "cuda":
-                for index, name in enumerate(cuda.configs()):
+                for name, index in cuda_configs().items():
                     with forced_config(index):
                         found = time_calls([(contestant, x)], device, report, rounds=1)
                     if found:
@@ -783,4 +798,5 @@ def best_config(row: Row) -> str:
         return ""
     name = min(row.configs, key=lambda config: row.configs[config])
     gain = row.microseconds["cuda"] / row.configs[name]
-    return f"{list(row.configs).index(name)}: {row.configs[name]:.1f} us" if gain > 1.03 else ""
+    label = name if name == DECODED else str(list(row.configs).index(name))
+    return f"{label}: {row.configs[name]:.1f} us" if gain > 1.03 else ""

@@ -70,14 +70,18 @@ def options(**changes: Any) -> CheckOptions:
 def test_everything_is_checked_and_measured(gpu: None, tmp_path: Path) -> None:
     output = tmp_path / "check.json"
     report = gpu_kernels.check_gpu(options(only=["cuda"]), output)
-    assert report.right and [check.config for check in report.correctness] == ["", "zero", "one", ""]
+    assert report.right and [check.config for check in report.correctness] == ["", "zero", "one", "decoded", ""]
     # 3 shapes, 2 types, once also with the other type of scales; 3 numbers of rows
-    assert [check.cases for check in report.correctness] == [24, 24, 24, 1]
-    assert all(0 < check.worst <= 1 for check in report.correctness[:3])
+    assert [check.cases for check in report.correctness] == [24, 24, 24, 24, 1]
+    assert all(0 < check.worst <= 1 for check in report.correctness[:4])
     assert [(row.n, row.k, row.m) for row in report.rows] == [(64, 128, 1), (64, 128, 3), (128, 64, 1), (128, 64, 3)]
     first, second = report.rows[:2]
     assert first.microseconds == {"cuda": 10, gpu_kernels.DENSE: 25} and second.microseconds["cuda"] == 20
-    assert first.ratios == {"cuda": {gpu_kernels.DENSE: 2.5}} and first.configs == {"zero": 10, "one": 10}
+    assert first.ratios == {"cuda": {gpu_kernels.DENSE: 2.5}} and first.configs == {
+        "zero": 10,
+        "one": 10,
+        "decoded": 10,
+    }
     packed = 64 * 128 * 3 // 8 + 64 * 2 * 2
     assert first.nbytes["cuda"] == packed + (128 + 64) * 2
     assert first.bandwidth_share["cuda"] == pytest.approx(first.nbytes["cuda"] / 10e-6 / 1e12)
@@ -98,7 +102,7 @@ def test_a_wrong_configuration_is_named(gpu: None, monkeypatch: pytest.MonkeyPat
         return y
 
     monkeypatch.setattr(gpu_kernels, "sparse24_linear", wrong)
-    plain, zero, one = check_backend(Cuda(), CPU, 1e12, quick=False)
+    plain, zero, one, decoded = check_backend(Cuda(), CPU, 1e12, quick=False)
     assert not plain.failures and not zero.failures
     assert one.failures and all("M 3: error" in failure for failure in one.failures) and one.worst > 1
     monkeypatch.setattr(gpu_kernels, "sparse24_linear", lambda x, *rest: product(x, *rest) * float("nan"))

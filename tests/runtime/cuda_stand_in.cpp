@@ -53,6 +53,27 @@ int sparse24_cuda_pack(int64_t n, int64_t k, int64_t group, int, const void* wor
 int sparse24_cuda_config_count() { return 2; }
 const char* sparse24_cuda_config_name(int config) { return config ? "one" : "zero"; }
 
+int sparse24_cuda_decode(const void* packed, int64_t n, int64_t k, int64_t group, int scale_type, int type, void* weight,
+                         void* stream) {
+    if (stream) return 2;
+    last[2] = -2;
+    const char* at = static_cast<const char*>(packed);
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(at);
+    const uint8_t* meta = reinterpret_cast<const uint8_t*>(at + up(n * k / 4));
+    const uint16_t* scale = reinterpret_cast<const uint16_t*>(at + up(n * k / 4) + up(n * k / 8));
+    std::memset(weight, 0, n * k * 2);
+    for (int64_t out = 0; out < n; ++out) {
+        for (int64_t kept = 0; kept < k / 2; ++kept) {
+            const int nibble = meta[out * (k / 8) + kept / 4] >> (4 * (kept / 2 % 2)) & 15;
+            const int64_t input = kept / 2 * 4 + (nibble >> (2 * (kept % 2)) & 3);
+            const int code = int(words[out * (k / 16) + kept / 8] >> (4 * (kept % 8)) & 15) - 8;
+            const float value = code * widen(scale[out * (k / group) + input / group], scale_type);
+            static_cast<uint16_t*>(weight)[out * k + input] = narrow(value, type);
+        }
+    }
+    return 0;
+}
+
 // Odd numbers of rows are given a workspace.
 int64_t sparse24_cuda_workspace_bytes(int64_t m, int64_t n, int64_t, int64_t, int, int) { return m % 2 ? m * n * 4 : 0; }
 

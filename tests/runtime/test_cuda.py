@@ -54,7 +54,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> None:
     """A machine with an A100, as far as back ends look before they touch a tensor."""
     monkeypatch.setattr(cuda, "_gpus", lambda: [GPU])
     monkeypatch.setattr(cuda, "_capability", lambda device: (8, 0))
-    cuda.connect(library, cuda._op(), None, [SM_COUNT])
+    cuda.connect(library, cuda._op(), None, [(SM_COUNT, 0)])
     monkeypatch.setattr(cuda, "_loaded", lambda: library)
 
 
@@ -205,6 +205,36 @@ def test_configurations_can_be_forced(stand_in: ctypes.CDLL) -> None:
         cuda.force_config(config)
         sparse24_linear(torch.randn(2, 256).bfloat16(), prepared, None, SCHEME, "cuda")
         assert stand_in.last_call()[2] == config
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_many_rows_are_multiplied_densely(library: ctypes.CDLL, biased: bool) -> None:
+    """The very numbers of the dense model, for activations of any shape, and only from as many rows on as told."""
+    tensors, weight = on_disk(SCHEME)
+    bias = torch.randn(128).bfloat16() if biased else None
+    with cuda.emulated(library, SM_COUNT, dense_rows=6):
+        prepared = get_backend("cuda").prepare(tensors, SCHEME, torch.bfloat16)
+        for shape, decoded in (((2, 3, 256), True), ((6, 256), True), ((5, 256), False)):
+            x = torch.randn(shape).bfloat16()
+            y = sparse24_linear(x, prepared, bias, SCHEME, "cuda")
+            assert (library.last_call()[2] == cuda.DECODE) == decoded
+            if decoded:
+                assert torch.equal(y, torch.nn.functional.linear(x, weight.bfloat16(), bias))
+        cuda.force_config(cuda.DECODE)
+        x = torch.randn(1, 256).bfloat16()
+        y = sparse24_linear(x, prepared, bias, SCHEME, "cuda")
+        assert library.last_call()[2] == cuda.DECODE and y.shape == (1, 128)
+        cuda.force_config(0)
+        sparse24_linear(torch.randn(9, 256).bfloat16(), prepared, bias, SCHEME, "cuda")
+        assert library.last_call()[2] == 0, "a forced tile shape is never replaced"
+        cuda.force_config(-1)
+
+
+def test_which_gpus_multiply_many_rows_densely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
+    assert cuda.dense_rows(GPU) > 64, "never where servers decode"
+    monkeypatch.setattr(cuda, "_capability", lambda device: (8, 6))
+    assert cuda.dense_rows(GPU) == 0
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ KERNEL, OP = "cuda/sparse24", "cuda/sparse24_torch"
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
 MULTIPLE = 64  # of outputs and of inputs
 GROUP_SIZES = (32, 64, 128)  # or one scale per output
+DECODE = -2  # the configuration that decodes the weight and multiplies densely
+# From how many rows on that is faster, by the major compute capability; none elsewhere. Hopper's dense products run on
+# instructions (wgmma) that outrun mma.sp. Measured on an H100 by `sparsify kernels check --gpu`: where the configuration
+# "decoded" overtakes the others.
+DENSE_ROWS = {9: 384}
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +111,13 @@ def configs() -> list[str]:
     return [library.sparse24_cuda_config_name(i).decode() for i in range(library.sparse24_cuda_config_count())]
 
 
+def dense_rows(device: torch.device) -> int:
+    """From how many rows on the op decodes the weight and multiplies densely on a device; 0: never."""
+    return DENSE_ROWS.get(_capability(device)[0], 0) if device.type == "cuda" else 0
+
+
 def force_config(config: int) -> None:
-    """Make the op use one tile shape, for checks and measurements; -1 lets the kernel choose again."""
+    """Make the op use one tile shape, or DECODE, for checks and measurements; -1 takes what is best again."""
     _required()
     _op().sparse24_set_cuda_config(config)
 
@@ -129,9 +139,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _sm_counts() -> list[int]:
-    """Multiprocessors of every device, in torch's order."""
-    return [torch.cuda.get_device_properties(i).multi_processor_count for i in range(torch.cuda.device_count())]
+def _devices() -> list[tuple[int, int]]:
+    """Multiprocessors and `dense_rows` of every device, in torch's order."""
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [(torch.cuda.get_device_properties(d).multi_processor_count, dense_rows(d)) for d in devices]
 
 
 @contextmanager
@@ -174,17 +185,17 @@ _STAND_IN: ContextVar[ctypes.CDLL | None] = ContextVar("stand_in", default=None)
 
 
 @contextmanager
-def emulated(library: ctypes.CDLL, sm_count: int) -> Iterator[None]:
-    """Run the op through a build of the kernel for the processor (kernels/emulator), with tensors on the CPU."""
+def emulated(library: ctypes.CDLL, sm_count: int, dense_rows: int = 0) -> Iterator[None]:
+    """Run the op through a library of the same C interface that runs on the processor, with tensors on the CPU."""
     real = _loaded() if _gpus() else None
-    connect(library, _op(), None, [sm_count])
+    connect(library, _op(), None, [(sm_count, dense_rows)])
     token = _STAND_IN.set(library)
     try:
         yield
     finally:
         _STAND_IN.reset(token)
         if real is not None:
-            connect(real, _op(), _current_stream_function(), _sm_counts())
+            connect(real, _op(), _current_stream_function(), _devices())
 
 
 def _library() -> ctypes.CDLL | None:
@@ -196,17 +207,20 @@ def _loaded() -> ctypes.CDLL | None:
     """The kernels, with the op registered and pointing at them; None after a line in the log that says what is missing."""
     try:
         library, op = native_cuda.open_library(KERNEL, archs_at_hand()), _op()
-        connect(library, op, _current_stream_function(), _sm_counts())
+        connect(library, op, _current_stream_function(), _devices())
     except SparsifyError as error:
         logger.warning("kernel %s: %s", KERNEL, error)
         return None
     return library
 
 
-def connect(library: ctypes.CDLL, op: ctypes.CDLL, current_stream: int | None, sm_counts: Sequence[int]) -> None:
+def connect(
+    library: ctypes.CDLL, op: ctypes.CDLL, current_stream: int | None, devices: Sequence[tuple[int, int]]
+) -> None:
     """Declare the C interface of the kernels and hand it to the op.
 
-    current_stream: None where the kernels run on the processor, which tensors must then be on.
+    current_stream: None where the kernels run on the processor, which tensors must then be on. devices: what `_devices`
+    returned.
     """
     int64, int32, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
     library.sparse24_cuda_packed_bytes.argtypes = [int64] * 3
@@ -214,13 +228,18 @@ def connect(library: ctypes.CDLL, op: ctypes.CDLL, current_stream: int | None, s
     library.sparse24_cuda_pack.argtypes = [*[int64] * 3, int32, *[pointer] * 5]
     library.sparse24_cuda_config_name.argtypes = [int32]
     library.sparse24_cuda_config_name.restype = ctypes.c_char_p
-    op.sparse24_set_cuda_kernels.argtypes = [*[pointer] * 4, ctypes.POINTER(int32), int32]
+    op.sparse24_set_cuda_kernels.argtypes = [*[pointer] * 5, *[ctypes.POINTER(int32)] * 2, int32]
     op.sparse24_set_cuda_kernels.restype = None
     op.sparse24_set_cuda_config.restype = None
     names = ("packed_bytes", "workspace_bytes", "linear")
     functions = [ctypes.cast(getattr(library, f"sparse24_cuda_{name}"), pointer) for name in names]
-    counts = (int32 * len(sm_counts))(*sm_counts)
-    op.sparse24_set_cuda_kernels(*functions, current_stream, counts, len(counts))
+    if hasattr(library, "sparse24_cuda_decode"):
+        functions.append(ctypes.cast(library.sparse24_cuda_decode, pointer))
+    else:
+        functions.append(pointer())
+        devices = [(count, 0) for count, _ in devices]
+    counts, rows = ((int32 * len(devices))(*column) for column in zip(*devices, strict=True))
+    op.sparse24_set_cuda_kernels(*functions, current_stream, counts, rows, len(devices))
     _register_fake()
 
 
