@@ -2,11 +2,12 @@
 
 from sparsify.errors import CheckpointError
 from sparsify.formats.dense import Dense
+from sparsify.formats.marlin24 import Marlin24
 from sparsify.formats.pack_quantized import PackQuantized
 from sparsify.formats.scheme import Format, ModuleScheme
 from sparsify.formats.sparse24 import Sparse24
 
-_FORMATS: dict[str, Format] = {format.name: format for format in (Sparse24(), Dense(), PackQuantized())}
+_FORMATS: dict[str, Format] = {format.name: format for format in (Sparse24(), Dense(), PackQuantized(), Marlin24())}
 
 __all__ = ["Format", "ModuleScheme", "get_format", "known_formats"]
 

@@ -1,0 +1,164 @@
+"""`marlin-24`: 2:4 sparse integers as the Sparse-Marlin kernel of vLLM up to 0.15 read them (compressed-tensors up to 0.14).
+
+Written here to be read there; read to bring the models that exist into `sparse24`. For N outputs (a multiple of 64), K
+inputs (a multiple of 32), bits 4 or 8, groups of 128 inputs or one per channel, scales in float16:
+
+    weight_packed   int32 [K/32, N * bits / 2]   the kept codes, offset binary
+    meta            int16 [K/32, 2 N]            their positions
+    scale_packed    float16 [K/G, N]
+
+A row is one step of the kernel, 32 inputs, and holds for each 64 outputs what the 32 lanes of a warp feed to its sparse
+tensor cores in four instructions (PTX ISA, mma.sp.m16n8k32). Lane 4 g + t has rows g and g + 8 of each 16-row operand, and
+these rows are the outputs 8 g to 8 g + 7 of the 64: so a lane's results lie side by side. Reading is therefore nothing but
+naming the parts of an index and putting them into another order.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import CheckpointError
+from sparsify.formats.config_groups import describe, is_described, labels_of
+from sparsify.formats.packing import (
+    kept_nibbles,
+    nibbles_ascend,
+    pack_nibbles,
+    put_kept,
+    take_kept,
+    unpack_nibbles,
+)
+from sparsify.formats.scheme import (
+    AGAIN,
+    FLOATS,
+    ModuleScheme,
+    linear_problem,
+    scheme_problem,
+    take_bias,
+    take_tensor,
+    with_bias,
+)
+from sparsify.model.linear import LinearWeights
+
+SUFFIXES = frozenset({"weight_packed", "scale_packed", "meta"})
+OUTPUTS, INPUTS, GROUP = 64, 32, 128
+
+# The parts of an index. step: of 32 inputs; warp: of 64 outputs; block: which of four instructions; g, t: lane 4 g + t;
+# half: row g or g + 8 of the instruction; side: the kept values 2 t and 2 t + 1, or those eight further; pair: which of the
+# two. Positions: blocks: two instructions, whose words lie in the lanes t = 0, 1 and t = 2, 3 (`instruction`); lane: which
+# of the two, for inputs 0-15 or 16-31.
+CODES = {
+    4: ("step", "warp", "g", "t", "block", "pair", "half", "side"),
+    8: ("step", "warp", "g", "t", "block", "half", "pair", "side"),
+}
+CODES_IN_ORDER = ("warp", "g", "half", "block", "step", "side", "t", "pair")
+META = ("step", "warp", "blocks", "g", "instruction", "lane", "half")
+META_IN_ORDER = ("warp", "g", "half", "blocks", "instruction", "step", "lane")
+SCALES = ("group", "warp", "g", "block", "half")
+SCALES_IN_ORDER = ("warp", "g", "half", "block", "group")
+SIZES = {"g": 8, "t": 4, "block": 4, "blocks": 2, "half": 2, "side": 2, "pair": 2, "instruction": 2, "lane": 2}
+
+
+def reorder(tensor: Tensor, given: tuple[str, ...], wanted: tuple[str, ...], sizes: Mapping[str, int]) -> Tensor:
+    """`tensor` with its index, split into the parts `given`, put into the order `wanted`. Returns a flat tensor."""
+    split = tensor.reshape([sizes[part] for part in given])
+    return split.permute([given.index(part) for part in wanted]).reshape(-1)
+
+
+def _sizes(n: int, k: int, group_size: int) -> dict[str, int]:
+    return {**SIZES, "step": k // INPUTS, "warp": n // OUTPUTS, "group": k // group_size}
+
+
+def _scales_are_plain(k: int, group_size: int) -> bool:
+    """Whether scales lie in the order of the outputs. compressed-tensors compares the group with the K/2 kept inputs."""
+    return group_size >= k // 2
+
+
+class Marlin24:
+    """What vLLM had a sparse GPU kernel for until 2026."""
+
+    name = "marlin-24"
+    suffixes = SUFFIXES
+
+    def supports(self, linear: LinearWeights) -> str | None:
+        if linear.bits == 16 or linear.pattern != "2:4":
+            return "marlin-24 holds 4- or 8-bit codes of 2:4 sparse linears only"
+        if problem := linear_problem(linear) or _scheme_problem(ModuleScheme.of(linear)):
+            return problem
+        assert linear.scale is not None
+        if not torch.equal(linear.scale.to(torch.float16).to(linear.scale.dtype), linear.scale):
+            return "marlin-24 holds scales as float16, which cannot hold these"
+        return None
+
+    def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
+        assert linear.codes is not None and linear.scale is not None
+        (n, k), bits = linear.shape, linear.bits
+        sizes = _sizes(n, k, linear.group_size)
+        nibbles = kept_nibbles(linear.codes)
+        codes = take_kept(linear.codes, nibbles) + (1 << bits - 1)
+        codes = reorder(codes.to(torch.uint8), CODES_IN_ORDER, CODES[bits], sizes)
+        if bits == 4:
+            codes = codes[0::2] | codes[1::2] << 4
+        meta = reorder(pack_nibbles(nibbles).view(torch.int16), META_IN_ORDER, META, sizes)
+        scale = linear.scale.to(torch.float16)
+        plain = _scales_are_plain(k, linear.group_size)
+        scale = scale.t() if plain else reorder(scale, SCALES_IN_ORDER, SCALES, sizes).reshape(-1, n)
+        encoded = {
+            "weight_packed": codes.view(torch.int32).reshape(k // INPUTS, -1),
+            "meta": meta.reshape(k // INPUTS, -1),
+            "scale_packed": scale.contiguous(),
+        }
+        return with_bias(encoded, linear)
+
+    def decode(self, module: str, tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> LinearWeights:
+        if problem := _scheme_problem(scheme):
+            raise CheckpointError(f"{module}: {problem}; sparsify reads no such marlin-24 linear")
+        (n, k), bits, steps = scheme.shape, scheme.bits, scheme.shape[1] // INPUTS
+        packed = take_tensor(module, tensors, "weight_packed", (steps, n * bits // 2), (torch.int32,))
+        meta = take_tensor(module, tensors, "meta", (steps, 2 * n), (torch.int16,))
+        scale = take_tensor(module, tensors, "scale_packed", (k // scheme.group_size, n), FLOATS)
+        sizes = _sizes(n, k, scheme.group_size)
+        nibbles = reorder(meta, META, META_IN_ORDER, sizes).view(torch.uint8).reshape(n, k // 8)
+        nibbles = unpack_nibbles(nibbles)
+        if not nibbles_ascend(nibbles):
+            expected = "expected two ascending positions in every nibble, found first >= second"
+            raise CheckpointError(f"{module}.meta: {expected}; {AGAIN}")
+        codes = packed.contiguous().view(torch.uint8)
+        if bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=-1)
+        kept = reorder(codes, CODES[bits], CODES_IN_ORDER, sizes).to(torch.int16) - (1 << bits - 1)
+        codes = put_kept(kept.to(torch.int8).reshape(n, k // 2), nibbles)
+        if _scales_are_plain(k, scheme.group_size):
+            scale = scale.t().contiguous()
+        else:
+            scale = reorder(scale, SCALES, SCALES_IN_ORDER, sizes).reshape(n, -1)
+        bias = take_bias(module, tensors, n)
+        return LinearWeights(bits, "2:4", scheme.group_size, codes=codes, scale=scale, bias=bias)
+
+    def quantization_config(self, modules: Mapping[str, ModuleScheme], ignore: list[str]) -> dict[str, Any] | None:
+        return describe(self.name, dict(sorted(modules.items())), ignore)
+
+    def recognises(self, quantization_config: Mapping[str, Any] | None) -> bool:
+        return is_described(quantization_config, self.name)
+
+    def schemes(
+        self, quantization_config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, ModuleScheme]:
+        end = ".weight_packed"
+        packed = {name.removesuffix(end): shape for name, shape in shapes.items() if name.endswith(end)}
+        schemes = {}
+        for module, (label, (steps, words)) in labels_of(quantization_config, packed).items():
+            shape = (words * 2 // label.bits, steps * INPUTS)
+            plain = label.scheme(shape)
+            schemes[module] = ModuleScheme(plain.bits, plain.group_size, "2:4", shape)
+        return schemes
+
+
+def _scheme_problem(scheme: ModuleScheme) -> str | None:
+    (n, k), size = scheme.shape, scheme.group_size
+    if scheme.bits == 16 or n % OUTPUTS or k % INPUTS:
+        return f"marlin-24 holds 4 or 8 bits, multiples of {OUTPUTS} outputs and of {INPUTS} inputs, not {n} x {k}"
+    if size not in (GROUP, k):
+        return f"marlin-24 holds groups of {GROUP} inputs or one per channel, not of {size}"
+    return scheme_problem(scheme)
