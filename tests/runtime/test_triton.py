@@ -31,7 +31,7 @@ TALL = Config("gemm", 64, 64, 128, 1, 4, 1)
 DECODE = Config("decode", 1, 32, 64, 1, 4, 1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def interpreter() -> Iterator[ModuleType]:
     """The kernels as interpreted functions. Triton decides that when it decorates them, so they are loaded anew."""
     from sparsify.runtime.backends import triton_kernels
@@ -239,9 +239,7 @@ def test_candidates_that_fail_are_passed_over(interpreter: ModuleType, cache: Pa
     "text",
     ["{", "[]", '{"a": {"kind": "gemv"}}', json.dumps({"a": {**vars(GEMV), "kind": "rm"}}), json.dumps({"a": 3})],
 )
-def test_a_damaged_table_is_named_and_not_used(
-    text: str, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:  # fmt: skip
+def test_a_damaged_table_is_named_and_not_used(text: str, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tuning.table_path(CPU)
     path.parent.mkdir()
     path.write_text(text)
@@ -279,7 +277,7 @@ def test_compiles_without_a_gpu(target: str, request: pytest.FixtureRequest, mon
     from sparsify.runtime.backends import triton_compile, triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(request.config.rootpath / ".pytest_cache" / "triton"))
-    if triton_kernels.INTERPRETED:
+    if triton_kernels.INTERPRETED:  # by the user: the fixture above takes its own setting back
         pytest.skip("TRITON_INTERPRET=1: Triton's compiler is replaced")
     scheme = ModuleScheme(4, 128, "2:4", (4096, 4096))
     for config in triton_compile.CONFIGS:
