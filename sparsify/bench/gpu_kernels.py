@@ -289,7 +289,9 @@ def check_backend(backend: Backend, device: torch.device, until: float, quick: b
                     x, bias = activations(m, k, n, dtype, device, apart=index % 3 == 1, bias=index % 2 == 1)
                     exact, magnitude = float64_product(x, weight, bias)
                     for config, check in zip(configs.values(), found, strict=True):
-                        strict = backend.name in STRICT and not decodes(config, m, device)
+                        strict = backend.name in STRICT and not (
+                            backend.name == "cuda" and rounds(config, m, scheme, dtype, scale_dtype, device)
+                        )
                         with forced_config(config):
                             one_case(
                                 check, backend, x, prepared, bias, scheme, exact, magnitude, f"{case} M {m}", strict
@@ -302,9 +304,18 @@ def cuda_configs() -> dict[str, int]:
     return {**{name: index for index, name in enumerate(cuda.configs())}, DECODED: cuda.DECODE}
 
 
-def decodes(config: int | None, m: int, device: torch.device) -> bool:
-    """Whether the CUDA back end multiplies a decoded weight, whose values are rounded."""
-    return config == cuda.DECODE or (config is None and 0 < cuda.dense_rows(device) <= m)
+def rounds(
+    config: int | None,
+    m: int,
+    scheme: ModuleScheme,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether the CUDA back end multiplies with rounded weights: decoded ones, and the tile shapes for many rows."""
+    if config == cuda.DECODE or (config is None and 0 < cuda.dense_rows(device) <= m):
+        return True
+    return cuda.rounds_weights(m, scheme, dtype, scale_dtype, -1 if config is None else config)
 
 
 def one_case(

@@ -51,6 +51,8 @@ int sparse24_cuda_pack(int64_t n, int64_t k, int64_t group, int, const void* wor
 }
 
 int sparse24_cuda_config_count() { return 2; }
+int sparse24_cuda_rounds_weights(int64_t, int64_t, int64_t, int64_t, int, int, int) { return 0; }
+
 const char* sparse24_cuda_config_name(int config) { return config ? "one" : "zero"; }
 
 int sparse24_cuda_decode(const void* packed, int64_t n, int64_t k, int64_t group, int scale_type, int type, void* weight,

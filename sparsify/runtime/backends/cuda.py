@@ -116,6 +116,13 @@ def dense_rows(device: torch.device) -> int:
     return DENSE_ROWS.get(_capability(device)[0], 0) if device.type == "cuda" else 0
 
 
+def rounds_weights(rows: int, scheme: ModuleScheme, dtype: torch.dtype, scale_dtype: torch.dtype, config: int) -> bool:
+    """Whether a product multiplies with weights rounded to the type of the activations: the tile shapes for many rows."""
+    n, k = scheme.shape
+    types = TYPES[dtype], TYPES[scale_dtype]
+    return bool(_required().sparse24_cuda_rounds_weights(rows, n, k, scheme.group_size, *types, config))
+
+
 def force_config(config: int) -> None:
     """Make the op use one tile shape, or DECODE, for checks and measurements; -1 takes what is best again."""
     _required()
@@ -226,6 +233,7 @@ def connect(
     library.sparse24_cuda_packed_bytes.argtypes = [int64] * 3
     library.sparse24_cuda_packed_bytes.restype = int64
     library.sparse24_cuda_pack.argtypes = [*[int64] * 3, int32, *[pointer] * 5]
+    library.sparse24_cuda_rounds_weights.argtypes = [*[int64] * 4, *[int32] * 3]
     library.sparse24_cuda_config_name.argtypes = [int32]
     library.sparse24_cuda_config_name.restype = ctypes.c_char_p
     op.sparse24_set_cuda_kernels.argtypes = [*[pointer] * 5, *[ctypes.POINTER(int32)] * 2, int32]
