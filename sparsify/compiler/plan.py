@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from sparsify.compiler.training import PlannedTraining, plan_training
+from sparsify.compiler.depth import FEW_ROWS, PlannedDepth, plan_depth
+from sparsify.compiler.training import PlannedTraining, Shortened, plan_training
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.directory import CompressedCheckpoint, open_compressed
@@ -54,6 +55,8 @@ class Planned:
                 if self.given.group_size == self.shape[1]
                 else f"groups of {self.given.group_size}"
             )
+            if self.given.bits == 16 and self.given.pattern == "dense":
+                return "stays dense, trained"
             bits = "16-bit" if self.given.bits == 16 else f"{self.given.bits}-bit, {groups}"
             return f"is {self.given.pattern} {bits}, trained"
         return describe(self.scheme) if self.scheme else f"stays dense: {self.reason}"
@@ -93,6 +96,7 @@ class Plan:
     head: PlannedHead | None = None
     training: tuple[PlannedTraining, ...] = ()
     compressed: CompressedCheckpoint | None = None
+    depth: PlannedDepth | None = None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -114,11 +118,12 @@ class Plan:
     def dense_linear_bytes(self, module: str) -> int:
         """Bytes of a linear before it was compressed: 16-bit where that was done before this recipe."""
         planned = self.linears[module]
-        return planned.weights * 2 if planned.given is not None else self.checkpoint.info(planned.source).nbytes
+        packed = planned.given is not None and not self._is_dense
+        return planned.weights * 2 if packed else self.checkpoint.info(planned.source).nbytes
 
     def dense_bytes(self) -> int:
         """Bytes of the dense model."""
-        if self.compressed is None:
+        if self.compressed is None or self._is_dense:
             return self.checkpoint.nbytes()
         inside = {module: scheme.shape for module, scheme in self.compressed.modules.items()}
         packed = sum(self.compressed.nbytes(module) for module in inside)
@@ -130,14 +135,17 @@ class Plan:
         return {**kept, **self.other_dense}
 
     def estimate(self) -> Estimate:
-        """Sizes are exact up to file headers; memory and arithmetic are those of the walk."""
+        """Sizes are exact up to file headers, without a depth pass; memory and arithmetic are those of the walk."""
         dense = self.checkpoint.nbytes()
+        share = 1.0 if self.depth is None else self.depth.share
         saved = sum(
             planned.weights * self.checkpoint.dtype(planned.source).itemsize
             - _stored_bytes(planned.scheme, planned.shape, self)
             for planned in self.linears.values()
             if planned.scheme is not None
         )
+        inside = sum(self.checkpoint.info(n).nbytes for i in range(len(self.model.blocks)) for n in self._files_of(i))
+        saved += round((inside - saved) * (1 - share))
         if self.head is not None:
             own = 0 if self.head.head.tied else self.checkpoint.info(self.head.head.source).nbytes
             saved += own - _stored_bytes(self.head.scheme, self.head.head.shape, self)
@@ -145,10 +153,11 @@ class Plan:
         block_bytes = max(
             sum(p.numel() for p in self.model.block(i).parameters()) * self.model.dtype.itemsize for i in range(blocks)
         )
-        if not self.needs_data:
-            return Estimate(dense, dense - saved, max(3 * block_bytes, self._training_bytes()), 0)
-        streams = 2 if self.needs_twin else 1
         tokens = self.recipe.calibration.samples * self.recipe.calibration.sequence_length
+        depth_work = self._depth_multiply_adds(tokens)
+        if not self.needs_data:
+            return Estimate(dense, dense - saved, max(3 * block_bytes, self._training_bytes()), depth_work)
+        streams = 2 if self.needs_twin else 1
         widest = max(p.shape[1] for p in self.linears.values())
         hidden = min(p.shape[1] for p in self.linears.values())
         outside = sum(self.checkpoint.info(name).nbytes for name in self.model.source_names(None))
@@ -159,7 +168,27 @@ class Plan:
             (p.block, p.module.rpartition(".")[0], p.shape[1]): p.shape[1] for p in self.linears.values() if p.scheme
         }
         hessians = streams * tokens * sum(k * k for k in inputs.values())
-        return Estimate(dense, dense - saved, max(memory, self._training_bytes()), forward + hessians)
+        work = depth_work + round(share * (forward + hessians))
+        return Estimate(dense, dense - saved, max(memory, self._training_bytes()), work)
+
+    def _files_of(self, block: int) -> list[str]:
+        """The tensors of the files that belong to a block, in whatever format they are."""
+        if self.compressed is None:
+            return self.model.source_names(block)
+        prefix = self.model.blocks[block] + "."
+        return [name for name in self.checkpoint.names() if name.startswith(prefix)]
+
+    def _depth_multiply_adds(self, tokens: int) -> int:
+        """A forward pass for a method that scores blocks of layers; FinerCut runs half the model for every candidate."""
+        if self.depth is None or not self.depth.settings.needs_data:
+            return 0
+        settings, weights = self.depth.settings, self.depth.weights
+        rows = min(settings.samples or self.recipe.calibration.samples, self.recipe.calibration.samples)
+        if settings.method != "finercut":
+            return tokens * weights.blocks * rows // max(self.recipe.calibration.samples, 1)
+        judged = min(rows, settings.samples or FEW_ROWS) * self.recipe.calibration.sequence_length
+        steps = round((1 - self.depth.share) * 2 * weights.layers)
+        return steps * 2 * weights.layers * judged * (weights.blocks // 2 + weights.head)
 
     def to_json(self) -> dict[str, Any]:
         estimate = self.estimate()
@@ -175,6 +204,7 @@ class Plan:
                 }
                 for name, p in self.linears.items()
             },
+            "depth": None if self.depth is None else self.depth.to_json(),
             "head": self._head_json(),
             "dense_modules": self.dense_modules(),
             "walks": 1 if self.needs_data else 0,
@@ -209,6 +239,15 @@ class Plan:
             activations = max(activations, tokens * per_token * depth)
         return 20 * weights + 8 * self.model.head_weights() + activations
 
+    @property
+    def _is_dense(self) -> bool:
+        """Whether the recipe starts from a dense model and compresses no linear of it."""
+        return self.compressed is not None and self.compressed.format == "dense"
+
+    @property
+    def _depth_first(self) -> bool:
+        return self.recipe.depth is self.recipe.passes[0]
+
     def _head_json(self) -> dict[str, Any] | None:
         if self.head is None:
             return None
@@ -241,7 +280,9 @@ class Plan:
             else "no walk: data-free"
         )
         if self.compressed is not None:
-            how = "compressed already, masks stay as they are"
+            how = "no linear is compressed" if self._is_dense else "compressed already, masks stay as they are"
+        if self.depth is not None:
+            how = f"{self.depth.describe()}\n{how}" if self._depth_first else f"{how}\nthen {self.depth.describe()}"
         table.caption = (
             f"{how}; {estimate.dense_bytes / 1e6:.0f} MB become {estimate.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
             f"memory about {estimate.memory_bytes / 1e9:.1f} GB"
@@ -266,10 +307,21 @@ def describe(scheme: Scheme) -> str:
     return " + ".join(parts) + (f", corrected by {scheme.correction:g}" if scheme.correction else "")
 
 
-def make_plan(recipe: Recipe, model: str) -> Plan:
-    """Bind a recipe to a model. Raises RecipeError or CheckpointError when the two do not fit; runs nothing."""
+def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None) -> Plan:
+    """Bind a recipe to a model. Raises RecipeError or CheckpointError when the two do not fit; runs nothing.
+
+    shortened: what a depth pass left; the recipe is then what follows it
+    """
+    if recipe.depth is not None:
+        plan = _plan_linears(recipe, model, None)
+        return replace(plan, depth=plan_depth(recipe.depth, plan.model))
+    return _plan_linears(recipe, model, shortened)
+
+
+def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Plan:
+    """The plan without the depth pass: every linear of the model as it is."""
     if not recipe.compresses:
-        return _training_plan(recipe, model)
+        return _training_plan(recipe, model, shortened)
     checkpoint = open_checkpoint(model)
     opened = open_blocks(checkpoint)
     store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
@@ -289,7 +341,7 @@ def make_plan(recipe: Recipe, model: str) -> Plan:
                 reason = "routes tokens to experts"
             linears[module] = Planned(module, source, index, shape, None if reason else scheme, reason)
         other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
-    training = plan_training(recipe, checkpoint)
+    training = plan_training(recipe, checkpoint, shortened)
     plan = Plan(recipe, opened, linears, other, store, _head(recipe, opened, store), training)
     if not plan.schemes:
         reasons = sorted({reason for reason in plan.dense_modules().values()})
@@ -300,13 +352,24 @@ def make_plan(recipe: Recipe, model: str) -> Plan:
     return plan
 
 
-def _training_plan(recipe: Recipe, model: str) -> Plan:
-    """The plan of a recipe without prune and quantize: the checkpoint is compressed already and is only trained."""
+def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> Plan:
+    """The plan of a recipe without prune and quantize: the checkpoint is compressed already and is only trained.
+
+    A dense one is served by depth alone; what trains it then trains all linears of its blocks, 16-bit as they are.
+    """
     compressed = open_compressed(model)
     checkpoint = compressed.checkpoint
     meta = meta_model(checkpoint, torch.float32)
     names = [*compressed.other_names(), *(f"{module}.weight" for module in compressed.modules)]
     opened = BlockModel(checkpoint, meta, find_blocks(meta), target_names(meta, names), torch.float32)
+    depth = recipe.depth is not None or shortened is not None
+    if depth and not compressed.modules:
+        if recipe.export.format != "dense":
+            raise RecipeError(
+                f"nothing compresses the linears of {model}, so the result is dense: set export.format: dense, "
+                "or add prune or quantize"
+            )
+        compressed = replace(compressed, modules=_dense_linears(opened) if recipe.training else {})
     linears = {}
     for module, scheme in compressed.modules.items():
         source = f"{module}.weight"
@@ -314,7 +377,7 @@ def _training_plan(recipe: Recipe, model: str) -> Plan:
         if (block := opened.owner(target)) is not None:
             name = target.removesuffix(".weight")
             linears[name] = Planned(name, source, block, scheme.shape, None, None, scheme)
-    if not linears:
+    if not linears and not depth:
         raise CheckpointError(
             f"{model} holds no compressed linear, and this recipe only trains; compress it first, for instance with "
             f"2of4, or write 2:4 zeros as such: sparsify export {model} --format sparse24"
@@ -328,7 +391,20 @@ def _training_plan(recipe: Recipe, model: str) -> Plan:
         if name in opened.sources
     }
     store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
-    return Plan(recipe, opened, linears, other, store, None, plan_training(recipe, checkpoint), compressed)
+    training = plan_training(recipe, checkpoint, shortened)
+    return Plan(recipe, opened, linears, other, store, None, training, compressed)
+
+
+def _dense_linears(opened: BlockModel) -> dict[str, ModuleScheme]:
+    """The plain linears of a dense model's blocks as modules of 16 bits, by their names in the files."""
+    found = {}
+    for index, block in enumerate(opened.blocks):
+        for name, linear in opened.linears(index).items():
+            source = opened.source_of(f"{block}.{name}.weight")
+            if source is not None and not ROUTER.search(name):
+                shape = (linear.out_features, linear.in_features)
+                found[source.removesuffix(".weight")] = ModuleScheme(16, shape[1], "dense", shape)
+    return found
 
 
 def _head(recipe: Recipe, opened: BlockModel, store: torch.dtype) -> PlannedHead | None:

@@ -6,9 +6,9 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from sparsify import __version__
 from sparsify.compiler.card import head_in_words, head_note, model_card, shown_perplexity, training_in_words
+from sparsify.compiler.depth import describe_note, shorten
 from sparsify.compiler.plan import Plan, make_plan
 from sparsify.compiler.train import ADAPTER, train_stage
+from sparsify.compiler.training import Shortened
 from sparsify.data import calibration_tokens
 from sparsify.distributed import (
     device,
@@ -32,10 +34,10 @@ from sparsify.distributed import (
     sum_over_all,
     wait_for_all,
 )
-from sparsify.errors import SparsifyError
+from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.files import atomic_write, cache_directory, read_json, write_json
 from sparsify.formats import ModuleScheme
-from sparsify.formats.directory import CheckpointWriter, CompressedCheckpoint
+from sparsify.formats.directory import CheckpointWriter, CompressedCheckpoint, partial_directory
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.model.checkpoint import read_header
 from sparsify.model.linear import LinearWeights
@@ -45,13 +47,14 @@ from sparsify.passes.gram import cross, gram
 from sparsify.passes.head import quantize_head, rounding_error
 from sparsify.passes.recover.block import BlockTuning, Sample, tune_block
 from sparsify.progress import Task, progress_bar
-from sparsify.recipe import Recipe, dump_recipe
+from sparsify.recipe import Distill, Recipe, dump_recipe
 
 METRICS = "metrics.json"
 RECORD = "run.json"
 CARD = "README.md"
 RECIPE = "recipe.yaml"
 OUTER = "outside"
+DEPTH_NOTE = "depth.json"
 
 Evaluate = Callable[[Path], dict[str, Any]]
 """Measures a finished directory; what it returns goes into metrics.json and the model card."""
@@ -73,6 +76,8 @@ class Applied:
         sizes, layers = self.metrics["sizes"], self.metrics["layers"]
         table = Table(title=f"{self.output}", show_header=False)
         table.add_row("linears compressed", f"{len(layers)} in {self.metrics['blocks']} blocks")
+        if depth := self.metrics["depth"]:
+            table.add_row("depth", describe_note(depth))
         ratio = sizes["dense_bytes"] / sizes["compressed_bytes"]
         table.add_row(
             "size",
@@ -125,11 +130,15 @@ def apply(
         finished = writer.parts()
     notes = _Notes(writer.work / "notes")
     wait_for_all()  # nobody writes a part before everybody knows which ones were there
+    before = _Before(plan)
+    if plan.depth is not None:
+        plan, before = _shortened(plan, writer, identity, resume, quiet, spill)
+        writer.source = plan.checkpoint
     if plan.needs_data and plan.compressed is None:
         _walk(plan, writer, finished, notes, quiet, spill)
     if is_main():
         if plan.compressed is not None:
-            _carry(plan, plan.compressed, writer, finished, notes)
+            _carry(plan, plan.compressed, writer, finished, notes, before.errors)
         elif not plan.needs_data:
             _stream(plan, writer, finished, notes, quiet)
         if OUTER not in writer.parts():
@@ -141,7 +150,7 @@ def apply(
     if not is_main():
         wait_for_all()
         return Applied(output, read_json(output / METRICS), read_json(output / RECORD))
-    metrics = _metrics(plan, notes, writer)
+    metrics = _metrics(plan, notes, writer, before)
     record = {
         "sparsify": __version__,
         "torch": torch.__version__,
@@ -167,6 +176,96 @@ def apply(
         atomic_write(output / CARD, model_card(metrics, recipe))
     wait_for_all()
     return Applied(output, metrics, record)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a run did before its last plan was made.
+
+    plan:   of the whole recipe and the whole model
+    depth:  what metrics.json says of the depth pass
+    errors: output errors of linears that were compressed before it, by their new names
+    head:   what metrics.json says of the output head, when that was quantized before it
+    """
+
+    plan: Plan
+    depth: dict[str, Any] | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    head: dict[str, Any] | None = None
+
+
+def _shortened(
+    plan: Plan, writer: CheckpointWriter, identity: str, resume: bool, quiet: bool, spill: bool
+) -> tuple[Plan, _Before]:
+    """Run the recipe up to its depth pass and that pass; give the plan of the rest, on the shortened model.
+
+    Both results lie in the work directory; a resumed run finds them finished.
+    """
+    depth = plan.recipe.depth
+    assert depth is not None
+    model = plan.checkpoint.spec
+    before, after = plan.recipe.around_depth()
+    compressed, short = writer.work / "before-depth", writer.work / "depth"
+    with main_first():
+        if is_main():
+            _same_run(writer.work, [compressed, partial_directory(compressed), short], identity, resume)
+        wanted = depth.needs_data or after.tune is not None or any(s.needs_data for s in plan.schemes.values())
+        tokens = _tokens(plan, writer, quiet) if wanted else None
+    errors: dict[str, float] = {}
+    head: dict[str, Any] | None = None
+    spec = model
+    if before is not None:
+        spec = str(compressed)
+        if not compressed.exists():
+            own = before.model_copy(update={"export": before.export.model_copy(update={"format": "sparse24"})})
+            apply(own, model, compressed, resume=resume, quiet=quiet, spill=spill)
+        metrics = read_json(compressed / METRICS)
+        errors = {layer["module"]: layer["relative_error"] for layer in metrics["layers"]}
+        head = metrics["head"]
+    with main_first():
+        if not short.exists():
+            seed = plan.recipe.calibration.seed
+            write_json(writer.work / DEPTH_NOTE, shorten(depth, spec, tokens, short, seed, quiet))
+    note = read_json(writer.work / DEPTH_NOTE)
+    taught = [
+        step.model_copy(update={"teacher": model})
+        if isinstance(step, Distill) and step.needs_teacher and step.teacher is None
+        else step
+        for step in after.passes
+    ]
+    whole = Shortened(note["layers_before"], tuple(note["teacher_blocks"]))
+    rest = make_plan(after.model_copy(update={"passes": taught}), str(short), whole)
+    return rest, _Before(plan, note, _renamed(plan, rest, note["layers"], errors), head)
+
+
+def _same_run(work: Path, made: Sequence[Path], identity: str, resume: bool) -> None:
+    """Refuse what another run left of its depth pass."""
+    file = work / "depth-recipe.yaml"
+    if any(directory.exists() for directory in made) and file.exists():
+        if not resume:
+            raise CheckpointError(
+                f"{work} holds the beginning of an interrupted run; continue it with --resume, or remove that directory"
+            )
+        if file.read_text() != identity:
+            raise CheckpointError(
+                f"{work} was begun with another recipe; resume with the same one, or remove that directory"
+            )
+    atomic_write(file, identity)
+
+
+def _renamed(
+    plan: Plan, rest: Plan, layers: Sequence[Sequence[int | None]], errors: dict[str, float]
+) -> dict[str, float]:
+    """Errors of linears by their names in the shortened model: each half of a new layer comes from an old one."""
+    found = {}
+    for number, sources in enumerate(layers):
+        for old in {source for source in sources if source is not None}:
+            for name in rest.linears:
+                prefix = rest.model.blocks[number] + "."
+                was = plan.model.blocks[old] + "." + name.removeprefix(prefix)
+                if name.startswith(prefix) and was in errors and len(set(sources)) == 1:
+                    found[name] = errors[was]
+    return found
 
 
 def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Notes, quiet: bool, spill: bool) -> None:
@@ -209,20 +308,28 @@ def _my_rows(tokens: Tensor) -> Tensor:
 
 
 def _carry(
-    plan: Plan, compressed: CompressedCheckpoint, writer: CheckpointWriter, finished: set[str], notes: _Notes
+    plan: Plan,
+    compressed: CompressedCheckpoint,
+    writer: CheckpointWriter,
+    finished: set[str],
+    notes: _Notes,
+    errors: dict[str, float],
 ) -> None:
-    """Take over a checkpoint that is compressed already, block by block, as the walk would have left it."""
+    """Take over a checkpoint that is compressed already, block by block, as the walk would have left it.
+
+    errors: of linears that this recipe compressed, by name
+    """
     owners = {name: plan.model.owner(target) for name, (target, _) in plan.model.sources.items()}
     for index in [*range(len(plan.model.blocks)), None]:
         part = OUTER if index is None else _part(index)
         if part in finished:
             continue
         mine = {name for name, owner in owners.items() if owner == index}
-        linears = {m: compressed.linear(m) for m in compressed.modules if f"{m}.weight" in mine}
+        linears = {m: _in_store(plan, compressed.linear(m)) for m in compressed.modules if f"{m}.weight" in mine}
         biases = {f"{module}.bias" for module, linear in linears.items() if linear.bias is not None}
         plain = [name for name in compressed.other_names() if name in mine and name not in biases]
         if index is not None:
-            notes.write(index, _layer_notes(index, _by_module(plan, linears), {}), {})
+            notes.write(index, _layer_notes(index, _by_module(plan, linears), errors), {})
         writer.write_part(part, linears, {name: _stored(plan, compressed.tensor(name)) for name in plain})
 
 
@@ -422,6 +529,15 @@ def _stored(plan: Plan, tensor: Tensor) -> Tensor:
     return tensor.to(plan.store) if tensor.is_floating_point() else tensor
 
 
+def _in_store(plan: Plan, linear: LinearWeights) -> LinearWeights:
+    """A linear that is only trained is stored like any other tensor; what is compressed already stays to the bit."""
+    if linear.bits < 16 or linear.pattern != "dense":
+        return linear
+    assert linear.values is not None
+    bias = None if linear.bias is None else _stored(plan, linear.bias)
+    return replace(linear, values=_stored(plan, linear.values), bias=bias)
+
+
 def _exported(plan: Plan, module: str) -> str:
     """The name of a linear in the checkpoint, which is not always its name in transformers."""
     return plan.linears[module].source.removesuffix(".weight")
@@ -465,6 +581,7 @@ def _layer_notes(block: int, linears: dict[str, LinearWeights], errors: dict[str
             "relative_error": errors.get(module),
         }
         for module, linear in linears.items()
+        if linear.bits < 16 or linear.pattern != "dense"  # such a one is trained, but not compressed
     ]
 
 
@@ -474,13 +591,14 @@ def _sparsity(linear: LinearWeights) -> float:
     return round(float((stored == 0).float().mean()), 6)
 
 
-def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, Any]:
+def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter, before: _Before) -> dict[str, Any]:
     found = [notes.read(index) for index in range(len(plan.model.blocks))]
     dense = plan.dense_modules()
     for note in found:
         dense |= note["skipped"]
     dense |= writer.dense_modules()
-    head = None if plan.head is None else notes.read_head()
+    whole = before.plan
+    head = before.head if plan.head is None else notes.read_head()
     by_module = writer.linear_bytes()
     layers = [layer for note in found for layer in note["layers"]]
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
@@ -489,32 +607,41 @@ def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter) -> dict[str, A
     dense_head_bytes = sum(plan.checkpoint.info(name).nbytes for name in own)
     dense_bytes = plan.dense_bytes()
     outside = dense_bytes - sum(plan.dense_linear_bytes(layer["module"]) for layer in layers) - dense_head_bytes
+    if before.head is not None:
+        dense_head_bytes = 0 if before.head["tied"] else 2 * before.head["shape"][0] * before.head["shape"][1]
+        outside -= 2 * before.head["shape"][0] * before.head["shape"][1]
     calibration = plan.recipe.calibration
     return {
         "version": 1,
-        "base_model": plan.checkpoint.spec,
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "base_model": whole.checkpoint.spec,
+        "recipe": whole.recipe.model_dump(mode="json"),
         "format": plan.recipe.export.format,
         "blocks": len(plan.model.blocks),
+        "depth": before.depth,
         "calibration": {
             **calibration.model_dump(mode="json"),
-            "tokens": calibration.samples * calibration.sequence_length if plan.needs_data else 0,
+            "tokens": calibration.samples * calibration.sequence_length if _reads_text(plan, whole) else 0,
         },
         "layers": layers,
         "tuning": [note["tuning"] for note in found] if plan.recipe.tune is not None else None,
         "head": head,
         "dense_modules": [{"module": module, "reason": reason} for module, reason in dense.items()],
         "sizes": {
-            "dense_bytes": dense_bytes,
+            "dense_bytes": whole.dense_bytes(),
             "compressed_bytes": sum(writer.tensor_bytes().values()),
             "outside_bytes": outside,
-            "bits_per_weight": round(8 * linear_bytes / max(weights, 1), 4),
+            "bits_per_weight": round(8 * linear_bytes / weights, 4) if weights else 16.0,
             "head_bytes": 0 if head is None else by_module[head["module"]],
             "dense_head_bytes": dense_head_bytes,
         },
         "training": [notes.read_training(number) for number in range(1, len(plan.training) + 1)],
         "evaluation": None,
     }
+
+
+def _reads_text(plan: Plan, whole: Plan) -> bool:
+    depth = whole.recipe.depth
+    return plan.needs_data or (depth is not None and (depth.needs_data or whole.needs_data))
 
 
 def _counted(reasons: Any) -> dict[str, int]:

@@ -85,7 +85,11 @@ def open_student(writer: CheckpointWriter, checkpoint: Checkpoint) -> OpenedStud
         raise CheckpointError(
             f"{checkpoint.spec} lacks the tensor {lacking[0]}; is it complete and of this model type?"
         )
-    inside = {modules[module]: linear for module, linear in linears.items() if in_block(modules[module])}
+    inside = {
+        modules[module]: linear  # the linears of a sublayer that was removed stay zero
+        for module, linear in linears.items()
+        if in_block(modules[module]) and not linear.is_zero()
+    }
     placed = make_trainable(model, inside)
     known = {name: target for name, (target, same) in targets.items() if same and name in others}
     return OpenedStudent(model, placed, modules, known, {known[name]: others[name].dtype for name in known})
@@ -321,4 +325,5 @@ def open_teacher(planned: PlannedTraining, device: str) -> Teacher:
     with without_bars():
         model = AutoModelForCausalLM.from_pretrained(planned.teacher.directory, dtype=PRECISIONS[settings.precision])
     model.to(device)
-    return Teacher(model, feature=settings.weights.feature > 0, logits=settings.weights.logits > 0)
+    weights = settings.weights
+    return Teacher(model, feature=weights.feature > 0, logits=weights.logits > 0, blocks=planned.teacher_blocks)

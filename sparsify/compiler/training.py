@@ -12,13 +12,29 @@ from sparsify.recipe import Distill, Finetune, Recipe
 
 
 @dataclass(frozen=True)
+class Shortened:
+    """What a depth pass left of a model, for those who learn from the whole one.
+
+    layers: of the whole model; teacher_blocks: for each layer that is left, the layer of the whole model whose output its
+    own should be
+    """
+
+    layers: int
+    teacher_blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PlannedTraining:
-    """One training pass. steps, tokens: None where they depend on data that is not read yet; teacher: None without one."""
+    """One training pass. steps, tokens: None where they depend on data that is not read yet; teacher: None without one.
+
+    teacher_blocks: the teacher's layers whose outputs are compared with the student's, when it has more of them
+    """
 
     settings: Distill | Finetune
     steps: int | None
     tokens: int | None
     teacher: Checkpoint | None
+    teacher_blocks: tuple[int, ...] | None = None
 
     def describe(self) -> str:
         """`distill: 488 steps of 8 x 512 tokens (2.0M) of self, teacher embedded:..., quantization in the loop`"""
@@ -51,12 +67,12 @@ def short(count: int) -> str:
     return str(count)
 
 
-def plan_training(recipe: Recipe, model: Checkpoint) -> tuple[PlannedTraining, ...]:
+def plan_training(recipe: Recipe, model: Checkpoint, shortened: Shortened | None = None) -> tuple[PlannedTraining, ...]:
     """The training passes of a recipe for a model, dense or compressed. CheckpointError for a teacher that cannot teach it."""
-    return tuple(_planned(settings, recipe, model) for settings in recipe.training)
+    return tuple(_planned(settings, model, shortened) for settings in recipe.training)
 
 
-def _planned(settings: Distill | Finetune, recipe: Recipe, model: Checkpoint) -> PlannedTraining:
+def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shortened | None) -> PlannedTraining:
     spec = settings.teacher
     if isinstance(settings, Distill) and settings.needs_teacher and spec is None:
         spec = model.spec  # a recipe that compresses starts from the dense model
@@ -65,13 +81,15 @@ def _planned(settings: Distill | Finetune, recipe: Recipe, model: Checkpoint) ->
         teacher = model if spec == model.spec else open_checkpoint(spec)
         if "quantization_config" in teacher.config:
             raise CheckpointError(f"teacher {spec} is compressed itself; name the dense model")
-        check_same_language(model.config, teacher.config, spec, settings.weights.feature > 0)
+        layers = None if shortened is None else shortened.layers
+        check_same_language(model.config, teacher.config, spec, settings.weights.feature > 0, layers)
         _check_tokenizers(model, teacher)
+    blocks = None if teacher is None or shortened is None else shortened.teacher_blocks
     if isinstance(settings, Distill):
         per_step = settings.batch_size * settings.sequence_length
         steps = settings.tokens // per_step
-        return PlannedTraining(settings, steps, steps * per_step, teacher)
-    return PlannedTraining(settings, None, None, teacher)
+        return PlannedTraining(settings, steps, steps * per_step, teacher, blocks)
+    return PlannedTraining(settings, None, None, teacher, blocks)
 
 
 def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:

@@ -383,6 +383,11 @@ class CompressedCheckpoint:
     modules: dict[str, ModuleScheme]
 
     @property
+    def _suffixes(self) -> frozenset[str]:
+        """What marks the tensors of a module; modules of the format `dense` are those that are to be trained as they are."""
+        return get_format(self.format).suffixes or frozenset({"weight"})
+
+    @property
     def config(self) -> dict[str, Any]:
         return self.checkpoint.config
 
@@ -395,19 +400,18 @@ class CompressedCheckpoint:
         if module not in self.modules:
             raise CheckpointError(f"{self.checkpoint.spec} holds no compressed linear {module}")
         format = get_format(self.format)
-        names = _tensors_of(module, self.checkpoint.infos, format.suffixes)
+        names = _tensors_of(module, self.checkpoint.infos, self._suffixes)
         tensors = {suffix: self.checkpoint.tensor(f"{module}.{suffix}") for suffix in names}
         return format.decode(module, tensors, self.modules[module])
 
     def nbytes(self, module: str) -> int:
         """Bytes on disk of one compressed linear."""
-        names = _tensors_of(module, self.checkpoint.infos, get_format(self.format).suffixes)
+        names = _tensors_of(module, self.checkpoint.infos, self._suffixes)
         return sum(self.checkpoint.info(f"{module}.{suffix}").nbytes for suffix in names)
 
     def other_names(self) -> list[str]:
         """The tensors that are not part of a compressed linear."""
-        suffixes = get_format(self.format).suffixes
-        taken = {f"{m}.{s}" for m in self.modules for s in _tensors_of(m, self.checkpoint.infos, suffixes)}
+        taken = {f"{m}.{s}" for m in self.modules for s in _tensors_of(m, self.checkpoint.infos, self._suffixes)}
         return [name for name in self.checkpoint.names() if name not in taken]
 
     def tensor(self, name: str) -> Tensor:

@@ -87,6 +87,12 @@ class BlockModel:
         """Move what is loaded; what is on the meta device stays there, where `nn.Module.to` would raise."""
         self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
+    def load_outside(self, device: str) -> None:
+        """Read what lies before and after the blocks, a tied output head too, and move it."""
+        self.load(None)
+        self.to(device)
+        self.model.tie_weights()  # type: ignore[operator]
+
     def unload(self, index: int) -> None:
         """Return the parameters of a block to the meta device, which frees their memory."""
         for module in self.block(index).modules():

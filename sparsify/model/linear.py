@@ -1,6 +1,6 @@
 """One compressed linear, independent of any file format: what passes produce, formats write and kernels read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,16 @@ class LinearWeights:
         stored = self.values if self.scale is None else self.scale
         assert stored is not None
         return stored.dtype
+
+    def is_zero(self) -> bool:
+        """Whether every weight is zero, and the bias too: the linear of a sublayer that was removed."""
+        stored = self.values if self.codes is None else self.codes
+        return not any(tensor.any() for tensor in (stored, self.bias) if tensor is not None)
+
+    def zeroed(self) -> "LinearWeights":
+        """The same scheme with all weights zero, and the bias too."""
+        codes, values, bias = (None if t is None else torch.zeros_like(t) for t in (self.codes, self.values, self.bias))
+        return replace(self, codes=codes, values=values, bias=bias)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense matrix [N, K] with zeros in place; `dtype` defaults to that of the scales."""

@@ -139,6 +139,8 @@ def _stacked(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str
     k = W.shape[1]
     grid = scheme.grid(k)
     pattern = "2:4" if scheme.prune else "dense"
+    if not W.any():
+        return _nothing(W, grid, pattern, scheme.dtype)
     factors: Factors | None = None
     if statistics is not None and (scheme.sweeps or scheme.correction > 0):
         factors = factor(statistics.H, scheme.damping, name)
@@ -171,6 +173,15 @@ def _stacked(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str
         return LinearWeights(16, pattern, k, values=W.to(scheme.dtype))
     codes, scale = round_to_nearest(W, grid)
     return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale)
+
+
+def _nothing(W: Tensor, grid: Grid | None, pattern: str, dtype: torch.dtype) -> LinearWeights:
+    """The linear of a removed sublayer, W: [N, K] all zero: it has nothing to solve, and its inputs may be zero as well."""
+    n, k = W.shape
+    if grid is None:
+        return LinearWeights(16, pattern, k, values=W.to(dtype))
+    scale = torch.ones(n, k // grid.group_size, dtype=dtype, device=W.device)
+    return LinearWeights(grid.bits, pattern, grid.group_size, codes=W.to(torch.int8), scale=scale)
 
 
 def activation_order(H: Tensor, unit: int) -> Tensor:

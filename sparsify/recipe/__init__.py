@@ -17,6 +17,8 @@ from sparsify.recipe.schema import (
     PASSES,
     Calibration,
     Columns,
+    Depth,
+    DepthTarget,
     Distill,
     Evaluation,
     Export,
@@ -36,6 +38,8 @@ from sparsify.recipe.words import closest
 __all__ = [
     "Calibration",
     "Columns",
+    "Depth",
+    "DepthTarget",
     "Distill",
     "Evaluation",
     "Export",

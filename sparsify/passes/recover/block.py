@@ -81,22 +81,28 @@ def block_loss(output: Tensor, wanted: Tensor) -> Tensor:
     return ((output.float() - wanted.float()).square().sum(-1) / size).mean(-1).sum()
 
 
+BlockLoss = Callable[[Tensor, Tensor], Tensor]
+
+
 def tune_block(
     block: nn.Module,
     linears: Mapping[str, LinearWeights],
     samples: Sequence[Sample],
     settings: BlockTuning,
     advance: Callable[[int, int], None] = lambda step, steps: None,
+    loss: BlockLoss = block_loss,
 ) -> Tuned:
-    """Train a block toward the dense outputs. The block itself is left as it is.
+    """Train a block toward the dense outputs. The block itself is left as it is, and so are its matrices that are all zero:
+    those of a sublayer that was removed.
 
     block:   with the compressed weights in place
     linears: its compressed linears by their names inside the block
     samples: of several processes each has every nth; all come to the same result
+    loss:    of outputs [B, T, d] and what the samples want, summed over B
     Raises NumericalError when the loss is NaN or infinite before a single step.
     """
     student = copy.deepcopy(block).float()
-    trained = make_trainable(student, linears)
+    trained = make_trainable(student, {name: linear for name, linear in linears.items() if not linear.is_zero()})
     mine = {position * processes() + rank(): sample for position, sample in enumerate(samples)}
     training, held_out = _split(sum(gathered(len(samples))), settings.holdout)
 
@@ -108,7 +114,7 @@ def tune_block(
         entering = torch.cat([sample.entering for sample in batch]).float()
         with torch.autocast(entering.device.type, dtype=torch.bfloat16):
             output = run_block(student, entering, join_calls([sample.call for sample in batch]))
-        return block_loss(output, torch.cat([sample.wanted for sample in batch]))
+        return loss(output, torch.cat([sample.wanted for sample in batch]))
 
     def held_out_loss() -> float:
         with torch.no_grad():
@@ -137,9 +143,9 @@ def tune_block(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * _schedule(progress)
             with torch.enable_grad():
-                loss = loss_of(numbers)
-                if loss is not None:
-                    (loss / len(numbers)).backward()
+                summed = loss_of(numbers)
+                if summed is not None:
+                    (summed / len(numbers)).backward()
             _sum_gradients(parameters)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -156,9 +162,10 @@ def tune_block(
     others = {
         name: parameter.detach().to(block.get_parameter(name).dtype)
         for name, parameter in student.named_parameters()
-        if not any(name.startswith(linear + ".") for linear in trained)
+        if not any(name.startswith(linear + ".") for linear in linears)
     }
-    return Tuned({name: linear.export().validate(name) for name, linear in trained.items()}, others, before, best, step)
+    tuned = {name: linear.export().validate(name) for name, linear in trained.items()}
+    return Tuned({**linears, **tuned}, others, before, best, step)
 
 
 def _split(count: int, holdout: float) -> tuple[list[int], list[int]]:
@@ -197,6 +204,9 @@ def _parameter_groups(
     weights = {id(linear.weight): linear for linear in trained.values()}
     scales = {id(linear.scale) for linear in trained.values() if linear.scale is not None}
     for parameter in student.parameters():
+        if parameter.dim() >= 2 and not parameter.any():
+            parameter.requires_grad_(False)
+            continue
         parameter.requires_grad_(True)
         rate = settings.norm_rate
         values = parameter.detach()

@@ -120,9 +120,16 @@ def _slices(rows: int, step: int = 128) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def check_same_language(student: Mapping[str, Any], teacher: Mapping[str, Any], spec: str, feature: bool) -> None:
-    """Refuse a teacher that cannot teach this student. student, teacher: contents of their config.json."""
+def check_same_language(
+    student: Mapping[str, Any], teacher: Mapping[str, Any], spec: str, feature: bool, layers: int | None = None
+) -> None:
+    """Refuse a teacher that cannot teach this student. student, teacher: contents of their config.json.
+
+    layers: that the student had before some were removed
+    """
     one, other = (_text_config(config) for config in (student, teacher))
+    if layers is not None:
+        one = {**one, "num_hidden_layers": layers}
     if one.get("vocab_size") != other.get("vocab_size"):
         raise CheckpointError(
             f"teacher {spec} has a vocabulary of {other.get('vocab_size')} tokens and the student one of "

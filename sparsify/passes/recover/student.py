@@ -62,10 +62,14 @@ class Lesson:
 
 
 class Teacher(nn.Module):
-    """The dense model, frozen. Not part of the student: neither saved nor sharded with it."""
+    """The dense model, frozen. Not part of the student: neither saved nor sharded with it.
 
-    def __init__(self, model: Any, feature: bool, logits: bool):
+    blocks: those whose hidden states a student with fewer layers is compared with, one for each of its own; None for all
+    """
+
+    def __init__(self, model: Any, feature: bool, logits: bool, blocks: Sequence[int] | None = None):
         super().__init__()
+        self.blocks = blocks
         self.model = model.eval().requires_grad_(False)
         self.feature, self.logits = feature, logits
         self.outputs = BlockOutputs(model)
@@ -77,13 +81,18 @@ class Teacher(nn.Module):
         with self.outputs.recording() as hidden:
             if not self.logits:
                 self.model.base_model(input_ids=input_ids, use_cache=False)
-                return Lesson(hidden, None)
+                return Lesson(self._compared(hidden), None)
             if not self.plain_head:
                 logits = self.model(input_ids=input_ids, use_cache=False).logits
-                return Lesson(hidden if self.feature else [], Given(logits.flatten(0, 1)))
+                return Lesson(self._compared(hidden), Given(logits.flatten(0, 1)))
             last = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings().weight
-        return Lesson(hidden if self.feature else [], Projected(last.flatten(0, 1), whole(head)))
+        return Lesson(self._compared(hidden), Projected(last.flatten(0, 1), whole(head)))
+
+    def _compared(self, hidden: list[Tensor]) -> list[Tensor]:
+        if not self.feature:
+            return []
+        return hidden if self.blocks is None else [hidden[block] for block in self.blocks]
 
 
 class Student(nn.Module):

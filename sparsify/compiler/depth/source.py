@@ -1,0 +1,83 @@
+"""The model that layers are removed from: its blocks with dense weights, whatever format its files have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.distributed import device
+from sparsify.formats.directory import CompressedCheckpoint, open_compressed
+from sparsify.model.blocks import BlockModel, find_blocks, meta_model, target_names
+from sparsify.model.checkpoint import Checkpoint
+from sparsify.model.linear import LinearWeights
+
+PROBE = 32  # tokens on which structures are found, and the shortened model is compared with the old one
+
+
+@dataclass(frozen=True)
+class _Decoded(Checkpoint):
+    """A compressed checkpoint whose linears are read as dense matrices."""
+
+    compressed: CompressedCheckpoint | None = None
+
+    def names(self) -> list[str]:
+        assert self.compressed is not None
+        biases = [f"{module}.bias" for module in self.compressed.modules if f"{module}.bias" in self.infos]
+        return [*self.compressed.other_names(), *(f"{module}.weight" for module in self.compressed.modules), *biases]
+
+    def tensor(self, name: str) -> Tensor:
+        assert self.compressed is not None
+        module, _, last = name.rpartition(".")
+        if last == "weight" and module in self.compressed.modules:
+            return self.compressed.linear(module).dense()
+        return super().tensor(name)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model before removal. model: its blocks with dense weights, whatever format the files have."""
+
+    compressed: CompressedCheckpoint
+    model: BlockModel
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.compressed.checkpoint
+
+    def linears(self, block: int) -> dict[str, LinearWeights]:
+        """The linears of a loaded block by their names in it: compressed where the files have them so, else 16-bit."""
+        prefix = self.model.blocks[block] + "."
+        stored = {self.model.sources[f"{m}.weight"][0].removesuffix(".weight"): m for m in self.compressed.modules}
+        found = {}
+        for name, linear in self.model.linears(block).items():
+            module = stored.get(prefix + name)
+            found[name] = (
+                self.compressed.linear(module)
+                if module is not None
+                else LinearWeights(
+                    16, "dense", linear.in_features, values=linear.weight.clone(),
+                    bias=None if linear.bias is None else linear.bias.clone(),
+                )
+            )  # fmt: skip
+        return found
+
+
+def open_source(spec: str | Path) -> Source:
+    """Open a model of any format, dense or compressed, to be run block by block."""
+    compressed = open_compressed(spec)
+    checkpoint = compressed.checkpoint
+    stored = {checkpoint.dtype(name) for name in checkpoint.names()}
+    dtype = torch.bfloat16 if torch.bfloat16 in stored else torch.float32
+    decoded = _Decoded(checkpoint.spec, checkpoint.directory, compressed)
+    meta: Any = meta_model(checkpoint, dtype)
+    return Source(compressed, BlockModel(decoded, meta, find_blocks(meta), target_names(meta, decoded.names()), dtype))
+
+
+def probe_tokens(source: Source) -> Tensor:
+    """Tokens to try things on: numbers from a small range, which every vocabulary has. [1, PROBE]"""
+    vocabulary = source.model.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return (torch.arange(PROBE, device=device()) * 7 % min(vocabulary, 512))[None]
