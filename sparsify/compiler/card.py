@@ -27,10 +27,10 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     metadata: dict[str, Any] = {
         "library_name": "sparsify",
         "pipeline_tag": "text-generation",
-        "tags": ["sparsify", "2:4", "vllm", metrics["format"]],
+        "tags": ["sparsify", *_kinds(metrics), "vllm", metrics["format"]],
     }
     if hub_id:
-        metadata |= {"base_model": hub_id, "base_model_relation": "quantized"}
+        metadata |= {"base_model": hub_id, "base_model_relation": "quantized" if metrics["layers"] else "finetune"}
     sizes = metrics["sizes"]
     rows = [
         ("linears compressed", f"{len(metrics['layers'])} in {metrics['blocks']} blocks"),
@@ -38,8 +38,10 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
         ("bits per linear weight", f"{sizes['bits_per_weight']:.2f}"),
         ("calibration", _calibration(metrics["calibration"])),
     ]
+    if depth := metrics.get("depth"):
+        rows.insert(0, ("layers", f"{depth['layers_after']} of {depth['layers_before']}, by {depth['method']}"))
     if head := metrics.get("head"):
-        rows.insert(3, ("output head", head_in_words(head, sizes["head_bytes"])))
+        rows.insert(-1, ("output head", head_in_words(head, sizes["head_bytes"])))
     rows += [(training["kind"], training_in_words(training)) for training in metrics.get("training", [])]
     if evaluation := metrics.get("evaluation"):
         rows.append(("perplexity", shown_perplexity(evaluation["perplexity"])))
@@ -51,11 +53,23 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n"
-        f"# {name}, compressed by sparsify\n\n{USAGE[metrics['format']]}\n\n"
+        f"# {name}, compressed by sparsify\n\n{_usage(metrics)}\n\n"
         f"| | |\n| --- | --- |\n{table}\n\n"
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```\n\n"
         "Details of every layer are in `metrics.json`. Nothing here was measured on a GPU unless it says so.\n"
     )
+
+
+def _kinds(metrics: dict[str, Any]) -> list[str]:
+    """Tags for what was done."""
+    sparse = not metrics.get("depth") or any(layer["pattern"] == "2:4" for layer in metrics["layers"])
+    return [*(["2:4"] if sparse else []), *(["depth-pruning"] if metrics.get("depth") else [])]
+
+
+def _usage(metrics: dict[str, Any]) -> str:
+    if metrics.get("depth") and not metrics["layers"] and metrics["format"] == "dense":
+        return "It runs everywhere: the architecture is that of the original, with fewer layers."
+    return USAGE[metrics["format"]]
 
 
 def head_note(head: OutputHead, scheme: ModuleScheme, error: float) -> dict[str, Any]:

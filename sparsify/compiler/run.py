@@ -76,7 +76,7 @@ class Applied:
         sizes, layers = self.metrics["sizes"], self.metrics["layers"]
         table = Table(title=f"{self.output}", show_header=False)
         table.add_row("linears compressed", f"{len(layers)} in {self.metrics['blocks']} blocks")
-        if depth := self.metrics["depth"]:
+        if depth := self.metrics.get("depth"):
             table.add_row("depth", describe_note(depth))
         ratio = sizes["dense_bytes"] / sizes["compressed_bytes"]
         table.add_row(

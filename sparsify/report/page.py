@@ -12,6 +12,7 @@ import yaml
 
 from sparsify.recipe.sources import SELF, sources_in_words
 from sparsify.report import svg, words
+from sparsify.report.depth import block_map, depth_facts, removal_strip
 from sparsify.report.figures import (
     EMBEDDINGS,
     Layer,
@@ -54,6 +55,7 @@ def render_page(metrics: Mapping[str, Any], evaluations: Any = None, bench: Mapp
         f'<div class="two"><div>{beside}</div><div>{size(metrics)}</div></div>',
         speed(bench) if measured_speed else "",
         answers(bench or {}),
+        depth_section(metrics),
         training_section(metrics),
         layer_section(metrics, layers),
         dense_modules(metrics),
@@ -127,6 +129,9 @@ def header(
     kinds = len({layer.kind for layer in layers})
     blocks = len({layer.block for layer in layers})
     said = f"{len(layers)} linears in {blocks} decoder blocks were compressed" if layers else "Nothing was compressed"
+    if depth := metrics.get("depth"):
+        shorter = f"{depth['layers_before']} decoder layers became {depth['layers_after']}"
+        said = f"{shorter}, and {said}" if layers else shorter
     if seconds := metrics.get("seconds"):
         said += f" in {words.span(seconds)}"
     return (
@@ -399,6 +404,26 @@ def workload(bench: Mapping[str, Any]) -> str:
     if bench.get("repeats", 1) > 1:
         said.append(f"median of {bench['repeats']} interleaved rounds")
     return "; ".join(said) + "."
+
+
+def depth_section(metrics: Mapping[str, Any]) -> str:
+    """Which layers were removed, and why these."""
+    note = metrics.get("depth")
+    if not note:
+        return ""
+    body = facts([(name, esc(value)) for name, value in depth_facts(note)])
+    numbered = " Numbers: the step in which it went." if note.get("steps") else ""
+    body += "<h3>What went</h3>" + figure(lambda w: removal_strip(note, w), f"Removed parts are pale.{numbered}")
+    if steps := note.get("steps"):
+        curve = [(number, float(step["distance"])) for number, step in enumerate(steps, 1)]
+        label = f"{note['measure']} after each of {len(steps)} removals, at last {curve[-1][1]:.4g}"
+        caption = f"{esc(note['measure'])} from the whole model, after each removal."
+        body += "<h3>What it cost</h3>" + figure(partial(svg.loss_curve, curve, label=label), caption)
+    if note.get("matrix"):
+        measure = esc(note["measure"])
+        caption = f"Pale: little changes across the block ({measure}). The frame marks the block that was removed."
+        body += "<h3>Every block of layers</h3>" + figure(lambda w: block_map(note, w), caption, wide=HALF + 164)
+    return section("Depth", body)
 
 
 def training_section(metrics: Mapping[str, Any]) -> str:

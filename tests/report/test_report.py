@@ -344,3 +344,41 @@ def test_training_is_shown_with_its_losses_and_its_curve():
             assert max(float(x) for x in re.findall(r'cx="([\d.]+)"', picture)) <= width
         heights = [float(y) for y in re.findall(r"[ML] ?[\d.]+,([\d.]+)", many)]
         assert heights == sorted(heights)  # a falling loss goes down on the page
+
+
+def sample_depth(**changes):
+    layers = 6
+    matrix = [[0.05 * n + 0.01 * first for n in range(1, layers - first + 1)] for first in range(layers)]
+    return {
+        "method": "angular", "layers_before": layers, "layers_after": 4, "layers": [[0, 0], [1, 1], [4, 4], [5, 5]],
+        "removed": [[b, kind] for b in (2, 3) for kind in ("attention", "feed_forward")], "measure": "angular distance",
+        "matrix": matrix, "first": 2, "count": 2, "score": 0.12, "parameters": {"before": 1000, "after": 700},
+        "speedup_estimate": 1.4, **changes,
+    }  # fmt: skip
+
+
+def test_a_depth_pass_is_shown_with_every_block_that_could_have_gone():
+    page = render_page(sample_metrics() | {"depth": sample_depth()})
+    document = Document(page)
+    assert "6 decoder layers became 4" in document.text and "6 → 4" in document.text
+    assert (
+        page.count("cell h") >= 2 * 21 and page.count("chosen") == 2 + 1
+    )  # the desk's picture, the phone's, the style
+    assert "2 layers, 2 to 3: angular distance 0.12" in page
+    assert page.count("layer 2, attention: removed") == 2 and page.count("layer 1, attention: kept") == 2
+    assert "Depth" not in Document(render_page(sample_metrics())).text
+
+
+def test_a_search_by_sublayers_is_shown_step_by_step():
+    steps = [{"removed": [[2, "attention"]], "distance": 0.01}, {"removed": [[3, "feed_forward"]], "distance": 0.02}]
+    note = sample_depth(
+        steps=steps, removed=[[2, "attention"], [3, "feed_forward"]], matrix=None, first=None, count=None
+    )
+    note |= {"layers": [[0, 0], [1, 1], [None, 2], [3, None], [4, 4]], "measure": "angular distance of the logits"}
+    page = render_page(sample_metrics() | {"depth": note, "layers": []})
+    text = Document(page).text
+    assert "layer 3, feed-forward: removed in step 2" in page and "Every block of layers" not in text
+    assert "2, with zero weights for the other" in text and "after 2 removals" not in text
+    replaced = sample_depth(replacement={"kind": "layer", "before": 2.0, "after": 1.0, "steps": 256}, divergence=0.3)
+    text = Document(render_page(sample_metrics() | {"depth": replaced})).text
+    assert "trained layer" in text and "256 steps, loss 2 → 1" in text and "0.3 nats per token" in text
