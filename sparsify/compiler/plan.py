@@ -22,7 +22,7 @@ from sparsify.model.linear import LinearWeights
 from sparsify.model.walk import TOKENS_PER_MICRO_BATCH
 from sparsify.passes.compress import Scheme
 from sparsify.passes.head import head_problem, head_scheme
-from sparsify.recipe import Prune, Quantize, Recipe, ignored_by
+from sparsify.recipe import Depth, Prune, Quantize, Recipe, ignored_by
 from sparsify.recipe.sources import sources_in_words
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -364,12 +364,13 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
     opened = BlockModel(checkpoint, meta, find_blocks(meta), target_names(meta, names), torch.float32)
     depth = recipe.depth is not None or shortened is not None
     if depth and not compressed.modules:
-        if recipe.export.format != "dense":
+        if recipe.depth is not None and not _may_be_dense(recipe.depth, recipe.export.format):
             raise RecipeError(
                 f"nothing compresses the linears of {model}, so the result is dense: set export.format: dense, "
                 "or add prune or quantize"
             )
-        compressed = replace(compressed, modules=_dense_linears(opened) if recipe.training else {})
+        dense = _dense_linears(opened) if recipe.training else {}
+        compressed = replace(compressed, modules=dense | _zero_linears(opened, recipe.export.format))
     linears = {}
     for module, scheme in compressed.modules.items():
         source = f"{module}.weight"
@@ -393,6 +394,24 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
     store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
     training = plan_training(recipe, checkpoint, shortened)
     return Plan(recipe, opened, linears, other, store, None, training, compressed)
+
+
+def _may_be_dense(depth: Depth, format: str) -> bool:
+    """Whether a format can hold a model of which depth alone changes anything. In sparse24 the linears of removed sublayers
+    are sparse linears without a single weight, which the runtime skips; there must be a chance of any."""
+    halves = depth.method == "finercut" and depth.units == "sublayers"
+    return format == "dense" or (format == "sparse24" and (halves or depth.replacement == "feed-forward"))
+
+
+def _zero_linears(opened: BlockModel, format: str) -> dict[str, ModuleScheme]:
+    """The linears of removed sublayers, by their names in the files, as modules of 2:4 values that are all zero."""
+    if format != "sparse24":
+        return {}
+    return {
+        module: replace(scheme, pattern="2:4")
+        for module, scheme in _dense_linears(opened).items()
+        if not opened.checkpoint.tensor(f"{module}.weight").any()
+    }
 
 
 def _dense_linears(opened: BlockModel) -> dict[str, ModuleScheme]:

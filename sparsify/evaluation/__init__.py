@@ -109,6 +109,7 @@ def evaluate_all(
             dense_perplexity=None if dense_score is None else dense_score.perplexity,
             kl=None if dense_score is None else score.mean_kl,
             top1_agreement=None if dense_score is None else score.agreement,
+            stability=None if dense_score is None else score.stability,
             seconds=seconds,
             versions=_versions(),
         )

@@ -14,7 +14,7 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Scores of one model. `kl`, `top1_agreement` and `dense_perplexity` need the dense model.
+    """Scores of one model. `kl`, `top1_agreement`, `stability` and `dense_perplexity` need the dense model.
 
     kl is KL(dense || model), mean nats per scored token. Perplexity on self-generated text says how well the model
     predicts what the dense model writes; it is no figure for a data set and `text_source` says so.
@@ -34,6 +34,7 @@ class EvaluationResult:
     dense_perplexity: float | None = None
     kl: float | None = None
     top1_agreement: float | None = None
+    stability: float | None = None
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -70,10 +71,12 @@ def table(results: Sequence[EvaluationResult]) -> Table:
     )
     view.add_column("model")
     view.add_column("format")
-    for heading in ("perplexity", "vs dense", "KL", "top-1 agreement"):
+    for heading in ("perplexity", "vs dense", "KL", "top-1 agreement", "stability"):
         view.add_column(heading, justify="right")
     if first.dense is not None:
-        view.add_row(Text(first.dense), "dense", number(first.dense_perplexity), "1.00x", "0", "100.0%", style="dim")
+        view.add_row(
+            Text(first.dense), "dense", number(first.dense_perplexity), "1.00x", "0", "100.0%", "100.0%", style="dim"
+        )
     for result in results:
         dense = result.dense_perplexity
         agreement = result.top1_agreement
@@ -84,5 +87,6 @@ def table(results: Sequence[EvaluationResult]) -> Table:
             f"{number(result.perplexity / dense)}x" if dense else "–",
             number(result.kl, 4),
             "–" if agreement is None else f"{agreement:.1%}",
+            "–" if result.stability is None else f"{result.stability:.1%}",
         )
     return view

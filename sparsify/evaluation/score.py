@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from sparsify.errors import NumericalError, SparsifyError
 
 # Positions whose log-probabilities are alive at once: 256 x 128k x 4 bytes = 128 MiB for the widest vocabularies.
 ROWS = 256
+OPTIONS = 4  # the dense model's likeliest next tokens, between which stability is asked
+UNLIKELY = -20.0  # log-probabilities below count as this, or one forbidden token would outweigh a whole text
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,11 @@ class Score:
     nll: float = 0.0
     kl: float = 0.0
     agreements: int = 0
+    stable: float = 0.0
+    confidence: float = 0.0
 
     def __add__(self, other: Score) -> Score:
-        return Score(
-            self.tokens + other.tokens, self.nll + other.nll, self.kl + other.kl, self.agreements + other.agreements
-        )
+        return Score(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def perplexity(self) -> float:
@@ -49,6 +51,10 @@ class Score:
     def agreement(self) -> float:
         return self.agreements / self.tokens
 
+    @property
+    def stability(self) -> float:
+        return self.stable / self.confidence
+
 
 def chunked(ids: Tensor, sequence_length: int, chunks: int) -> Tensor:
     """Cuts one long text into consecutive chunks and drops the tail.
@@ -63,6 +69,22 @@ def chunked(ids: Tensor, sequence_length: int, chunks: int) -> Tensor:
     return ids[: count * sequence_length].reshape(count, sequence_length)
 
 
+def stability(log_p: Tensor, log_q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """LLM-Streamline's stability (arXiv 2403.19135, section 3.3), with a next token for a question of several options.
+
+    A model is stable on a question when it answers as rightly or wrongly as before it was compressed; a question counts
+    exp(s), with s the deviation of the original model's scores of the options, so that one which it hardly cared about counts
+    little. Options here are the original model's likeliest next tokens, their scores the log-probabilities.
+
+    log_p: [S, V] of the original model; log_q: [S, V] of the compressed one; targets: [S]. Returns the weight of each position
+    and whether the model is stable there, [S] each. The metric is the mean of the second, weighted by the first.
+    """
+    options = log_p.topk(min(OPTIONS, log_p.shape[1]), dim=-1)
+    before = options.indices[:, 0] == targets
+    after = options.indices.gather(1, log_q.gather(1, options.indices).argmax(1, keepdim=True))[:, 0] == targets
+    return options.values.double().clamp(min=UNLIKELY).std(1, correction=0).exp(), before == after
+
+
 def score_logits(logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> Score:
     """logits: [S, V] before each target;  targets: [S];  reference: [S, V] logits of the dense model or None.
 
@@ -74,13 +96,15 @@ def score_logits(logits: Tensor, targets: Tensor, reference: Tensor | None = Non
         rows = slice(start, start + ROWS)
         log_q = torch.log_softmax(logits[rows].float(), dim=-1)
         nll = -log_q.gather(-1, targets[rows, None]).double().sum().item()
-        kl, agreements = 0.0, 0
+        kl, agreements, stable, confidence = 0.0, 0, 0.0, 0.0
         if reference is not None:
             log_p = torch.log_softmax(reference[rows].float(), dim=-1)
             # kl_div gives p * (log p - log q) and 0 where p is 0, also when log p is -inf.
             kl = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum().item()
             agreements = int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
-        total += Score(log_q.shape[0], nll, kl, agreements)
+            weights, same = stability(log_p, log_q, targets[rows])
+            stable, confidence = weights[same].sum().item(), weights.sum().item()
+        total += Score(log_q.shape[0], nll, kl, agreements, stable, confidence)
     return total
 
 

@@ -142,6 +142,17 @@ def checked_tensors(module: str, tensors: Mapping[str, Tensor], scheme: ModuleSc
     return checked
 
 
+def all_zero(tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> bool:
+    """Whether every weight of a linear is zero, as in a sublayer that depth pruning removed: it needs no product.
+
+    tensors: as `tensor_layout` says. A code of zero is stored as the middle of its range.
+    """
+    if scheme.bits == 16:
+        return not bool(tensors["weight_values"].any())
+    word = sum(1 << (scheme.bits - 1 + shift) for shift in range(0, 32, scheme.bits)) - (1 << 32)  # as a signed int32
+    return bool((tensors["weight_packed"] == word).all())
+
+
 class Sparse24:
     """2:4 sparse with 4, 8 or 16 bits, and quantized without sparsity where a module asks for it."""
 

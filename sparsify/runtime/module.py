@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.formats import ModuleScheme
-from sparsify.formats.sparse24 import checked_tensors, tensor_layout
+from sparsify.formats.sparse24 import all_zero, checked_tensors, tensor_layout
 from sparsify.runtime.backends import announce, choose_backend
 from sparsify.runtime.op import sparse24_linear
 
@@ -42,6 +42,7 @@ class Sparse24Linear(nn.Module):
         self._backend: str | None = None
         self._prepared: list[Tensor] = []
         self._prepared_for: tuple[torch.device, torch.dtype] | None = None
+        self._zero = False  # nothing to multiply with: a sublayer that depth pruning removed
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The tensors of the checkpoint, by suffix."""
@@ -56,6 +57,10 @@ class Sparse24Linear(nn.Module):
             raise CheckpointError(f"{self.name} holds no weights (offloaded or not loaded); move it to a device first")
         with torch.no_grad():
             checked_tensors(self.name, tensors, self.scheme)
+            self._zero = all_zero(tensors, self.scheme)
+            if self._zero:
+                self._prepared_for = (device, dtype)
+                return
             backend = choose_backend(self.scheme, device, dtype)
             self._prepared = backend.prepare(tensors, self.scheme, dtype)
         self._backend, self._prepared_for = backend.name, (device, dtype)
@@ -70,6 +75,9 @@ class Sparse24Linear(nn.Module):
             )
         if self._prepared_for != (x.device, x.dtype):
             self.prepare(x.dtype)
+        if self._zero:
+            nothing = x.new_zeros(*x.shape[:-1], self.out_features)
+            return nothing if self.bias is None else nothing + self.bias
         assert self._backend is not None
         return sparse24_linear(x, self._prepared, self.bias, self.scheme, self._backend)
 

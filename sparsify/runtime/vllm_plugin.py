@@ -29,7 +29,7 @@ from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme
 from sparsify.formats.scheme import FLOATS, INPUT_MULTIPLE, Label, scheme_problem
 from sparsify.formats.sparse24 import Sparse24Config as ConfigOnDisk
-from sparsify.formats.sparse24 import checked_tensors, tensor_layout
+from sparsify.formats.sparse24 import all_zero, checked_tensors, tensor_layout
 from sparsify.runtime.backends import announce, choose_backend
 from sparsify.runtime.op import sparse24_linear
 
@@ -119,6 +119,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.loaded: dict[str, set[Any]] = {}  # suffix -> the shards that have arrived
         self.merged = 1  # how many linears of the checkpoint make up this one
         self.dummy = False
+        self.zero = False  # nothing to multiply with: a sublayer that depth pruning removed
 
     def create_weights(
         self,
@@ -187,6 +188,12 @@ class Sparse24LinearMethod(LinearMethodBase):
             tensors["weight_meta"][layer.num_org_embeddings_per_partition :] = FIRST_TWO_OF_FOUR
         device = next(iter(tensors.values())).device
         checked_tensors(self.prefix, tensors, self.scheme)
+        self.zero = all_zero(tensors, self.scheme)
+        if self.zero:
+            for suffix in tensors:
+                delattr(layer, suffix)
+            logger.info("%s: all weights are zero, its products are skipped", self.prefix)
+            return
         dtype: torch.dtype = layer.params_dtype  # type: ignore[assignment]
         backend = choose_backend(self.scheme, device, dtype)
         prepared = backend.prepare(tensors, self.scheme, dtype)
@@ -210,6 +217,9 @@ class Sparse24LinearMethod(LinearMethodBase):
                 )
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.zero:
+            nothing = x.new_zeros(*x.shape[:-1], self.scheme.shape[0])
+            return nothing if bias is None else nothing + bias
         prepared = [getattr(layer, name) for name in self.buffers]
         return sparse24_linear(x, prepared, bias, self.scheme, self.backend)
 

@@ -21,6 +21,7 @@ from sparsify.model.linear import is_two_four
 from sparsify.model.sublayers import Sublayer
 from sparsify.passes.depth.layers import Layer, as_layers
 from sparsify.recipe import parse_recipe
+from sparsify.runtime.module import Sparse24Linear
 from tests.tiny import FAMILIES, save_tiny, tiny_text
 
 IDS = torch.randint(4, 96, (2, 24), generator=torch.Generator().manual_seed(2))  # longer than a sliding window
@@ -295,6 +296,7 @@ def test_a_result_of_which_nothing_is_compressed_is_dense(tmp_path, recipe):
     source = save_tiny(tmp_path / "source")
     with pytest.raises(RecipeError, match="so the result is dense: set export.format: dense, or add prune or quantize"):
         make_plan(recipe("depth: {method: angular, drop: 1}", format="sparse24"), str(source))
+    make_plan(recipe("depth: {method: finercut, drop: 2}", format="sparse24"), str(source))  # may leave halves to skip
 
 
 @pytest.mark.parametrize(
@@ -320,6 +322,22 @@ def test_a_result_of_which_nothing_is_compressed_is_dense(tmp_path, recipe):
 def test_recipes_that_make_no_sense(recipe, passes, words):
     with pytest.raises(RecipeError, match=words):
         recipe(*passes)
+
+
+def test_halves_of_a_dense_model_are_skipped_by_the_runtime(tmp_path, recipe):
+    source = save_tiny(tmp_path / "source", num_hidden_layers=5, dtype=torch.bfloat16)
+    depth = "depth: {method: finercut, drop: 5}"
+    made = apply(recipe(depth, format="sparse24"), str(source), tmp_path / "skips", quiet=True)
+    apply(recipe(depth), str(source), tmp_path / "multiplies", quiet=True)
+    absent = [(n, k) for n, layer in enumerate(made.metrics["depth"]["layers"]) for k in (0, 1) if layer[k] is None]
+    assert absent, "the test wants a layer of one half"
+    modules = open_compressed(tmp_path / "skips").modules
+    assert len(modules) == sum(3 if kind else 4 for _, kind in absent)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "skips", dtype=torch.float32)
+    model(IDS)
+    skipped = [m for m in model.modules() if isinstance(m, Sparse24Linear)]
+    assert len(skipped) == len(modules) and all(m._zero for m in skipped)
+    torch.testing.assert_close(logits(tmp_path / "skips"), logits(tmp_path / "multiplies"), rtol=0, atol=0)
 
 
 def test_names_of_tensors_get_the_new_number():

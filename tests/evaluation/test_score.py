@@ -39,6 +39,26 @@ def test_score_logits_matches_definitions(monkeypatch):
     assert 0 < agreements < 40
 
 
+def test_stability_matches_its_definition():
+    generator = torch.Generator().manual_seed(3)
+    reference = 4 * torch.randn(60, 31, generator=generator)
+    logits = reference + 2 * torch.randn(60, 31, generator=generator)
+    targets = torch.where(torch.rand(60, generator=generator) < 0.6, reference.argmax(1), torch.randint(0, 31, (60,)))
+    stable = total = 0.0
+    for q, target, p in zip(logits.double(), targets.tolist(), reference.double(), strict=True):
+        options = sorted(range(31), key=lambda token: -float(p[token]))[:4]
+        said = [max(float(p[token] - p.exp().sum().log()), -20.0) for token in options]
+        mean = sum(said) / 4
+        weight = math.exp(math.sqrt(sum((x - mean) ** 2 for x in said) / 4))
+        before, after = options[0] == target, max(options, key=lambda token: float(q[token])) == target
+        stable, total = stable + weight * (before == after), total + weight
+    score = score_logits(logits, targets, reference)
+    assert score.stability == pytest.approx(stable / total, rel=1e-5) and 0.1 < score.stability < 0.95
+    assert score_logits(reference, targets, reference).stability == 1
+    forbidden = torch.tensor([[0.0, -torch.inf, -torch.inf, -torch.inf]])
+    assert score_logits(forbidden, torch.tensor([0]), forbidden).stability == 1
+
+
 def test_kl_direction():
     """KL(dense || model) is infinite-ish where the model forbids what the dense model says, not the other way round."""
     dense = torch.tensor([[0.0, 0.0, -1e4]])

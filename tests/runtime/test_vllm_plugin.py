@@ -388,3 +388,15 @@ def test_forced_back_end_is_heard(rank: Rank, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("SPARSIFY_BACKEND", "nonesuch")
     with pytest.raises(Exception, match="known back ends: .*reference"):
         load(layer, [(None, weights)])
+
+
+@pytest.mark.parametrize("kind", [*KINDS.values(), {"bits": 4, "group_size": 32, "pattern": "dense"}], ids=str)
+def test_a_linear_without_weights_is_not_multiplied(kind: dict[str, Any], rank: Rank, monkeypatch: Any) -> None:
+    name, weights = "model.layers.0.self_attn.o_proj", make_linear(32, **kind).zeroed()
+    config = config_for({name: weights})
+    layer = ReplicatedLinear(K, 32, bias=False, params_dtype=torch.float32, quant_config=config, prefix=name)
+    load(layer, [(None, weights)])
+    monkeypatch.setattr(vllm_plugin, "sparse24_linear", None)
+    assert not list(layer.parameters()) and not list(layer.buffers())
+    assert torch.equal(product(layer, torch.randn(5, K)), torch.zeros(5, 32))
+    assert torch.equal(layer.quant_method.apply(layer, torch.randn(5, K), torch.ones(32)), torch.ones(5, 32))
