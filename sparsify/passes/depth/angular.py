@@ -12,9 +12,12 @@ from torch import Tensor
 
 
 def angular_distance(a: Tensor, b: Tensor) -> Tensor:
-    """The angle between vectors as a share of a half turn, in [0, 1]. a, b: [..., d]. Returns float64 [...]."""
-    cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1)
-    return cosine.clamp(-1, 1).arccos() / torch.pi
+    """The angle between vectors as a share of a half turn, in [0, 1]. a, b: [..., d]. Returns [...].
+
+    arccos loses small angles to rounding; the angle is twice that of the half sum and the half difference of the directions.
+    """
+    one, other = (x / x.norm(dim=-1, keepdim=True) for x in (a, b))
+    return 2 / torch.pi * torch.atan2((one - other).norm(dim=-1), (one + other).norm(dim=-1))
 
 
 def angular_matrix(states: Tensor) -> Tensor:
@@ -24,5 +27,5 @@ def angular_matrix(states: Tensor) -> Tensor:
     layers = states.shape[0] - 1
     distances = torch.full((layers, layers), torch.nan, dtype=torch.float64)
     for n in range(1, layers + 1):
-        distances[: layers - n + 1, n - 1] = angular_distance(states[:-n], states[n:]).mean(1).cpu()
+        distances[: layers - n + 1, n - 1] = angular_distance(states[:-n].double(), states[n:].double()).mean(1).cpu()
     return distances

@@ -13,6 +13,7 @@ so it is whole layers (see `layers.py`), at some loss of freedom.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,20 +28,20 @@ ROWS = 256  # positions whose distributions are alive at once
 
 
 def euclidean_distance(reference: Tensor, logits: Tensor) -> Tensor:
-    """|reference - logits|_2 of every position. reference, logits: [S, V]. Returns float64 [S]."""
-    return (reference.double() - logits.double()).norm(dim=-1)
+    """|reference - logits|_2 of every position. reference, logits: [S, V] float32. Returns [S]."""
+    return (reference - logits).norm(dim=-1)
 
 
 def jensen_shannon(reference: Tensor, logits: Tensor) -> Tensor:
-    """Jensen-Shannon divergence in nats of the two distributions of every position. reference, logits: [S, V]. Returns float64 [S]."""
-    p, q = (torch.log_softmax(x.double(), -1) for x in (reference, logits))
-    middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=torch.float64))
+    """Jensen-Shannon divergence in nats of the two distributions of every position. reference, logits: [S, V]. Returns [S]."""
+    p, q = (torch.log_softmax(x, -1) for x in (reference, logits))
+    middle = torch.logaddexp(p, q) - math.log(2)
     return 0.5 * ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1))
 
 
 def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || model) in nats of every position. reference, logits: [S, V]. Returns float64 [S]."""
-    p, q = (torch.log_softmax(x.double(), -1) for x in (reference, logits))
+    """KL(reference || model) in nats of every position. reference, logits: [S, V]. Returns [S]."""
+    p, q = (torch.log_softmax(x, -1) for x in (reference, logits))
     return (p.exp() * (p - q)).sum(-1)
 
 
@@ -142,7 +143,7 @@ class Greedy:
 def total_distance(metric: Distance, reference: Tensor, logits: Tensor) -> float:
     """Sum of a distance over positions, a few at a time. reference, logits: [S, V]"""
     parts = zip(reference.split(ROWS), logits.split(ROWS), strict=True)
-    return sum(float(metric(one, other).sum()) for one, other in parts)
+    return sum(float(metric(one.float(), other.float()).double().sum()) for one, other in parts)
 
 
 def finercut(
