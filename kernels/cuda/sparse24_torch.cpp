@@ -65,7 +65,8 @@ bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_
 Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                       torch::stable::detail::from(bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    const bool done = torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS;
+    STD_TORCH_CHECK(done, "sparse24_linear_cuda: the dense product of the decoded weight failed");
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
