@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sparsify.bench.contestants import random_tensors
 from sparsify.bench.shapes import Linear, parse_shape
+from sparsify.emulation import Sparse24
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.runtime.backends import BACKENDS, Backend, crossovers, cuda, known_backends
@@ -57,9 +58,10 @@ CHECKED = (
     (6144, 4096, 4096),
 )
 QUICK_CHECKED = CHECKED[1:5]
+EMULATED, EMULATED_ROWS = ((64, 192, 64), (128, 320, 320), (64, 128, 32)), (1, 11)
 CHECKED_ROWS = (1, 2, 3, 7, 8, 9, 16, 17, 31, 33, 64, 65, 100, 128, 130, 257, 1000)
 FEW_ROWS = (1, 16, 65)  # of back ends that tune themselves for every shape
-STRICT = ("cuda",)  # promise that nothing is rounded but the result
+STRICT = ("cuda",)  # say for every product whether they round anything but its result
 UNITS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # the largest relative error of one rounding
 CHECK_SHARE = 0.25  # of the time limit, for the correctness of one back end
 ROUNDS = 3
@@ -188,14 +190,44 @@ def check_cpu(options: CheckOptions, output: Path | None = None) -> GpuReport:
 
 
 def without_gpu(options: CheckOptions, output: Path | None = None) -> GpuReport:
-    """What can be said without a GPU."""
+    """What can be said without a GPU: whether the CUDA kernel is right where the emulator executes it."""
+    started = time.monotonic()
     report = GpuReport({}, group_size=options.group_size)
     report.notes.append("torch sees no GPU here: nothing was run on one")
-    report.notes.append(
-        "tests/kernels compares the CUDA kernel with float64 in an emulator of a GPU (pytest tests/kernels)"
-    )
+    try:
+        kernel = Sparse24()
+    except SparsifyError as error:
+        report.notes.append(f"emulator: {error}")
+    else:
+        report.notes.append("the CUDA kernel is executed by the emulator (kernels/emulator), which checks every access")
+        report.correctness += check_emulated(kernel, started + options.seconds, options.quick)
+    report.seconds = time.monotonic() - started
     write(report, output)
     return report
+
+
+def check_emulated(kernel: Sparse24, until: float, quick: bool) -> list[Correctness]:
+    """Compare the CUDA kernel in each of its tile shapes with float64, where the emulator executes it."""
+    found = [Correctness("emulated cuda", name) for name in kernel.configs()]
+    device = torch.device("cpu")
+    for n, k, group in EMULATED[:1] if quick else EMULATED:
+        scheme = ModuleScheme(4, group, "2:4", (n, k))
+        for dtype in UNITS:
+            tensors = random_tensors(scheme, dtype=dtype)
+            weight = get_format("sparse24").decode("random", tensors, scheme).dense(torch.float32).double()
+            packed = kernel.pack(tensors, group)
+            for m in EMULATED_ROWS:
+                x, bias = activations(m, k, n, dtype, device, apart=False, bias=m > 1)
+                exact, magnitude = float64_product(x, weight, bias)
+                case = f"[{n}, {k}] group {group} {dtype} M {m}".replace("torch.", "")
+                for config, check in enumerate(found):
+                    if time.monotonic() > until:
+                        check.left_out += 1
+                        continue
+                    product = partial(kernel.linear, x, packed, n, group, dtype, bias=bias, config=config)
+                    strict = not cuda.kernel_rounds_weights(kernel.c, m, scheme, dtype, dtype, config)
+                    one_case(check, product, exact, magnitude, k, case, strict)
+    return found
 
 
 def write(report: GpuReport, output: Path | None) -> None:
@@ -289,13 +321,12 @@ def check_backend(backend: Backend, device: torch.device, until: float, quick: b
                     x, bias = activations(m, k, n, dtype, device, apart=index % 3 == 1, bias=index % 2 == 1)
                     exact, magnitude = float64_product(x, weight, bias)
                     for config, check in zip(configs.values(), found, strict=True):
-                        strict = backend.name in STRICT and not (
-                            backend.name == "cuda" and rounds(config, m, scheme, dtype, scale_dtype, device)
+                        strict = backend.name in STRICT and not cuda.rounds_weights(
+                            m, scheme, dtype, scale_dtype, -1 if config is None else config, device
                         )
+                        product = partial(sparse24_linear, x, prepared, bias, scheme, backend.name)
                         with forced_config(config):
-                            one_case(
-                                check, backend, x, prepared, bias, scheme, exact, magnitude, f"{case} M {m}", strict
-                            )
+                            one_case(check, product, exact, magnitude, k, f"{case} M {m}", strict)
     return found
 
 
@@ -304,42 +335,19 @@ def cuda_configs() -> dict[str, int]:
     return {**{name: index for index, name in enumerate(cuda.configs())}, DECODED: cuda.DECODE}
 
 
-def rounds(
-    config: int | None,
-    m: int,
-    scheme: ModuleScheme,
-    dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    device: torch.device,
-) -> bool:
-    """Whether the CUDA back end multiplies with rounded weights: decoded ones, and the tile shapes for many rows."""
-    if config == cuda.DECODE or (config is None and 0 < cuda.dense_rows(device) <= m):
-        return True
-    return cuda.rounds_weights(m, scheme, dtype, scale_dtype, -1 if config is None else config)
-
-
 def one_case(
-    check: Correctness,
-    backend: Backend,
-    x: Tensor,
-    prepared: list[Tensor],
-    bias: Tensor | None,
-    scheme: ModuleScheme,
-    exact: Tensor,
-    magnitude: Tensor,
-    case: str,
-    strict: bool,
+    check: Correctness, product: Callable[[], Tensor], exact: Tensor, magnitude: Tensor, k: int, case: str, strict: bool
 ) -> None:
     """Add one product to what is known about a back end. exact, magnitude: what `float64_product` returned."""
     check.cases += 1
     try:
-        y = sparse24_linear(x, prepared, bias, scheme, backend.name)
-        share, rms = errors(y, exact, magnitude, scheme.shape[1], strict)
+        y = product()
+        share, rms = errors(y, exact, magnitude, k, strict)
     except Exception as error:  # a check goes on and tells
         check.failures.append(f"{case}: {summary(error)}")
         return
     check.worst, check.rms = max(check.worst, min(share, NOT_A_NUMBER)), max(check.rms, min(rms, NOT_A_NUMBER))
-    unit = UNITS[x.dtype]
+    unit = UNITS[y.dtype]
     if not (share <= 1 and rms <= (0.9 if strict else 1.3) * unit):  # one rounding: 0.4 in the mean
         check.failures.append(f"{case}: error {share:.3g} times the allowed, {rms / unit:.3g} roundings in the mean")
 

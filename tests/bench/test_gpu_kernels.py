@@ -17,6 +17,8 @@ from sparsify import cli
 from sparsify.bench import gpu_kernels
 from sparsify.bench.gpu_kernels import CheckOptions, check_backend, errors, float64_product
 from sparsify.bench.shapes import Linear
+from sparsify.errors import MissingDependency
+from sparsify.formats import ModuleScheme, get_format
 from sparsify.runtime.backends import crossovers, cuda, get_backend
 from sparsify.runtime.backends.cuda import Cuda
 from tests.runtime.test_cuda import SM_COUNT, library  # noqa: F401
@@ -174,8 +176,42 @@ def test_command(gpu: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "unknown back end 'warp'; known back ends: cpu, cuda" in capsys.readouterr().err
 
 
-def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+class InTheEmulator:
+    """What check_emulated calls of emulation.Sparse24, by a dense product."""
+
+    c = object()
+    wrong = 1.0
+
+    def configs(self) -> list[str]:
+        return ["zero", "one"]
+
+    def pack(self, tensors: dict[str, Tensor], group_size: int) -> Tensor:
+        n, k = tensors["weight_meta"].shape[0], tensors["weight_meta"].shape[1] * 8
+        scheme = ModuleScheme(4, group_size, "2:4", (n, k))
+        return get_format("sparse24").decode("t", tensors, scheme).dense(torch.float32).double()
+
+    def linear(
+        self, x: Tensor, packed: Tensor, n: int, group_size: int, scale_type: torch.dtype, *, bias: Tensor, config: int
+    ) -> Tensor:
+        y = x.double() @ packed.T + (0 if bias is None else bias.double())
+        return (y * (self.wrong if config else 1.0)).to(x.dtype)
+
+
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
+    monkeypatch.setattr(gpu_kernels, "Sparse24", InTheEmulator)
+    assert cli.main(["kernels", "check", "--gpu"]) == 0
+    out = capsys.readouterr().out
+    assert "torch sees no GPU here: nothing was run on one" in out and "emulated cuda" in out
+    monkeypatch.setattr(InTheEmulator, "wrong", 1.02)
+    assert cli.main(["kernels", "check", "--gpu", "--quick", "--json"]) == 1
+    zero, one = json.loads(capsys.readouterr().out)["correctness"]
+    assert not zero["failures"] and len(one["failures"]) == one["cases"] == 4
+
+    def no_compiler() -> None:
+        raise MissingDependency("no C++ compiler found")
+
+    monkeypatch.setattr(gpu_kernels, "Sparse24", no_compiler)
     assert cli.main(["kernels", "check", "--gpu"]) == 1
-    assert "torch sees no GPU here: nothing was run on one" in capsys.readouterr().out
+    assert "emulator: no C++ compiler found" in capsys.readouterr().out

@@ -116,17 +116,28 @@ def dense_rows(device: torch.device) -> int:
     return DENSE_ROWS.get(_capability(device)[0], 0) if device.type == "cuda" else 0
 
 
-def rounds_weights(rows: int, scheme: ModuleScheme, dtype: torch.dtype, scale_dtype: torch.dtype, config: int) -> bool:
-    """Whether a product multiplies with weights rounded to the type of the activations: the tile shapes for many rows."""
-    n, k = scheme.shape
-    types = TYPES[dtype], TYPES[scale_dtype]
-    return bool(_required().sparse24_cuda_rounds_weights(rows, n, k, scheme.group_size, *types, config))
-
-
 def force_config(config: int) -> None:
     """Make the op use one tile shape, or DECODE, for checks and measurements; -1 takes what is best again."""
     _required()
     _op().sparse24_set_cuda_config(config)
+
+
+def rounds_weights(
+    m: int, scheme: ModuleScheme, dtype: torch.dtype, scale_dtype: torch.dtype, config: int, device: torch.device
+) -> bool:
+    """Whether a product of M rows in a configuration rounds each weight, code x scale, to the type of the activations."""
+    if config == DECODE or (config == -1 and 0 < dense_rows(device) <= m):
+        return True
+    return kernel_rounds_weights(_required(), m, scheme, dtype, scale_dtype, config)
+
+
+def kernel_rounds_weights(
+    library: ctypes.CDLL, m: int, scheme: ModuleScheme, dtype: torch.dtype, scale_dtype: torch.dtype, config: int
+) -> bool:
+    """What the kernel itself says about that."""
+    n, k = scheme.shape
+    asked = (m, n, k, scheme.group_size, TYPES[dtype], TYPES[scale_dtype], config)
+    return bool(library.sparse24_cuda_rounds_weights(*asked))
 
 
 def archs_at_hand() -> tuple[int, ...]:
@@ -239,13 +250,8 @@ def connect(
     op.sparse24_set_cuda_kernels.argtypes = [*[pointer] * 5, *[ctypes.POINTER(int32)] * 2, int32]
     op.sparse24_set_cuda_kernels.restype = None
     op.sparse24_set_cuda_config.restype = None
-    names = ("packed_bytes", "workspace_bytes", "linear")
+    names = ("packed_bytes", "workspace_bytes", "linear", "decode")
     functions = [ctypes.cast(getattr(library, f"sparse24_cuda_{name}"), pointer) for name in names]
-    if hasattr(library, "sparse24_cuda_decode"):
-        functions.append(ctypes.cast(library.sparse24_cuda_decode, pointer))
-    else:
-        functions.append(pointer())
-        devices = [(count, 0) for count, _ in devices]
     counts, rows = ((int32 * len(devices))(*column) for column in zip(*devices, strict=True))
     op.sparse24_set_cuda_kernels(*functions, current_stream, counts, rows, len(devices))
     _register_fake()
