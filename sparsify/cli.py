@@ -277,6 +277,14 @@ def check_kernels(args: argparse.Namespace) -> Outcome:
     return Outcome(report.to_json(), tables(report), 0 if report.right else FAILED)
 
 
+def inspect_kernels(args: argparse.Namespace) -> Outcome:
+    from sparsify.bench.sass import LIMITS, inspect, table
+    from sparsify.native_cuda import parse_archs
+
+    result = inspect(parse_archs(args.arch) if args.arch else tuple(LIMITS))
+    return Outcome(result.to_json(), [table(result)])
+
+
 def doctor(args: argparse.Namespace) -> Outcome:
     from sparsify.doctor import examine, table
 
@@ -611,6 +619,13 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="put the times into this file, by which back ends are chosen (kernels/README.md)",
     )
+    command = add(
+        kernels, "inspect", inspect_kernels,
+        "what nvcc made of the CUDA kernel: registers, spills, shared memory, occupancy, sparse tensor core instructions",
+        shows_json,
+        shown=("sparsify kernels inspect", "sparsify kernels inspect --arch 90"),
+    )  # fmt: skip
+    command.add_argument("--arch", metavar="SM,SM", help="GPU architectures (80,86,89,90,100,120)")
     add(kernels, "list", list_kernels, "show the native kernels and where they were built", shows_json)
 
     add(commands, "doctor", doctor, "say what is installed, what this machine can run, and what is missing", shows_json)

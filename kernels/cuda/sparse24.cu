@@ -657,3 +657,4 @@ extern "C" int sparse24_cuda_linear(const void* x, int64_t ldx, int type, int64_
 }
 
 #include "sparse24_decode.h"
+#include "sparse24_resources.h"
