@@ -65,7 +65,7 @@ def build(source: Path, *, flags: Sequence[str] = FLAGS, folder: Path | None = N
         raise MissingDependency("no C++ compiler found: install g++, or set CXX to the command of one")
     headers = native.kernels_directory() / "emulator"
     key = hashlib.sha256(" ".join((compiler.version, *flags)).encode())
-    for file in (source, *sorted(source.parent.glob("*.h")), *sorted(headers.glob("*.h"))):
+    for file in (source, *sorted(headers.glob("*.h"))):
         key.update(file.name.encode() + b"\0" + file.read_bytes())
     folder = folder or cache_directory() / "emulated"
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"

@@ -7,6 +7,7 @@ import ctypes
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,7 +180,7 @@ def test_command(gpu: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 class InTheEmulator:
     """What check_emulated calls of emulation.Sparse24, by a dense product."""
 
-    c = object()
+    c = SimpleNamespace(sparse24_cuda_rounds_weights=lambda *shape: 0)
     wrong = 1.0
 
     def configs(self) -> list[str]:

@@ -136,8 +136,9 @@ def kernel_rounds_weights(
 ) -> bool:
     """What the kernel itself says about that."""
     n, k = scheme.shape
-    asked = (m, n, k, scheme.group_size, TYPES[dtype], TYPES[scale_dtype], config)
-    return bool(library.sparse24_cuda_rounds_weights(*asked))
+    asked = library.sparse24_cuda_rounds_weights
+    asked.argtypes = [*[ctypes.c_int64] * 4, *[ctypes.c_int] * 3]
+    return bool(asked(m, n, k, scheme.group_size, TYPES[dtype], TYPES[scale_dtype], config))
 
 
 def archs_at_hand() -> tuple[int, ...]:
@@ -244,7 +245,6 @@ def connect(
     library.sparse24_cuda_packed_bytes.argtypes = [int64] * 3
     library.sparse24_cuda_packed_bytes.restype = int64
     library.sparse24_cuda_pack.argtypes = [*[int64] * 3, int32, *[pointer] * 5]
-    library.sparse24_cuda_rounds_weights.argtypes = [*[int64] * 4, *[int32] * 3]
     library.sparse24_cuda_config_name.argtypes = [int32]
     library.sparse24_cuda_config_name.restype = ctypes.c_char_p
     op.sparse24_set_cuda_kernels.argtypes = [*[pointer] * 5, *[ctypes.POINTER(int32)] * 2, int32]
