@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.markup import escape
@@ -42,6 +42,7 @@ LINEARS = (
 )
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 QUICK_LINEARS, QUICK_ROWS = LINEARS[1:4], (1, 16, 64, 512)
+BITS: dict[str, tuple[Literal[4, 16], ...]] = {"torch24": (16,), "triton": (4, 16)}  # timed; 4 of all others
 DENSE, MARLIN = "torch bf16", "vLLM Marlin"
 DECODED = "decoded"  # the configuration of the CUDA back end that writes the weight out and multiplies densely
 ON_CPU = ("cpu", "reference")
@@ -475,8 +476,8 @@ def time_linear(
     cache = report.gpu["l2_bytes"]
     contestants = []
     for backend in backends:
-        made = ours(backend, linear, options.group_size, cache, device)
-        contestants += note_or(made, report)
+        for bits in BITS.get(backend.name, (4,)):
+            contestants += note_or(ours(backend, linear, bits, options.group_size, cache, device), report)
     if peers:
         contestants.append(dense(linear, cache, device))
         contestants += note_or(marlin(linear, options.group_size, cache, device), report)
@@ -591,9 +592,10 @@ def copies_of(nbytes: int, cache: int) -> int:
     return max(2, min(64, -(-2 * cache // nbytes) + 1))
 
 
-def ours(backend: Backend, linear: Linear, group_size: int, cache: int, device: torch.device) -> GpuContestant | str:
-    """The op with one back end, in bfloat16; 16 bits for torch24. A text says why it does not serve this linear."""
-    bits = 16 if backend.name == "torch24" else 4
+def ours(
+    backend: Backend, linear: Linear, bits: Literal[4, 16], group_size: int, cache: int, device: torch.device
+) -> GpuContestant | str:
+    """The op with one back end, in bfloat16. A text says why it does not serve this linear."""
     scheme = ModuleScheme(bits, linear.k if bits == 16 else group_size, "2:4", (linear.n, linear.k))
     if reason := backend.supports(scheme, device, torch.bfloat16):
         return f"{backend.name}: {reason}"
@@ -605,7 +607,12 @@ def ours(backend: Backend, linear: Linear, group_size: int, cache: int, device: 
     def call(weights: list[Tensor]) -> Call:
         return lambda x: sparse24_linear(x, weights, None, scheme, backend.name)
 
-    return GpuContestant(backend.name, [call(weights) for weights in prepared], nbytes)
+    return GpuContestant(label(backend.name, bits), [call(weights) for weights in prepared], nbytes)
+
+
+def label(backend: str, bits: int) -> str:
+    """cuda, triton, triton 16-bit"""
+    return backend if bits == 4 else f"{backend} {bits}-bit"
 
 
 def dense(linear: Linear, cache: int, device: torch.device) -> GpuContestant:
@@ -713,12 +720,11 @@ def make_rows(
     bandwidth: float | None,
 ) -> list[Row]:
     """Ratios and shares of what was timed."""
-    known = {backend.name for backend in BACKENDS}
     rows = []
     for (linear, m), (times, nbytes, configs) in timed.items():
-        peers = {name: t for name, t in times.items() if name not in known or name == "torch24"}
-        mine = {name: t for name, t in times.items() if name in known}
-        ratios = {name: {peer: p / t for peer, p in peers.items() if peer != name} for name, t in mine.items()}
+        peers = {name: t for name, t in times.items() if name not in known_backends()}
+        mine = {name: t for name, t in times.items() if name in known_backends()}
+        ratios = {name: {peer: p / t for peer, p in peers.items()} for name, t in mine.items()}
         shares = {name: nbytes[name] / (t * 1e-6) / bandwidth for name, t in times.items()} if bandwidth else {}
         rows.append(Row(linear.name, linear.n, linear.k, m, times, nbytes, configs, ratios, shares))
     return rows
@@ -726,12 +732,15 @@ def make_rows(
 
 def merge_times(report: GpuReport, file: Path) -> None:
     """Put the measured times into the file that `runtime/backends/crossovers.py` reads, beside those of other GPUs."""
-    known = {backend.name for backend in BACKENDS}
+    names: dict[str, tuple[str, Literal[4, 16]]] = {
+        label(name, bits): (name, bits) for name in known_backends() for bits in BITS.get(name, (4,))
+    }
     kinds: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for row in report.rows:
-        for name, microseconds in row.microseconds.items():
-            if name in known and name != "torch24":
-                kind = kinds.setdefault(crossovers.kind(ModuleScheme(4, 64, "2:4", (row.n, row.k))), {})
+        for shown, microseconds in row.microseconds.items():
+            if shown in names:
+                name, bits = names[shown]
+                kind = kinds.setdefault(crossovers.kind(ModuleScheme(bits, 64, "2:4", (row.n, row.k))), {})
                 kind.setdefault(f"{row.n}x{row.k}", {}).setdefault(name, {})[str(row.m)] = microseconds
     everything = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     everything[report.gpu["name"]] = kinds
@@ -773,13 +782,14 @@ def tables(report: GpuReport) -> list[Table | Text]:
 
 def times_table(report: GpuReport) -> Table:
     """One row per linear and M: microseconds, ratios to the peers, share of the bandwidth, the best configuration."""
-    known = {backend.name for backend in BACKENDS} - {"torch24"}
     names = list(dict.fromkeys(name for row in report.rows for name in row.microseconds))
-    mine = [name for name in names if name in known]
-    peers = [name for name in names if name not in known]
+    mine = [name for name in names if name in known_backends()]
+    peers = [name for name in names if name not in mine]
     bandwidth = f"{report.copy_bandwidth / 1e9:.0f} GB/s" if report.copy_bandwidth else "unknown"
     view = Table(
-        title=escape(f"4-bit 2:4, groups of {report.group_size}, bfloat16: microseconds, and times faster than"),
+        title=escape(
+            f"4-bit 2:4, groups of {report.group_size}, bfloat16 activations: microseconds, and times faster than"
+        ),
         caption=escape(
             f"weights from memory; CUDA graphs; share: bytes of weights and activations per second of the measured copy "
             f"bandwidth ({bandwidth}); best: the CUDA kernel's fastest configuration, where it beats its choice by 3%"
@@ -798,16 +808,16 @@ def times_table(report: GpuReport) -> Table:
     view.add_column("best", no_wrap=True)
     last = ""
     for row in report.rows:
-        label = f"{row.linear} {row.n}x{row.k}"
-        if last and label != last:
+        shape = f"{row.linear} {row.n}x{row.k}"
+        if last and shape != last:
             view.add_section()
         cells = [f"{row.microseconds[name]:.1f}" if name in row.microseconds else "-" for name in names]
         for name in mine:
             ratios = row.ratios.get(name, {})
             cells += [f"{ratios[peer]:.2f}x" if peer in ratios else "-" for peer in peers]
             cells.append(f"{100 * row.bandwidth_share[name]:.0f}%" if name in row.bandwidth_share else "-")
-        view.add_row(label if label != last else "", str(row.m), *cells, Text(best_config(row)))
-        last = label
+        view.add_row(shape if shape != last else "", str(row.m), *cells, Text(best_config(row)))
+        last = shape
     return view
 
 

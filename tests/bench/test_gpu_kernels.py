@@ -160,6 +160,10 @@ def test_times_are_merged_for_the_choice_of_back_ends(gpu: None, tmp_path: Path)
     assert merged["Test GPU"] == {
         "2:4 4-bit": {"64x128": {"cuda": {"1": 10, "3": 20}}, "128x64": {"cuda": {"1": 10, "3": 20}}}
     }
+    report = gpu_kernels.check_gpu(options(only=["cuda"]))
+    report.rows[0].microseconds["triton 16-bit"] = 7.0
+    gpu_kernels.merge_times(report, file)
+    assert json.loads(file.read_text())["Test GPU"]["2:4 16-bit"] == {"64x128": {"triton": {"1": 7.0}}}
     times = merged["Test GPU"]["2:4 4-bit"]
     times["64x128"]["triton"] = {"1": 5, "3": 9}
     assert crossovers.fastest_of(times, ["cuda", "triton"], (64, 128)) == "triton"
