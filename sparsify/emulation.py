@@ -63,9 +63,10 @@ def build(source: Path, *, flags: Sequence[str] = FLAGS, folder: Path | None = N
     compiler = native.find_compiler()
     if compiler is None:
         raise MissingDependency("no C++ compiler found: install g++, or set CXX to the command of one")
-    headers = native.kernels_directory() / "emulator"
+    # The sources include "../emulator/cuda_emulator.h" and each other, also when they are copies somewhere else.
+    folders = [native.kernels_directory() / name for name in ("emulator", "cuda")]
     key = hashlib.sha256(" ".join((compiler.version, *flags)).encode())
-    for file in (source, *sorted(headers.glob("*.h"))):
+    for file in (source, *(header for headers in folders for header in sorted(headers.glob("*.h")))):
         key.update(file.name.encode() + b"\0" + file.read_bytes())
     folder = folder or cache_directory() / "emulated"
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
@@ -74,8 +75,8 @@ def build(source: Path, *, flags: Sequence[str] = FLAGS, folder: Path | None = N
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{source.stem}-") as scratch:
         aside = Path(scratch) / library.name
-        # -I: the sources include "../emulator/cuda_emulator.h", also when they are copies somewhere else
-        command = [*compiler.command, *flags, f"-I{headers}", "-x", "c++", str(source), "-o", str(aside)]
+        includes = [f"-I{headers}" for headers in folders]
+        command = [*compiler.command, *flags, *includes, "-x", "c++", str(source), "-o", str(aside)]
         run = subprocess.run(command, capture_output=True, text=True, timeout=native.COMPILE_SECONDS)
         if run.returncode:
             lines = run.stderr.strip().splitlines()
@@ -179,6 +180,8 @@ class Sparse24:
             *(pointer, integer, word, integer, pointer, integer, integer, integer, word),  # x .. scale_type
             *(pointer, pointer, pointer, word, word, pointer),  # bias .. stream
         )
+        self.c.sparse24_cuda_decode.argtypes = (pointer, integer, integer, integer, word, word, pointer, pointer)
+        self.c.sparse24_cuda_rounds_weights.argtypes = (*(integer,) * 4, word, word, word)
         self.c.sparse24_cuda_config_name.restype = ctypes.c_char_p
 
     def configs(self) -> list[str]:
@@ -229,6 +232,28 @@ class Sparse24:
             )
             self._finish(status)
             return y.clone()
+
+    def splits(self, m: int, n: int, k: int, group_size: int, *, config: int = -1, multiprocessors: int = 1) -> bool:
+        """Whether a product of m rows is divided along its inputs and summed afterwards."""
+        return bool(self.c.sparse24_cuda_workspace_bytes(m, n, k, group_size, multiprocessors, config))
+
+    def decode(
+        self, packed: Tensor, n: int, k: int, group_size: int, scale_type: torch.dtype, dtype: torch.dtype
+    ) -> Tensor:
+        """The dense weight [N, K] of what `pack` made."""
+        with Memory(self.emulated) as memory:
+            held, weight = memory.put(packed), memory.empty(n, k, dtype=dtype)
+            types = (TYPES[scale_type], TYPES[dtype])
+            self._finish(
+                self.c.sparse24_cuda_decode(held.data_ptr(), n, k, group_size, *types, weight.data_ptr(), None)
+            )
+            return weight.clone()
+
+    def rounds_weights(
+        self, m: int, n: int, k: int, group_size: int, dtype: torch.dtype, scale_type: torch.dtype, config: int = -1
+    ) -> bool:
+        """Whether `linear` multiplies with weights that are rounded to the type of x, as those of the dense export."""
+        return bool(self.c.sparse24_cuda_rounds_weights(m, n, k, group_size, TYPES[dtype], TYPES[scale_type], config))
 
     def _finish(self, status: int) -> None:
         self.emulated.check()

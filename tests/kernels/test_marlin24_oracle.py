@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.emulation import FLAGS, Emulated, EmulatorError, Memory, build
+from sparsify.emulation import FLAGS, Emulated, EmulatorError, Memory, Sparse24, build
 from sparsify.files import cache_directory
-from sparsify.formats import get_format
+from sparsify.formats import ModuleScheme, get_format
 from tests.formats.test_marlin24 import PACKED, linear_of
 
 SOURCE = Path(__file__).with_name("marlin24_fragments.cu")
@@ -55,3 +55,17 @@ def test_other_bytes_give_other_products(warp: Emulated) -> None:
         assert not torch.allclose(product(warp, *wrong, x, 64), right)
     with pytest.raises(EmulatorError, match="invalid metadata"):
         product(warp, packed, meta ^ 4, x, 64)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PACKED if kind[0] == 4 and kind[2] % 64 == 0], ids=str)
+def test_our_kernel_multiplies_what_the_reader_reads(kind: tuple[int, int, int, int]) -> None:
+    kernel = Sparse24(folder=cache_directory() / "emulated-tests")
+    made = linear_of(kind)
+    scheme, (n, k) = ModuleScheme.of(made), made.shape
+    read = get_format("marlin-24").decode("linear", get_format("marlin-24").encode(made), scheme)
+    packed = kernel.pack(get_format("sparse24").encode(read), made.group_size)
+    x = torch.randint(-2, 3, (9, k), generator=torch.Generator().manual_seed(0)).to(torch.float16)
+    assert made.codes is not None and made.scale is not None
+    weight = made.codes.double() * made.scale.double().repeat_interleave(made.group_size, 1)
+    found = kernel.linear(x, packed, n, made.group_size, torch.float16)
+    assert torch.equal(found, (x.double() @ weight.T).to(torch.float16))
