@@ -208,6 +208,13 @@ def bench_recipes(args: argparse.Namespace) -> Outcome:
     return Outcome({"recipes": [result.to_json() for result in results]}, [table(results)])
 
 
+def bench_roofline(args: argparse.Namespace) -> Outcome:
+    from sparsify.bench.roofline import roofline, table
+
+    result = roofline(args.gpu, args.model, args.batch, args.context, args.prompt, args.group_size)
+    return Outcome(result.to_json(), [table(result)])
+
+
 def kernel_options(args: argparse.Namespace) -> "KernelOptions":
     """What the arguments of `bench kernels` ask for."""
     from sparsify.bench.kernels import ROWS, KernelOptions
@@ -532,6 +539,28 @@ def command_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--rounds", type=int, default=5, metavar="N", help="turns per contestant (default 5)")
     command.add_argument("--no-peaks", action="store_true", help="do not measure the machine's peaks (saves 10 s)")
+
+    command = add(
+        benchmarks, "roofline", bench_roofline,
+        "estimate decoding and prompt time on a GPU that is not at hand: dense bf16, dense INT4, 2:4 INT4",
+        shows_json,
+        shown=(
+            "sparsify bench roofline --gpu a100 --model llama-3.1-8b",
+            "sparsify bench roofline --gpu 4090 --model out/llama --batch 1,4,16 --context 4096",
+        ),
+    )  # fmt: skip
+    command.add_argument("--gpu", required=True, metavar="GPU", help="a100, a6000, l40s, h100, 4090, 5090 (a10, 3090)")
+    command.add_argument(
+        "--model", "-m", required=True, metavar="M", help="checkpoint, smollm2-135m, llama-3.2-1b or llama-3.1-8b"
+    )
+    command.add_argument(
+        "--batch", type=numbers, default=[1, 8, 16, 32, 64, 128], metavar="B,B", help="sequences (1,8,16,32,64,128)"
+    )
+    command.add_argument("--context", type=int, default=1024, metavar="N", help="tokens each holds (default 1024)")
+    command.add_argument("--prompt", type=int, default=2048, metavar="N", help="tokens of a prompt (default 2048)")
+    command.add_argument(
+        "--group-size", type=int, default=64, choices=(32, 64, 128), help="inputs per scale (default 64)"
+    )
 
     command = add(
         commands, "serve", serve, "serve a checkpoint with vLLM's OpenAI-compatible server",
