@@ -420,7 +420,9 @@ def command_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "source", metavar="DIR|MODEL", help="checkpoint directory, .gguf file, Hub id or embedded:NAME"
     )
-    command.add_argument("--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized or dense")
+    command.add_argument(
+        "--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized, marlin-24 or dense"
+    )
     command.add_argument("--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist")
     command.add_argument(
         "--head", type=int, choices=(4, 8, 16), metavar="BITS",

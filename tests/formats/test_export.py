@@ -39,6 +39,24 @@ def test_packed_formats_convert_into_each_other_without_loss(llama, compress, sa
     assert digest(back) == digest(original)
 
 
+def test_the_checkpoints_of_2024_become_sparse24(llama, compress, same, tmp_path):
+    """marlin-24 as llm-compressor wrote it: scales per channel or per 128 inputs, outputs in 64s; the rest stays dense."""
+    small = {f"model.layers.{i}.self_attn.{name}_proj": None for i in range(3) for name in "kv"}  # 32 outputs
+    every = {f"model.layers.{i}.{name}": dict(group_size=size, dtype=torch.float16) for i in range(3) for name, size in (
+        ("self_attn.q_proj", 64), ("self_attn.o_proj", 64), ("mlp.gate_proj", 64), ("mlp.up_proj", 64),
+        ("mlp.down_proj", 192))}  # fmt: skip
+    old, linears = compress(llama(), tmp_path / "old", "marlin-24", small | every)
+    config = read_json(old / "config.json")["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "marlin-24")
+    opened = open_compressed(old)
+    assert opened.format == "marlin-24" and set(opened.modules) == set(every) == set(linears)
+    new = open_compressed(export(old, "sparse24", tmp_path / "new"))
+    assert new.format == "sparse24"
+    assert all(same(new.linear(module), linear) for module, linear in linears.items())
+    again = export(tmp_path / "new", "marlin-24", tmp_path / "again")
+    assert digest(again)["model.safetensors"] == digest(old)["model.safetensors"]
+
+
 def test_dense_has_the_same_weights(llama, compress, tmp_path):
     original, linears = compress(llama(), tmp_path / "original", "sparse24")
     via = export(original, "pack-quantized", tmp_path / "via")
