@@ -37,10 +37,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory, asynchronously; zeros where !valid.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
-                 : "memory");
+// 16 bytes from global to shared memory, asynchronously.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
@@ -273,51 +272,77 @@ constexpr int shared_bytes() {
 // Where chunk `chunk` (16 bytes) of token `row` lies: rotated so that eight tokens' chunks fall into different banks.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * UNIT_INPUTS * 2 + ((chunk ^ (row & 7)) * CHUNK); }
 
-struct Source {  // what a block reads; offsets from here fit into 32 bits
-    const uint8_t *weights, *scales;  // of the block's first unit
-    const uint16_t* x;                // of its first token
-    int ldx, tiles, groups, shift;
-    int units, tokens;  // how many of the block's there are
+// What a thread copies in every stage, in pieces of 16 bytes. Worked out once: the loop only adds where the stage begins.
+template <class C, bool GROUP32>
+struct Copies {
+    using S = Stage<C, GROUP32>;
+    static constexpr int UNIT_CHUNKS = UNIT_BYTES / CHUNK, SCALE_CHUNKS = S::SCALES / CHUNK, ROW_CHUNKS = UNIT_INPUTS * 2 / CHUNK;
+    static constexpr int ALL_WEIGHTS = C::BLOCK_UNITS * C::WK * UNIT_CHUNKS, ALL_SCALES = C::BLOCK_UNITS * C::WK * SCALE_CHUNKS;
+    static constexpr int ALL_X = C::TOKENS * C::WK * ROW_CHUNKS;
+    static constexpr int WEIGHTS = (ALL_WEIGHTS + C::THREADS - 1) / C::THREADS, SCALES = (ALL_SCALES + C::THREADS - 1) / C::THREADS;
+    static constexpr int X = (ALL_X + C::THREADS - 1) / C::THREADS;
+
+    // Of the block's first unit and token; offsets from them, in bytes, fit into 32 bits. -1: nothing to copy.
+    const uint8_t *weights, *scales, *x;
+    int weights_from[WEIGHTS], scales_from[SCALES], x_from[X], x_to[X];
+    int tiles, shift;
+
+    __device__ __forceinline__ Copies(const Shape& shape, const uint8_t* packed, const uint16_t* activations, int ldx, int unit0,
+                                      int token0, int tokens)
+        : weights(packed + size_t(unit0) * shape.tiles() * UNIT_BYTES),
+          scales(packed + shape.scales_at() + size_t(unit0) * shape.groups() * SCALE_BYTES),
+          x(reinterpret_cast<const uint8_t*>(activations + size_t(token0) * ldx)),
+          tiles(shape.tiles()),
+          shift(shape.tile_shift()) {
+        const int units = shape.units() - unit0, tid = threadIdx.x;
+#pragma unroll
+        for (int j = 0; j < WEIGHTS; ++j) {  // the WK tiles of a unit follow each other in memory
+            const int i = j * C::THREADS + tid, unit = i / (C::WK * UNIT_CHUNKS), rest = i % (C::WK * UNIT_CHUNKS);
+            weights_from[j] = i < ALL_WEIGHTS && unit < units ? unit * tiles * UNIT_BYTES + rest * CHUNK : -1;
+        }
+#pragma unroll
+        for (int j = 0; j < SCALES; ++j) {
+            const int i = j * C::THREADS + tid, unit = i / (C::WK * SCALE_CHUNKS), chunk = i % SCALE_CHUNKS;
+            scales_from[j] = i < ALL_SCALES && unit < units ? unit * shape.groups() * SCALE_BYTES + chunk * CHUNK : -1;
+        }
+#pragma unroll
+        for (int j = 0; j < X; ++j) {  // only the tokens there are: the others' rows are zeroed before the first stage
+            const int i = j * C::THREADS + tid, chunk = i % ROW_CHUNKS, tile = i / ROW_CHUNKS % C::WK, row = i / (ROW_CHUNKS * C::WK);
+            x_from[j] = row < tokens ? (row * ldx + tile * UNIT_INPUTS) * 2 + chunk * CHUNK : -1;
+            x_to[j] = tile * S::X_TILE + swizzled(row, chunk);
+        }
+    }
+
+    // Starts to copy the tiles from tile0 on. WHOLE: all WK of them are there.
+    template <bool WHOLE>
+    __device__ __forceinline__ void start(uint8_t* stage, int tile0) const {
+        const int tid = threadIdx.x;
+        const uint8_t *weights_at = weights + tile0 * UNIT_BYTES, *x_at = x + tile0 * UNIT_INPUTS * 2;
+#pragma unroll
+        for (int j = 0; j < WEIGHTS; ++j) {
+            const int i = j * C::THREADS + tid;
+            const bool there = WHOLE || tile0 + i % (C::WK * UNIT_CHUNKS) / UNIT_CHUNKS < tiles;
+            if (weights_from[j] >= 0 && there) cp_async_16(stage + S::WEIGHTS_AT + i * CHUNK, weights_at + weights_from[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < SCALES; ++j) {
+            const int i = j * C::THREADS + tid, tile = tile0 + i / SCALE_CHUNKS % C::WK;
+            const uint8_t* from = scales + (GROUP32 ? 2 * tile : tile >> shift) * SCALE_BYTES;
+            if (scales_from[j] >= 0 && (WHOLE || tile < tiles)) cp_async_16(stage + S::SCALES_AT + i * CHUNK, from + scales_from[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < X; ++j) {
+            const bool there = WHOLE || tile0 + (j * C::THREADS + tid) / ROW_CHUNKS % C::WK < tiles;
+            if (x_from[j] >= 0 && there) cp_async_16(stage + S::X_AT + x_to[j], x_at + x_from[j]);
+        }
+    }
 };
 
-// Copies one stage, the tiles from tile0 on, into shared memory. Asynchronous: the caller commits.
-template <class C, bool GROUP32>
-__device__ __forceinline__ void load_stage(uint8_t* stage, const Source& from, int tile0) {
-    using S = Stage<C, GROUP32>;
-    constexpr int UNIT_CHUNKS = UNIT_BYTES / CHUNK, SCALE_CHUNKS = S::SCALES / CHUNK, ROW_CHUNKS = UNIT_INPUTS * 2 / CHUNK;
-    const int tid = threadIdx.x;
-    // weights: the WK tiles of a unit follow each other in memory
-#pragma unroll
-    for (int base = 0; base < C::BLOCK_UNITS * C::WK * UNIT_CHUNKS; base += C::THREADS) {
-        const int i = base + tid;
-        if (C::BLOCK_UNITS * C::WK * UNIT_CHUNKS % C::THREADS != 0 && i >= C::BLOCK_UNITS * C::WK * UNIT_CHUNKS) break;
-        const int unit = i / (C::WK * UNIT_CHUNKS), rest = i % (C::WK * UNIT_CHUNKS);
-        const bool valid = tile0 + rest / UNIT_CHUNKS < from.tiles && unit < from.units;
-        const int offset = (unit * from.tiles + tile0) * UNIT_BYTES + rest * CHUNK;
-        cp_async_16(stage + S::WEIGHTS_AT + i * CHUNK, from.weights + (valid ? offset : 0), valid);
-    }
-#pragma unroll
-    for (int base = 0; base < C::BLOCK_UNITS * C::WK * SCALE_CHUNKS; base += C::THREADS) {
-        const int i = base + tid;
-        if (C::BLOCK_UNITS * C::WK * SCALE_CHUNKS % C::THREADS != 0 && i >= C::BLOCK_UNITS * C::WK * SCALE_CHUNKS) break;
-        const int unit = i / (C::WK * SCALE_CHUNKS), tile = tile0 + i / SCALE_CHUNKS % C::WK, chunk = i % SCALE_CHUNKS;
-        const bool valid = tile < from.tiles && unit < from.units;
-        const int offset = (unit * from.groups + (GROUP32 ? 2 * tile : tile >> from.shift)) * SCALE_BYTES + chunk * CHUNK;
-        cp_async_16(stage + S::SCALES_AT + i * CHUNK, from.scales + (valid ? offset : 0), valid);
-    }
-    // activations: only the tokens there are; the others' rows were zeroed before the first stage
-    for (int i = tid; i < from.tokens * C::WK * ROW_CHUNKS; i += C::THREADS) {
-        const int chunk = i % ROW_CHUNKS, tile = i / ROW_CHUNKS % C::WK, row = i / (ROW_CHUNKS * C::WK);
-        const bool valid = tile0 + tile < from.tiles;
-        const int offset = row * from.ldx + (tile0 + tile) * UNIT_INPUTS + chunk * 8;
-        cp_async_16(stage + S::X_AT + tile * S::X_TILE + swizzled(row, chunk), from.x + (valid ? offset : 0), valid);
-    }
-}
-
-// acc[unit][m][slice] += the product of one tile of 64 inputs. weights, scales, x: this warp's, in shared memory.
+// acc[unit][m][slice] += the product of one tile of 64 inputs. In shared memory: the warp's weights, and what its lane reads of
+// scales and of x for the first step of 32 inputs; for the second it reads x second_step bytes further on.
 template <class T, class C, bool GROUP32>
 __device__ __forceinline__ void multiply_tile(float (&acc)[C::UNITS][2][C::SLICES][4], const uint8_t* weights, const uint8_t* scales,
-                                              const uint8_t* x, int scale_type) {
+                                              const uint8_t* x, int second_step, int scale_type) {
     using S = Stage<C, GROUP32>;
     const int lane = threadIdx.x % LANES;
     uint32_t a[C::UNITS][2][2][4], e[C::UNITS][2];
@@ -334,8 +359,8 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[C::UNITS][2][C::SLICE
         e[u][0] = meta.x;
         e[u][1] = meta.y;
         uint2 four[2];
-        four[0] = shared_load<uint2>(scales + u * C::WK * S::SCALES + lane / 4 * 8);
-        four[1] = GROUP32 ? shared_load<uint2>(scales + u * C::WK * S::SCALES + SCALE_BYTES + lane / 4 * 8) : four[0];
+        four[0] = shared_load<uint2>(scales + u * C::WK * S::SCALES);
+        four[1] = GROUP32 ? shared_load<uint2>(scales + u * C::WK * S::SCALES + SCALE_BYTES) : four[0];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int s = i / 4, m = i / 2 % 2, half = i % 2;
@@ -356,7 +381,7 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[C::UNITS][2][C::SLICE
         uint32_t b[ABREAST][2][4];
 #pragma unroll
         for (int i = 0; i < ABREAST * 2; ++i) {
-            ldmatrix_x4(b[i / 2][i % 2], x + swizzled((c + i / 2) * 8 + lane % 8, 4 * (i % 2) + lane / 8));
+            ldmatrix_x4(b[i / 2][i % 2], x + (c + i / 2) * 8 * UNIT_INPUTS * 2 + (i % 2 ? second_step : 0));
         }
         float sums[ABREAST][C::UNITS][2][4] = {};
 #pragma unroll
@@ -394,18 +419,11 @@ __global__ void __launch_bounds__(C::THREADS) linear_kernel(Arguments args) {
     const int wk = warp % C::WK, wt = warp / C::WK % C::WT, wr = warp / C::WK / C::WT;
     const int unit0 = blockIdx.x * C::BLOCK_UNITS, token0 = blockIdx.y * C::TOKENS;
     const int tokens = args.m - token0 < C::TOKENS ? args.m - token0 : C::TOKENS;
-    const Source from{args.packed + size_t(unit0) * shape.tiles() * UNIT_BYTES,
-                      args.packed + shape.scales_at() + size_t(unit0) * shape.groups() * SCALE_BYTES,
-                      args.x + size_t(token0) * args.ldx,
-                      args.ldx,
-                      shape.tiles(),
-                      shape.groups(),
-                      shape.tile_shift(),
-                      shape.units() - unit0,
-                      tokens};
+    const Copies<C, GROUP32> copies(shape, args.packed, args.x, args.ldx, unit0, token0, tokens);
     // this split's tiles of inputs, in whole stages
     const int stages = (shape.tiles() + C::WK - 1) / C::WK;
     const int first = int(int64_t(stages) * blockIdx.z / args.splits), last = int(int64_t(stages) * (blockIdx.z + 1) / args.splits);
+    const int whole = last < shape.tiles() / C::WK ? last : shape.tiles() / C::WK;
 
     for (int i = tid; i < C::STAGES * C::WK * (C::TOKENS - tokens) * UNIT_INPUTS * 2 / CHUNK; i += C::THREADS) {
         const int per_tile = (C::TOKENS - tokens) * UNIT_INPUTS * 2 / CHUNK;
@@ -413,26 +431,37 @@ __global__ void __launch_bounds__(C::THREADS) linear_kernel(Arguments args) {
         shared_store<uint4>(tile + tokens * UNIT_INPUTS * 2 + i % per_tile * CHUNK, uint4{0, 0, 0, 0});
     }
 
-    const auto load = [&](int stage) {
-        if (stage < last) {
-            load_stage<C, GROUP32>(shared + stage % C::STAGES * S::BYTES, from, stage * C::WK);
+    const auto load = [&](int stage, int slot) {
+        uint8_t* at = shared + slot * S::BYTES;
+        if (stage < whole) {
+            copies.template start<true>(at, stage * C::WK);
+        } else if (stage < last) {
+            copies.template start<false>(at, stage * C::WK);
         }
         cp_async_commit();  // also when there is nothing left to load: the waits below count groups
     };
-    for (int stage = first; stage < first + C::STAGES - 1; ++stage) load(stage);
+    for (int stage = first; stage < first + C::STAGES - 1; ++stage) load(stage, stage - first);
+
+    // where this warp's part of a stage and this lane's part of that begin
+    const int place = wr * C::UNITS * C::WK + wk;
+    const uint8_t* weights = shared + S::WEIGHTS_AT + place * UNIT_BYTES;
+    const uint8_t* scales = shared + S::SCALES_AT + place * S::SCALES + lane / 4 * 8;
+    const uint8_t* x = shared + S::X_AT + wk * S::X_TILE + wt * C::SLICES * 8 * UNIT_INPUTS * 2 + swizzled(lane % 8, lane / 8);
+    const int second_step = swizzled(lane % 8, 4 + lane / 8) - swizzled(lane % 8, lane / 8);
+    const bool works = unit0 + wr * C::UNITS < shape.units();  // n is a multiple of UNITS units
 
     float acc[C::UNITS][2][C::SLICES][4] = {};
+    int slot = 0, next_slot = C::STAGES - 1;
     for (int stage = first; stage < last; ++stage) {
         cp_async_wait<C::STAGES - 2>();
         block_barrier();  // the stage is there for all, and all are done with the one that is overwritten next
-        load(stage + C::STAGES - 1);
-        // Beyond the inputs and the outputs there are no positions to multiply with. (n is a multiple of UNITS units.)
-        if (stage * C::WK + wk < shape.tiles() && unit0 + wr * C::UNITS < shape.units()) {
-            const uint8_t* at = shared + stage % C::STAGES * S::BYTES;
-            const int place = wr * C::UNITS * C::WK + wk;
-            multiply_tile<T, C, GROUP32>(acc, at + S::WEIGHTS_AT + place * UNIT_BYTES, at + S::SCALES_AT + place * S::SCALES,
-                                         at + S::X_AT + wk * S::X_TILE + wt * C::SLICES * 8 * UNIT_INPUTS * 2, args.scale_type);
+        load(stage + C::STAGES - 1, next_slot);
+        if (works && stage * C::WK + wk < shape.tiles()) {
+            const int at = slot * S::BYTES;
+            multiply_tile<T, C, GROUP32>(acc, weights + at, scales + at, x + at, second_step, args.scale_type);
         }
+        next_slot = slot;
+        slot = slot + 1 == C::STAGES ? 0 : slot + 1;
     }
     cp_async_wait<0>();
     block_barrier();  // the pipeline's memory is free
@@ -636,7 +665,7 @@ extern "C" int sparse24_cuda_linear(const void* x, int64_t ldx, int type, int64_
                                     int64_t group_size, int scale_type, const void* bias, void* y, void* workspace, int config,
                                     int sm_count, void* stream) {
     const bool types = (type == BFLOAT16 || type == FLOAT16) && (scale_type == BFLOAT16 || scale_type == FLOAT16);
-    if (!served(n, k, group_size) || !types || m < 0 || m > (1 << 24) || ldx < k || ldx > (1 << 24) || ldx % 8 || config >= CONFIGS) return 1;
+    if (!served(n, k, group_size) || !types || m < 0 || m > (1 << 24) || ldx < k || ldx > (1 << 23) || ldx % 8 || config >= CONFIGS) return 1;
     if (reinterpret_cast<uintptr_t>(x) % 16 || reinterpret_cast<uintptr_t>(y) % 16) return 1;
     if (m == 0) return 0;
     const Shape shape{int(n), int(k), int(group_size)};

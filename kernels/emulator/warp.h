@@ -61,7 +61,7 @@ inline unsigned atomic_add(unsigned* pointer, unsigned value) {
 inline void thread_fence() { machine().thread_fence(); }
 
 // 9.7.9.25.3.1, cp.async.cg with cp-size 16 and src-size 16 or 0: the bytes are undefined until the copy was waited for.
-inline void cp_async_16(void* shared, const void* global, bool valid) {
+inline void cp_async_16(void* shared, const void* global, bool valid = true) {
     Machine& m = machine();
     Thread& thread = m.thread();
     const size_t offset = m.shared.locate("cp_async_16", shared, 16, 16);

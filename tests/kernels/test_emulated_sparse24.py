@@ -246,15 +246,21 @@ PLANTS = (
     Plant(
         "a stage refilled before all have read it",
         r"(cp_async_wait<C::STAGES - 2>\(\));",
-        "(load(stage + C::STAGES - 1), cp_async_wait<C::STAGES - 1>())",
+        "(load(stage + C::STAGES - 1, next_slot), cp_async_wait<C::STAGES - 1>())",
         "race: cp_async_16 writes .* read by",
-        also=(r"(load\(stage \+ C::STAGES - 1\));", "void()"),
+        also=(r"(load\(stage \+ C::STAGES - 1, next_slot\));", "void()"),
     ),
     Plant(
-        "a stage filled too late",
-        r"(load\(stage \+ C::STAGES - 1\));",
-        "load(stage + C::STAGES)",
-        "nothing has written it|not waited for",
+        "a stage filled while it is read",
+        r"(load\(stage \+ C::STAGES - 1, next_slot\));",
+        "load(stage + C::STAGES - 1, slot)",
+        "race|not waited for",
+    ),
+    Plant(
+        "a stage filled with the next one's inputs",
+        r"(load\(stage \+ C::STAGES - 1, next_slot\));",
+        "load(stage + C::STAGES, next_slot)",
+        None,
     ),
     Plant(
         "sums handed over with no barrier",
@@ -296,14 +302,14 @@ PLANTS = (
     ),
     Plant(
         "half a chunk off",
-        r"UNIT_INPUTS \+ (chunk \* 8);",
-        "chunk * 8 + 4",
+        r"UNIT_INPUTS\) \* 2 \+ (chunk \* CHUNK) :",
+        "chunk * CHUNK + 8",
         "cp_async_16: global address .* is misaligned",
     ),
     Plant(
         "scales of the next group",
-        r": (tile >> from.shift)\)+ \* SCALE_BYTES",
-        "(tile >> from.shift) + 1",
+        r": (tile >> shift)\) \* SCALE_BYTES",
+        "(tile >> shift) + 1",
         "out of bounds",
     ),
     # splits
@@ -318,7 +324,7 @@ PLANTS = (
     # lanes
     Plant(
         "lanes that part",
-        r"(shape.tiles\(\)) && unit0 \+ wr",
+        r"works && stage \* C::WK \+ wk < (shape.tiles\(\))",
         "shape.tiles() - (lane < 16 ? 0 : 1000)",
         "divergence: lane 0 .* ldmatrix",
     ),
