@@ -28,6 +28,7 @@ from sparsify.bench.machine import GIB, cpu_model, memory_bytes, usable_cores
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
 from sparsify.native import find_compiler, known_kernels, open_library
+from sparsify.native_cuda import find_nvcc
 
 # ok: works. note: absent or slower, and nothing needs it here. missing: some command will not work. broken: it harms.
 Status = Literal["ok", "note", "missing", "broken"]
@@ -324,24 +325,14 @@ def compiler_findings() -> list[Finding]:
     if not headers.exists():
         fix = f"apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev"
         findings.append(Finding("compiler", "Python headers", "note", f"{headers} is not there", fix))
-    nvcc = shutil.which("nvcc")
+    nvcc = find_nvcc()
     if nvcc:
-        lines = first_line([nvcc, "--version"], containing="release")
-        findings.append(Finding("compiler", "CUDA compiler", "ok", f"{lines} ({nvcc})"))
+        findings.append(Finding("compiler", "CUDA compiler", "ok", f"nvcc {nvcc.version} ({' '.join(nvcc.command)})"))
     else:
-        findings.append(Finding("compiler", "CUDA compiler", "note", "no nvcc; only CUDA kernels need it"))
+        findings.append(
+            Finding("compiler", "CUDA compiler", "note", "no nvcc; a GPU is served by Triton or a kernel built ahead")
+        )
     return findings
-
-
-def first_line(command: Sequence[str], containing: str = "") -> str:
-    """The first line a command prints that contains a text."""
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "does not run"
-    return next(
-        (line.strip() for line in run.stdout.splitlines() if containing in line and line.strip()), "unknown version"
-    )
 
 
 def native_findings() -> list[Finding]:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +85,7 @@ def test_without_the_embedded_model_nothing_is_compiled(monkeypatch: pytest.Monk
 def test_without_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(doctor, "find_nvcc", lambda: None)
     status = {finding.name: finding.status for finding in doctor.compiler_findings()}
     assert status["C++ compiler"] == "missing"
     assert status["CUDA compiler"] == "note"
@@ -100,16 +100,6 @@ def test_native_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "empty"))
     findings = doctor.native_findings()
     assert findings and all(f.status == "note" and "no C++ compiler" in f.detail for f in findings)
-
-
-def test_a_compiler_that_does_not_run(tmp_path: Path) -> None:
-    broken = tmp_path / "g++"
-    broken.write_text("no program")
-    broken.chmod(0o755)
-    assert doctor.first_line([str(broken), "--version"]) == "does not run"
-    assert (
-        doctor.first_line([sys.executable, "-c", "print('a')\nprint('release 2')"], containing="release") == "release 2"
-    )
 
 
 def test_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:

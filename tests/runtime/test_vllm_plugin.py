@@ -3,6 +3,7 @@
 Tensor parallelism is two layers that are told to be rank 0 and rank 1; engines with real ranks are in tests/end_to_end.
 """
 
+import ctypes
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,9 +39,11 @@ from sparsify.formats.directory import open_compressed
 from sparsify.model.linear import LinearWeights
 from sparsify.recipe import parse_recipe
 from sparsify.runtime import vllm_plugin
+from sparsify.runtime.backends import cuda
 from sparsify.runtime.vllm_plugin import Sparse24Config, Sparse24LinearMethod
 from tests.agreement import Agree
 from tests.compressed import round_linear
+from tests.runtime.test_cuda import SM_COUNT, library  # noqa: F401
 from tests.tiny import save_tiny
 
 K = 256
@@ -380,6 +383,24 @@ def test_dummy_weights_are_valid(kind: dict[str, Any], rank: Rank) -> None:
     layer.quant_method.process_weights_after_loading(layer)
     y = product(layer, torch.randn(2, K))
     assert torch.isfinite(y).all() and y.abs().max() > 0
+
+
+def test_the_cuda_back_end_serves(rank: Rank, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """From choice to product, with a GPU only in name: the kernel's library is one that runs on the processor."""
+    prefix = "model.layers.0.mlp."
+    parts = {"gate_proj": make_linear(64, 1), "up_proj": make_linear(64, 2)}
+    loads: Loads = list(enumerate(parts.values()))
+    config = config_for({prefix + name: weights for name, weights in parts.items()})
+    monkeypatch.setenv("SPARSIFY_BACKEND", "cuda")
+    layer = MergedColumnParallelLinear(
+        K, [64, 64], bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix=prefix + "gate_up_proj"
+    )
+    with cuda.emulated(library, SM_COUNT):
+        monkeypatch.setattr(cuda, "_gpus", lambda: [torch.device("cpu")])
+        load(layer, loads)
+        assert layer.quant_method.backend == "cuda"
+        x = torch.randn(5, K).bfloat16()
+        torch.testing.assert_close(product(layer, x), expected(loads, x), rtol=2e-2, atol=0.15)
 
 
 def test_forced_back_end_is_heard(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
