@@ -30,11 +30,12 @@ TARGETS = NVIDIA + AMD
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 # One configuration of each kernel and size of tile that the rule may choose.
 CONFIGS = (
+    Config("gemv", 1, 16, 2048, 1, 8, 1),
     Config("gemv", 1, 32, 1024, 1, 8, 1),
-    Config("gemm", 16, 64, 128, 1, 4, 3),
-    Config("gemm", 64, 64, 64, 1, 4, 3),
-    Config("gemm", 128, 64, 64, 1, 8, 3),
-    Config("decode", 1, 64, 128, 1, 4, 1),
+    Config("gemm", 16, 32, 64, 1, 2, 4),
+    Config("gemm", 32, 64, 64, 1, 2, 4),
+    Config("gemm", 64, 64, 64, 1, 4, 4),
+    Config("decode", 1, 32, 256, 1, 4, 1),
 )
 
 

@@ -59,18 +59,24 @@ def bucket(rows: int) -> int:
 
 
 def heuristic(rows: int, scheme: ModuleScheme, processors: int) -> Config:
-    """A good configuration without measuring. processors: multiprocessors of the GPU."""
+    """A good configuration without measuring. processors: multiprocessors of the GPU.
+
+    From 126 configurations on an H100 with the linears of models of 8 and 70 billion parameters: up to 64 rows the rule is within
+    9% of the best. For 128 rows a tile of 128 would be up to 31% faster there, but spills registers on Ampere.
+    """
     n, k = scheme.shape
     if rows == 1:
-        block_n = 32 if n >= 32 * processors else 16
-        return Config("gemv", 1, block_n, 1024, 1, 8, 1)
-    if rows > 1024:
-        return Config("decode", 1, 64, 128, 1, 4, 1)
-    block_m = min(128, max(16, 1 << (rows - 1).bit_length()))
-    tiles = -(-rows // block_m) * -(-n // 64)
-    # enough programs to fill the GPU twice; each split writes and reads its sums once more, so only few rows gain
-    splits = 1 if block_m > 64 else max(1, min(8, 2 * processors // tiles, k // 512))
-    return Config("gemm", block_m, 64, 128 if block_m < 64 else 64, splits, 4 if block_m < 128 else 8, 3)
+        return Config("gemv", 1, 16, 2048, 1, 8, 1)
+    if rows == 2:
+        return Config("gemv", 1, 32, 1024, 1, 8, 1)
+    if rows > 128:
+        return Config("decode", 1, 32, 256, 1, 4, 1)
+    block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
+    block_n = 32 if block_m == 16 else 64
+    tiles = -(-rows // block_m) * -(-n // block_n)
+    # eight programs for each multiprocessor; each split writes and reads its sums once more
+    most = max(1, min(8, 8 * processors // tiles, k // 512))
+    return Config("gemm", block_m, block_n, 64, 1 << (most.bit_length() - 1), 2 if block_m < 64 else 4, 4)
 
 
 def choose_config(rows: int, scheme: ModuleScheme, device: torch.device) -> Config:
@@ -98,8 +104,8 @@ def candidates(rows: int, scheme: ModuleScheme, processors: int) -> list[Config]
                 for splits in sorted({1, full, 2 * full, 4 * full}):
                     if splits == 1 or (rows <= 128 and k // splits >= 256):
                         found.append(Config("gemm", block_m, block_n, 128, splits, warps, 3))
-    if rows >= 512:
-        found.append(Config("decode", 1, 64, 128, 1, 4, 1))
+    if rows >= 128:
+        found += [Config("decode", 1, 32, 256, 1, 4, 1), Config("decode", 1, 64, 128, 1, 4, 1)]
     return list(dict.fromkeys(found))
 
 
