@@ -117,6 +117,15 @@ class Row:
 
 
 @dataclass
+class Timed:
+    """What was measured of one linear with one number of rows, by contestant: microseconds and bytes; configs as in Row."""
+
+    microseconds: dict[str, float] = field(default_factory=dict)
+    nbytes: dict[str, int] = field(default_factory=dict)
+    configs: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class GpuReport:
     """One run."""
 
@@ -274,7 +283,7 @@ def check_gpu(options: CheckOptions | None = None, output: Path | None = None) -
         # a back end that tunes itself comes last, alone: its tuning may use up what is left of the time
         first = [backend for backend in serving if backend.name in STRICT]
         rest = [backend for backend in serving if backend.name not in STRICT]
-        timed: dict[tuple[Linear, int], tuple[dict[str, float], dict[str, int], dict[str, float]]] = {}
+        timed: dict[tuple[Linear, int], Timed] = {}
         for group, peers in ((first, True), (rest, False)):
             for linear in options.linears:
                 with out_of_memory_noted(report, linear):
@@ -463,7 +472,7 @@ class GpuContestant:
 
 
 def time_linear(
-    timed: dict[tuple[Linear, int], tuple[dict[str, float], dict[str, int], dict[str, float]]],
+    timed: dict[tuple[Linear, int], Timed],
     linear: Linear,
     backends: Sequence[Backend],
     peers: bool,
@@ -483,7 +492,7 @@ def time_linear(
         contestants += note_or(marlin(linear, options.group_size, cache, device), report)
     for m in options.rows:
         x = activations(m, linear.k, linear.n, torch.bfloat16, device, False, False)[0]
-        times, nbytes, configs = timed.setdefault((linear, m), ({}, {}, {}))
+        found = timed.setdefault((linear, m), Timed())
         graphs = []
         for contestant in contestants:
             if time.monotonic() > deadline:
@@ -496,12 +505,12 @@ def time_linear(
             if contestant.name == "cuda":
                 for name, index in cuda_configs().items():
                     with forced_config(index):
-                        found = time_calls([(contestant, x)], device, report, rounds=1)
-                    if found:
-                        configs[name] = found["cuda"]
+                        microseconds = time_calls([(contestant, x)], device, report, rounds=1)
+                    if microseconds:
+                        found.configs[name] = microseconds["cuda"]
             graphs.append((contestant, x))
-            nbytes[contestant.name] = contestant.nbytes + (m * linear.k + m * linear.n) * 2
-        times.update(time_calls(graphs, device, report))
+            found.nbytes[contestant.name] = contestant.nbytes + (m * linear.k + m * linear.n) * 2
+        found.microseconds.update(time_calls(graphs, device, report))
 
 
 def note_or(made: GpuContestant | str, report: GpuReport) -> list[GpuContestant]:
@@ -716,17 +725,18 @@ def describe_gpu(device: torch.device) -> dict[str, Any]:
 
 
 def make_rows(
-    timed: Mapping[tuple[Linear, int], tuple[dict[str, float], dict[str, int], dict[str, float]]],
+    timed: Mapping[tuple[Linear, int], Timed],
     bandwidth: float | None,
 ) -> list[Row]:
     """Ratios and shares of what was timed."""
     rows = []
-    for (linear, m), (times, nbytes, configs) in timed.items():
+    for (linear, m), found in timed.items():
+        times, nbytes = found.microseconds, found.nbytes
         peers = {name: t for name, t in times.items() if name not in known_backends()}
         mine = {name: t for name, t in times.items() if name in known_backends()}
         ratios = {name: {peer: p / t for peer, p in peers.items()} for name, t in mine.items()}
         shares = {name: nbytes[name] / (t * 1e-6) / bandwidth for name, t in times.items()} if bandwidth else {}
-        rows.append(Row(linear.name, linear.n, linear.k, m, times, nbytes, configs, ratios, shares))
+        rows.append(Row(linear.name, linear.n, linear.k, m, times, nbytes, found.configs, ratios, shares))
     return rows
 
 
