@@ -43,19 +43,10 @@ class Counters(ctypes.Structure):
     global_bytes_read: int
     global_bytes_written: int
     ldmatrix_conflicts: int
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in (
-            "blocks",
-            "barriers",
-            "mma",
-            "ldmatrix",
-            "copies",
-            "global_bytes_read",
-            "global_bytes_written",
-            "ldmatrix_conflicts",
-        )
-    ]
+    load_conflicts: int
+    store_conflicts: int
+    copy_conflicts: int
+    _fields_ = [(name, ctypes.c_uint64) for name in __annotations__]  # noqa: RUF012
 
 
 def build(source: Path, *, flags: Sequence[str] = FLAGS, folder: Path | None = None) -> Path:

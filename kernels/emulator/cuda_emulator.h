@@ -10,6 +10,7 @@
 //   numbers.h   bf16 and fp16
 //   fibers.h    threads
 //   memory.h    shared and global memory, races
+//   banks.h     conflicts in the banks of shared memory, counted
 //   machine.h   blocks, warps, barriers, divergence
 //   warp.h      the instructions
 #pragma once

@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <memory>
 #include <mutex>
 #include <vector>
 
+#include "banks.h"
 #include "fibers.h"
 #include "memory.h"
 
@@ -25,7 +25,8 @@ constexpr int kMaxThreads = 1024;
 constexpr size_t kSharedWithoutAsking = 48 * 1024, kSharedAtMost = 227 * 1024;  // CUDA C++ Programming Guide, compute capability 9.0
 
 struct Counters {  // what a launch did, summed over launches; see emulator_counter
-    uint64_t blocks, barriers, mma, ldmatrix, copies, global_bytes_read, global_bytes_written, ldmatrix_conflicts;
+    uint64_t blocks, barriers, mma, ldmatrix, copies, global_bytes_read, global_bytes_written;
+    uint64_t ldmatrix_conflicts, load_conflicts, store_conflicts, copy_conflicts;  // in the banks of shared memory, see banks.h
 };
 
 struct Copy {  // one cp.async that has not been waited for
@@ -43,6 +44,8 @@ struct Thread {
     bool unfenced;  // wrote global memory since its last fence
 };
 
+enum Access { kLoad, kStore, kCopy, kAccesses };  // of shared memory, other than ldmatrix
+
 struct Warp {
     uint32_t all;        // lanes that exist
     uint32_t runnable;   // lanes that are not waiting
@@ -52,6 +55,7 @@ struct Warp {
     const char* what;    // the collective
     int parameter;
     const void* operands[kLanes];
+    WarpAccesses accesses[kAccesses][5];  // by kind and by the logarithm of their bytes
 };
 
 class Machine {
@@ -66,6 +70,11 @@ class Machine {
     Counters counters = {};
 
     Moment now() const { return {epoch_, warp_of(*current_).time, current_->id}; }
+
+    // An access of the running lane to shared memory, for the counters.
+    void count_access(Access kind, size_t offset, size_t bytes) {
+        if (bytes <= 16) warp_of(*current_).accesses[kind][__builtin_ctzll(bytes)].add(current_->id % kLanes, offset);
+    }
 
     // The running lane arrives at an instruction of the whole warp, described by `what` and `parameter`. The last of 32
     // performs it for all; `operands` holds what each brought.
@@ -84,6 +93,7 @@ class Machine {
         warp.waiting |= 1u << lane;
         warp.runnable &= ~(1u << lane);
         if (warp.waiting == ~0u) {
+            count_conflicts(warp);
             Thread* last = current_;
             perform(*this, warp.operands, parameter);
             current_ = last;
@@ -223,11 +233,18 @@ class Machine {
                 current_ = &threads_[w * kLanes];
                 current_->fiber.enter(scheduler_);
                 if (error_[0]) return;
+                count_conflicts(warps_[w]);
             }
             current_ = nullptr;
             running = all_meet();
         }
         shared.end_block();
+    }
+
+    void count_conflicts(Warp& warp) {
+        uint64_t* const counts[kAccesses] = {&counters.load_conflicts, &counters.store_conflicts, &counters.copy_conflicts};
+        for (int kind = 0; kind < kAccesses; ++kind)
+            for (int log = 0; log < 5; ++log) *counts[kind] += warp.accesses[kind][log].take_conflicts(size_t(1) << log);
     }
 
     // Every thread waits at block_barrier or has left the kernel. True when all wait, false when all have left.

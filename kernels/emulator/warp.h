@@ -12,6 +12,7 @@ inline V shared_load(const void* pointer) {
     Machine& m = machine();
     const size_t offset = m.shared.locate("shared_load", pointer, sizeof(V), alignof(V));
     m.shared.read("shared_load", offset, sizeof(V), m.now());
+    m.count_access(kLoad, offset, sizeof(V));
     V value;
     std::memcpy(&value, pointer, sizeof(V));
     return value;
@@ -22,6 +23,7 @@ inline void shared_store(void* pointer, V value) {
     Machine& m = machine();
     const size_t offset = m.shared.locate("shared_store", pointer, sizeof(V), alignof(V));
     m.shared.write("shared_store", offset, sizeof(V), m.now());
+    m.count_access(kStore, offset, sizeof(V));
     std::memcpy(pointer, &value, sizeof(V));
 }
 
@@ -67,6 +69,7 @@ inline void cp_async_16(void* shared, const void* global, bool valid = true) {
     const size_t offset = m.shared.locate("cp_async_16", shared, 16, 16);
     if (reinterpret_cast<uintptr_t>(global) % 16) trap("cp_async_16: global address %p is misaligned", global);
     m.shared.write("cp_async_16", offset, 16, m.now(), true);
+    m.count_access(kCopy, offset, 16);
     SharedMemory::poison(m.shared.base() + offset, 16);
     Copy copy{offset, {}};
     if (valid) {
@@ -124,22 +127,6 @@ inline float shuffle_xor(float value, int mask) { return shuffle("shuffle_xor", 
 inline float shuffle_down(float value, int delta) { return shuffle("shuffle_down", value, delta, Above()); }
 
 // ------------------------------------------------------------------------------------------------- matrices
-// Shared memory has 32 banks of 4 bytes: eight rows of 16 bytes are read at once when no two different ones lie in the same
-// banks. The passes beyond the first.
-inline uint64_t bank_conflicts(const size_t (&offsets)[8]) {
-    uint64_t most = 1;
-    for (int i = 0; i < 8; ++i) {
-        uint64_t same = 0;
-        for (int j = 0; j < 8; ++j) {
-            bool first = true;
-            for (int k = 0; k < j; ++k) first = first && offsets[k] != offsets[j];
-            same += first && offsets[j] / 16 % 8 == offsets[i] / 16 % 8;
-        }
-        most = std::max(most, same);
-    }
-    return most - 1;
-}
-
 // 9.7.14.5.15: lane l names row l % 8 of matrix l / 8 (16 bytes, aligned) and receives of each matrix the two values in
 // row l / 4, columns 2 (l % 4) and + 1.
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
@@ -150,18 +137,19 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
     machine().collective("ldmatrix_x4", 0, &operand, [](Machine& m, const void* const* operands, int) {
         ++m.counters.ldmatrix;
         const auto at = [&](int lane) { return static_cast<const Operand*>(operands[lane]); };
+        WarpAccesses rows;
         for (int matrix = 0; matrix < 4; ++matrix) {
-            size_t offsets[8];
             for (int i = 0; i < 8; ++i) {
                 const int lane = 8 * matrix + i;
                 m.act_as(lane);
-                offsets[i] = m.shared.locate("ldmatrix_x4", at(lane)->row, 16, 16);
-                m.shared.read("ldmatrix_x4", offsets[i], 16, m.now(), true);
+                const size_t offset = m.shared.locate("ldmatrix_x4", at(lane)->row, 16, 16);
+                m.shared.read("ldmatrix_x4", offset, 16, m.now(), true);
+                rows.add(lane, offset);
                 for (int reader = 4 * i; reader < 4 * i + 4; ++reader)
                     std::memcpy(&at(reader)->registers[matrix], static_cast<const uint8_t*>(at(lane)->row) + reader % 4 * 4, 4);
             }
-            m.counters.ldmatrix_conflicts += bank_conflicts(offsets);
         }
+        m.counters.ldmatrix_conflicts += rows.take_conflicts(16);
     });
 }
 

@@ -169,6 +169,16 @@ __global__ void bytes_of_a_word(const uint8_t*, uint8_t* out, int) {
     put<uint8_t>(out, threadIdx.x, shared_load<uint8_t>(slot(threadIdx.x, 1)));
 }
 
+// ---- banks: lanes `mode` bytes apart write, copy and read 4, 16 and 8 bytes
+__global__ void strided(const uint8_t* in, uint8_t*, int mode) {
+    shared_store<int>(extern_shared() + threadIdx.x * mode, 0);
+    block_barrier();
+    cp_async_16(extern_shared() + threadIdx.x * mode, in, false);
+    cp_async_commit();
+    cp_async_wait<0>();
+    shared_load<uint2>(extern_shared() + threadIdx.x * mode);
+}
+
 // ---- what must be refused
 __global__ void uninitialised(const uint8_t*, uint8_t* out, int) { put<int>(out, 0, shared_load<int>(slot(0))); }
 __global__ void shared_access(const uint8_t*, uint8_t*, int offset) { shared_store<int>(extern_shared() + offset, 0); }
@@ -251,6 +261,7 @@ const Named KERNELS[] = {
     NAMED(write_write),
     NAMED(write_ldmatrix),
     NAMED(bytes_of_a_word),
+    NAMED(strided),
     NAMED(uninitialised),
     NAMED(shared_access),
     NAMED(raw_write),

@@ -317,6 +317,22 @@ def test_shuffle_down_keeps_what_comes_from_beyond_the_warp(gpu: Primitives, del
     assert torch.equal(found, given[torch.where(lanes % 32 + delta < 32, lanes + delta, lanes)])
 
 
+@pytest.mark.parametrize(
+    ("stride", "stores", "copies", "loads"),
+    [
+        (16, 3, 0, 2),  # 16 bytes side by side fill the banks, of less a part is used
+        (32, 7, 4, 6),  # four quarters of a warp for 16 bytes, two halves for 8
+        (128, 31, 28, 30),  # every lane in the same banks
+        (144, 3, 0, 2),  # padded by 16 bytes
+    ],
+)
+def test_bank_conflicts_are_counted(gpu: Primitives, stride: int, stores: int, copies: int, loads: int) -> None:
+    gpu.emulated.reset_counters()
+    gpu.run("strided", None, 1, mode=stride, shared=32 * stride)
+    counters = gpu.emulated.counters()
+    assert (counters.store_conflicts, counters.copy_conflicts, counters.load_conflicts) == (stores, copies, loads)
+
+
 # ---------------------------------------------------------------------------------------------------- cp.async
 def chunks() -> Tensor:
     return torch.randint(-(2**31), 2**31, (3 * 32, 4), generator=random(), dtype=torch.int64).to(I32)
