@@ -284,7 +284,10 @@ struct Copies {
 
     // Of the block's first unit and token; offsets from them, in bytes, fit into 32 bits. -1: nothing to copy.
     const uint8_t *weights, *scales, *x;
-    int weights_from[WEIGHTS], scales_from[SCALES], x_from[X], x_to[X];
+    int weights_from[WEIGHTS], scales_from[SCALES], x_to[X];
+    int x_from, x_step, x_copies;  // of x: the first, from one to the next, and how many
+    static constexpr int X_STEP = C::THREADS / (ROW_CHUNKS * C::WK);  // the same in rows
+    static_assert(C::THREADS % (ROW_CHUNKS * C::WK) == 0, "a thread copies the same chunk of several rows");
     int tiles, shift;
 
     __device__ __forceinline__ Copies(const Shape& shape, const uint8_t* packed, const uint16_t* activations, int ldx, int unit0,
@@ -305,11 +308,15 @@ struct Copies {
             const int i = j * C::THREADS + tid, unit = i / (C::WK * SCALE_CHUNKS), chunk = i % SCALE_CHUNKS;
             scales_from[j] = i < ALL_SCALES && unit < units ? unit * shape.groups() * SCALE_BYTES + chunk * CHUNK : -1;
         }
+        // only the tokens there are: the others' rows are zeroed before the first stage
+        const int chunk = tid % ROW_CHUNKS, tile = tid / ROW_CHUNKS % C::WK, row = tid / (ROW_CHUNKS * C::WK);
+        x_from = (row * ldx + tile * UNIT_INPUTS) * 2 + chunk * CHUNK;
+        x_step = X_STEP * ldx * 2;
+        x_copies = (tokens - row + X_STEP - 1) / X_STEP;
 #pragma unroll
-        for (int j = 0; j < X; ++j) {  // only the tokens there are: the others' rows are zeroed before the first stage
-            const int i = j * C::THREADS + tid, chunk = i % ROW_CHUNKS, tile = i / ROW_CHUNKS % C::WK, row = i / (ROW_CHUNKS * C::WK);
-            x_from[j] = row < tokens ? (row * ldx + tile * UNIT_INPUTS) * 2 + chunk * CHUNK : -1;
-            x_to[j] = tile * S::X_TILE + swizzled(row, chunk);
+        for (int j = 0; j < X; ++j) {  // rows that lie a multiple of eight apart are rotated alike; saying so saves registers
+            x_to[j] = X_STEP % 8 == 0 && j > 0 ? x_to[0] + j * X_STEP * UNIT_INPUTS * 2
+                                               : tile * S::X_TILE + swizzled(row + j * X_STEP, chunk);
         }
     }
 
@@ -332,8 +339,8 @@ struct Copies {
         }
 #pragma unroll
         for (int j = 0; j < X; ++j) {
-            const bool there = WHOLE || tile0 + (j * C::THREADS + tid) / ROW_CHUNKS % C::WK < tiles;
-            if (x_from[j] >= 0 && there) cp_async_16(stage + S::X_AT + x_to[j], x_at + x_from[j]);
+            const bool there = WHOLE || tile0 + tid / ROW_CHUNKS % C::WK < tiles;
+            if (j < x_copies && there) cp_async_16(stage + S::X_AT + x_to[j], x_at + x_from + j * x_step);
         }
     }
 };

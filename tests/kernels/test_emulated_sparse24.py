@@ -302,7 +302,7 @@ PLANTS = (
     ),
     Plant(
         "half a chunk off",
-        r"UNIT_INPUTS\) \* 2 \+ (chunk \* CHUNK) :",
+        r"UNIT_INPUTS\) \* 2 \+ (chunk \* CHUNK);",
         "chunk * CHUNK + 8",
         "cp_async_16: global address .* is misaligned",
     ),
