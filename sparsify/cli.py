@@ -285,11 +285,11 @@ def check_kernels(args: argparse.Namespace) -> Outcome:
 
 
 def inspect_kernels(args: argparse.Namespace) -> Outcome:
-    from sparsify.bench.sass import LIMITS, inspect, table
+    from sparsify.bench.sass import LIMITS, inspect, markdown, table
     from sparsify.native_cuda import parse_archs
 
     result = inspect(parse_archs(args.arch) if args.arch else tuple(LIMITS))
-    return Outcome(result.to_json(), [table(result)])
+    return Outcome(result.to_json(), [markdown(result) if args.markdown else table(result)])
 
 
 def doctor(args: argparse.Namespace) -> Outcome:
@@ -657,6 +657,7 @@ def command_parser() -> argparse.ArgumentParser:
         shown=("sparsify kernels inspect", "sparsify kernels inspect --arch 90"),
     )  # fmt: skip
     command.add_argument("--arch", metavar="SM,SM", help="GPU architectures (80,86,89,90,100,120)")
+    command.add_argument("--markdown", action="store_true", help="print the table of kernels/README.md")
     add(kernels, "list", list_kernels, "show the native kernels and where they were built", shows_json)
 
     add(commands, "doctor", doctor, "say what is installed, what this machine can run, and what is missing", shows_json)

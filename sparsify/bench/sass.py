@@ -245,6 +245,28 @@ def table(inspection: Inspection) -> Table:
     return view
 
 
+def markdown(inspection: Inspection) -> str:
+    """The table of kernels/README.md: per tile shape and architecture registers, spilled bytes and resident blocks."""
+    groups = grouped(inspection.instances)
+    archs = sorted({arch for _, arch in groups})
+    lines = [
+        f"| nvcc {inspection.compiler} | threads | shared KiB | HMMA.SP | {' | '.join(f'sm_{arch}' for arch in archs)} |",
+        "|" + " --- |" * (4 + len(archs)),
+    ]
+    for config in sorted({config for config, _ in groups}):
+        every = [instance for arch in archs for instance in groups.get((config, arch), [])]
+        cells = [
+            f"{max(i.registers for i in group)}, {sum(i.spilled for i in group)}, {min(i.blocks for i in group)}"
+            for group in (groups[config, arch] for arch in archs)
+        ]
+        sparse = min((i.sparse_mma for i in every if i.sparse_mma is not None), default=None)
+        lines.append(
+            f"| {every[0].name} | {every[0].threads} | {max(i.shared for i in every) / 1024:.0f} | "
+            f"{'-' if sparse is None else sparse} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
 def grouped(instances: Sequence[Instance]) -> dict[tuple[int, int], list[Instance]]:
     """By tile shape and architecture."""
     groups: dict[tuple[int, int], list[Instance]] = {}

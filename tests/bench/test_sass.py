@@ -108,6 +108,9 @@ def test_a_table_shows_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
     result = sass.inspect([86, 90])
     assert [(i.config, i.arch) for i in result.instances] == [(0, 86), (0, 90), (1, 86), (1, 90)]
     assert sass.table(result).row_count == 4 and "no cuobjdump" in result.notes[0]
+    first, _, *rows = sass.markdown(result).splitlines()
+    assert first == "| nvcc 13.0.88 | threads | shared KiB | HMMA.SP | sm_86 | sm_90 |"
+    assert rows[0] == f"| {NAMES[0]} | 256 | 49 | - | 79, 0, 2 | 79, 0, 3 |" and "| 255, 36, " in rows[1]
     assert result.to_json()["compiler"] == "13.0.88"
     with pytest.raises(SparsifyError, match="limits are known for 80, 86"):
         sass.inspect([87])
