@@ -45,6 +45,7 @@ Handler = Callable[[argparse.Namespace], Outcome]
 # A test holds them equal to those of sparsify.bench.
 LATENCY = {"input_len": 128, "output_len": 64, "batch_size": 1, "iterations": 5, "warmup": 2}
 THROUGHPUT = {"input_len": 128, "output_len": 64, "prompts": 32, "warmup": 4}
+DEPTH_DROPS = ("10%", "20%", "30%", "50%")
 WORKLOAD_HELP = {
     "input_len": "prompt tokens per request",
     "output_len": "generated tokens per request",
@@ -213,6 +214,24 @@ def bench_roofline(args: argparse.Namespace) -> Outcome:
 
     result = roofline(args.gpu, args.model, args.batch, args.context, args.prompt, args.group_size)
     return Outcome(result.to_json(), [table(result)])
+
+
+def bench_depth(args: argparse.Namespace) -> Outcome:
+    from sparsify.bench.depth import DepthOptions, compare_depth, table
+
+    options = DepthOptions(
+        drops=args.drop,
+        methods=args.methods,
+        heal=None if args.heal == "none" else args.heal,
+        speed=args.speed,
+        overrides=args.set,
+        sequence_length=args.sequence_length,
+        chunks=args.chunks,
+        quiet=args.quiet,
+    )
+    rows, speed = compare_depth(args.model, args.text or ["self"], Path(args.output), options)
+    data = {"rows": [row.to_json() for row in rows], "speed": None if speed is None else speed.to_json()}
+    return Outcome(data, [table(rows, speed)])
 
 
 def kernel_options(args: argparse.Namespace) -> "KernelOptions":
@@ -594,6 +613,51 @@ def command_parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--text", action="append", metavar="FILE", help="text to score, or self; repeatable (default self)"
+    )
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change of every recipe that has such a setting"
+    )
+    command.add_argument("--sequence-length", type=int, metavar="N", help="tokens per scored chunk")
+    command.add_argument("--chunks", type=int, metavar="N", help="chunks scored")
+
+    command = add(
+        benchmarks, "depth", bench_depth, "depth methods at several shares of the layers, before and after healing",
+        is_quiet, shows_json,
+        shown=(
+            "sparsify bench depth --model embedded:smollm2-135m-instruct --text test.txt --output out/depth "
+            "--set calibration.source=file:train.txt",
+            "sparsify bench depth --model DIR --drop 20% --methods angular finercut --heal none --speed --output out/depth",
+        ),
+    )  # fmt: skip
+    command.add_argument("--model", metavar="MODEL", required=True, help="the dense model")
+    command.add_argument(
+        "--output",
+        "-o",
+        required=True,
+        metavar="DIR",
+        help="directory for the recipes and their results, which are kept",
+    )
+    command.add_argument(
+        "--text", action="append", metavar="FILE", help="text to score, or self; repeatable (default self)"
+    )
+    command.add_argument(
+        "--drop",
+        nargs="+",
+        default=list(DEPTH_DROPS),
+        metavar="SHARE",
+        help="shares of the layers (10%% 20%% 30%% 50%%)",
+    )
+    command.add_argument(
+        "--methods", nargs="+", default=["deepest", "angular", "streamline", "finercut"], metavar="METHOD",
+        help="deepest, angular, streamline, finercut (in pairs), finercut-free (default the first four)",
+    )  # fmt: skip
+    command.add_argument(
+        "--heal", default="500k", metavar="TOKENS", help="tokens that adapters learn from, or none (default 500k)"
+    )
+    command.add_argument(
+        "--speed",
+        action="store_true",
+        help="decode in vLLM with the dense model and the last method's result at every share",
     )
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change of every recipe that has such a setting"

@@ -13,7 +13,9 @@ from torch import Tensor
 from sparsify.model.blocks import BlockModel, capture_calls, run_block
 from sparsify.model.sublayers import KINDS, Structure, Sublayer, find_structure, run_without
 
-LOGIT_TOKENS = 1024  # tokens whose logits are alive at once
+LOGIT_TOKENS = (
+    1024  # tokens whose logits are alive at once; on a GPU eight times as many, or launches would take the time
+)
 PROBE_TOKENS = 16
 
 
@@ -29,7 +31,8 @@ class Resident:
         for index in range(len(model.blocks)):
             model.load(index)
             model.block(index).to(device)
-        self.tokens = list(tokens.to(device).split(max(1, LOGIT_TOKENS // tokens.shape[1])))
+        at_once = LOGIT_TOKENS * (1 if device == "cpu" else 8)
+        self.tokens = list(tokens.to(device).split(max(1, at_once // tokens.shape[1])))
         entered = [capture_calls(model, part) for part in self.tokens]
         self.entering = [hidden for hidden, _ in entered]
         self.calls = [calls for _, calls in entered]

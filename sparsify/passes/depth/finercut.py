@@ -24,7 +24,7 @@ from sparsify.model.resident import Resident
 from sparsify.model.sublayers import Sublayer
 from sparsify.passes.depth.angular import angular_distance
 
-ROWS = 256  # positions whose distributions are alive at once
+ROWS = 1024  # positions whose distributions are alive at once
 
 
 def euclidean_distance(reference: Tensor, logits: Tensor) -> Tensor:
