@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -223,7 +224,8 @@ def _shortened(
         errors = {layer["module"]: layer["relative_error"] for layer in metrics["layers"]}
         head = metrics["head"]
     with main_first():
-        if not short.exists():
+        if not (writer.work / DEPTH_NOTE).exists():  # written last: the directory was compared with the old model
+            shutil.rmtree(short, ignore_errors=True)
             seed = plan.recipe.calibration.seed
             write_json(writer.work / DEPTH_NOTE, shorten(depth, spec, tokens, short, seed, quiet))
     note = read_json(writer.work / DEPTH_NOTE)

@@ -641,8 +641,8 @@ class DepthTarget(_Model):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="mean KL divergence in nats per calibration token from the model before removal; alone: remove as "
-        "much as stays within it",
+        description="mean KL divergence in nats per calibration token from the model before removal, without what is trained "
+        "in its place; alone: remove as much as stays within it",
     )
 
     @model_validator(mode="after")

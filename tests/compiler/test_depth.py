@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 import sparsify.compiler.run as run
 from sparsify.compiler.depth import teacher_blocks
 from sparsify.compiler.depth.choose import Choice
-from sparsify.compiler.depth.source import open_source
-from sparsify.compiler.depth.write import renumbered, shortened_config, structures_of, verify, write_shortened
+from sparsify.compiler.depth.source import open_source, structures_of
+from sparsify.compiler.depth.write import renumbered, shortened_config, verify, write_shortened
 from sparsify.compiler.plan import make_plan
 from sparsify.compiler.run import apply
 from sparsify.errors import CheckpointError, RecipeError
@@ -253,6 +253,36 @@ def test_an_interrupted_run_does_not_choose_again(tmp_path, recipe, monkeypatch)
     assert one == other
 
 
+def test_a_result_that_was_not_compared_is_made_again(tmp_path, recipe, monkeypatch):
+    source = save_tiny(tmp_path / "source", num_hidden_layers=4, dtype=torch.bfloat16)
+    asked = recipe("depth: {method: deepest, drop: 1}")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsify.compiler.depth.verify", killed)
+        with pytest.raises(KeyboardInterrupt):
+            apply(asked, str(source), tmp_path / "out", quiet=True)
+    assert (tmp_path / "out.partial" / "depth").exists()
+    compared = []
+    monkeypatch.setattr("sparsify.compiler.depth.verify", lambda *arguments: compared.append(verify(*arguments)))
+    apply(asked, str(source), tmp_path / "out", resume=True, quiet=True)
+    assert len(compared) == 1
+
+
+def test_a_smaller_replacement_counts_as_what_it_is(tmp_path, recipe):
+    source = save_tiny(tmp_path / "source", num_hidden_layers=6, dtype=torch.bfloat16)
+    passes = "depth: {method: streamline, target: {parameters: 0.65}, replacement: feed-forward, epochs: 1}"
+    made = apply(recipe(passes), str(source), tmp_path / "out", quiet=True)
+    parameters = made.metrics["depth"]["parameters"]
+    assert parameters["after"] <= 0.65 * parameters["before"] and made.metrics["depth"]["count"] == 3
+    layer = AutoModelForCausalLM.from_pretrained(source).model.layers[0]
+    attention = sum(p.numel() for m in (layer.self_attn, layer.input_layernorm) for p in m.parameters())
+    whole = sum(p.numel() for p in layer.parameters())
+    assert parameters["before"] - parameters["after"] == 2 * whole + attention
+
+
 def test_the_plan_says_how_large_the_result_will_be(tmp_path, recipe):
     source = save_tiny(tmp_path / "source", num_hidden_layers=5, dtype=torch.bfloat16)
     plan = make_plan(recipe("depth: {method: angular, drop: 2}"), str(source))
@@ -281,6 +311,7 @@ def test_the_plan_says_how_large_the_result_will_be(tmp_path, recipe):
         ("method: finercut, target: {speedup: 50}", RecipeError, "depth.target.speedup 50 cannot be met: .* 2 sublayers .* times"),
         ("method: deepest, target: {divergence: 1.0e-9}", RecipeError, "divergence 1e-09 cannot be met: dropping a single lay"),
         ("method: finercut, target: {divergence: 1.0e-9}", RecipeError, "cannot be met: removing a single sublayer diverges"),
+        ("method: streamline, target: {divergence: 5}", RecipeError, "a replacement takes the place of at least two"),
         ("method: angular, target: {parameters: 0.8, divergence: 1.0e-9}", RecipeError, "dropping the 1 layers that the goal"),
     ],
 )  # fmt: skip

@@ -14,8 +14,8 @@ from torch import Tensor
 from sparsify.compiler.depth.choose import choose_block, choose_sublayers
 from sparsify.compiler.depth.plan import FEW_ROWS, PlannedDepth, describe_note, plan_depth, weights_of
 from sparsify.compiler.depth.replace import replace_block
-from sparsify.compiler.depth.source import open_source
-from sparsify.compiler.depth.write import structures_of, verify, write_shortened
+from sparsify.compiler.depth.source import open_source, structures_of
+from sparsify.compiler.depth.write import verify, write_shortened
 from sparsify.distributed import processes
 from sparsify.errors import CheckpointError
 from sparsify.model.resident import sublayers_of

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sparsify.compiler.depth.plan import FEW_ROWS, weights_of
-from sparsify.compiler.depth.source import Source
+from sparsify.compiler.depth.source import Source, structures_of
 from sparsify.distributed import device
 from sparsify.model.blocks import BlockModel
 from sparsify.model.resident import Resident, sublayers_of
-from sparsify.model.sublayers import KINDS, Sublayer
+from sparsify.model.sublayers import KINDS, Structure, Sublayer
 from sparsify.model.walk import Walk
 from sparsify.passes.depth import METHODS, best_block
 from sparsify.passes.depth.deepest import deepest_block
@@ -66,7 +66,13 @@ def boundary_states(model: BlockModel, tokens: Tensor, positions: Sequence[int])
 def choose_block(settings: Depth, source: Source, tokens: Tensor | None, bar: Task) -> Choice:
     """Choose a block of consecutive layers."""
     model = source.model
-    weights, layers = weights_of(model, {}), len(model.blocks)
+    layers = len(model.blocks)
+    structures: dict[int, Structure] = {}
+    if (
+        settings.replaces and settings.replacement == "feed-forward"
+    ):  # how much of a layer that is, one layer tells for all
+        structures = dict.fromkeys(range(layers), structures_of(source, [Layer(None, layers // 2)])[layers // 2])
+    weights = weights_of(model, structures)
     note: dict[str, Any] = {}
     scores: Tensor | None = None
     method = METHODS.get(settings.method)

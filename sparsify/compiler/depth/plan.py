@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsify.compiler.training import short
+from sparsify.errors import RecipeError
 from sparsify.model.blocks import BlockModel
 from sparsify.model.sublayers import FEED_FORWARD, KINDS, Structure
 from sparsify.passes.depth import METHODS
@@ -98,11 +99,18 @@ def plan_depth(settings: Depth, model: BlockModel) -> PlannedDepth:
     else:
         drop = layers_to_drop(settings, layers)
         most = free - settings.replaces
+        if most < 1:
+            raise RecipeError(
+                f"depth: {free} of {layers} layers may go, and a replacement takes the place of at least two; protect fewer "
+                "layers or set replacement: none"
+            )
         first = layers // 2
         end = layers - settings.protect_last
         gone = [sum(map(weights.of_block, range(end - n - settings.replaces, end))) for n in range(most + 1)]
         stands = replaced_weights(settings, weights, first)
-        least = weights.blocks - gone[most] + stands
+        least = (
+            weights.blocks - gone[most] + (stands if settings.replacement == "layer" else 0)
+        )  # a half: at least nothing
         what = f"{free} layers"
         left = None if drop is None else weights.blocks - gone[drop] + stands
     exact = True

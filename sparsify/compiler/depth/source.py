@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from sparsify.formats.directory import CompressedCheckpoint, open_compressed
 from sparsify.model.blocks import BlockModel, find_blocks, meta_model, target_names
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.linear import LinearWeights
+from sparsify.model.resident import probed_structure
+from sparsify.model.sublayers import Structure
+from sparsify.passes.depth.layers import Layer
 
 PROBE = 32  # tokens on which structures are found, and the shortened model is compared with the old one
 
@@ -81,3 +85,18 @@ def probe_tokens(source: Source) -> Tensor:
     """Tokens to try things on: numbers from a small range, which every vocabulary has. [1, PROBE]"""
     vocabulary = source.model.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     return (torch.arange(PROBE, device=device()) * 7 % min(vocabulary, 512))[None]
+
+
+def structures_of(source: Source, layers: Sequence[Layer]) -> dict[int, Structure]:
+    """The structure of every block that is not kept whole."""
+    apart = {
+        b for layer in layers if layer.attention != layer.feed_forward for b in (layer.attention, layer.feed_forward)
+    }
+    found: dict[int, Structure] = {}
+    source.model.load_outside(device())
+    for block in sorted(b for b in apart if b is not None):
+        source.model.load(block)
+        source.model.block(block).to(device())
+        found[block] = probed_structure(source.model, block, probe_tokens(source))
+        source.model.unload(block)
+    return found

@@ -24,27 +24,11 @@ from sparsify.formats.directory import CheckpointWriter
 from sparsify.model.blocks import capture_calls, run_block
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.linear import LinearWeights
-from sparsify.model.resident import probed_structure
 from sparsify.model.sublayers import FEED_FORWARD, KINDS, Structure, run_without
 from sparsify.passes.depth.layers import Layer
 from sparsify.passes.recover.block import Tuned
 
 FEED_FORWARD_SETTING = re.compile(r"mlp|moe|ffn|feed_forward|intermediate|expert")
-
-
-def structures_of(source: Source, layers: Sequence[Layer]) -> dict[int, Structure]:
-    """The structure of every block that is not kept whole."""
-    apart = {
-        b for layer in layers if layer.attention != layer.feed_forward for b in (layer.attention, layer.feed_forward)
-    }
-    found: dict[int, Structure] = {}
-    source.model.load_outside(device())
-    for block in sorted(b for b in apart if b is not None):
-        source.model.load(block)
-        source.model.block(block).to(device())
-        found[block] = probed_structure(source.model, block, probe_tokens(source))
-        source.model.unload(block)
-    return found
 
 
 def write_shortened(source: Source, choice: Choice, structures: Mapping[int, Structure], output: Path) -> None:
