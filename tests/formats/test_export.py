@@ -121,7 +121,7 @@ def test_biases_travel_with_their_linears(tmp_path):
     [
         ("sparse24", "21 of its 21 linears are not 2:4.*layers.0.mlp.down_proj.*sparsify apply 2of4-w4a16 --model"),
         ("pack-quantized", "no codes, which pack-quantized needs.*sparsify apply w4a16 --model"),
-        ("marlin-24", "format 'marlin-24' is unknown; known formats: sparse24, dense, pack-quantized"),
+        ("sparse-24-bitmask", "format 'sparse-24-bitmask' is unknown; known formats: sparse24, dense, pack-quantized"),
     ],
 )
 def test_what_cannot_be_made_says_what_to_do(llama, tmp_path, format, says):
