@@ -41,9 +41,14 @@ def is_described(config: Mapping[str, Any] | None, format: str) -> bool:
 
 
 def labels_of(
-    config: Mapping[str, Any] | None, packed: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[Label, tuple[int, int]]]:
-    """How each packed module is compressed, with the shape of its packed matrix; CheckpointError where they disagree."""
+    """How each packed module is compressed, with the shape of its packed matrix; CheckpointError where they disagree.
+
+    shapes: of every tensor of the checkpoint, by name
+    """
+    end = ".weight_packed"
+    packed = {name.removesuffix(end): shape for name, shape in shapes.items() if name.endswith(end)}
     labels = _labels_by_target(config or {})
     found = {}
     for module, shape in sorted(packed.items()):

@@ -145,10 +145,8 @@ class Marlin24:
     def schemes(
         self, quantization_config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, ModuleScheme]:
-        end = ".weight_packed"
-        packed = {name.removesuffix(end): shape for name, shape in shapes.items() if name.endswith(end)}
         schemes = {}
-        for module, (label, (steps, words)) in labels_of(quantization_config, packed).items():
+        for module, (label, (steps, words)) in labels_of(quantization_config, shapes).items():
             shape = (words * 2 // label.bits, steps * INPUTS)
             plain = label.scheme(shape)
             schemes[module] = ModuleScheme(plain.bits, plain.group_size, "2:4", shape)

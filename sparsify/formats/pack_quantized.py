@@ -84,9 +84,7 @@ class PackQuantized:
     def schemes(
         self, quantization_config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, ModuleScheme]:
-        end = ".weight_packed"
-        packed = {name.removesuffix(end): shape for name, shape in shapes.items() if name.endswith(end)}
         schemes = {}
-        for module, (label, shape) in labels_of(quantization_config, packed).items():
+        for module, (label, shape) in labels_of(quantization_config, shapes).items():
             schemes[module] = label.scheme((shape[0], shape[1] * (32 // label.bits)))
         return schemes

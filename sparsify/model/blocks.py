@@ -241,8 +241,20 @@ class _Stop(Exception):
 
 
 @contextmanager
-def _recording(model: BlockModel, calls: list[BlockCall], hidden: list[Tensor], as_tuple: bool) -> Iterator[None]:
-    """Replace every block's forward by one that notes its arguments and returns its input."""
+def replaced_forwards(model: BlockModel, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """No block runs meanwhile: forward_of(i) stands where the forward of block i stood."""
+    modules = [model.block(index) for index in range(len(model.blocks))]
+    for index, module in enumerate(modules):
+        module.forward = forward_of(index)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _recorder(model: BlockModel, calls: list[BlockCall], hidden: list[Tensor], as_tuple: bool) -> Callable[[int], Any]:
+    """For `replaced_forwards`: every block notes its arguments and returns its input."""
 
     def record(index: int) -> Any:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -254,14 +266,7 @@ def _recording(model: BlockModel, calls: list[BlockCall], hidden: list[Tensor], 
 
         return forward
 
-    modules = [model.block(index) for index in range(len(model.blocks))]
-    for index, module in enumerate(modules):
-        module.forward = record(index)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+    return record
 
 
 def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -273,7 +278,7 @@ def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[Block
         calls: list[BlockCall] = []
         hidden: list[Tensor] = []
         try:
-            with _recording(model, calls, hidden, as_tuple), torch.no_grad():
+            with replaced_forwards(model, _recorder(model, calls, hidden, as_tuple)), torch.no_grad():
                 model.model(input_ids=tokens, use_cache=False)
         except _Stop:
             pass

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.model.blocks import BlockModel, capture_calls, run_block
+from sparsify.model.blocks import BlockModel, capture_calls, replaced_forwards, run_block
 from sparsify.model.sublayers import KINDS, Structure, Sublayer, find_structure, run_without
 
 LOGIT_TOKENS = (
@@ -90,13 +89,6 @@ def finish(model: BlockModel, tokens: Tensor, hidden: Tensor, as_tuple: bool) ->
 
     as_tuple: whether blocks of this model give their hidden state inside a tuple
     """
-    with _replaced(model, hidden, as_tuple):
-        return model.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _replaced(model: BlockModel, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
-    """No block runs meanwhile, and the last one gives `hidden`."""
     last = len(model.blocks) - 1
 
     def given(index: int) -> Any:
@@ -106,11 +98,5 @@ def _replaced(model: BlockModel, hidden: Tensor, as_tuple: bool) -> Iterator[Non
 
         return forward
 
-    modules = [model.block(index) for index in range(len(model.blocks))]
-    for index, module in enumerate(modules):
-        module.forward = given(index)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+    with replaced_forwards(model, given):
+        return model.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
