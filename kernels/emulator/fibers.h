@@ -65,10 +65,11 @@ class Stacks {
   public:
     static constexpr size_t kBytes = 256 * 1024;
 
-    uint8_t* get(int index) {
-        if (index >= count_) grow(index + 1);
-        return base_ + size_t(index) * stride() + guard();
+    // Before the first fiber of a block is started: mapping more moves those that are there.
+    void reserve(int count) {
+        if (count > count_) grow(count);
     }
+    uint8_t* get(int index) const { return base_ + size_t(index) * stride() + guard(); }
     ~Stacks() { release(); }
 
   private:

@@ -212,6 +212,7 @@ class Machine {
         unfenced_ = false;
         ++counters.blocks;
         if (threads_.size() < kMaxThreads) threads_.resize(kMaxThreads);
+        stacks_.reserve(thread_count_);
         warps_.assign(size_t((thread_count_ + kLanes - 1) / kLanes), Warp{});
         for (int id = 0; id < thread_count_; ++id) {
             Thread& thread = threads_[size_t(id)];

@@ -5,6 +5,7 @@ emulator_primitives.cu has the kernels. What the real kernel computes is test_em
 
 import ctypes
 import math
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,9 +24,11 @@ Dim = tuple[int, int, int]
 class Primitives:
     """The kernels of emulator_primitives.cu, called by name."""
 
-    def __init__(self, flags: tuple[str, ...] = ()) -> None:
+    def __init__(self, flags: tuple[str, ...] = (), copy_in: Path | None = None) -> None:
+        """copy_in: a folder to load a copy from, that is a machine of its own on which nothing has run."""
         quick = ["-O1" if flag == "-O2" else flag for flag in FLAGS]
-        self.emulated = Emulated(build(SOURCE, flags=(*quick, *flags), folder=cache_directory() / "emulated-tests"))
+        library = build(SOURCE, flags=(*quick, *flags), folder=cache_directory() / "emulated-tests")
+        self.emulated = Emulated(Path(shutil.copy(library, copy_in)) if copy_in else library)
         self.c = self.emulated.c
 
     def run(
@@ -408,6 +411,13 @@ def test_neighbouring_bytes_are_no_race(gpu: Primitives) -> None:
 def test_warps_may_go_different_ways(gpu: Primitives) -> None:
     found = gpu.run("uneven_warps", None, 96, dtype=F32, block=96)
     assert torch.equal(found, torch.tensor([32.0, 32.0**2, 32.0**3]).repeat_interleave(32))
+
+
+def test_a_first_launch_may_be_of_the_largest_block(gpu: Primitives, tmp_path: Path) -> None:
+    """Threads that wait keep their stacks, however many stacks there were before the launch: none."""
+    new = Primitives(copy_in=tmp_path)
+    new.run("half_a_barrier", mode=1024, block=1024)
+    new.refuses("thread 512 has left|thread 1023 has left", "half_a_barrier", mode=512, block=1024)
 
 
 @pytest.mark.parametrize(
