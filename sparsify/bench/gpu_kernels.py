@@ -29,6 +29,7 @@ from sparsify.bench.contestants import random_tensors
 from sparsify.bench.shapes import Linear, parse_shape
 from sparsify.emulation import Sparse24
 from sparsify.errors import SparsifyError
+from sparsify.files import atomic_write, read_json
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.runtime.backends import BACKENDS, Backend, crossovers, cuda, known_backends
 from sparsify.runtime.op import sparse24_linear
@@ -741,20 +742,20 @@ def make_rows(
 
 
 def merge_times(report: GpuReport, file: Path) -> None:
-    """Put the measured times into the file that `runtime/backends/crossovers.py` reads, beside those of other GPUs."""
+    """Put the measured times into the file that `runtime/backends/crossovers.py` reads, in place of older ones of the same
+    product and beside all others."""
     names: dict[str, tuple[str, Literal[4, 16]]] = {
         label(name, bits): (name, bits) for name in known_backends() for bits in BITS.get(name, (4,))
     }
-    kinds: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    everything = read_json(file) if file.exists() else {}
+    kinds = everything.setdefault(report.gpu["name"], {})
     for row in report.rows:
         for shown, microseconds in row.microseconds.items():
             if shown in names:
                 name, bits = names[shown]
                 kind = kinds.setdefault(crossovers.kind(ModuleScheme(bits, 64, "2:4", (row.n, row.k))), {})
                 kind.setdefault(f"{row.n}x{row.k}", {}).setdefault(name, {})[str(row.m)] = microseconds
-    everything = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    everything[report.gpu["name"]] = kinds
-    file.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    atomic_write(file, json.dumps(everything, indent=1, sort_keys=True) + "\n")
 
 
 def tables(report: GpuReport) -> list[Table | Text]:

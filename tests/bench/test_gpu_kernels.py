@@ -163,7 +163,13 @@ def test_times_are_merged_for_the_choice_of_back_ends(gpu: None, tmp_path: Path)
     report = gpu_kernels.check_gpu(options(only=["cuda"]))
     report.rows[0].microseconds["triton 16-bit"] = 7.0
     gpu_kernels.merge_times(report, file)
-    assert json.loads(file.read_text())["Test GPU"]["2:4 16-bit"] == {"64x128": {"triton": {"1": 7.0}}}
+    kept = json.loads(file.read_text())["Test GPU"]
+    assert kept["2:4 16-bit"] == {"64x128": {"triton": {"1": 7.0}}}
+    del report.rows[0].microseconds["cuda"]  # a run of other back ends keeps what is known of this one
+    report.rows[1].microseconds["cuda"] = 25.0
+    gpu_kernels.merge_times(report, file)
+    kept["2:4 4-bit"][f"{report.rows[1].n}x{report.rows[1].k}"]["cuda"][str(report.rows[1].m)] = 25.0
+    assert json.loads(file.read_text())["Test GPU"] == kept
     times = merged["Test GPU"]["2:4 4-bit"]
     times["64x128"]["triton"] = {"1": 5, "3": 9}
     assert crossovers.fastest_of(times, ["cuda", "triton"], (64, 128)) == "triton"
