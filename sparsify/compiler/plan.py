@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from sparsify.compiler.depth import FEW_ROWS, PlannedDepth, plan_depth
+from sparsify.compiler.depth import SEARCHED_ROWS, PlannedDepth, plan_depth
 from sparsify.compiler.training import PlannedTraining, Shortened, plan_training
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme, get_format
@@ -186,7 +186,7 @@ class Plan:
         rows = min(settings.samples or self.recipe.calibration.samples, self.recipe.calibration.samples)
         if settings.method != "finercut":
             return tokens * weights.blocks * rows // max(self.recipe.calibration.samples, 1)
-        judged = min(rows, settings.samples or FEW_ROWS) * self.recipe.calibration.sequence_length
+        judged = min(rows, settings.samples or SEARCHED_ROWS) * self.recipe.calibration.sequence_length
         steps = round((1 - self.depth.share) * 2 * weights.layers)
         return steps * 2 * weights.layers * judged * (weights.blocks // 2 + weights.head)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.compiler.depth.choose import choose_block, choose_sublayers
-from sparsify.compiler.depth.plan import FEW_ROWS, PlannedDepth, describe_note, plan_depth, weights_of
+from sparsify.compiler.depth.plan import SEARCHED_ROWS, PlannedDepth, describe_note, plan_depth, weights_of
 from sparsify.compiler.depth.replace import replace_block
 from sparsify.compiler.depth.source import open_source, structures_of
 from sparsify.compiler.depth.write import verify, write_shortened
@@ -25,7 +25,7 @@ from sparsify.passes.depth.stop import Weights
 from sparsify.progress import progress_bar
 from sparsify.recipe import Depth
 
-__all__ = ["FEW_ROWS", "PlannedDepth", "describe_note", "plan_depth", "shorten"]
+__all__ = ["SEARCHED_ROWS", "PlannedDepth", "describe_note", "plan_depth", "shorten"]
 
 
 def shorten(settings: Depth, spec: str, tokens: Tensor | None, output: Path, seed: int, quiet: bool) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def shorten(settings: Depth, spec: str, tokens: Tensor | None, output: Path, see
     with progress_bar("depth", None, quiet=quiet) as bar:
         if settings.method == "finercut":
             assert rows is not None
-            choice = choose_sublayers(settings, source, rows if settings.samples else rows[:FEW_ROWS], bar)
+            choice = choose_sublayers(settings, source, rows if settings.samples else rows[:SEARCHED_ROWS], bar)
         else:
             choice = choose_block(settings, source, rows, bar)
         if settings.replaces:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +13,15 @@ from torch import Tensor
 
 from sparsify.compiler.depth.plan import FEW_ROWS, weights_of
 from sparsify.compiler.depth.source import Source, structures_of
-from sparsify.distributed import device
+from sparsify.distributed import device, is_main
+from sparsify.files import cache_directory, write_json
 from sparsify.model.blocks import BlockModel
 from sparsify.model.resident import Resident, sublayers_of
 from sparsify.model.sublayers import KINDS, Structure, Sublayer
 from sparsify.model.walk import Walk
 from sparsify.passes.depth import METHODS, best_block
 from sparsify.passes.depth.deepest import deepest_block
-from sparsify.passes.depth.finercut import METRICS, Greedy, finercut, kl_divergence, total_distance
+from sparsify.passes.depth.finercut import METRICS, Greedy, Removal, finercut, kl_divergence, total_distance
 from sparsify.passes.depth.layers import Layer, as_layers
 from sparsify.passes.depth.stop import (
     free_layers,
@@ -33,6 +36,7 @@ from sparsify.passes.recover.block import Tuned
 from sparsify.progress import Task
 from sparsify.recipe import Depth
 
+VERSION = 1  # of the search; raise it when its scores change
 COMPARED_TOKENS = 8192  # of those whose states at every layer are kept for cosine similarity
 
 
@@ -170,6 +174,40 @@ def _within(
         resident.close()
 
 
+class _Record:
+    """Removals of earlier searches in the cache, found again for the same model, text, measure and candidates.
+
+    So a search that was killed goes on, and one that is to remove more begins where the last one stopped.
+    """
+
+    def __init__(self, settings: Depth, source: Source, tokens: Tensor, search: Greedy):
+        self.units = search.units
+        protected = sorted((s.block, s.position) for s in search.protected)
+        text = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
+        measured = (settings.metric, settings.units, protected, search.model.device)
+        key = repr((VERSION, source.model.checkpoint.fingerprint(), text, *measured))
+        self.path = cache_directory() / "finercut" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+    def known(self) -> list[Removal]:
+        try:
+            steps = json.loads(self.path.read_text())["steps"]
+            gone = [
+                tuple(Sublayer(int(block), int(position)) for block, position in step["sublayers"]) for step in steps
+            ]
+            removals = [Removal(unit, float(step["distance"])) for unit, step in zip(gone, steps, strict=True)]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []  # none yet, or damaged: it is searched again
+        once = len({sublayer for unit in gone for sublayer in unit}) == self.units * len(gone)
+        return removals if once and all(len(unit) == self.units for unit in gone) else []
+
+    def keep(self, removals: Sequence[Removal]) -> None:
+        if not is_main() or len(removals) <= len(self.known()):
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        steps = [{"sublayers": [[s.block, s.position] for s in r.sublayers], "distance": r.distance} for r in removals]
+        write_json(self.path, {"steps": steps})
+
+
 def choose_sublayers(settings: Depth, source: Source, tokens: Tensor, bar: Task) -> Choice:
     """FinerCut's search."""
     model = source.model
@@ -195,7 +233,13 @@ def choose_sublayers(settings: Depth, source: Source, tokens: Tensor, bar: Task)
             bar.describe(f"depth: {gone} of {drop or 'as many as it takes'} sublayers removed")
 
         said(0)
-        removals, exceeded = finercut(search, enough, bound, lambda removal: said(total - len(search.kept)))
+        record = _Record(settings, source, tokens, search)
+
+        def advance(removals: list[Removal]) -> None:
+            said(total - len(search.kept))
+            record.keep(removals)
+
+        removals, exceeded = finercut(search, enough, bound, advance, record.known())
         if exceeded is not None and bound is not None and (not removals or (target is not None and target.has_goal)):
             what = "removing one more sublayer on the way to the goal" if removals else "removing a single sublayer"
             raise refuse_bound(bound, exceeded, what if units == 1 else what.replace("sublayer", "pair of sublayers"))

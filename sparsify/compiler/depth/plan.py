@@ -22,7 +22,8 @@ from sparsify.passes.depth.stop import (
 )
 from sparsify.recipe import Depth
 
-FEW_ROWS = 16  # what FinerCut and a divergence are judged by unless the recipe says otherwise
+FEW_ROWS = 16  # what a divergence is judged by unless the recipe says otherwise
+SEARCHED_ROWS = 4  # what FinerCut judges every candidate by in every step
 
 
 @dataclass(frozen=True)

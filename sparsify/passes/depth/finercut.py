@@ -24,7 +24,7 @@ from sparsify.model.resident import Resident
 from sparsify.model.sublayers import Sublayer
 from sparsify.passes.depth.angular import angular_distance
 
-ROWS = 1024  # positions whose distributions are alive at once
+ROWS = {"cpu": 64, "cuda": 1024}  # positions compared at once: as many as a processor's caches hold, or as fill a GPU
 
 
 def euclidean_distance(reference: Tensor, logits: Tensor) -> Tensor:
@@ -142,7 +142,8 @@ class Greedy:
 
 def total_distance(metric: Distance, reference: Tensor, logits: Tensor) -> float:
     """Sum of a distance over positions, a few at a time. reference, logits: [S, V]"""
-    parts = zip(reference.split(ROWS), logits.split(ROWS), strict=True)
+    rows = ROWS.get(logits.device.type, ROWS["cuda"])
+    parts = zip(reference.split(rows), logits.split(rows), strict=True)
     return sum(float(metric(one.float(), other.float()).double().sum()) for one, other in parts)
 
 
@@ -150,20 +151,29 @@ def finercut(
     search: Greedy,
     enough: Callable[[Sequence[Sublayer]], bool],
     bound: float | None = None,
-    advance: Callable[[Removal], None] = lambda removal: None,
+    advance: Callable[[list[Removal]], None] = lambda removals: None,
+    known: Sequence[Removal] = (),
 ) -> tuple[list[Removal], float | None]:
     """Remove until `enough(kept)`, or until nothing may go; with a bound on the divergence, stop before passing it.
+
+    known: the first removals of an earlier search of the same model by the same measure on the same text. Greedy removals do
+    not depend on how many follow, so these are not searched again.
+    advance: is told all removals after each one
 
     Returns the removals in order and, when a bound stopped them, the divergence that the next one would have had.
     """
     removals: list[Removal] = []
     while not enough(search.kept):
-        scores = search.scores()
-        if not scores:
-            break
-        position = min(scores, key=lambda candidate: (scores[candidate], candidate))
+        if len(removals) < len(known):
+            position, distance = search.kept.index(known[len(removals)].sublayers[0]), known[len(removals)].distance
+        else:
+            scores = search.scores()
+            if not scores:
+                break
+            position = min(scores, key=lambda candidate: (scores[candidate], candidate))
+            distance = scores[position]
         if bound is not None and (next_divergence := search.divergence_without(position)) > bound:
             return removals, next_divergence
-        removals.append(search.remove(position, scores[position]))
-        advance(removals[-1])
+        removals.append(search.remove(position, distance))
+        advance(removals)
     return removals, None

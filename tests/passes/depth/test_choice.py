@@ -176,6 +176,25 @@ def test_the_prefix_before_a_removal_is_not_run_again(source, monkeypatch):
     )  # each candidate costs what comes after it
 
 
+def test_a_larger_drop_goes_on_from_a_smaller_one(source, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
+    searched = []
+    scores = Greedy.scores
+    monkeypatch.setattr(Greedy, "scores", lambda search: searched.append(len(search.kept)) or scores(search))
+    two = choose(source, method="finercut", drop=2)
+    four = choose(source, method="finercut", drop=4)
+    assert searched == [10, 9, 8, 7] and four.note["steps"][:2] == two.note["steps"]
+    again = choose(source, method="finercut", drop=4)
+    assert len(searched) == 4 and again.note == four.note and again.kept == four.kept
+    choose(source, method="finercut", drop=2, metric="euclidean")
+    choose(source, method="finercut", drop=2, protect_first=2)
+    assert len(searched) == 8  # what is measured otherwise is searched anew
+    for file in tmp_path.rglob("*.json"):
+        file.write_text('{"steps": [{"sublayers": [[0, 0]]}]}')
+    assert choose(source, method="finercut", drop=2).note["steps"] == two.note["steps"]
+    assert len(searched) == 10  # and what is damaged, too
+
+
 def test_neighbouring_halves_become_one_layer():
     kept = [
         Sublayer(0, 0),
