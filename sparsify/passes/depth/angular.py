@@ -14,10 +14,11 @@ from torch import Tensor
 def angular_distance(a: Tensor, b: Tensor) -> Tensor:
     """The angle between vectors as a share of a half turn, in [0, 1]. a, b: [..., d]. Returns [...].
 
-    arccos loses small angles to rounding; the angle is twice that of the half sum and the half difference of the directions.
+    arccos loses small angles to rounding; here the angle comes from the chord between the directions, 2 sin(angle / 2).
     """
-    one, other = (x / x.norm(dim=-1, keepdim=True) for x in (a, b))
-    return 2 / torch.pi * torch.atan2((one - other).norm(dim=-1), (one + other).norm(dim=-1))
+    length, other = a.norm(dim=-1), b.norm(dim=-1)
+    chord = ((a - b * (length / other)[..., None]).norm(dim=-1) / length).clamp(max=2)
+    return 2 / torch.pi * torch.atan2(chord, ((2 - chord) * (2 + chord)).sqrt())
 
 
 def angular_matrix(states: Tensor) -> Tensor:

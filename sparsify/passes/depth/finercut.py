@@ -24,7 +24,7 @@ from sparsify.model.resident import Resident
 from sparsify.model.sublayers import Sublayer
 from sparsify.passes.depth.angular import angular_distance
 
-ROWS = {"cpu": 64, "cuda": 1024}  # positions compared at once: as many as a processor's caches hold, or as fill a GPU
+ROWS = {"cpu": 16, "cuda": 1024}  # positions compared at once: as many as a processor's caches hold, or as fill a GPU
 
 
 def euclidean_distance(reference: Tensor, logits: Tensor) -> Tensor:
