@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "finercut-free": {"method": "finercut", "units": "sublayers"},
 }
 DROPS = ("10%", "20%", "30%", "50%")
-HEALING = {"sequence_length": 512, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 0.005}
+HEALING = {"sequence_length": 512, "batch_size": 4, "learning_rate": 0.005}
 
 
 @dataclass(frozen=True)
