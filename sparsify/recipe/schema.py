@@ -679,7 +679,7 @@ class Depth(_Pass):
     samples: int | None = Field(
         default=None,
         ge=1,
-        description="rows of the calibration text to judge by; default all, with finercut and for divergence at most 16",
+        description="rows of the calibration text to judge by; default all, at most 4 with finercut and 16 for divergence",
     )
     metric: Literal["angular", "euclidean", "jensen-shannon"] = Field(
         default="angular", description="finercut: how the change of the logits is measured"

@@ -187,8 +187,9 @@ class _Record:
         measured = (settings.metric, settings.units, protected, search.model.device)
         key = repr((VERSION, source.model.checkpoint.fingerprint(), text, *measured))
         self.path = cache_directory() / "finercut" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        self.known = self._read(set(search.kept))
 
-    def known(self) -> list[Removal]:
+    def _read(self, there: set[Sublayer]) -> list[Removal]:
         try:
             steps = json.loads(self.path.read_text())["steps"]
             gone = [
@@ -197,11 +198,12 @@ class _Record:
             removals = [Removal(unit, float(step["distance"])) for unit, step in zip(gone, steps, strict=True)]
         except (OSError, ValueError, KeyError, TypeError):
             return []  # none yet, or damaged: it is searched again
-        once = len({sublayer for unit in gone for sublayer in unit}) == self.units * len(gone)
-        return removals if once and all(len(unit) == self.units for unit in gone) else []
+        seen = {sublayer for unit in gone for sublayer in unit}
+        whole = seen <= there and len(seen) == self.units * len(gone) and all(len(unit) == self.units for unit in gone)
+        return removals if whole else []
 
     def keep(self, removals: Sequence[Removal]) -> None:
-        if not is_main() or len(removals) <= len(self.known()):
+        if not is_main() or len(removals) <= len(self.known):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         steps = [{"sublayers": [[s.block, s.position] for s in r.sublayers], "distance": r.distance} for r in removals]
@@ -239,7 +241,7 @@ def choose_sublayers(settings: Depth, source: Source, tokens: Tensor, bar: Task)
             said(total - len(search.kept))
             record.keep(removals)
 
-        removals, exceeded = finercut(search, enough, bound, advance, record.known())
+        removals, exceeded = finercut(search, enough, bound, advance, record.known)
         if exceeded is not None and bound is not None and (not removals or (target is not None and target.has_goal)):
             what = "removing one more sublayer on the way to the goal" if removals else "removing a single sublayer"
             raise refuse_bound(bound, exceeded, what if units == 1 else what.replace("sublayer", "pair of sublayers"))
