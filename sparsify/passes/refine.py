@@ -10,7 +10,6 @@ sweep's. Cyclic descent on codes is that of QuantEase (arXiv 2309.01885), exchan
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
@@ -18,9 +17,8 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from sparsify import native
-from sparsify.errors import SparsifyError
 from sparsify.passes.quantize.grid import Grid
+from sparsify.passes.ways import faster_way
 
 FORCE = "SPARSIFY_REFINE"
 PANEL = 64
@@ -56,7 +54,7 @@ def refine(
     scale:  [N, K/G], of W on `grid`
     keep:   bool [N, K], which weights may differ from zero; None for all
     select: choose the two of every four instead
-    SPARSIFY_REFINE=torch or native forces one of the two ways.
+    SPARSIFY_REFINE=torch, native or triton forces one of the three ways.
     """
     rows = W.t().clone(memory_format=torch.contiguous_format)
     kept = keep.t().contiguous() if keep is not None else None
@@ -107,12 +105,16 @@ def visit_panel(
     keep: Tensor | None, select: bool, store: torch.dtype,
 ) -> None:  # fmt: skip
     """Decide every input of a panel once. W, keep: [B, N]; G: [B, N] half gradient; H: [B, B]; scale: [N]. Changes W and G."""
-    library = _library(W, store, grid)
-    if library is None:
+    known = grid is not None or store in (torch.bfloat16, torch.float32)
+    way = faster_way(FORCE, "cpu/refine", W.device) if known else None
+    if way is None:
         _in_torch(W, G, H, scale, grid, keep, select, store)
         return
+    if not isinstance(way, ctypes.CDLL):
+        way.refine_panel(W, G, H, scale, grid, keep, select, store)
+        return
     assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, G, H, keep) if t is not None)
-    library.sparsify_refine_panel(
+    way.sparsify_refine_panel(
         _pointer(W), _int64(W.stride(0)), _pointer(G), _int64(G.stride(0)), _pointer(H), _int64(H.stride(0)),
         W.shape[0], _int64(W.shape[1]), _pointer(scale),
         ctypes.c_float(grid.low if grid else 0), ctypes.c_float(grid.high if grid else 0),
@@ -165,19 +167,6 @@ def _best_two(v: Tensor, g: Tensor, H: Tensor, A: Tensor, stored: Callable[[Tens
         better = error < least
         best, least = torch.where(better, new, best), torch.where(better, error, least)
     return best
-
-
-def _library(W: Tensor, store: torch.dtype, grid: Grid | None) -> ctypes.CDLL | None:
-    forced = os.environ.get(FORCE, "")
-    if forced not in ("", "torch", "native"):
-        raise SparsifyError(f"{FORCE}={forced} is unknown; choose torch or native")
-    known = grid is not None or store in (torch.bfloat16, torch.float32)
-    if forced == "torch" or not known or W.device.type != "cpu":
-        return None
-    library = native.load("cpu/refine")
-    if library is None and forced:
-        raise SparsifyError(f"{FORCE}=native needs the native kernel, which cannot be had here; the log says why")
-    return library
 
 
 _int64 = ctypes.c_int64

@@ -1,19 +1,17 @@
-"""The inner loop of the column sweep: in PyTorch, where it reads like the paper, and in C++ (`kernels/cpu/sweep.cpp`)."""
+"""The inner loop of the column sweep: in PyTorch, where it reads like the paper, in C++ (`kernels/cpu/sweep.cpp`) and in Triton."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparsify import native
-from sparsify.errors import SparsifyError
 from sparsify.passes.prune.sparsegpt import sparsegpt_select
 from sparsify.passes.quantize.grid import Grid
+from sparsify.passes.ways import faster_way
 
 FORCE = "SPARSIFY_SWEEP"
 
@@ -51,13 +49,19 @@ def sweep_span(
     """Decide inputs first ... last - 1 of a panel one by one; every later input of the panel repairs each error.
 
     scale: float32 [1, N] for the whole span or [last - first, N]; None without a grid.
-    SPARSIFY_SWEEP=torch or native forces one of the two ways.
+    SPARSIFY_SWEEP=torch, native or triton forces one of the three ways.
     """
-    library = _library(panel, grid, select, store)
-    if library is None:
+    known = select in (None, sparsegpt_select) and (grid is not None or store in (torch.bfloat16, torch.float32))
+    way = faster_way(FORCE, "cpu/sweep", panel.rows.device) if known else None
+    if way is None:
         _in_torch(panel, first, last, grid, scale, select, store)
+    elif isinstance(way, ctypes.CDLL):
+        _in_native(way, panel, first, last, grid, scale, select, store)
     else:
-        _in_native(library, panel, first, last, grid, scale, select, store)
+        way.sweep_panel(
+            panel.rows, panel.errors, panel.U, panel.codes, panel.keep,
+            first, last, grid, scale, select is not None, store,
+        )  # fmt: skip
 
 
 def _in_torch(
@@ -91,19 +95,6 @@ def _in_torch(
         rows[i] = new
         if i + 1 < rows.shape[0]:
             rows[i + 1 :].addr_(U[i, i + 1 :], panel.errors[i], alpha=-1)
-
-
-def _library(panel: Panel, grid: Grid | None, select: Select | None, store: torch.dtype) -> ctypes.CDLL | None:
-    forced = os.environ.get(FORCE, "")
-    if forced not in ("", "torch", "native"):
-        raise SparsifyError(f"{FORCE}={forced} is unknown; choose torch or native")
-    known = select in (None, sparsegpt_select) and (grid is not None or store in (torch.bfloat16, torch.float32))
-    if forced == "torch" or not known or panel.rows.device.type != "cpu":
-        return None
-    library = native.load("cpu/sweep")
-    if library is None and forced:
-        raise SparsifyError(f"{FORCE}=native needs the native kernel, which cannot be had here; the log says why")
-    return library
 
 
 def _in_native(

@@ -166,5 +166,5 @@ def test_compress_refines_what_it_exports(problem, quantize):
 def test_an_unknown_way_is_refused(problem, monkeypatch):
     W, factors = problem
     monkeypatch.setenv("SPARSIFY_REFINE", "numpy")
-    with pytest.raises(SparsifyError, match="SPARSIFY_REFINE=numpy is unknown; choose torch or native"):
+    with pytest.raises(SparsifyError, match="SPARSIFY_REFINE=numpy is unknown; choose torch, native or triton"):
         refine(W, W, factors.damped, 1, select=True)

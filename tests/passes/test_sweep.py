@@ -241,5 +241,5 @@ def test_native_result_does_not_depend_on_threads(problem, way):
 def test_an_unknown_way_is_refused(problem, monkeypatch):
     W, X, H = problem
     monkeypatch.setenv("SPARSIFY_SWEEP", "fast")
-    with pytest.raises(SparsifyError, match="choose torch or native"):
+    with pytest.raises(SparsifyError, match="choose torch, native or triton"):
         column_sweep(W, torch.eye(K), None)
