@@ -24,6 +24,7 @@ from sparsify.compiler.plan import Plan, make_plan
 from sparsify.compiler.train import ADAPTER, train_stage
 from sparsify.compiler.training import Shortened
 from sparsify.data import calibration_tokens
+from sparsify.data.writer import open_writer
 from sparsify.distributed import (
     device,
     gathered,
@@ -509,14 +510,14 @@ def _tokens(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:
         from safetensors.torch import load_file
 
         return load_file(file)["tokens"]
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     directory = plan.checkpoint.directory
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokens = calibration_tokens(
         plan.recipe.calibration,
         tokenizer,
-        lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=plan.model.dtype),
+        lambda: open_writer(directory, plan.model.dtype),
         cache_dir=cache_directory() / "calibration",
         key=plan.checkpoint.fingerprint(),
         quiet=quiet,

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from sparsify.compiler.training import PlannedTraining
 from sparsify.data import calibration_tokens
 from sparsify.data.chat import conversation_rows
+from sparsify.data.writer import open_writer
 from sparsify.distributed import device, is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CalibrationError, CheckpointError
 from sparsify.files import atomic_write, cache_directory, publish
@@ -292,13 +293,13 @@ def training_text(settings: Distill, calibration: Calibration) -> Calibration:
 
 def text_tokens(asked: Calibration, settings: Distill, writes: Checkpoint, quiet: bool) -> Tensor:
     """Tokens [samples, sequence_length]; `self` means the teacher."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         return calibration_tokens(
             asked,
             AutoTokenizer.from_pretrained(writes.directory),
-            lambda: AutoModelForCausalLM.from_pretrained(writes.directory, dtype=PRECISIONS[settings.precision]),
+            lambda: open_writer(writes.directory, PRECISIONS[settings.precision]),
             cache_dir=cache_directory() / "calibration",
             key=writes.fingerprint(),
             quiet=quiet,
