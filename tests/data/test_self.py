@@ -142,6 +142,7 @@ def test_batches_are_bounded_by_their_keys_and_values(llama: Any, monkeypatch: p
     assert batch_size(llama.config, MAX_BATCH + 2, 64) == (MAX_BATCH + 2) // 2
     monkeypatch.setattr("sparsify.data.generate.CACHE_BYTES", 3 * row)
     assert batch_size(llama.config, 10, 64) == 3 and batch_size(llama.config, 10, 1 << 20) == 1
+    assert batch_size(llama.config, 10, 64, factor=4) == 10  # a GPU
 
 
 def test_threads_grow_with_the_work_and_are_given_back(llama: Any) -> None:
