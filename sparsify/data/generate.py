@@ -23,6 +23,7 @@ CACHE_BYTES = 2 << 30  # keys and values of one batch stay below this
 MAX_BATCH = 128
 GPU_FACTOR = 4  # on a GPU both bounds are so many times higher: a step of 128 rows of a small model leaves it idle
 WORK_PER_THREAD = 4e9  # multiply-adds of one step below which a further thread waits more than it computes
+CPU = torch.device("cpu")
 DRAW_ROWS = 16  # rows drawn at once: bounds the float64 copies of the vocabulary
 
 
@@ -119,8 +120,8 @@ def sample_rows(
     """
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(scripts), sequence_length, generator=generator, dtype=torch.float64)
-    on_gpu = next(model.parameters()).device.type != "cpu"
-    batches = draws.split(batch_size(model.config, len(scripts), sequence_length, GPU_FACTOR if on_gpu else 1))
+    place = next(model.parameters()).device
+    batches = draws.split(batch_size(model.config, len(scripts), sequence_length, place))
     rows = iter(zip(scripts, temperatures or [Temperature()] * len(scripts), strict=True))
     was_training, threads = model.training, torch.get_num_threads()
     model.eval()
@@ -143,13 +144,18 @@ def useful_threads(available: int, work: float) -> int:
     return max(1, min(available, int(work / WORK_PER_THREAD)))
 
 
-def batch_size(config: Any, samples: int, sequence_length: int, factor: int = 1) -> int:
-    """As many rows at once as keep the keys and values of a batch within bounds, `factor` times higher, split evenly."""
+def batch_size(config: Any, samples: int, sequence_length: int, device: torch.device = CPU) -> int:
+    """As many rows at once as keep the keys and values of a batch within bounds, split evenly.
+
+    On a GPU the bounds are higher, as far as half of its free memory goes."""
+    most, room = MAX_BATCH, CACHE_BYTES
+    if device.type == "cuda":
+        most, room = GPU_FACTOR * most, min(GPU_FACTOR * room, torch.cuda.mem_get_info(device)[0] // 2)
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     row = 2 * 2 * text.num_hidden_layers * heads * head * sequence_length
-    batches = -(-samples // max(1, min(factor * MAX_BATCH, factor * CACHE_BYTES // row)))
+    batches = -(-samples // max(1, min(most, room // row)))
     return -(-samples // batches)
 
 

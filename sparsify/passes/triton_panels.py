@@ -15,10 +15,8 @@ from sparsify.passes.quantize.grid import Grid
 
 BLOCK = 16  # outputs of a program: a panel of 128 inputs is 16 registers in each of 128 threads
 WARPS = 4
-STORES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ROUND = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: adding it leaves no bits for a fraction, so the sum is rounded to nearest even
+# 1.5 * 2^23: adding it leaves no bits for a fraction, so the sum is rounded to nearest even
+_ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -40,15 +38,13 @@ def _code(x, unit, low, high):
 
 
 @triton.jit
-def _stored(x, unit, low, high, GRID: tl.constexpr, STORE: tl.constexpr):
-    """x as it will be stored: on the grid, or rounded to 16 bits."""
+def _stored(x, unit, low, high, GRID: tl.constexpr, TO_BF16: tl.constexpr):
+    """x as it will be stored: on the grid, or rounded to bfloat16, or as it is."""
     if GRID:
         x = _code(x, unit, low, high) * unit
-    elif STORE == 1:
+    elif TO_BF16:
         bits = x.to(tl.int32, bitcast=True)  # not `to(bfloat16)`, which Triton's interpreter truncates
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    elif STORE == 2:
-        x = x.to(tl.float16).to(tl.float32)
     return x
 
 
@@ -65,7 +61,7 @@ def _ahead(loss, other, EARLIER: tl.constexpr):
 def sweep(
     rows, errors, factor, scale, codes, keep, outputs, size, first, last, low, high,
     ld_rows, ld_errors, ld_factor, ld_scale, ld_codes, ld_keep,
-    GRID: tl.constexpr, KEEP: tl.constexpr, SELECT: tl.constexpr, STORE: tl.constexpr,
+    GRID: tl.constexpr, KEEP: tl.constexpr, SELECT: tl.constexpr, TO_BF16: tl.constexpr,
     PANEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decide inputs first ... last - 1 of a panel one by one; every later input of the panel repairs each error."""
@@ -109,7 +105,7 @@ def sweep(
                 tl.store(codes + i * ld_codes + n, code.to(tl.int8), mask=inside)
                 new = code * unit
             else:
-                new = tl.where(kept, _stored(now, now, low, high, False, STORE), 0.0)
+                new = tl.where(kept, _stored(now, now, low, high, False, TO_BF16), 0.0)
             error = tl.div_rn(now - new, tl.load(factor + i * (ld_factor + 1)))
             tl.store(errors + i * ld_errors + n, error, mask=inside)
             repair = tl.load(factor + i * ld_factor + r, mask=(r > i) & (r < size), other=0.0)
@@ -120,15 +116,15 @@ def sweep(
 @triton.jit
 def _try(
     least, earlier, later, support, b_r, b_s, a_r, a_s, cross, unit, low, high,
-    NUMBER: tl.constexpr, GRID: tl.constexpr, STORE: tl.constexpr,
+    NUMBER: tl.constexpr, GRID: tl.constexpr, TO_BF16: tl.constexpr,
 ):  # fmt: skip
     """One support of two inputs, r rounded first and s knowing what r lost; taken where it is better than the best so far."""
     det = a_r * a_s - cross * cross
     regular = det > 1e-6 * a_r * a_s
     joint = (a_s * b_r - cross * b_s) / tl.where(regular, det, 1.0)
     alone = tl.where(a_r > 0, b_r / tl.where(a_r > 0, a_r, 1.0), 0.0)
-    v = _stored(tl.where(regular, joint, alone), unit, low, high, GRID, STORE)
-    u = _stored((b_s - cross * v) / tl.where(a_s > 0, a_s, 1.0), unit, low, high, GRID, STORE)
+    v = _stored(tl.where(regular, joint, alone), unit, low, high, GRID, TO_BF16)
+    u = _stored((b_s - cross * v) / tl.where(a_s > 0, a_s, 1.0), unit, low, high, GRID, TO_BF16)
     e = v * (a_r * v + 2 * (cross * u - b_r)) + u * (a_s * u - 2 * b_s)
     better = tl.where(a_s > 0, e, float("inf")) < least
     least = tl.where(better, e, least)
@@ -148,7 +144,7 @@ def _chosen(support, earlier, later, now, INPUT: tl.constexpr):
 @triton.jit
 def refine(
     W, G, H, scale, keep, outputs, size, low, high, ld_w, ld_g, ld_h, ld_keep,
-    GRID: tl.constexpr, KEEP: tl.constexpr, SELECT: tl.constexpr, STORE: tl.constexpr,
+    GRID: tl.constexpr, KEEP: tl.constexpr, SELECT: tl.constexpr, TO_BF16: tl.constexpr,
     PANEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decide every input of a panel once, given all others, so that the exact layer error falls; see `passes/refine.py`."""
@@ -176,18 +172,18 @@ def refine(
             best = w0 * (s0 - 2 * b0) + w1 * (s1 - 2 * b1) + w2 * (s2 - 2 * b2) + w3 * (s3 - 2 * b3)
             v, u = tl.full([BLOCK], 0.0, tl.float32), tl.full([BLOCK], 0.0, tl.float32)
             support = tl.full([BLOCK], -1, tl.int32)
-            best, v, u, support = _try(best, v, u, support, b0, b1, a00, a11, a01, unit, low, high, 1, GRID, STORE)
-            best, v, u, support = _try(best, v, u, support, b0, b2, a00, a22, a02, unit, low, high, 2, GRID, STORE)
-            best, v, u, support = _try(best, v, u, support, b0, b3, a00, a33, a03, unit, low, high, 3, GRID, STORE)
-            best, v, u, support = _try(best, v, u, support, b1, b0, a11, a00, a01, unit, low, high, 4, GRID, STORE)
-            best, v, u, support = _try(best, v, u, support, b1, b2, a11, a22, a12, unit, low, high, 6, GRID, STORE)
-            best, v, u, support = _try(best, v, u, support, b1, b3, a11, a33, a13, unit, low, high, 7, GRID, STORE)
-            best, v, u, support = _try(best, v, u, support, b2, b0, a22, a00, a02, unit, low, high, 8, GRID, STORE)
-            best, v, u, support = _try(best, v, u, support, b2, b1, a22, a11, a12, unit, low, high, 9, GRID, STORE)
-            best, v, u, support = _try(best, v, u, support, b2, b3, a22, a33, a23, unit, low, high, 11, GRID, STORE)
-            best, v, u, support = _try(best, v, u, support, b3, b0, a33, a00, a03, unit, low, high, 12, GRID, STORE)
-            best, v, u, support = _try(best, v, u, support, b3, b1, a33, a11, a13, unit, low, high, 13, GRID, STORE)
-            best, v, u, support = _try(best, v, u, support, b3, b2, a33, a22, a23, unit, low, high, 14, GRID, STORE)
+            best, v, u, support = _try(best, v, u, support, b0, b1, a00, a11, a01, unit, low, high, 1, GRID, TO_BF16)
+            best, v, u, support = _try(best, v, u, support, b0, b2, a00, a22, a02, unit, low, high, 2, GRID, TO_BF16)
+            best, v, u, support = _try(best, v, u, support, b0, b3, a00, a33, a03, unit, low, high, 3, GRID, TO_BF16)
+            best, v, u, support = _try(best, v, u, support, b1, b0, a11, a00, a01, unit, low, high, 4, GRID, TO_BF16)
+            best, v, u, support = _try(best, v, u, support, b1, b2, a11, a22, a12, unit, low, high, 6, GRID, TO_BF16)
+            best, v, u, support = _try(best, v, u, support, b1, b3, a11, a33, a13, unit, low, high, 7, GRID, TO_BF16)
+            best, v, u, support = _try(best, v, u, support, b2, b0, a22, a00, a02, unit, low, high, 8, GRID, TO_BF16)
+            best, v, u, support = _try(best, v, u, support, b2, b1, a22, a11, a12, unit, low, high, 9, GRID, TO_BF16)
+            best, v, u, support = _try(best, v, u, support, b2, b3, a22, a33, a23, unit, low, high, 11, GRID, TO_BF16)
+            best, v, u, support = _try(best, v, u, support, b3, b0, a33, a00, a03, unit, low, high, 12, GRID, TO_BF16)
+            best, v, u, support = _try(best, v, u, support, b3, b1, a33, a11, a13, unit, low, high, 13, GRID, TO_BF16)
+            best, v, u, support = _try(best, v, u, support, b3, b2, a33, a22, a23, unit, low, high, 14, GRID, TO_BF16)
             n0, n1 = _chosen(support, v, u, w0, 0), _chosen(support, v, u, w1, 1)
             n2, n3 = _chosen(support, v, u, w2, 2), _chosen(support, v, u, w3, 3)
             column = H + i * ld_h + r  # H is symmetric: its rows are its columns
@@ -202,7 +198,7 @@ def refine(
             at = (r == i)[:, None]
             now, slope = _row(w, at), _row(g, at)
             curvature = tl.load(H + i * (ld_h + 1))
-            new = _stored(now - slope / tl.where(curvature > 0, curvature, 1.0), unit, low, high, GRID, STORE)
+            new = _stored(now - slope / tl.where(curvature > 0, curvature, 1.0), unit, low, high, GRID, TO_BF16)
             change = new - now
             better = tl.where(curvature > 0, change * (curvature * change + 2 * slope), 0.0) < 0
             if KEEP:
@@ -227,7 +223,7 @@ def sweep_panel(
         outputs, size, first, last, float(grid.low if grid else 0), float(grid.high if grid else 0),
         rows.stride(0), errors.stride(0), U.stride(0), 0 if scale is None or scale.shape[0] == 1 else scale.stride(0),
         0 if codes is None else codes.stride(0), 0 if keep is None else keep.stride(0),
-        GRID=grid is not None, KEEP=keep is not None, SELECT=select, STORE=STORES[store],
+        GRID=grid is not None, KEEP=keep is not None, SELECT=select, TO_BF16=store == torch.bfloat16,
         PANEL=_panel(size), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
@@ -243,7 +239,7 @@ def refine_panel(
         W, G, H, W if scale is None else scale, W if keep is None else keep, outputs, size,
         float(grid.low if grid else 0), float(grid.high if grid else 0),
         W.stride(0), G.stride(0), H.stride(0), 0 if keep is None else keep.stride(0),
-        GRID=grid is not None and scale is not None, KEEP=keep is not None, SELECT=select, STORE=STORES[store],
+        GRID=grid is not None and scale is not None, KEEP=keep is not None, SELECT=select, TO_BF16=store == torch.bfloat16,
         PANEL=_panel(size), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 

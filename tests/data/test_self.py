@@ -142,7 +142,11 @@ def test_batches_are_bounded_by_their_keys_and_values(llama: Any, monkeypatch: p
     assert batch_size(llama.config, MAX_BATCH + 2, 64) == (MAX_BATCH + 2) // 2
     monkeypatch.setattr("sparsify.data.generate.CACHE_BYTES", 3 * row)
     assert batch_size(llama.config, 10, 64) == 3 and batch_size(llama.config, 10, 1 << 20) == 1
-    assert batch_size(llama.config, 10, 64, factor=4) == 10  # a GPU
+    gpu, free = torch.device("cuda"), [64 * row]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], free[0]))
+    assert batch_size(llama.config, 10, 64, gpu) == 10
+    free[0] = 10 * row  # half of it holds five rows
+    assert batch_size(llama.config, 10, 64, gpu) == 5
 
 
 def test_threads_grow_with_the_work_and_are_given_back(llama: Any) -> None:

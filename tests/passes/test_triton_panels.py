@@ -131,7 +131,7 @@ found = {}
 for name, fixed in (("sweep", {"PANEL": 128}), ("refine", {"PANEL": 64}), ("refine", {"PANEL": 128})):
     for choice in ({"KEEP": False, "SELECT": True}, {"KEEP": True, "SELECT": False}):
         kernel = getattr(panels, name)
-        values = {**fixed, **choice, "GRID": True, "STORE": 1, "BLOCK": panels.BLOCK}
+        values = {**fixed, **choice, "GRID": True, "TO_BF16": True, "BLOCK": panels.BLOCK}
         pointers = {"codes": "*i8", "keep": "*u8", "low": "fp32", "high": "fp32"}
         pointers |= {word: "*fp32" for word in ("rows", "errors", "factor", "scale", "W", "G", "H")}
         signature = {word: "constexpr" if word in values else pointers.get(word, "i32") for word in kernel.arg_names}
