@@ -7,7 +7,7 @@
 //   sparse24_f32.h    avx512, avx2, portable: fp32 products
 //
 // and in each family two ways: `direct` for few rows, where the weights are read once and no dense weight is ever built, and
-// decoding a piece of a panel into the first-level cache for many rows.
+// decoding a piece of a panel into the first-level cache for many rows. Between them bf16 rows become fixed point: sparse24_fixed.h.
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
@@ -37,13 +37,14 @@
 #endif
 
 #include "sparse24_bf16.h"
+#include "sparse24_fixed.h"
 #include "sparse24_int8.h"
 
 namespace sparse24 {
 
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kLevels = 5 };
-// Options, added to a level: many rows may be multiplied in int8; few rows or many rows kernels whatever the number of rows.
-constexpr int kInt8 = 256, kForceDirect = 512, kForceTiles = 1024, kFirstOption = kInt8;
+// Options, added to a level: many rows may be multiplied in int8; few rows, many rows or fixed point kernels whatever the number of rows.
+constexpr int kInt8 = 256, kForceDirect = 512, kForceTiles = 1024, kForceFixed = 2048, kFirstOption = kInt8;
 enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2, kOutOfMemory = 3 };
 
 static inline float bf16_to_float(uint16_t v) {
@@ -379,11 +380,8 @@ static int run_f32(const Call& call, const F32Kernels& kernels) {
 
 static inline int parts_of(int type) { return type == kBf16 ? 1 : type == kF16 ? 2 : 3; }
 
-// Rows (after splitting) up to which `direct` beats decoding a panel once for all: sparse24_crossovers.h, measured.
-static int64_t direct_rows(const Layout& l, bool amx) {
-    const int scheme = l.bits == 4 ? 0 : l.bits == 8 ? 1 : 2;
-    return kDirectRows[amx][l.sparse ? scheme : 3 + scheme];
-}
+// The column of sparse24_crossovers.h, whose rows are counted after splitting.
+static int scheme_index(const Layout& l) { return (l.bits == 4 ? 0 : l.bits == 8 ? 1 : 2) + (l.sparse ? 0 : 3); }
 
 // Rows `start` .. of the result from the sums of one panel; `stride` floats between rows of sums, `parts` of which make one.
 static void finish_rows(const Call& call, int64_t pair, int half, int64_t start, int64_t rows, int parts, const float* sums,
@@ -438,7 +436,7 @@ static int run_direct(const Call& call) {
     return failed ? kOutOfMemory : kOk;
 }
 
-constexpr int64_t kBlockRows = 240;        // rows that a decoded piece serves; a multiple of 16 and of 3: parts stay together
+constexpr int64_t kBlockRows = 288;         // most rows that a decoded piece serves
 constexpr int64_t kCached = 1 << 20;        // bytes of activations that are to stay in the second-level cache
 
 // With more rows of bf16 than this, multiplying the decoded weights by their scales costs less than scaling sums per group.
@@ -447,19 +445,19 @@ constexpr int64_t kFoldRows = 64;
 
 struct Blocking {
     int64_t rows;        // split rows of a block
-    int64_t tile_rows;   // 4, 8, 12 or 16
+    int64_t tile_rows;   // 4, 8, 12 or 16; with several tiles 12 or 16
     int64_t tiles;
     int64_t chunk;       // steps of K between two passes over the pairs
 
     int64_t step_bytes() const { return tile_rows * 64; }
 };
 
-static Blocking blocking(const Layout& l, int64_t rows) {
+static Blocking blocking(const Layout& l, int64_t rows, int parts) {
+    const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, unit = parts == 1 ? 16 : 48;  // parts of a row stay together
     Blocking b;
-    b.rows = std::min(rows, kBlockRows);
+    b.rows = blocks == 1 ? rows : ((rows + blocks - 1) / blocks + unit - 1) / unit * unit;
     b.tiles = (b.rows + 15) / 16;
     b.tile_rows = ((b.rows + b.tiles - 1) / b.tiles + 3) / 4 * 4;
-    if (b.tiles > 1) b.tile_rows = std::max<int64_t>(b.tile_rows, 12);
     const int64_t bytes = b.tiles * b.step_bytes();
     b.chunk = std::min(l.steps, std::max<int64_t>(bf16::kSub, kCached / bytes / bf16::kSub * bf16::kSub));
     return b;
@@ -470,6 +468,16 @@ static void pack_tiles(const Call& call, const Blocking& b, int64_t start, int64
     const Layout& l = call.l;
     const int parts = parts_of(call.type);
     const int64_t padded = l.steps * kStep;
+    if (parts == 1) {
+        for (int64_t m = mine.begin, last; m < mine.end; m = last) {
+            last = std::min(mine.end, (m / b.tile_rows + 1) * b.tile_rows);
+            const int real = int(std::max<int64_t>(0, std::min(last, rows) - m));
+            uint8_t* to = tiles + m / b.tile_rows * l.steps * b.step_bytes() + m % b.tile_rows * 64;
+            const void* from = real ? call.row(start + m) : nullptr;
+            bf16::pack_rows(static_cast<const uint16_t*>(from), call.ldx, real, int(last - m) - real, l.k, to, b.step_bytes());
+        }
+        return;
+    }
     for (int64_t m = mine.begin; m < mine.end; ++m) {
         const bool real = m * parts < rows;
         if (real) bf16::split_row(call.row(start / parts + m), call.type, l.k, padded, split, padded);
@@ -500,7 +508,7 @@ static int run_tiles(const Call& call, bool amx) {
     const Layout& l = call.l;
     const int parts = parts_of(call.type);
     const int64_t rows = call.rows * parts, padded = l.steps * kStep;
-    const Blocking b = blocking(l, rows);
+    const Blocking b = blocking(l, rows, parts);
     const int64_t tile_bytes = l.steps * b.step_bytes(), sums_rows = b.tiles * b.tile_rows;
     uint8_t* tiles = shared.get(size_t(b.tiles) * tile_bytes);
     if (tiles == nullptr) return kOutOfMemory;
@@ -541,24 +549,22 @@ static int run_tiles(const Call& call, bool amx) {
                         for (int half = 0; half < 2 && folded && l.scaled(); ++half) {
                             bf16::scale_decoded(decoded + half * decoded_bytes / 2, pieces, half);
                         }
-                        for (int64_t t = 0; t < used_tiles;) {
+                        for (int64_t t = 0; t < used_tiles; ++t) {
                             const uint8_t* a = tiles + t * tile_bytes + s * b.step_bytes();
                             float* to = c + t * b.tile_rows * kPanel;
 #if SPARSIFY_COMPILES_AMX
                             if (amx) {
-                                const int some = t + 1 < used_tiles ? 2 : 1;
                                 if (folded) {
-                                    const auto scaled = some == 2 ? bf16::multiply_scaled_amx<2, false> : bf16::multiply_scaled_amx<1, false>;
-                                    scaled(a, tile_bytes, decoded, decoded_bytes / 2, steps, int(b.tile_rows), to, c_stride);
-                                } else bf16::multiplier_amx(some, int(b.tile_rows))(a, tile_bytes, decoded, decoded_bytes / 2, pieces, to, c_stride);
-                                t += some;
+                                    bf16::multiply_scaled_amx<false>(a, decoded, decoded_bytes / 2, steps, int(b.tile_rows), to, c_stride);
+                                } else {
+                                    bf16::multiplier_amx(int(b.tile_rows))(a, decoded, decoded_bytes / 2, pieces, to, c_stride);
+                                }
                                 continue;
                             }
 #endif
                             for (int half = 0; half < 2; ++half) {
                                 multiply(a, decoded + half * decoded_bytes / 2, pieces, half, to + half * c_stride);
                             }
-                            t += 1;
                         }
                     }
                     if (end < l.steps) continue;
@@ -574,11 +580,91 @@ static int run_tiles(const Call& call, bool amx) {
     return failed ? kOutOfMemory : kOk;
 }
 
+// One row of bf16 in fixed point (sparse24_fixed.h).
+static int run_one_fixed(const Call& call) {
+    const Layout& l = call.l;
+    const fixed::Cut cut = fixed::cut(l);
+    const int64_t padded = l.steps * kStep, expanded = l.steps * bf16::kQuadBytes;
+    std::atomic<bool> failed{false};
+    in_threads(l.n * l.k, [&](int thread, int threads) {
+        uint8_t* x = own.get(size_t(expanded + padded * 2 + cut.pieces * 4));
+        if (x == nullptr) {
+            failed = true;
+            return;
+        }
+        const Range pairs = part(l.pairs, thread, threads);
+        if (pairs.begin == pairs.end) return;
+        int16_t* words = reinterpret_cast<int16_t*>(x + expanded);
+        float* units = reinterpret_cast<float*>(words + padded);
+        fixed::to_words(l, cut, static_cast<const uint16_t*>(call.x), padded, 0, words, units, 1);
+        bf16::expand_row(reinterpret_cast<const uint16_t*>(words), l.steps, x);
+        for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+            float sums[kPair];
+            fixed::direct_fixed(l, cut, l.pair(call.blob, p), l.scales(call.blob, p), x, units, sums);
+            for (int half = 0; half < 2; ++half) finish_rows(call, p, half, 0, 1, 1, sums + half * kPanel, kPair);
+        }
+    });
+    return failed ? kOutOfMemory : kOk;
+}
+
+#if SPARSIFY_COMPILES_AMX
+
+// Rows of bf16 in fixed point, all of them at once.
+static int run_fixed(const Call& call) {
+    const Layout& l = call.l;
+    const fixed::Cut cut = fixed::cut(l);
+    const int blocks = int((call.rows + 15) / 16), even = int((call.rows + blocks - 1) / blocks);  // rows of a block
+    const int block_rows = even > 8 ? std::max((even + 3) / 4 * 4, 12) : (even + 1) / 2 * 2;
+    const int64_t all_rows = int64_t(blocks) * block_rows, block_bytes = int64_t(block_rows) * 128;
+    const int64_t tile_bytes = blocks * block_bytes, tiles = fixed::tiles_of(int(l.steps)), padded = tiles * fixed::kTileInputs;
+    uint8_t* x = shared.get(size_t(tiles * tile_bytes + cut.pieces * all_rows * 4));
+    if (x == nullptr) return kOutOfMemory;
+    float* units = reinterpret_cast<float*>(x + tiles * tile_bytes);
+    const fixed::Multiply multiply = fixed::multiplier(l, block_rows);
+    std::atomic<bool> failed{false};
+    in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
+        const size_t sums_bytes = size_t(all_rows) * kPair * 4;
+        float* sums = reinterpret_cast<float*>(own.get(sums_bytes + padded * 2));  // [panel][row][16]
+        if (sums == nullptr) failed = true;
+        const Range mine = sums ? part(all_rows, thread, threads) : Range{0, 0};
+        int16_t* words = reinterpret_cast<int16_t*>(reinterpret_cast<uint8_t*>(sums) + sums_bytes);
+        for (int64_t m = mine.begin; m < mine.end; ++m) {
+            uint8_t* high = x + m / block_rows * block_bytes + m % block_rows * 64;
+            uint8_t* low = high + block_rows * 64;
+            if (m < call.rows) {
+                const int shift = l.bits == 4 ? 4 : 0;  // 4-bit codes are decoded times 16
+                fixed::to_words(l, cut, static_cast<const uint16_t*>(call.row(m)), padded, shift, words, units + m, all_rows);
+                fixed::to_tiles(l, words, tiles, high, low, tile_bytes);
+                continue;
+            }
+            for (int64_t t = 0; t < tiles; ++t) {
+                std::memset(high + t * tile_bytes, 0, 64);
+                std::memset(low + t * tile_bytes, 0, 64);
+            }
+            for (int64_t piece = 0; piece < cut.pieces; ++piece) units[piece * all_rows + m] = 0;
+        }
+        barrier();
+        if (failed) return;
+        bf16::enter_amx(block_rows > 8 ? block_rows : 2 * block_rows);
+        const Range pairs = part(l.pairs, thread, threads);
+        const int64_t c_stride = all_rows * kPanel;
+        for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+            std::memset(sums, 0, sums_bytes);
+            multiply(l, cut, l.pair(call.blob, p), l.scales(call.blob, p), x, units, blocks, sums, c_stride);
+            for (int half = 0; half < 2; ++half) finish_rows(call, p, half, 0, call.rows, 1, sums + half * c_stride, kPanel);
+        }
+        bf16::leave_amx();
+    });
+    return failed ? kOutOfMemory : kOk;
+}
+
+#endif  // SPARSIFY_COMPILES_AMX
+
 // As run_tiles, in int8 (sparse24_int8.h).
 static int run_int8(const Call& call, bool amx) {
     const Layout& l = call.l;
     const int64_t steps = (l.steps + int8::kSteps - 1) / int8::kSteps, padded = steps * int8::kSteps * kStep;
-    const Blocking b = blocking(l, call.rows);
+    const Blocking b = blocking(l, call.rows, 1);
     const int64_t tile_bytes = steps * b.step_bytes(), sums_rows = b.tiles * b.tile_rows;
     uint8_t* tiles = shared.get(size_t(b.tiles) * tile_bytes + sums_rows * 4);
     if (tiles == nullptr) return kOutOfMemory;
@@ -621,22 +707,18 @@ static int run_int8(const Call& call, bool amx) {
                 for (int64_t s = 0; s < l.steps; s += sub) {
                     const int some = int(std::min<int64_t>(sub, l.steps - s)), wide = (some + 1) / int8::kSteps;
                     decode(l, l.pair(call.blob, p) + s * 2 * l.step_bytes, s, some, factors, decoded, panel_bytes);
-                    for (int64_t t = 0; t < used_tiles;) {
+                    for (int64_t t = 0; t < used_tiles; ++t) {
                         const uint8_t* a = tiles + t * tile_bytes + s / int8::kSteps * b.step_bytes();
                         int32_t* to = c + t * b.tile_rows * kPanel;
 #if SPARSIFY_COMPILES_AMX
                         if (amx) {
-                            const int together = t + 1 < used_tiles ? 2 : 1;
-                            const auto multiply = together == 2 ? bf16::multiply_scaled_amx<2, true> : bf16::multiply_scaled_amx<1, true>;
-                            multiply(a, tile_bytes, decoded, panel_bytes, wide, int(b.tile_rows), to, c_stride);
-                            t += together;
+                            bf16::multiply_scaled_amx<true>(a, decoded, panel_bytes, wide, int(b.tile_rows), to, c_stride);
                             continue;
                         }
 #endif
                         for (int half = 0; half < 2; ++half) {
                             int8::multiply_dot(a, int(b.tile_rows), decoded + half * panel_bytes, wide, to + half * c_stride);
                         }
-                        t += 1;
                     }
                 }
                 float* sums = reinterpret_cast<float*>(c);  // in place
@@ -662,9 +744,9 @@ static int run_int8(const Call& call, bool amx) {
 // `requested`, or -1 when this machine cannot run it; the fastest level of this machine for a request of -1.
 static int best_level(int requested) {
     static const sparsify::CpuFeatures cpu = sparsify::detect_cpu();
-    static const bool amx = SPARSIFY_COMPILES_AMX && cpu.amx_bf16 && cpu.amx_int8 && cpu.avx512_bf16 && cpu.avx512_vbmi && sparsify::request_amx();
-    const bool runs[kLevels] = {
-        true, cpu.avx2, cpu.avx512, bool(SPARSIFY_COMPILES_AVX512BF16) && cpu.avx512_bf16 && cpu.avx512_vbmi, amx};
+    static const bool bf16 = SPARSIFY_COMPILES_AVX512BF16 && cpu.avx512_bf16 && cpu.avx512_vbmi && cpu.avx512_vnni;
+    static const bool amx = SPARSIFY_COMPILES_AMX && bf16 && cpu.amx_bf16 && cpu.amx_int8 && sparsify::request_amx();
+    const bool runs[kLevels] = {true, cpu.avx2, cpu.avx512, bf16, amx};
     for (int level = kLevels - 1; level >= 0; --level) {
         if (runs[level] && (requested < 0 || level == requested)) return level;
     }
@@ -679,16 +761,33 @@ static F32Kernels f32_kernels(const Layout& l, int level) {
     return portable::kernels(l);
 }
 
+#if SPARSIFY_COMPILES_AMX
+
+// Whether AMX multiplies this call in fixed point.
+static bool takes_fixed(const Call& call, int options) {
+    if (call.type != kBf16 || options & (kForceDirect | kForceTiles) || !fixed::fits_tiles(call.l)) return false;
+    if (options & kForceFixed) return true;
+    if (options & kInt8 && call.rows > bf16::kMaxDirectRows) return false;
+    const int* rows = kFixedRows[scheme_index(call.l)];
+    return call.rows >= rows[0] && call.rows <= rows[1];
+}
+
+#endif  // SPARSIFY_COMPILES_AMX
+
 static int run(const Call& call, int level, int options) {
 #if SPARSIFY_COMPILES_AVX512BF16
     const bool fits = call.l.bits < 16 || call.l.stored_type == kBf16;  // values in fp16 need fp32 products
     if (level >= kAvx512Bf16 && fits) {
         const bool amx = level == kAmx;
+#if SPARSIFY_COMPILES_AMX
+        if (amx && takes_fixed(call, options)) return run_fixed(call);
+#endif
+        const bool forced = options & (kForceDirect | kForceTiles);
+        if (call.rows == 1 && call.type == kBf16 && call.l.sparse && call.l.bits == 4 && !forced) return run_one_fixed(call);
         const int64_t rows = call.rows * (call.l.sparse || call.l.bits == 4 ? parts_of(call.type) : 1);
-        const int64_t limit = options & kForceDirect ? bf16::kMaxDirectRows : options & kForceTiles ? 0 : direct_rows(call.l, amx);
+        const int64_t limit = options & kForceDirect ? bf16::kMaxDirectRows : options & kForceTiles ? 0 : kDirectRows[amx][scheme_index(call.l)];
         if (rows <= std::min<int64_t>(bf16::kMaxDirectRows, limit)) return run_direct(call);
-        static const bool vnni = sparsify::detect_cpu().avx512_vnni;
-        if (options & kInt8 && call.l.scaled() && vnni) return run_int8(call, amx);
+        if (options & kInt8 && call.l.scaled()) return run_int8(call, amx);
         return run_tiles(call, amx);
     }
 #endif

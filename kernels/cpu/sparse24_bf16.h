@@ -1,7 +1,7 @@
 // Kernels for processors that multiply bf16 pairs (AVX512-BF16 with VBMI), with AMX tiles where they exist.
 //
 // All arithmetic is on bf16 activations and small exact integers, summed in fp32 per group and then scaled, so weights are
-// not rounded; the one exception is `scale_decoded`, for many rows of bf16. fp16 and fp32 activations are cut into two or three bf16 rows whose sum is exact (see `split_row`).
+// not rounded; the one exception is `scale_decoded`, for many rows of bf16. Few rows of bf16 may become fixed point: sparse24_fixed.h. fp16 and fp32 activations are cut into two or three bf16 rows whose sum is exact (see `split_row`).
 //
 // Few rows (`direct`): for each output the kept activations are picked from the four of a quad by a permute with the stored
 // positions; nothing dense is ever built. Many rows (`decode` + `multiply`): a panel becomes dense bf16 pairs in L1, which
@@ -15,7 +15,7 @@
 #if SPARSIFY_COMPILES_AVX512BF16
 #include <immintrin.h>
 
-TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,f16c,fma,bmi2")
+TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,f16c,fma,bmi2")
 namespace sparse24 {
 namespace bf16 {
 
@@ -57,6 +57,13 @@ ALWAYS __m512i pair_of_bytes(const uint8_t* low, const uint8_t* high) {
 
 ALWAYS __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
+ALWAYS __m512i dot(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
+// For byte shuffles: in every byte of a dword, the index of the dword's byte `offset` within its 128 bits.
+ALWAYS __m512i first_of_dwords(int offset) {
+    return _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c)), _mm512_set1_epi8(char(offset)));
+}
+
 // ------------------------------------------------------------------------------------------- rows of activations
 
 // Row of K inputs -> `parts` rows of bf16 (1 for bf16, 2 for fp16, 3 for fp32) that sum to it exactly, `stride` elements
@@ -79,6 +86,15 @@ static void split_row(const void* x, int type, int64_t k, int64_t padded, uint16
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + part * stride + i), _mm512_cvtepi32_epi16(bits));
             rest = _mm512_maskz_sub_ps(finite, rest, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
         }
+    }
+}
+
+// Some rows of bf16, `ldx` apart, -> lines of 32 inputs, row after row within a step of a tile; zeros for `empty` rows more.
+static void pack_rows(const uint16_t* x, int64_t ldx, int rows, int empty, int64_t k, uint8_t* out, int64_t step_bytes) {
+    for (int64_t i = 0; i < k; i += kStep, out += step_bytes) {
+        const __mmask32 mask = i + kStep <= k ? ~0u : (1u << (k - i)) - 1;
+        for (int r = 0; r < rows; ++r) _mm512_store_si512(out + r * 64, _mm512_maskz_loadu_epi16(mask, x + r * ldx + i));
+        for (int r = rows; r < rows + empty; ++r) _mm512_store_si512(out + r * 64, _mm512_setzero_si512());
     }
 }
 
@@ -119,9 +135,10 @@ ALWAYS __m512i kept_pair(const uint8_t* codes, __m512i c, __m512i table, __m512i
     }
 }
 
-template <int BITS, int Q, int R, int CHAINS>
+// Sum: __m512 of bf16 products or __m512i of 16-bit integers, by what x and the table hold.
+template <int BITS, int Q, int R, int CHAINS, class Sum>
 ALWAYS void direct_quad(const uint8_t* codes, __m512i c, __m512i meta, __m512i table, __m512i by_eight, const uint8_t* x,
-                        int64_t x_stride, __m512 (&sum)[R][CHAINS]) {
+                        int64_t x_stride, Sum (&sum)[R][CHAINS]) {
     constexpr int t = Q & 3, high = Q >> 2;
     const __m512i w = kept_pair<BITS, Q>(codes, c, table, by_eight);
     const __m512i index = t == 0 ? meta : _mm512_srli_epi16(meta, 4 * t);
@@ -145,6 +162,34 @@ ALWAYS void prefetch(const uint8_t* p, int bytes) {
     for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(p + line), _MM_HINT_T0);
 }
 
+constexpr int kAhead = 4096;  // bytes between what is read and what is prefetched
+
+// One step of a 2:4 pair, both panels. x: expanded rows, x_stride bytes apart.
+template <int BITS, int R, int CHAINS, class Sum>
+ALWAYS void direct_step(const uint8_t* p, __m512i table, const uint8_t* x, int64_t x_stride, Sum (&sum)[2][R][CHAINS]) {
+    constexpr int bytes = kMetaBytes + 32 * BITS;
+    alignas(64) static const uint8_t shifted[64] = {
+        8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0,
+        8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0};
+    const __m512i by_eight = _mm512_load_si512(shifted);
+    prefetch(p + kAhead, 2 * bytes);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half, p += bytes) {
+        const __m512i meta = _mm512_loadu_si512(p);
+        const uint8_t* codes = p + kMetaBytes;
+        const __m512i c0 = BITS == 4 ? _mm512_loadu_si512(codes) : meta;
+        const __m512i c1 = BITS == 4 ? _mm512_loadu_si512(codes + 64) : meta;
+        direct_quad<BITS, 0>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
+        direct_quad<BITS, 4>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
+        direct_quad<BITS, 1>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
+        direct_quad<BITS, 5>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
+        direct_quad<BITS, 2>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
+        direct_quad<BITS, 6>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
+        direct_quad<BITS, 3>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
+        direct_quad<BITS, 7>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
+    }
+}
+
 // out[r][32] += scale * sum for both halves of a pair.
 template <int R, int CHAINS>
 ALWAYS void add_group(const __m512 (&sum)[2][R][CHAINS], const uint16_t* scales, int type, __m512 (&total)[2][R]) {
@@ -158,38 +203,17 @@ ALWAYS void add_group(const __m512 (&sum)[2][R][CHAINS], const uint16_t* scales,
     }
 }
 
-constexpr int kAhead = 4096;  // bytes between what is read and what is prefetched
-
 // out[r][32] = the outputs of a 2:4 pair for R rows. x: expanded rows, x_stride bytes apart.
 template <int BITS, int R>
 static void direct_sparse(const Layout& l, const uint8_t* p, const uint16_t* scales, const uint8_t* x, int64_t x_stride,
                           float* out) {
-    constexpr int CHAINS = R == 1 ? 2 : 1, bytes = kMetaBytes + 32 * BITS;
+    constexpr int CHAINS = R == 1 ? 2 : 1;
     const __m512i table = code_table(false);
-    alignas(64) static const uint8_t shifted[64] = {
-        8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0,
-        8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0};
-    const __m512i by_eight = _mm512_load_si512(shifted);
     __m512 total[2][R] = {};
     for (int64_t g = 0; g < l.groups; ++g) {
         __m512 sum[2][R][CHAINS] = {};
-        for (int64_t s = 0; s < l.steps_per_group; ++s, x += kQuadBytes) {
-            prefetch(p + kAhead, 2 * bytes);
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half, p += bytes) {
-                const __m512i meta = _mm512_loadu_si512(p);
-                const uint8_t* codes = p + kMetaBytes;
-                const __m512i c0 = BITS == 4 ? _mm512_loadu_si512(codes) : meta;
-                const __m512i c1 = BITS == 4 ? _mm512_loadu_si512(codes + 64) : meta;
-                direct_quad<BITS, 0>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
-                direct_quad<BITS, 4>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
-                direct_quad<BITS, 1>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
-                direct_quad<BITS, 5>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
-                direct_quad<BITS, 2>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
-                direct_quad<BITS, 6>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
-                direct_quad<BITS, 3>(codes, c0, meta, table, by_eight, x, x_stride, sum[half]);
-                direct_quad<BITS, 7>(codes, c1, meta, table, by_eight, x, x_stride, sum[half]);
-            }
+        for (int64_t s = 0; s < l.steps_per_group; ++s, x += kQuadBytes, p += 2 * l.step_bytes) {
+            direct_step<BITS>(p, table, x, x_stride, sum);
         }
         add_group(sum, BITS == 16 ? nullptr : scales + g * kPair, l.stored_type, total);
     }
@@ -454,11 +478,12 @@ static void finish_row(const float* sums, int64_t stride, int parts, const void*
 TARGET_END
 
 #if SPARSIFY_COMPILES_AMX
-TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,f16c,fma,bmi2,amx-tile,amx-bf16,amx-int8")
+TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,f16c,fma,bmi2,amx-tile,amx-bf16,amx-int8")
 namespace sparse24 {
 namespace bf16 {
 
-// Tiles 0-3: sums, 4-5: activations, each of `rows` rows; 6-7: weights.
+// Tiles 0-1: sums, 4: activations, each of `rows` rows; 6-7: weights. Five of the eight on purpose: loads rename a tile, and with all
+// eight in use they wait for what still reads the old one (kernels/README.md).
 static void enter_amx(int rows) { sparsify::configure_tiles(rows, 5); }
 
 static void leave_amx() { _tile_release(); }
@@ -472,103 +497,67 @@ ALWAYS void add_scaled(const float* tile, __m512 scale, float* sums) {
     }
 }
 
-// Tiles 0-3 += two tiles of activations (one when TILES is 1), a_stride bytes apart, times two panels, b_stride bytes apart.
-template <int TILES, bool INT8>
-ALWAYS void multiply_steps(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, int steps, int rows) {
-#define SPARSE24_DOT(SUM, A, B)       \
-    if constexpr (INT8) {             \
-        _tile_dpbssd(SUM, A, B);      \
-    } else {                          \
-        _tile_dpbf16ps(SUM, A, B);    \
-    }
+// Tiles 0 and 1 += a tile of activations times two panels, b_stride bytes apart.
+template <bool INT8>
+ALWAYS void multiply_steps(const uint8_t* a, const uint8_t* b, int64_t b_stride, int steps, int rows) {
     const int step_bytes = rows * 64;
     for (int s = 0; s < steps; ++s, a += step_bytes, b += kStepBytes) {
-        _tile_loadd(6, b, 64);
         _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, 64);
         _tile_loadd(7, b + b_stride, 64);
-        SPARSE24_DOT(0, 4, 6)
-        if constexpr (TILES == 2) _tile_loadd(5, a + a_stride, 64);
-        SPARSE24_DOT(1, 4, 7)
+        if constexpr (INT8) {
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+        } else {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+        }
 #pragma GCC unroll 16
-        for (int i = 0; i < rows; ++i) {
-            _mm_prefetch(reinterpret_cast<const char*>(a + step_bytes + i * 64), _MM_HINT_T0);
-            if constexpr (TILES == 2) _mm_prefetch(reinterpret_cast<const char*>(a + a_stride + step_bytes + i * 64), _MM_HINT_T0);
-        }
-        if constexpr (TILES == 2) {
-            SPARSE24_DOT(2, 5, 6)
-            SPARSE24_DOT(3, 5, 7)
-        }
+        for (int i = 0; i < rows; ++i) _mm_prefetch(reinterpret_cast<const char*>(a + step_bytes + i * 64), _MM_HINT_T0);
     }
-#undef SPARSE24_DOT
 }
 
-// Two decoded panels times TILES (1 or 2) tiles of ROWS rows of activations.
-//   a: [step][ROWS][32] bf16, the second tile a_stride bytes behind; b: [step][16 pairs][16 outputs][2], the second panel
-//   b_stride bytes behind; c[ROWS][16] +=, c_stride floats between panels.
+// Two decoded panels times a tile of ROWS rows of activations.
+//   a: [step][ROWS][32] bf16; b: [step][16 pairs][16 outputs][2], the second panel b_stride bytes behind; c[ROWS][16] +=,
+//   c_stride floats between panels.
 // What a tile of sums leaves in memory is added one piece later: reading it at once would wait for the store.
-template <int TILES, int ROWS>
-static void multiply_amx(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, const Pieces& pieces,
-                         float* c, int64_t c_stride) {
+template <int ROWS>
+static void multiply_amx(const uint8_t* a, const uint8_t* b, int64_t b_stride, const Pieces& pieces, float* c, int64_t c_stride) {
     constexpr int kTile = 16 * kPanel;
-    alignas(64) float buffer[2][4 * kTile];
+    alignas(64) float buffer[2][2 * kTile];
     for (int piece = 0; piece <= pieces.pieces; ++piece) {
         float* leaving = buffer[piece % 2];
         if (piece < pieces.pieces) {
             _tile_zero(0);
             _tile_zero(1);
-            if constexpr (TILES == 2) {
-                _tile_zero(2);
-                _tile_zero(3);
-            }
-            multiply_steps<TILES, false>(a, a_stride, b, b_stride, pieces.steps_per_piece, ROWS);
+            multiply_steps<false>(a, b, b_stride, pieces.steps_per_piece, ROWS);
             a += pieces.steps_per_piece * ROWS * 64, b += pieces.steps_per_piece * kStepBytes;
             _tile_stored(0, leaving, 64);
             _tile_stored(1, leaving + kTile, 64);
-            if constexpr (TILES == 2) {
-                _tile_stored(2, leaving + 2 * kTile, 64);
-                _tile_stored(3, leaving + 3 * kTile, 64);
-            }
         }
         if (piece == 0) continue;
         const float* arrived = buffer[(piece - 1) % 2];
-        const __m512 left = scale_of(pieces, piece - 1, 0), right = scale_of(pieces, piece - 1, 1);
-        add_scaled<ROWS>(arrived, left, c);
-        add_scaled<ROWS>(arrived + kTile, right, c + c_stride);
-        if constexpr (TILES == 2) {
-            add_scaled<ROWS>(arrived + 2 * kTile, left, c + ROWS * kPanel);
-            add_scaled<ROWS>(arrived + 3 * kTile, right, c + c_stride + ROWS * kPanel);
-        }
+        add_scaled<ROWS>(arrived, scale_of(pieces, piece - 1, 0), c);
+        add_scaled<ROWS>(arrived + kTile, scale_of(pieces, piece - 1, 1), c + c_stride);
     }
 }
 
 // As multiply_amx, for weights that need no scale any more: the sums, fp32 or int32, stay in their tiles. INT8: every dword of
 // a and b is four signed bytes of four inputs instead of a pair of bf16.
-template <int TILES, bool INT8>
-static void multiply_scaled_amx(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, int steps, int rows,
-                                void* sums, int64_t c_stride) {
+template <bool INT8>
+static void multiply_scaled_amx(const uint8_t* a, const uint8_t* b, int64_t b_stride, int steps, int rows, void* sums, int64_t c_stride) {
     uint32_t* c = static_cast<uint32_t*>(sums);
-    uint32_t* second = c + rows * kPanel;
     _tile_loadd(0, c, 64);
     _tile_loadd(1, c + c_stride, 64);
-    if constexpr (TILES == 2) {
-        _tile_loadd(2, second, 64);
-        _tile_loadd(3, second + c_stride, 64);
-    }
-    multiply_steps<TILES, INT8>(a, a_stride, b, b_stride, steps, rows);
+    multiply_steps<INT8>(a, b, b_stride, steps, rows);
     _tile_stored(0, c, 64);
     _tile_stored(1, c + c_stride, 64);
-    if constexpr (TILES == 2) {
-        _tile_stored(2, second, 64);
-        _tile_stored(3, second + c_stride, 64);
-    }
 }
 
-using MultiplyTwo = void (*)(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride, const Pieces& pieces,
-                             float* c, int64_t c_stride);
+using MultiplyTile = void (*)(const uint8_t* a, const uint8_t* b, int64_t b_stride, const Pieces& pieces, float* c, int64_t c_stride);
 
-static MultiplyTwo multiplier_amx(int tiles, int rows) {
-    if (tiles == 2) return rows <= 12 ? multiply_amx<2, 12> : multiply_amx<2, 16>;
-    return rows <= 4 ? multiply_amx<1, 4> : rows <= 8 ? multiply_amx<1, 8> : rows <= 12 ? multiply_amx<1, 12> : multiply_amx<1, 16>;
+static MultiplyTile multiplier_amx(int rows) {
+    return rows <= 4 ? multiply_amx<4> : rows <= 8 ? multiply_amx<8> : rows <= 12 ? multiply_amx<12> : multiply_amx<16>;
 }
 
 }  // namespace bf16

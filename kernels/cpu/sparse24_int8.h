@@ -85,21 +85,7 @@ ALWAYS __m512i nibble(__m512i c, __m512i table) {
     return _mm512_permutexvar_epi16(T ? _mm512_srli_epi16(c, 4 * T) : c, table);
 }
 
-// By the positions of slot 0 (bits 0-1) and slot 1 (bits 2-3): for each byte of a quad the byte of the pair of words that goes
-// there, or 0x80 for none.
-struct Select {
-    alignas(64) uint32_t by_positions[16];
-    constexpr Select() : by_positions() {
-        for (int index = 0; index < 16; ++index) {
-            uint32_t bytes = 0x80808080;
-            const int first = index & 3, second = index >> 2;
-            bytes = (bytes & ~(0xffu << (8 * first))) | 0u << (8 * first);
-            if (second != first) bytes = (bytes & ~(0xffu << (8 * second))) | 2u << (8 * second);
-            by_positions[index] = bytes;
-        }
-    }
-};
-static constexpr Select kBytes;
+static constexpr Select kBytes(2);
 
 template <int BITS, int Q>
 ALWAYS void decode_quads(const uint8_t* codes, __m512i meta, __m512i factor, __m512i table, uint8_t* out) {
@@ -113,8 +99,7 @@ ALWAYS void decode_quads(const uint8_t* codes, __m512i meta, __m512i factor, __m
         }
         const __m512i positions = _mm512_ternarylogic_epi32(_mm512_set1_epi32(3), _mm512_srli_epi32(meta, bit),
                                                             _mm512_srli_epi32(meta, 14 + bit), 0xca);
-        const __m512i lanes = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
-        const __m512i select = _mm512_or_si512(_mm512_permutexvar_epi32(positions, _mm512_load_si512(kBytes.by_positions)), lanes);
+        const __m512i select = _mm512_or_si512(_mm512_permutexvar_epi32(positions, _mm512_load_si512(kBytes.by_positions)), bf16::first_of_dwords(0));
         _mm512_store_si512(out + Q * 64, _mm512_shuffle_epi8(rescale(words, factor), select));
         decode_quads<BITS, Q + 1>(codes, meta, factor, table, out);
     }

@@ -104,6 +104,19 @@ struct Source {  // the tensors of a checkpoint, rows of one linear
 //   (0,1) (0,2) (0,3) (2,3): as on disk;  (1,2) (1,3): swapped.
 inline bool slot_order(int first) { return first != 1; }
 
+// By the positions of slot 0 (bits 0-1) and slot 1 (bits 2-3) of a quad: for each of its four bytes, which byte of an output's
+// dword goes there, 0x80 for none: slot 0 is in byte 0, slot 1 in byte `second_slot`.
+struct Select {
+    alignas(64) uint32_t by_positions[16];
+    constexpr explicit Select(int second_slot) : by_positions() {
+        for (int index = 0; index < 16; ++index) {
+            const int first = index & 3, second = index >> 2;
+            uint32_t bytes = 0x80808080 & ~(0xffu << (8 * first));
+            if (second != first) bytes = (bytes & ~(0xffu << (8 * second))) | uint32_t(second_slot) << (8 * second);
+            by_positions[index] = bytes;
+        }
+    }
+};
 inline void pack_step(const Layout& l, const Source& src, int64_t panel, int64_t step, uint8_t* out) {
     std::memset(out, 0, l.step_bytes);
     uint8_t* codes = out + (l.sparse ? kMetaBytes : 0);

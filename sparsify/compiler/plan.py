@@ -168,7 +168,9 @@ class Plan:
             (p.block, p.module.rpartition(".")[0], p.shape[1]): p.shape[1] for p in self.linears.values() if p.scheme
         }
         hessians = streams * tokens * sum(k * k for k in inputs.values())
-        work = depth_work + round(share * (forward + hessians))
+        epochs = 0 if self.recipe.tune is None else self.recipe.tune.epochs
+        tuning = 3 * epochs * forward // streams  # forward, and backward to inputs and to weights
+        work = depth_work + round(share * (forward + hessians + tuning))
         return Estimate(dense, dense - saved, max(memory, self._training_bytes()), work)
 
     def _files_of(self, block: int) -> list[str]:

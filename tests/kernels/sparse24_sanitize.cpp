@@ -95,9 +95,9 @@ void run_linear(int64_t n, int64_t k, int bits, int64_t group, bool sparse, int 
                 Buffer bias(kind, size_t(n) * (bias_type == sparse24::kF32 ? 4 : 2));
                 fill_numbers(x, type);
                 fill_numbers(bias, bias_type == 3 ? 0 : bias_type);
-                for (const int way : {0, sparse24::kInt8, sparse24::kForceDirect, sparse24::kForceTiles}) {
+                for (const int way : {0, sparse24::kInt8, sparse24::kForceDirect, sparse24::kForceTiles, sparse24::kForceFixed}) {
                     if (way && level < sparse24::kAvx512Bf16) continue;
-                    if (way > sparse24::kInt8 && rows > 9) continue;  // the same as 0
+                    if (way > sparse24::kInt8 && rows > (way == sparse24::kForceFixed ? 65 : 9)) continue;  // the same as 0
                     std::memset(y.data, 0xff, y.bytes());
                     const int code = sparse24_linear(blob.data, bytes, x.data, type, rows, k, ldx,
                                                      bias_type == 3 ? nullptr : bias.data, bias_type, y.data, n, level + 1 + way);
@@ -149,10 +149,10 @@ int main() {
         for (const Scheme& s : schemes) {
             for (const Shape& shape : shapes) {
                 const int64_t group = s.bits == 16 ? shape.k : shape.group;
-                const std::vector<int64_t> rows = {1, 2, 3, 4, 5, 8, 9, 17, 33, 65, 81, 250};
+                const std::vector<int64_t> rows = {1, 2, 3, 4, 5, 8, 9, 17, 33, 65, 81, 300};
                 for (int stored = 0; stored < 2; ++stored) run_linear(shape.n, shape.k, s.bits, group, s.sparse, stored, kind, rows);
             }
-            run_linear(17, 2176, s.bits, s.bits == 16 ? 2176 : 128, s.sparse, 0, kind, {1, 5, 250});  // more than one pass over K
+            run_linear(17, 2176, s.bits, s.bits == 16 ? 2176 : 128, s.sparse, 0, kind, {1, 5, 300});  // more than one pass over K
         }
         damaged_blobs(kind);
     }

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -36,7 +37,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 UNIT = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2.0**-24}
 TINY = {BF16: 2.0**-126, F16: 2.0**-25, F32: 2.0**-126}
 SCHEMES = ((4, "2:4"), (8, "2:4"), (16, "2:4"), (4, "dense"), (8, "dense"))
-ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 64, 65, 129, 250)
+ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 64, 65, 129, 300)
+FIXED = 2048  # the option that asks for fixed point
 FOLD_ROWS = 64  # with more bf16 rows the AMX kernels round each scaled weight to bf16, as a dense bf16 checkpoint does
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,13 +124,39 @@ def folds(linear: Linear, level: int, x: Tensor) -> bool:
     return LEVELS[level] == "amx" and linear.bits < 16 and x.dtype == BF16 and x.shape[0] > FOLD_ROWS
 
 
-def worst(y: Tensor, linear: Linear, x: Tensor, bias: Tensor | None, level: int) -> float:
+@functools.cache
+def fixed_rows() -> dict[tuple[int, str], tuple[int, int]]:
+    """From and up to how many rows of bf16 AMX takes fixed point by itself: the table that is compiled in."""
+    text = (ROOT / "kernels" / "cpu" / "sparse24_crossovers.h").read_text(encoding="utf-8")
+    rows = re.findall(r"\{(\d+), (\d+)\}", text[text.index("kFixedRows[5][2]") :])
+    return {scheme: (int(first), int(last)) for scheme, (first, last) in zip(SCHEMES, rows, strict=True)}
+
+
+def fixed_point(linear: Linear, level: int, x: Tensor, weight: Tensor, way: int) -> Tensor | float:
+    """What 16-bit fixed point, where it serves, may take from activations (kernels/cpu/sparse24_fixed.h): per piece of K
+    its largest |x| times 1.01 x 2^-15 for each weight."""
+    scheme, rows, group = (linear.bits, linear.pattern), len(x), linear.group
+    first, last = fixed_rows()[scheme]
+    one_row = LEVELS[level] in ("avx512bf16", "amx") and scheme == (4, "2:4") and rows == 1
+    fits = linear.bits < 16 and (group == linear.k or group % 64 == 0)
+    in_tiles = LEVELS[level] == "amx" and fits and (way == FIXED or first <= rows <= last)
+    if way not in (0, FIXED) or x.dtype != BF16 or not (one_row or in_tiles):
+        return 0.0
+    size = min(group, 256)
+    return sum(
+        x[:, i : i + size].double().abs().amax(1, keepdim=True) * 1.01 * 2.0**-15 * weight[:, i : i + size].abs().sum(1)
+        for i in range(0, linear.k, size)
+    )
+
+
+def worst(y: Tensor, linear: Linear, x: Tensor, bias: Tensor | None, level: int, way: int = 0) -> float:
     """The largest error as a part of what the arithmetic allows; above 1 is a mistake.
 
     With exact = sum w x + b and magnitude = sum |w| |x| + |b|, an output of type T may differ from exact by
 
         sums = (K + K/G + 8) 2^-24 magnitude      sums in fp32: an addition per product, one scaling per group, the bias and
-                                                  the parts of an activation; with `folds` 2^-8 magnitude more
+                                                  the parts of an activation; with `folds` 2^-8 magnitude more, else
+                                                  `fixed_point` more
         UNIT[T] (|exact| + sums) + sums + TINY[T] half the distance of neighbours in T
 
     and by 2^-126 sum |w| for each of up to three parts of an activation that may be flushed to zero as denormal bf16.
@@ -138,7 +166,8 @@ def worst(y: Tensor, linear: Linear, x: Tensor, bias: Tensor | None, level: int)
     if bias is not None:
         exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
     sums = (linear.k + linear.k // linear.group + 8) * 2.0**-24 * magnitude
-    sums = sums + (2.0**-8 * magnitude if folds(linear, level, x) else 0) + 3 * 2.0**-126 * weight.abs().sum(1)
+    sums = sums + (2.0**-8 * magnitude if folds(linear, level, x) else fixed_point(linear, level, x, weight, way))
+    sums = sums + 3 * 2.0**-126 * weight.abs().sum(1)
     bound = UNIT[y.dtype] * (exact.abs() + sums) + sums + TINY[y.dtype]
     ratio = (y.double() - exact).abs() / bound
     return float(ratio.nan_to_num(nan=torch.inf).max())  # a NaN, as an output that nobody wrote, is infinitely wrong
@@ -213,18 +242,48 @@ def test_both_ways_whatever_the_crossovers_say(kernel: Kernel, level: int, way: 
         linear = Linear(bits, pattern, 384 if bits == 16 else group, 33, 384)
         x, bias = activations(rows, 384, dtype), activations(1, 33, F32, seed=2)[0]
         y = kernel.linear(kernel.pack(linear), 33, x, bias, level + way)
-        assert worst(y, linear, x, bias, level) <= 1, (group, rows, dtype)
+        assert worst(y, linear, x, bias, level, way) <= 1, (group, rows, dtype)
+
+
+@pytest.mark.parametrize("level", [3, 4], ids=LEVELS[3:])
+@pytest.mark.parametrize("group", [32, 64, 128, 512, "channel"])
+def test_one_row_in_fixed_point(kernel: Kernel, level: int, group: int | str) -> None:
+    """Pieces of every length that a group may have."""
+    if not kernel.runs(level):
+        pytest.skip(f"this processor has no {LEVELS[level]}")
+    for k in (1024, 2560) if group == 512 else (128, 384, 1152) if group != "channel" else (16, 48, 272, 1040):
+        linear = Linear(4, "2:4", k if group == "channel" else int(group), 50, k)
+        x = activations(1, k, BF16) * 2.0 ** torch.randint(-9, 9, (1, k), generator=torch.Generator().manual_seed(3))
+        y = kernel.linear(kernel.pack(linear), 50, x.to(BF16), None, level)
+        assert worst(y, linear, x.to(BF16), None, level) <= 1, k
+
+
+@scheme_ids
+def test_fixed_point_activations(kernel: Kernel, bits: int, pattern: str) -> None:
+    """Every number of rows of a block and several blocks; pieces of a group, of a part of one, and of a last part that is shorter."""
+    if not kernel.runs(4) or bits == 16:
+        pytest.skip("for AMX and codes")
+    for (k, group), rows in itertools.product(
+        [(384, 64), (384, 128), (512, 256), (1024, 512), (48, 48), (1040, 1040), (96, 96)],
+        [*range(1, 18), 24, 31, 32, 33, 50, 64],
+    ):
+        linear = Linear(bits, pattern, group, 33, k)
+        x, bias = activations(rows, k, BF16), activations(1, 33, F32, seed=2)[0]
+        # as in models, few are large
+        x *= 2.0 ** torch.randint(-9, 9, x.shape, generator=torch.Generator().manual_seed(3))
+        y = kernel.linear(kernel.pack(linear), 33, x, bias, 4 + FIXED)
+        assert worst(y, linear, x, bias, 4, FIXED) <= 1, (k, group, rows)
 
 
 @scheme_ids
 @pytest.mark.parametrize("group", [128, "channel"])
 def test_many_inputs_and_rows(kernel: Kernel, level: int, bits: int, pattern: str, group: int | str) -> None:
-    """So many that blocks of 240 rows are multiplied in more than one pass over K, with sums that wait in between."""
+    """So many that two blocks of rows are multiplied in more than one pass over K, with sums that wait in between."""
     k = 2176 if group == 128 else 2064
     if bits == 16 and group != "channel":
         pytest.skip("16 bits have no groups")
     linear = Linear(bits, pattern, k if group == "channel" else int(group), 33, k)
-    for rows, dtype in ((250, BF16), (90, F32)):
+    for rows, dtype in ((300, BF16), (100, F32)):
         x = activations(rows, k, dtype)
         assert worst(kernel.linear(kernel.pack(linear), 33, x, None, level), linear, x, None, level) <= 1
 
