@@ -436,8 +436,7 @@ static int run_direct(const Call& call) {
     return failed ? kOutOfMemory : kOk;
 }
 
-constexpr int64_t kBlockRows = 288;         // most rows that a decoded piece serves
-constexpr int64_t kCached = 1 << 20;        // bytes of activations that are to stay in the second-level cache
+constexpr int64_t kCached = 1 << 20;  // bytes of activations that are to stay in the second-level cache
 
 // With more rows of bf16 than this, multiplying the decoded weights by their scales costs less than scaling sums per group.
 // It rounds each weight to bf16, as storing the model densely would.
@@ -445,127 +444,249 @@ constexpr int64_t kFoldRows = 64;
 
 struct Blocking {
     int64_t rows;        // split rows of a block
-    int64_t tile_rows;   // 4, 8, 12 or 16; with several tiles 12 or 16
-    int64_t tiles;
+    int64_t tile_rows;   // of a tile
+    int64_t tiles;       // of a block
+    int64_t run;         // steps of K that a piece of weights has, which serves all tiles
     int64_t chunk;       // steps of K between two passes over the pairs
 
     int64_t step_bytes() const { return tile_rows * 64; }
+    int64_t sums_rows() const { return tiles * tile_rows; }
 };
 
-static Blocking blocking(const Layout& l, int64_t rows, int parts) {
-    const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, unit = parts == 1 ? 16 : 48;  // parts of a row stay together
+// block_rows: most rows of a block; tile_rows, multiple: a tile has at most so many rows, and a multiple of these.
+static Blocking blocking(const Layout& l, int64_t rows, int parts, int64_t block_rows, int64_t tile_rows, int64_t multiple, int64_t run) {
+    const int64_t blocks = (rows + block_rows - 1) / block_rows, unit = parts == 1 ? 16 : 48;  // parts of a row stay together
     Blocking b;
     b.rows = blocks == 1 ? rows : ((rows + blocks - 1) / blocks + unit - 1) / unit * unit;
-    b.tiles = (b.rows + 15) / 16;
-    b.tile_rows = ((b.rows + b.tiles - 1) / b.tiles + 3) / 4 * 4;
-    const int64_t bytes = b.tiles * b.step_bytes();
-    b.chunk = std::min(l.steps, std::max<int64_t>(bf16::kSub, kCached / bytes / bf16::kSub * bf16::kSub));
+    b.tiles = (b.rows + tile_rows - 1) / tile_rows;
+    b.tile_rows = ((b.rows + b.tiles - 1) / b.tiles + multiple - 1) / multiple * multiple;
+    b.run = run;
+    b.chunk = std::min(l.steps, std::max<int64_t>(run, kCached / (b.tiles * b.step_bytes()) / run * run));
     return b;
 }
 
-// Rows of activations -> tiles: [tile][step][row of the tile][32 inputs]
-static void pack_tiles(const Call& call, const Blocking& b, int64_t start, int64_t rows, Range mine, uint16_t* split, uint8_t* tiles) {
-    const Layout& l = call.l;
+// The groups within `steps` steps from `first` on; a group longer than that is cut.
+static bf16::Pieces pieces_of(const Layout& l, const uint16_t* scales, int64_t first, int64_t steps) {
+    if (!l.scaled()) return {int(steps), 1, nullptr, l.stored_type};
+    const uint16_t* from = scales + first / l.steps_per_group * kPair;
+    if (l.steps_per_group >= steps) return {int(steps), 1, from, l.stored_type};
+    return {int(l.steps_per_group), int(steps / l.steps_per_group), from, l.stored_type};
+}
+
+// Many rows by decoded panels: tiles of up to 16 rows, which AMX or vdpbf16ps multiplies with dense pairs of bf16.
+struct DecodedWay {
+    const Call& call;
+    const bool amx;
     const int parts = parts_of(call.type);
-    const int64_t padded = l.steps * kStep;
-    if (parts == 1) {
-        for (int64_t m = mine.begin, last; m < mine.end; m = last) {
-            last = std::min(mine.end, (m / b.tile_rows + 1) * b.tile_rows);
-            const int real = int(std::max<int64_t>(0, std::min(last, rows) - m));
-            uint8_t* to = tiles + m / b.tile_rows * l.steps * b.step_bytes() + m % b.tile_rows * 64;
-            const void* from = real ? call.row(start + m) : nullptr;
-            bf16::pack_rows(static_cast<const uint16_t*>(from), call.ldx, real, int(last - m) - real, l.k, to, b.step_bytes());
-        }
-        return;
+    const Blocking b = blocking(call.l, call.rows * parts, parts, 288, 16, 4, bf16::kSub);
+    const bool folded = amx && (!call.l.scaled() || (call.type == kBf16 && call.rows > kFoldRows));
+    const bf16::Decode decode = bf16::decoder(call.l);
+    const bf16::Multiply multiply = bf16::multiplier_dot(int(b.tile_rows));
+#if SPARSIFY_COMPILES_AMX
+    const bf16::MultiplyTile multiply_tile = bf16::multiplier_amx(int(b.tile_rows));
+#endif
+
+    static constexpr int64_t kPanelBytes = bf16::kSub * bf16::kStepBytes, kScratch = 2 * kPanelBytes;
+
+    void enter() const {
+#if SPARSIFY_COMPILES_AMX
+        if (amx) bf16::enter_amx(int(b.tile_rows));
+#endif
     }
-    for (int64_t m = mine.begin; m < mine.end; ++m) {
-        const bool real = m * parts < rows;
-        if (real) bf16::split_row(call.row(start / parts + m), call.type, l.k, padded, split, padded);
-        for (int p = 0; p < parts; ++p) {
-            const int64_t r = m * parts + p;
-            if (r >= b.tiles * b.tile_rows) continue;
-            uint8_t* to = tiles + r / b.tile_rows * l.steps * b.step_bytes() + r % b.tile_rows * 64;
-            for (int64_t s = 0; s < l.steps; ++s) {
-                if (real) {
-                    std::memcpy(to + s * b.step_bytes(), split + p * padded + s * kStep, 64);
-                } else {
-                    std::memset(to + s * b.step_bytes(), 0, 64);
+
+    void leave() const {
+#if SPARSIFY_COMPILES_AMX
+        if (amx) bf16::leave_amx();
+#endif
+    }
+
+    // A thread's share of the rows `start` .. start + rows -> [tile][step][row of the tile][32 inputs]
+    void pack(int64_t start, int64_t rows, int thread, int threads, uint16_t* split, uint8_t* tiles) const {
+        const Layout& l = call.l;
+        const int64_t padded = l.steps * kStep;
+        const Range mine = part((b.sums_rows() + parts - 1) / parts, thread, threads);
+        if (parts == 1) {
+            for (int64_t m = mine.begin, last; m < mine.end; m = last) {
+                last = std::min(mine.end, (m / b.tile_rows + 1) * b.tile_rows);
+                const int real = int(std::max<int64_t>(0, std::min(last, rows) - m));
+                uint8_t* to = tiles + m / b.tile_rows * l.steps * b.step_bytes() + m % b.tile_rows * 64;
+                const void* from = real ? call.row(start + m) : nullptr;
+                bf16::pack_rows(static_cast<const uint16_t*>(from), call.ldx, real, int(last - m) - real, l.k, to, b.step_bytes());
+            }
+            return;
+        }
+        for (int64_t m = mine.begin; m < mine.end; ++m) {
+            const bool real = m * parts < rows;
+            if (real) bf16::split_row(call.row(start / parts + m), call.type, l.k, padded, split, padded);
+            for (int p = 0; p < parts; ++p) {
+                const int64_t r = m * parts + p;
+                if (r >= b.sums_rows()) continue;
+                uint8_t* to = tiles + r / b.tile_rows * l.steps * b.step_bytes() + r % b.tile_rows * 64;
+                for (int64_t s = 0; s < l.steps; ++s) {
+                    if (real) {
+                        std::memcpy(to + s * b.step_bytes(), split + p * padded + s * kStep, 64);
+                    } else {
+                        std::memset(to + s * b.step_bytes(), 0, 64);
+                    }
                 }
             }
         }
     }
-}
 
-// The groups within `steps` steps from `first` on; a group longer than that is cut.
-static bf16::Pieces pieces_of(const Layout& l, const uint16_t* scales, int64_t first, int steps) {
-    if (!l.scaled()) return {steps, 1, nullptr, l.stored_type};
-    const uint16_t* from = scales + first / l.steps_per_group * kPair;
-    if (l.steps_per_group >= steps) return {steps, 1, from, l.stored_type};
-    return {int(l.steps_per_group), steps / int(l.steps_per_group), from, l.stored_type};
-}
+    // Sums of `count` tiles of activations, tile_bytes apart, += their products with the run of weights that begins with `step`.
+    // c: [panel][row][16]
+    void run(const uint8_t* weights, int64_t step, const bf16::Pieces& pieces, uint8_t* tiles, int64_t count, int64_t tile_bytes,
+             uint8_t* decoded, float* c, int64_t c_stride) const {
+        const int steps = pieces.pieces * pieces.steps_per_piece;
+        decode(weights, steps, decoded, kPanelBytes);
+        for (int half = 0; half < 2 && folded && call.l.scaled(); ++half) bf16::scale_decoded(decoded + half * kPanelBytes, pieces, half);
+        const uint8_t* a = tiles + step * b.step_bytes();
+        for (int64_t t = 0; t < count; ++t, a += tile_bytes, c += b.tile_rows * kPanel) {
+#if SPARSIFY_COMPILES_AMX
+            if (amx && folded) {
+                bf16::multiply_scaled_amx<false>(a, decoded, kPanelBytes, steps, int(b.tile_rows), c, c_stride);
+                continue;
+            }
+            if (amx) {
+                multiply_tile(a, decoded, kPanelBytes, pieces, c, c_stride);
+                continue;
+            }
+#endif
+            for (int half = 0; half < 2; ++half) multiply(a, decoded + half * kPanelBytes, pieces, half, c + half * c_stride);
+        }
+    }
+};
 
-static int run_tiles(const Call& call, bool amx) {
-    const Layout& l = call.l;
+// Rows of a 2:4 linear without AMX: tiles of up to 8 rows, from which permutes pick what the weights kept.
+struct SelectWay {
+    const Call& call;
     const int parts = parts_of(call.type);
-    const int64_t rows = call.rows * parts, padded = l.steps * kStep;
-    const Blocking b = blocking(l, rows, parts);
-    const int64_t tile_bytes = l.steps * b.step_bytes(), sums_rows = b.tiles * b.tile_rows;
+    const Blocking b = blocking(call.l, call.rows * parts, parts, 192, bf16::kSelectRows, 1, bf16::kSelectSteps);
+    const bool folded = call.l.scaled() && call.type == kBf16 && call.rows > kFoldRows;
+    const bf16::Select select = bf16::selector(folded ? 16 : call.l.bits, int(b.tile_rows));
+
+    static constexpr int64_t kScratch = bf16::kSelectSteps * 2 * bf16::kFoldedBytes;
+
+    void enter() const {}
+    void leave() const {}
+
+    // A thread's share of the rows `start` .. start + rows -> [tile][step][quad][row of the tile][4 inputs]. The threads share steps,
+    // not rows, so that no two of them write to one cache line.
+    void pack(int64_t start, int64_t rows, int thread, int threads, uint16_t* split, uint8_t* tiles) const {
+        const Layout& l = call.l;
+        const int64_t quad_bytes = b.tile_rows * 8;
+        const Range mine = part(b.tiles * l.steps, thread, threads);
+        for (int64_t at = mine.begin; at < mine.end; ++at) {
+            const int64_t tile = at / l.steps, first = at % l.steps * kStep, inputs = std::min<int64_t>(kStep, l.k - first);
+            uint8_t* to = tiles + at * b.step_bytes();
+            for (int64_t i = 0; i < b.tile_rows; ++i, to += 8) {
+                const int64_t r = tile * b.tile_rows + i;
+                if (r >= rows) {
+                    for (int q = 0; q < 8; ++q) std::memset(to + q * quad_bytes, 0, 8);
+                    continue;
+                }
+                const uint8_t* from = static_cast<const uint8_t*>(call.row((start + r) / parts)) + first * (call.type == kF32 ? 4 : 2);
+                if (parts > 1 || inputs < kStep) {
+                    if (i == 0 || r % parts == 0) bf16::split_row(from, call.type, inputs, kStep, split, kStep);
+                    from = reinterpret_cast<const uint8_t*>(split + r % parts * kStep);
+                }
+                for (int q = 0; q < 8; ++q) std::memcpy(to + q * quad_bytes, from + q * 8, 8);
+            }
+        }
+    }
+
+    void run(const uint8_t* weights, int64_t step, bf16::Pieces pieces, uint8_t* tiles, int64_t count, int64_t tile_bytes, uint8_t* scratch,
+             float* c, int64_t c_stride) const {
+        if (folded) {
+            bf16::folder(call.l)(weights, pieces, scratch);
+            weights = scratch;
+            pieces = {pieces.steps_per_piece * pieces.pieces, 1, nullptr, 0};
+        }
+        const uint8_t* a = tiles + step * b.step_bytes();
+        for (int64_t t = 0; t < count; ++t) select(weights, pieces, a + t * tile_bytes, c + t * b.tile_rows * kPanel, c_stride);
+    }
+};
+
+// As SelectWay, in int8 (sparse24_int8.h). A tile: [step][pair of quads][row][8] bytes, then [piece][row] scales.
+struct Int8SelectWay {
+    const Call& call;
+    const int parts = 1;
+    const Blocking b = blocking(call.l, call.rows, 1, 192, int8::kSelectRows, 1, int8::kSelectSteps);
+    const int64_t piece_steps = std::min<int64_t>(call.l.steps_per_group, int8::kSelectSteps);
+    const int8::DecodeSelections decode = call.l.bits == 4 ? int8::decode_selections<4> : int8::decode_selections<8>;
+    const int8::Select select = int8::selector(int(b.tile_rows));
+
+    static constexpr int64_t kScratch = int8::kSelectSteps * (int8::kSelectBytes + int8::kPieceBytes);
+
+    void enter() const {}
+    void leave() const {}
+
+    int64_t step_bytes() const { return b.tile_rows * kStep; }
+
+    float* units(uint8_t* tile) const { return reinterpret_cast<float*>(tile + call.l.steps * step_bytes()); }
+
+    void pack(int64_t start, int64_t rows, int thread, int threads, uint16_t*, uint8_t* tiles) const {
+        const Layout& l = call.l;
+        const int64_t pieces = (l.steps + piece_steps - 1) / piece_steps;
+        const Range mine = part(b.tiles * pieces, thread, threads);
+        for (int64_t at = mine.begin; at < mine.end; ++at) {
+            const int64_t tile = at / pieces, piece = at % pieces, step = piece * piece_steps;
+            const int64_t steps = std::min(piece_steps, l.steps - step), first = step * kStep, inputs = std::min(steps * kStep, l.k - first);
+            uint8_t* base = tiles + tile * l.steps * b.step_bytes();
+            for (int64_t i = 0; i < b.tile_rows; ++i) {
+                const int64_t r = tile * b.tile_rows + i;
+                const uint8_t* from = r < rows ? static_cast<const uint8_t*>(call.row(start + r)) + first * (call.type == kF32 ? 4 : 2) : nullptr;
+                units(base)[piece * b.tile_rows + i] =
+                    int8::quantize_piece(from, call.type, r < rows ? inputs : 0, int(steps), int(b.tile_rows), base + step * step_bytes() + i * 8);
+            }
+        }
+    }
+
+    void run(const uint8_t* weights, int64_t step, const bf16::Pieces& pieces, uint8_t* tiles, int64_t count, int64_t tile_bytes,
+             uint8_t* decoded, float* c, int64_t c_stride) const {
+        decode(weights, pieces, decoded);
+        for (int64_t t = 0; t < count; ++t, tiles += tile_bytes, c += b.tile_rows * kPanel) {
+            select(decoded, pieces.pieces, pieces.steps_per_piece, tiles + step * step_bytes(), units(tiles) + step / piece_steps * b.tile_rows, c, c_stride);
+        }
+    }
+};
+
+// Rows in blocks, K in chunks: the activations of a block and chunk stay in the second-level cache while all pairs pass by.
+template <class Way>
+static int run_blocks(const Call& call, const Way& way) {
+    const Layout& l = call.l;
+    const Blocking& b = way.b;
+    const int parts = way.parts;
+    const int64_t rows = call.rows * parts, padded = l.steps * kStep, tile_bytes = l.steps * b.step_bytes(), c_stride = b.sums_rows() * kPanel;
     uint8_t* tiles = shared.get(size_t(b.tiles) * tile_bytes);
     if (tiles == nullptr) return kOutOfMemory;
     const bool one_pass = b.chunk == l.steps;
-    const bool folded = amx && (!l.scaled() || (call.type == kBf16 && rows > kFoldRows));
-    const bf16::Decode decode = bf16::decoder(l);
-    const bf16::Multiply multiply = bf16::multiplier_dot(int(b.tile_rows));
     std::atomic<bool> failed{false};
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
         const Range pairs = part(l.pairs, thread, threads);
         const int64_t kept = one_pass ? 1 : pairs.end - pairs.begin;  // pairs whose sums wait for the next chunk
-        const size_t decoded_bytes = 2 * bf16::kSub * bf16::kStepBytes, sums_bytes = size_t(sums_rows) * kPair * 4;
-        uint8_t* mine = own.get(decoded_bytes + kept * sums_bytes + 3 * padded * 2);
+        const size_t sums_bytes = size_t(b.sums_rows()) * kPair * 4;
+        uint8_t* mine = own.get(Way::kScratch + kept * sums_bytes + 3 * padded * 2);
         if (mine == nullptr) failed = true;
         barrier();
         if (failed) return;
-        uint8_t* decoded = mine;
-        float* sums = reinterpret_cast<float*>(mine + decoded_bytes);
-        uint16_t* split = reinterpret_cast<uint16_t*>(mine + decoded_bytes + kept * sums_bytes);
-#if SPARSIFY_COMPILES_AMX
-        if (amx) bf16::enter_amx(int(b.tile_rows));
-#endif
+        uint8_t* scratch = mine;
+        float* sums = reinterpret_cast<float*>(mine + Way::kScratch);
+        uint16_t* split = reinterpret_cast<uint16_t*>(mine + Way::kScratch + kept * sums_bytes);
+        way.enter();
         for (int64_t start = 0; start < rows; start += b.rows) {
-            const int64_t here = std::min(b.rows, rows - start);
-            const int64_t used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
-            pack_tiles(call, b, start, here, part((sums_rows + parts - 1) / parts, thread, threads), split, tiles);
+            const int64_t here = std::min(b.rows, rows - start), used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
+            way.pack(start, here, thread, threads, split, tiles);
             barrier();
             for (int64_t chunk = 0; chunk < l.steps; chunk += b.chunk) {
                 const int64_t end = std::min(l.steps, chunk + b.chunk);
                 for (int64_t p = pairs.begin; p < pairs.end; ++p) {
-                    float* c = sums + (one_pass ? 0 : p - pairs.begin) * sums_rows * kPair;  // [panel][row][16]
-                    const int64_t c_stride = sums_rows * kPanel;
+                    float* c = sums + (one_pass ? 0 : p - pairs.begin) * b.sums_rows() * kPair;  // [panel][row][16]
                     if (chunk == 0) std::memset(c, 0, sums_bytes);
-                    for (int64_t s = chunk; s < end; s += bf16::kSub) {
-                        const int steps = int(std::min<int64_t>(bf16::kSub, end - s));
-                        decode(l.pair(call.blob, p) + s * 2 * l.step_bytes, steps, decoded, decoded_bytes / 2);
-                        const bf16::Pieces pieces = pieces_of(l, l.scales(call.blob, p), s, steps);
-                        for (int half = 0; half < 2 && folded && l.scaled(); ++half) {
-                            bf16::scale_decoded(decoded + half * decoded_bytes / 2, pieces, half);
-                        }
-                        for (int64_t t = 0; t < used_tiles; ++t) {
-                            const uint8_t* a = tiles + t * tile_bytes + s * b.step_bytes();
-                            float* to = c + t * b.tile_rows * kPanel;
-#if SPARSIFY_COMPILES_AMX
-                            if (amx) {
-                                if (folded) {
-                                    bf16::multiply_scaled_amx<false>(a, decoded, decoded_bytes / 2, steps, int(b.tile_rows), to, c_stride);
-                                } else {
-                                    bf16::multiplier_amx(int(b.tile_rows))(a, decoded, decoded_bytes / 2, pieces, to, c_stride);
-                                }
-                                continue;
-                            }
-#endif
-                            for (int half = 0; half < 2; ++half) {
-                                multiply(a, decoded + half * decoded_bytes / 2, pieces, half, to + half * c_stride);
-                            }
-                        }
+                    for (int64_t s = chunk; s < end; s += b.run) {
+                        const bf16::Pieces pieces = pieces_of(l, l.scales(call.blob, p), s, std::min(b.run, end - s));
+                        const uint8_t* weights = l.pair(call.blob, p) + s * 2 * l.step_bytes;
+                        way.run(weights, s, pieces, tiles, used_tiles, tile_bytes, scratch, c, c_stride);
                     }
                     if (end < l.steps) continue;
                     for (int half = 0; half < 2; ++half) finish_rows(call, p, half, start, here, parts, c + half * c_stride, kPanel);
@@ -573,11 +694,14 @@ static int run_tiles(const Call& call, bool amx) {
             }
             barrier();
         }
-#if SPARSIFY_COMPILES_AMX
-        if (amx) bf16::leave_amx();
-#endif
+        way.leave();
     });
     return failed ? kOutOfMemory : kOk;
+}
+
+static int run_tiles(const Call& call, bool amx) {
+    if (amx || !call.l.sparse) return run_blocks(call, DecodedWay{call, amx});
+    return run_blocks(call, SelectWay{call});
 }
 
 // One row of bf16 in fixed point (sparse24_fixed.h).
@@ -663,8 +787,9 @@ static int run_fixed(const Call& call) {
 // As run_tiles, in int8 (sparse24_int8.h).
 static int run_int8(const Call& call, bool amx) {
     const Layout& l = call.l;
+    if (!amx && l.sparse) return run_blocks(call, Int8SelectWay{call});
     const int64_t steps = (l.steps + int8::kSteps - 1) / int8::kSteps, padded = steps * int8::kSteps * kStep;
-    const Blocking b = blocking(l, call.rows, 1);
+    const Blocking b = blocking(l, call.rows, 1, 288, 16, 4, bf16::kSub);
     const int64_t tile_bytes = steps * b.step_bytes(), sums_rows = b.tiles * b.tile_rows;
     uint8_t* tiles = shared.get(size_t(b.tiles) * tile_bytes + sums_rows * 4);
     if (tiles == nullptr) return kOutOfMemory;
@@ -787,7 +912,7 @@ static int run(const Call& call, int level, int options) {
         const int64_t rows = call.rows * (call.l.sparse || call.l.bits == 4 ? parts_of(call.type) : 1);
         const int64_t limit = options & kForceDirect ? bf16::kMaxDirectRows : options & kForceTiles ? 0 : kDirectRows[amx][scheme_index(call.l)];
         if (rows <= std::min<int64_t>(bf16::kMaxDirectRows, limit)) return run_direct(call);
-        if (options & kInt8 && call.l.scaled()) return run_int8(call, amx);
+        if (options & kInt8 && call.l.scaled() && call.rows > bf16::kMaxDirectRows) return run_int8(call, amx);
         return run_tiles(call, amx);
     }
 #endif

@@ -57,7 +57,17 @@ ALWAYS __m512i pair_of_bytes(const uint8_t* low, const uint8_t* high) {
 
 ALWAYS __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-ALWAYS __m512i dot(__m512i sum, __m512i a, __m512i b) { return _mm512_dpwssd_epi32(sum, a, b); }
+// (Assembly, because GCC 12 copies the sums around these two intrinsics.)
+ALWAYS __m512i dot(__m512i sum, __m512i a, __m512i b) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+// a: unsigned bytes, b: signed
+ALWAYS __m512i dot_bytes(__m512i sum, __m512i a, __m512i b) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
 
 // For byte shuffles: in every byte of a dword, the index of the dword's byte `offset` within its 128 bits.
 ALWAYS __m512i first_of_dwords(int offset) {
@@ -383,18 +393,21 @@ ALWAYS __m512 scale_of(const Pieces& pieces, int piece, int half) {
     return pieces.scales ? load_scales(pieces.scales + piece * kPair + half * kPanel, pieces.scale_type) : _mm512_set1_ps(1.0f);
 }
 
-// Multiply decoded steps of one panel by their scales, rounding to bf16 once: the very weights of a dense bf16 checkpoint.
-static void scale_decoded(uint8_t* rows, const Pieces& pieces, int half) {
+// Pairs of bf16 times a scale per output, rounded to bf16 once.
+ALWAYS __m512i scale_pairs(__m512i pairs, __m512 scale) {
     alignas(64) static const uint16_t weave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i order = _mm512_load_si512(weave), upper = _mm512_set1_epi32(int(0xffff0000u));
+    const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), scale);
+    const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u)))), scale);
+    return _mm512_permutexvar_epi16(_mm512_load_si512(weave), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
+// Multiply decoded steps of one panel by their scales: the very weights of a dense bf16 checkpoint.
+static void scale_decoded(uint8_t* rows, const Pieces& pieces, int half) {
     for (int piece = 0; piece < pieces.pieces; ++piece) {
         const __m512 scale = scale_of(pieces, piece, half);
         for (int r = 0; r < 16 * pieces.steps_per_piece; ++r, rows += 64) {
-            const __m512i pair = _mm512_load_si512(rows);
-            const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)), scale);
-            const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(pair, upper)), scale);
-            _mm512_store_si512(rows, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+            _mm512_store_si512(rows, scale_pairs(_mm512_load_si512(rows), scale));
         }
     }
 }
@@ -450,6 +463,113 @@ using Multiply = void (*)(const uint8_t* a, const uint8_t* b, const Pieces& piec
 
 static Multiply multiplier_dot(int rows) {
     return rows <= 4 ? multiply_dot<4> : rows <= 8 ? multiply_dot<8> : rows <= 12 ? multiply_dot<12> : multiply_dot<16>;
+}
+
+// ------------------------------------------------------------------------------- many rows without AMX: select
+
+constexpr int kSelectRows = 8;   // of a tile of activations: 2 x 8 sums, the decoded pair and what is picked fill the registers
+constexpr int kSelectSteps = 16; // of weights between two tiles: 6 KB of 2:4 4-bit, which stay in L1
+
+// As kept_pair, with plain shifts: where there is no AMX (Zen) a multishift takes a port that products need.
+template <int BITS, int Q>
+ALWAYS __m512i kept_shifted(const uint8_t* codes, __m512i table) {
+    if constexpr (BITS == 4) {
+        constexpr int t = Q & 3;
+        const __m512i c = _mm512_loadu_si512(codes + Q / 4 * 64);
+        return _mm512_permutexvar_epi16(t ? _mm512_srli_epi16(c, 4 * t) : c, table);
+    } else {
+        return kept_pair<BITS, Q>(codes, table, table, table);
+    }
+}
+
+// One quad of both panels times R rows.
+template <int BITS, int Q, int R>
+ALWAYS void select_quad(const uint8_t* p, int64_t step_bytes, const __m512i (&meta)[2], __m512i table, const uint8_t* x, __m512 (&sum)[2][R]) {
+    if constexpr (Q < 8) {
+        constexpr int t = Q & 3, high = Q >> 2;
+        __m512i w[2], index[2];
+        for (int half = 0; half < 2; ++half) {
+            w[half] = kept_shifted<BITS, Q>(p + half * step_bytes + kMetaBytes, table);
+            index[half] = Q ? _mm512_srli_epi16(meta[half], 4 * t + 2 * high) : meta[half];
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            int64_t quad;
+            std::memcpy(&quad, x + (Q * R + r) * 8, 8);
+            const __m512i four = _mm512_set1_epi64(quad);
+            sum[0][r] = dot(sum[0][r], w[0], _mm512_permutexvar_epi16(index[0], four));
+            sum[1][r] = dot(sum[1][r], w[1], _mm512_permutexvar_epi16(index[1], four));
+        }
+        select_quad<BITS, Q + 1>(p, step_bytes, meta, table, x, sum);
+    }
+}
+
+template <int BITS, int Q>
+ALWAYS void fold_quads(const uint8_t* codes, __m512i table, __m512 scale, uint8_t* out) {
+    if constexpr (Q < 8) {
+        _mm512_store_si512(out + Q * 64, scale_pairs(kept_shifted<BITS, Q>(codes, table), scale));
+        fold_quads<BITS, Q + 1>(codes, table, scale, out);
+    }
+}
+
+constexpr int kFoldedBytes = kMetaBytes + 32 * 16;  // of a step
+
+// Steps of a 2:4 pair of codes -> the same steps with 16 bits, multiplied by their scales: the kept values of a dense bf16 checkpoint.
+template <int BITS>
+static void fold(const uint8_t* p, const Pieces& pieces, uint8_t* out) {
+    constexpr int bytes = kMetaBytes + 32 * BITS;
+    const __m512i table = code_table(false);
+    for (int piece = 0; piece < pieces.pieces; ++piece) {
+        const __m512 scale[2] = {scale_of(pieces, piece, 0), scale_of(pieces, piece, 1)};
+        for (int s = 0; s < pieces.steps_per_piece; ++s) {
+            prefetch(p + kAhead, 2 * bytes);
+            for (int half = 0; half < 2; ++half, p += bytes, out += kFoldedBytes) {
+                _mm512_store_si512(out, _mm512_loadu_si512(p));
+                fold_quads<BITS, 0>(p + kMetaBytes, table, scale[half], out + kMetaBytes);
+            }
+        }
+    }
+}
+
+using Fold = void (*)(const uint8_t* p, const Pieces& pieces, uint8_t* out);
+
+static Fold folder(const Layout& l) { return l.bits == 4 ? fold<4> : fold<8>; }
+
+// Steps of a 2:4 pair times a tile of R rows. x: [step][quad][R][4 inputs] bf16; c[R][16] +=, c_stride floats between panels.
+// Nothing is decoded to dense: a permute picks the kept inputs, so a quad costs one product where a dense one costs two.
+template <int BITS, int R>
+static void select(const uint8_t* p, const Pieces& pieces, const uint8_t* x, float* c, int64_t c_stride) {
+    constexpr int bytes = kMetaBytes + 32 * BITS;
+    const __m512i table = code_table(false);
+    for (int piece = 0; piece < pieces.pieces; ++piece) {
+        __m512 sum[2][R] = {};
+        for (int s = 0; s < pieces.steps_per_piece; ++s, p += 2 * bytes, x += R * 64) {
+            prefetch(p + kAhead, 2 * bytes);
+            const __m512i meta[2] = {_mm512_loadu_si512(p), _mm512_loadu_si512(p + bytes)};
+            select_quad<BITS, 0>(p, bytes, meta, table, x, sum);
+        }
+        for (int half = 0; half < 2; ++half) {
+            const __m512 scale = scale_of(pieces, piece, half);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                float* to = c + half * c_stride + r * kPanel;
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(sum[half][r], scale, _mm512_loadu_ps(to)));
+            }
+        }
+    }
+}
+
+using Select = void (*)(const uint8_t* p, const Pieces& pieces, const uint8_t* x, float* c, int64_t c_stride);
+
+template <int BITS>
+static Select selector_of(int rows) {
+    constexpr Select of[kSelectRows] = {select<BITS, 1>, select<BITS, 2>, select<BITS, 3>, select<BITS, 4>,
+                                        select<BITS, 5>, select<BITS, 6>, select<BITS, 7>, select<BITS, 8>};
+    return of[rows - 1];
+}
+
+static Select selector(int bits, int rows) {
+    return bits == 4 ? selector_of<4>(rows) : bits == 8 ? selector_of<8>(rows) : selector_of<16>(rows);
 }
 
 // ------------------------------------------------------------------------------------------------------ results

@@ -165,13 +165,13 @@ static void multiply_dot(const uint8_t* a, int rows, const uint8_t* b, int steps
         for (int s = 0; s < steps; ++s) {
             for (int r = 0; r < 16; ++r) {
                 const __m512i w = _mm512_load_si512(b + s * kStepBytes + r * 64);
-                weights = _mm512_dpbusd_epi32(weights, _mm512_set1_epi8(1), w);
+                weights = bf16::dot_bytes(weights, _mm512_set1_epi8(1), w);
                 const uint8_t* from = a + (s * rows + start) * 64 + r * 4;
 #pragma GCC unroll 8
                 for (int i = 0; i < 8; ++i) {
                     uint32_t four;
                     std::memcpy(&four, from + (i < some ? i : 0) * 64, 4);
-                    sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_set1_epi32(int(four ^ 0x80808080u)), w);
+                    sum[i] = bf16::dot_bytes(sum[i], _mm512_set1_epi32(int(four ^ 0x80808080u)), w);
                 }
             }
         }
@@ -187,6 +187,138 @@ static void multiply_dot(const uint8_t* a, int rows, const uint8_t* b, int steps
 static void scale_row(const int32_t* sums, float sx, const float* sw, float* out) {
     const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(sx), _mm512_loadu_ps(sw));
     _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), scale));
+}
+
+// ----------------------------------------------------------------------------------- 2:4 without AMX: select
+//
+// Here a permute picks the kept inputs of two quads at once, and one product takes four of them. Codes stay as they are and
+// activations have a scale per row and piece of K (a group, or 512 inputs of a longer one), as the blocks of other int8 kernels.
+
+constexpr int kSelectRows = 8;                     // of a tile of activations
+constexpr int kSelectSteps = 16;                   // of a run of weights
+constexpr int kTwoQuads = 2 * 64;                  // bytes of two decoded quads of a panel: codes, then positions
+constexpr int kSelectBytes = 2 * 4 * kTwoQuads;    // of a decoded step of both panels
+constexpr int kPieceBytes = 2 * 2 * 64;            // before the steps of a piece: per panel what its sums begin with, and its scales
+
+// The scale of a piece of a row, and 128 + the quotients, in the order of `select`: two quads of all rows after the other.
+// from: the piece's inputs, of which `inputs` exist; steps: of the piece; out: [step][pair of quads][row of the tile][2 x 4 inputs].
+static float quantize_piece(const void* from, int type, int64_t inputs, int steps, int tile_rows, uint8_t* out) {
+    int8_t values[kSelectSteps * kStep];
+    const float scale = quantize_row(from, type, inputs, steps * kStep, values);
+    for (int s = 0; s < steps; ++s) {
+        uint32_t quads[8];
+        std::memcpy(quads, values + s * kStep, sizeof quads);
+        for (int two = 0; two < 4; ++two) {
+            const int first = two % 2 + two / 2 * 4;
+            const uint32_t bytes[2] = {quads[first] ^ 0x80808080u, quads[first + 2] ^ 0x80808080u};
+            std::memcpy(out + ((s * 4 + two) * tile_rows) * 8, bytes, 8);
+        }
+    }
+    return scale;
+}
+
+// The codes of quads q and q + 2 as a dword of signed bytes per output: their first slots, then their second. 4-bit codes times 16.
+template <int BITS, int TWO>
+ALWAYS __m512i kept_bytes(const uint8_t* codes) {
+    constexpr int q = TWO % 2 + TWO / 2 * 4;
+    if constexpr (BITS == 4) {
+        const __m512i c = _mm512_loadu_si512(codes + TWO / 2 * 64);
+        // (c & 0xf0) ^ 0x80: from code + 8 to 16 x code
+        return _mm512_ternarylogic_epi32(TWO % 2 ? c : _mm512_slli_epi16(c, 4), _mm512_set1_epi8(char(0xf0)), _mm512_set1_epi8(char(0x80)), 0x6a);
+    } else {
+        const auto bytes = [&](int quad, int slot) {
+            return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + quad * 32 + slot * 16)));
+        };
+        const __m512i first = _mm512_or_si512(bytes(q, 0), _mm512_slli_epi32(bytes(q + 2, 0), 8));
+        const __m512i second = _mm512_or_si512(bytes(q, 1), _mm512_slli_epi32(bytes(q + 2, 1), 8));
+        return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+    }
+}
+
+// Codes and positions of a step of a panel, and its part of what the offset of the activations adds to a sum.
+template <int BITS, int TWO>
+ALWAYS void decode_selection(const uint8_t* codes, __m512i meta, __m512i& offset, uint8_t* out) {
+    if constexpr (TWO < 4) {
+        const __m512i w = kept_bytes<BITS, TWO>(codes);
+        offset = bf16::dot_bytes(offset, _mm512_set1_epi8(char(128)), w);
+        _mm512_store_si512(out + TWO * kTwoQuads, w);
+        constexpr int shift = TWO % 2 * 4 + TWO / 2 * 2;
+        // (meta & 3) | 4 in the bytes of the second quad
+        const __m512i positions = _mm512_ternarylogic_epi32(shift ? _mm512_srli_epi32(meta, shift) : meta, _mm512_set1_epi8(3), _mm512_set1_epi32(0x04000400), 0xea);
+        _mm512_store_si512(out + TWO * kTwoQuads + 64, positions);
+        decode_selection<BITS, TWO + 1>(codes, meta, offset, out);
+    }
+}
+
+// A run of a 2:4 pair -> per piece: [panel][16] minus 128 times the sums of codes, [panel][16] scales, then its steps:
+// [step][panel][pair of quads]{codes, positions}.
+template <int BITS>
+static void decode_selections(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* out) {
+    constexpr int bytes = kMetaBytes + 32 * BITS;
+    for (int piece = 0; piece < pieces.pieces; ++piece) {
+        uint8_t* head = out;
+        __m512i offset[2] = {};
+        out += kPieceBytes;
+        for (int s = 0; s < pieces.steps_per_piece; ++s) {
+            bf16::prefetch(p + bf16::kAhead, 2 * bytes);
+            for (int half = 0; half < 2; ++half, p += bytes, out += kSelectBytes / 2) {
+                decode_selection<BITS, 0>(p + kMetaBytes, _mm512_loadu_si512(p), offset[half], out);
+            }
+        }
+        for (int half = 0; half < 2; ++half) {
+            const __m512 scale = bf16::scale_of(pieces, piece, half);
+            _mm512_store_si512(head + half * 64, _mm512_sub_epi32(_mm512_setzero_si512(), offset[half]));
+            _mm512_store_ps(head + 128 + half * 64, BITS == 4 ? _mm512_mul_ps(scale, _mm512_set1_ps(0.0625f)) : scale);
+        }
+    }
+}
+
+// Decoded pieces times a tile of R rows. x: as quantize_piece leaves it; unit: [piece][R] scales; c[R][16] +=, c_stride floats
+// between panels.
+template <int R>
+static void select(const uint8_t* decoded, int pieces, int steps, const uint8_t* x, const float* unit, float* c, int64_t c_stride) {
+    for (int piece = 0; piece < pieces; ++piece, unit += R) {
+        const uint8_t* head = decoded;
+        __m512i sum[2][R];
+        for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sum[half][r] = _mm512_load_si512(head + half * 64);
+        }
+        decoded += kPieceBytes;
+        for (int s = 0; s < steps; ++s, decoded += kSelectBytes) {
+#pragma GCC unroll 4
+            for (int two = 0; two < 4; ++two, x += R * 8) {
+                const uint8_t* at = decoded + two * kTwoQuads;
+                const __m512i w0 = _mm512_load_si512(at), positions0 = _mm512_load_si512(at + 64);
+                const __m512i w1 = _mm512_load_si512(at + kSelectBytes / 2), positions1 = _mm512_load_si512(at + kSelectBytes / 2 + 64);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r) {
+                    int64_t inputs;
+                    std::memcpy(&inputs, x + r * 8, 8);
+                    const __m512i eight = _mm512_set1_epi64(inputs);
+                    sum[0][r] = bf16::dot_bytes(sum[0][r], _mm512_permutexvar_epi8(positions0, eight), w0);
+                    sum[1][r] = bf16::dot_bytes(sum[1][r], _mm512_permutexvar_epi8(positions1, eight), w1);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const __m512 row = _mm512_set1_ps(unit[r]);
+            for (int half = 0; half < 2; ++half) {
+                float* to = c + half * c_stride + r * kPanel;
+                const __m512 factor = _mm512_mul_ps(row, _mm512_load_ps(reinterpret_cast<const float*>(head + 128 + half * 64)));
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[half][r]), factor, _mm512_loadu_ps(to)));
+            }
+        }
+    }
+}
+
+using DecodeSelections = void (*)(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* out);
+using Select = void (*)(const uint8_t* decoded, int pieces, int steps, const uint8_t* x, const float* unit, float* c, int64_t c_stride);
+
+static Select selector(int rows) {
+    constexpr Select of[kSelectRows] = {select<1>, select<2>, select<3>, select<4>, select<5>, select<6>, select<7>, select<8>};
+    return of[rows - 1];
 }
 
 }  // namespace int8

@@ -121,7 +121,8 @@ def activations(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
 
 
 def folds(linear: Linear, level: int, x: Tensor) -> bool:
-    return LEVELS[level] == "amx" and linear.bits < 16 and x.dtype == BF16 and x.shape[0] > FOLD_ROWS
+    ways = LEVELS[level] == "amx" or (LEVELS[level] == "avx512bf16" and linear.pattern == "2:4")
+    return ways and linear.bits < 16 and x.dtype == BF16 and x.shape[0] > FOLD_ROWS
 
 
 @functools.cache
