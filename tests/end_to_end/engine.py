@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [10, 90, 80, 70, 60, 50, 40, 30], list(range(3, 93))]
@@ -87,14 +88,23 @@ def assert_same(ours: Answers, theirs: Answers, noise: float = BFLOAT16_NOISE, t
                 break  # the texts part here
 
 
+def distances(
+    answers: Answers, model: Path, prompts: Sequence[Sequence[int]] = PROMPTS, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """From what transformers computes for `model` in `dtype`, fed with the same tokens, in log-probabilities:
+    how far each one that was told lies from it, and how far each chosen token lies below the best."""
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    told, chosen = [], []
+    for prompt, tokens, steps in zip(prompts, answers.tokens, answers.logprobs, strict=True):
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].float()
+        for exact, token, found in zip(logits.log_softmax(1), tokens, steps, strict=True):
+            told += [logprob - exact[other].item() for other, logprob in found.items()]
+            chosen.append((exact.max() - exact[token]).item())
+    return torch.tensor(told).abs(), torch.tensor(chosen)
+
+
 def assert_follows(answers: Answers, model: Path, noise: float, dtype: torch.dtype = torch.float32) -> None:
     """The log-probabilities are those that transformers computes for `model` in `dtype`, fed with the same tokens."""
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    for prompt, tokens, steps in zip(PROMPTS, answers.tokens, answers.logprobs, strict=True):
-        with torch.no_grad():
-            logits = reference(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
-        exact = logits.log_softmax(1)
-        for step, (token, found) in enumerate(zip(tokens, steps, strict=True)):
-            assert exact[step].max() - exact[step, token] <= noise
-            for other, logprob in found.items():
-                assert abs(exact[step, other].item() - logprob) <= noise
+    told, chosen = distances(answers, model, dtype=dtype)
+    assert told.max() <= noise and chosen.max() <= noise

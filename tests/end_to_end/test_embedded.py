@@ -11,7 +11,7 @@ from sparsify.cli import main
 from sparsify.formats.directory import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.runtime.backends import get_backend
-from tests.end_to_end.engine import assert_same, serve
+from tests.end_to_end.engine import distances, serve
 
 pytestmark = pytest.mark.e2e
 
@@ -24,11 +24,8 @@ TEXTS = [
 ]
 LINEARS = 30 * 7
 # SmolLM2's best logits lie between 16 and 32, where neighbouring bfloat16 numbers are 1/8 apart. A log-probability is the
-# difference of two such values (measured over these texts: 0.17 at most), a choice compares two logits of one engine.
+# difference of two such values, and 30 layers of bfloat16 activations lie behind it.
 LOGIT_SPACING = 0.125
-# The reference back end multiplies the very weights of the dense checkpoint. The CPU kernels do not round scale times code
-# to bfloat16, so their logits are other roundings of nearly the same numbers (measured: 0.26 at most).
-SPACINGS = {"reference": 2, "cpu": 3}
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +56,23 @@ def test_every_target_linear_is_two_four(compiled: Path) -> None:
         assert is_two_four(linear.dense(torch.float32))
 
 
-def test_vllm_answers_as_the_same_weights_served_dense(compiled: Path, tmp_path: Path, needs_vllm: None) -> None:
+def test_vllm_answers_as_exactly_as_from_the_same_weights_dense(
+    compiled: Path, tmp_path: Path, needs_vllm: None
+) -> None:
     assert main(["export", str(compiled), "--format", "dense", "--output", str(tmp_path / "dense"), "--quiet"]) == 0
     tokenizer = AutoTokenizer.from_pretrained(compiled)
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     dense = serve(tmp_path / "dense", tmp_path, prompts=prompts)
     assert "sparse24: back end" not in dense.log
-    for backend, spacings in SPACINGS.items():
+    rounding = distances(dense, tmp_path / "dense", prompts)[0].square().mean().sqrt()
+    assert rounding <= LOGIT_SPACING  # measured: 0.05
+    for backend in ("reference", "cpu"):
         if get_backend(backend).reason_unavailable():
             continue
         sparse = serve(compiled, tmp_path, {"SPARSIFY_BACKEND": backend}, prompts=prompts)
         assert f"sparse24: back end '{backend}'" in sparse.log
-        assert_same(sparse, dense, noise=spacings * LOGIT_SPACING, tie=LOGIT_SPACING)
+        # Other kernels, other roundings of nearly the same numbers. So the two engines are not compared with each other but
+        # both with float32: ours must be as near (measured: 1.06 to 1.08 times the distance), and nowhere far off.
+        told, chosen = distances(sparse, tmp_path / "dense", prompts)
+        assert told.square().mean().sqrt() <= 1.5 * rounding
+        assert told.max() <= 4 * LOGIT_SPACING and chosen.max() <= 2 * LOGIT_SPACING  # measured: 0.18
