@@ -389,10 +389,8 @@ static void finish_rows(const Call& call, int64_t pair, int half, int64_t start,
     const int64_t first = pair * kPair + half * kPanel;
     const int columns = int(std::min<int64_t>(kPanel, call.l.n - first));
     if (columns <= 0) return;
-    for (int64_t r = 0; r < rows; r += parts) {
-        bf16::finish_row(sums + r * stride, stride, parts, call.bias_at(first), call.bias_type, call.type, columns,
-                         call.result((start + r) / parts, first));
-    }
+    bf16::finish_rows(sums, stride, rows / parts, parts, call.bias_at(first), call.bias_type, call.type, columns,
+                      call.result(start / parts, first), call.l.n * (call.type == kF32 ? 4 : 2));
 }
 
 static int run_direct(const Call& call) {
@@ -442,6 +440,8 @@ constexpr int64_t kCached = 1 << 20;  // bytes of activations that are to stay i
 // It rounds each weight to bf16, as storing the model densely would.
 constexpr int64_t kFoldRows = 64;
 
+static bool folds(const Call& call) { return call.l.scaled() && call.type == kBf16 && call.rows > kFoldRows; }
+
 struct Blocking {
     int64_t rows;        // split rows of a block
     int64_t tile_rows;   // of a tile
@@ -473,17 +473,18 @@ static bf16::Pieces pieces_of(const Layout& l, const uint16_t* scales, int64_t f
     return {int(l.steps_per_group), int(steps / l.steps_per_group), from, l.stored_type};
 }
 
-// Many rows by decoded panels: tiles of up to 16 rows, which AMX or vdpbf16ps multiplies with dense pairs of bf16.
+// Many rows by decoded panels: tiles of rows that AMX (up to 16) or vdpbf16ps (up to 12) multiplies with dense pairs of bf16.
 struct DecodedWay {
     const Call& call;
     const bool amx;
     const int parts = parts_of(call.type);
-    const Blocking b = blocking(call.l, call.rows * parts, parts, 288, 16, 4, bf16::kSub);
-    const bool folded = amx && (!call.l.scaled() || (call.type == kBf16 && call.rows > kFoldRows));
+    const Blocking b = blocking(call.l, call.rows * parts, parts, 288, amx ? 16 : bf16::kDotRows, 4, bf16::kSub);
+    const bool folded = folds(call), unscaled = folded || !call.l.scaled();
     const bf16::Decode decode = bf16::decoder(call.l);
-    const bf16::Multiply multiply = bf16::multiplier_dot(int(b.tile_rows));
 #if SPARSIFY_COMPILES_AMX
-    const bf16::MultiplyTile multiply_tile = bf16::multiplier_amx(int(b.tile_rows));
+    const bf16::MultiplyTile multiply = amx ? bf16::multiplier_amx(int(b.tile_rows)) : bf16::multiplier_dot(int(b.tile_rows));
+#else
+    const bf16::MultiplyTile multiply = bf16::multiplier_dot(int(b.tile_rows));
 #endif
 
     static constexpr int64_t kPanelBytes = bf16::kSub * bf16::kStepBytes, kScratch = 2 * kPanelBytes;
@@ -539,20 +540,17 @@ struct DecodedWay {
              uint8_t* decoded, float* c, int64_t c_stride) const {
         const int steps = pieces.pieces * pieces.steps_per_piece;
         decode(weights, steps, decoded, kPanelBytes);
-        for (int half = 0; half < 2 && folded && call.l.scaled(); ++half) bf16::scale_decoded(decoded + half * kPanelBytes, pieces, half);
+        for (int half = 0; half < 2 && folded; ++half) bf16::scale_decoded(decoded + half * kPanelBytes, pieces, half);
+        const bf16::Pieces left = unscaled ? bf16::Pieces{steps, 1, nullptr, 0} : pieces;
         const uint8_t* a = tiles + step * b.step_bytes();
         for (int64_t t = 0; t < count; ++t, a += tile_bytes, c += b.tile_rows * kPanel) {
 #if SPARSIFY_COMPILES_AMX
-            if (amx && folded) {
+            if (amx && unscaled) {
                 bf16::multiply_scaled_amx<false>(a, decoded, kPanelBytes, steps, int(b.tile_rows), c, c_stride);
                 continue;
             }
-            if (amx) {
-                multiply_tile(a, decoded, kPanelBytes, pieces, c, c_stride);
-                continue;
-            }
 #endif
-            for (int half = 0; half < 2; ++half) multiply(a, decoded + half * kPanelBytes, pieces, half, c + half * c_stride);
+            multiply(a, decoded, kPanelBytes, left, c, c_stride);
         }
     }
 };
@@ -562,7 +560,7 @@ struct SelectWay {
     const Call& call;
     const int parts = parts_of(call.type);
     const Blocking b = blocking(call.l, call.rows * parts, parts, 192, bf16::kSelectRows, 1, bf16::kSelectSteps);
-    const bool folded = call.l.scaled() && call.type == kBf16 && call.rows > kFoldRows;
+    const bool folded = folds(call);
     const bf16::Select select = bf16::selector(folded ? 16 : call.l.bits, int(b.tile_rows));
 
     static constexpr int64_t kScratch = bf16::kSelectSteps * 2 * bf16::kFoldedBytes;
@@ -574,23 +572,27 @@ struct SelectWay {
     // not rows, so that no two of them write to one cache line.
     void pack(int64_t start, int64_t rows, int thread, int threads, uint16_t* split, uint8_t* tiles) const {
         const Layout& l = call.l;
-        const int64_t quad_bytes = b.tile_rows * 8;
+        const int64_t size = call.type == kF32 ? 4 : 2;
         const Range mine = part(b.tiles * l.steps, thread, threads);
-        for (int64_t at = mine.begin; at < mine.end; ++at) {
-            const int64_t tile = at / l.steps, first = at % l.steps * kStep, inputs = std::min<int64_t>(kStep, l.k - first);
-            uint8_t* to = tiles + at * b.step_bytes();
-            for (int64_t i = 0; i < b.tile_rows; ++i, to += 8) {
-                const int64_t r = tile * b.tile_rows + i;
-                if (r >= rows) {
-                    for (int q = 0; q < 8; ++q) std::memset(to + q * quad_bytes, 0, 8);
-                    continue;
+        for (int64_t at = mine.begin, end; at < mine.end; at = end) {  // what of them is in one tile
+            const int64_t tile = at / l.steps, top = tile * b.tile_rows, given = std::min(b.tile_rows, rows - top);
+            const uint8_t* row[bf16::kSelectRows];
+            for (int64_t i = 0; i < given; ++i) row[i] = static_cast<const uint8_t*>(call.row((start + top + i) / parts));
+            end = std::min(mine.end, (tile + 1) * l.steps);
+            for (int64_t s = at; s < end; ++s) {
+                const int64_t first = (s - tile * l.steps) * kStep, inputs = std::min<int64_t>(kStep, l.k - first);
+                uint8_t* to = tiles + s * b.step_bytes();
+                for (int64_t i = 0; i < given; ++i) {
+                    const uint8_t* from = row[i] + first * size;
+                    if (parts > 1 || inputs < kStep) {
+                        if (i == 0 || (top + i) % parts == 0) bf16::split_row(from, call.type, inputs, kStep, split, kStep);
+                        from = reinterpret_cast<const uint8_t*>(split + (top + i) % parts * kStep);
+                    }
+                    for (int q = 0; q < 8; ++q) std::memcpy(to + (q * b.tile_rows + i) * 8, from + q * 8, 8);
                 }
-                const uint8_t* from = static_cast<const uint8_t*>(call.row((start + r) / parts)) + first * (call.type == kF32 ? 4 : 2);
-                if (parts > 1 || inputs < kStep) {
-                    if (i == 0 || r % parts == 0) bf16::split_row(from, call.type, inputs, kStep, split, kStep);
-                    from = reinterpret_cast<const uint8_t*>(split + r % parts * kStep);
+                for (int64_t i = given; i < b.tile_rows; ++i) {
+                    for (int q = 0; q < 8; ++q) std::memset(to + (q * b.tile_rows + i) * 8, 0, 8);
                 }
-                for (int q = 0; q < 8; ++q) std::memcpy(to + q * quad_bytes, from + q * 8, 8);
             }
         }
     }
@@ -607,46 +609,47 @@ struct SelectWay {
     }
 };
 
-// As SelectWay, in int8 (sparse24_int8.h). A tile: [step][pair of quads][row][8] bytes, then [piece][row] scales.
-struct Int8SelectWay {
+// Rows in int8 without AMX (sparse24_int8.h). A tile: [step][vector][row] bytes, then [piece][row] scales.
+struct Int8Way {
     const Call& call;
     const int parts = 1;
-    const Blocking b = blocking(call.l, call.rows, 1, 192, int8::kSelectRows, 1, int8::kSelectSteps);
-    const int64_t piece_steps = std::min<int64_t>(call.l.steps_per_group, int8::kSelectSteps);
-    const int8::DecodeSelections decode = call.l.bits == 4 ? int8::decode_selections<4> : int8::decode_selections<8>;
-    const int8::Select select = int8::selector(int(b.tile_rows));
+    const Blocking b = blocking(call.l, call.rows, 1, 192, int8::kDotRows, 1, int8::kRunSteps);
+    const int64_t piece_steps = std::min<int64_t>(call.l.steps_per_group, int8::kRunSteps), pieces = (call.l.steps + piece_steps - 1) / piece_steps;
+    const int8::DecodeRun decode = int8::run_decoder(call.l);
+    const int8::MultiplyRun multiply = int8::run_multiplier(call.l, int(b.tile_rows));
 
-    static constexpr int64_t kScratch = int8::kSelectSteps * (int8::kSelectBytes + int8::kPieceBytes);
+    static constexpr int64_t kScratch = int8::kRunSteps * (2 * int8::kDecodedBytes(true) + int8::kPieceBytes);
 
     void enter() const {}
     void leave() const {}
 
-    int64_t step_bytes() const { return b.tile_rows * kStep; }
+    uint8_t* inputs_of(uint8_t* tile, int64_t step) const { return tile + step * b.tile_rows * kStep; }
+    float* units_of(uint8_t* tile, int64_t step) const {
+        return reinterpret_cast<float*>(inputs_of(tile, call.l.steps)) + step / piece_steps * b.tile_rows;
+    }
 
-    float* units(uint8_t* tile) const { return reinterpret_cast<float*>(tile + call.l.steps * step_bytes()); }
-
+    // A thread's share of the rows `start` .. start + rows; the threads share pieces.
     void pack(int64_t start, int64_t rows, int thread, int threads, uint16_t*, uint8_t* tiles) const {
         const Layout& l = call.l;
-        const int64_t pieces = (l.steps + piece_steps - 1) / piece_steps;
         const Range mine = part(b.tiles * pieces, thread, threads);
         for (int64_t at = mine.begin; at < mine.end; ++at) {
-            const int64_t tile = at / pieces, piece = at % pieces, step = piece * piece_steps;
-            const int64_t steps = std::min(piece_steps, l.steps - step), first = step * kStep, inputs = std::min(steps * kStep, l.k - first);
-            uint8_t* base = tiles + tile * l.steps * b.step_bytes();
+            const int64_t top = at / pieces * b.tile_rows, step = at % pieces * piece_steps, first = step * kStep;
+            const int64_t steps = std::min(piece_steps, l.steps - step), inputs = std::min(steps * kStep, l.k - first);
+            uint8_t* tile = tiles + at / pieces * l.steps * b.step_bytes();
             for (int64_t i = 0; i < b.tile_rows; ++i) {
-                const int64_t r = tile * b.tile_rows + i;
-                const uint8_t* from = r < rows ? static_cast<const uint8_t*>(call.row(start + r)) + first * (call.type == kF32 ? 4 : 2) : nullptr;
-                units(base)[piece * b.tile_rows + i] =
-                    int8::quantize_piece(from, call.type, r < rows ? inputs : 0, int(steps), int(b.tile_rows), base + step * step_bytes() + i * 8);
+                const bool real = top + i < rows;
+                const uint8_t* from = real ? static_cast<const uint8_t*>(call.row(start + top + i)) + first * (call.type == kF32 ? 4 : 2) : nullptr;
+                uint8_t* to = inputs_of(tile, step) + i * (l.sparse ? 8 : 4);
+                units_of(tile, step)[i] = int8::quantize_piece(l, from, call.type, real ? inputs : 0, int(steps), int(b.tile_rows), to);
             }
         }
     }
 
-    void run(const uint8_t* weights, int64_t step, const bf16::Pieces& pieces, uint8_t* tiles, int64_t count, int64_t tile_bytes,
+    void run(const uint8_t* weights, int64_t step, const bf16::Pieces& some, uint8_t* tiles, int64_t count, int64_t tile_bytes,
              uint8_t* decoded, float* c, int64_t c_stride) const {
-        decode(weights, pieces, decoded);
+        decode(weights, some, decoded);
         for (int64_t t = 0; t < count; ++t, tiles += tile_bytes, c += b.tile_rows * kPanel) {
-            select(decoded, pieces.pieces, pieces.steps_per_piece, tiles + step * step_bytes(), units(tiles) + step / piece_steps * b.tile_rows, c, c_stride);
+            multiply(decoded, some, inputs_of(tiles, step), units_of(tiles, step), c, c_stride);
         }
     }
 };
@@ -784,10 +787,11 @@ static int run_fixed(const Call& call) {
 
 #endif  // SPARSIFY_COMPILES_AMX
 
-// As run_tiles, in int8 (sparse24_int8.h).
-static int run_int8(const Call& call, bool amx) {
+#if SPARSIFY_COMPILES_AMX
+
+// Rows in int8 in AMX tiles (sparse24_int8.h).
+static int run_int8_tiles(const Call& call) {
     const Layout& l = call.l;
-    if (!amx && l.sparse) return run_blocks(call, Int8SelectWay{call});
     const int64_t steps = (l.steps + int8::kSteps - 1) / int8::kSteps, padded = steps * int8::kSteps * kStep;
     const Blocking b = blocking(l, call.rows, 1, 288, 16, 4, bf16::kSub);
     const int64_t tile_bytes = steps * b.step_bytes(), sums_rows = b.tiles * b.tile_rows;
@@ -810,9 +814,7 @@ static int run_int8(const Call& call, bool amx) {
         __m512i* factors = reinterpret_cast<__m512i*>(mine + 2 * panel_bytes + sums_bytes);
         int8_t* row = reinterpret_cast<int8_t*>(mine + 2 * panel_bytes + sums_bytes + factor_bytes);
         const int64_t c_stride = sums_rows * kPanel;
-#if SPARSIFY_COMPILES_AMX
-        if (amx) bf16::enter_amx(int(b.tile_rows));
-#endif
+        bf16::enter_amx(int(b.tile_rows));
         for (int64_t start = 0; start < call.rows; start += b.rows) {
             const int64_t here = std::min(b.rows, call.rows - start), used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
             const Range rows = part(sums_rows, thread, threads);
@@ -834,16 +836,7 @@ static int run_int8(const Call& call, bool amx) {
                     decode(l, l.pair(call.blob, p) + s * 2 * l.step_bytes, s, some, factors, decoded, panel_bytes);
                     for (int64_t t = 0; t < used_tiles; ++t) {
                         const uint8_t* a = tiles + t * tile_bytes + s / int8::kSteps * b.step_bytes();
-                        int32_t* to = c + t * b.tile_rows * kPanel;
-#if SPARSIFY_COMPILES_AMX
-                        if (amx) {
-                            bf16::multiply_scaled_amx<true>(a, decoded, panel_bytes, wide, int(b.tile_rows), to, c_stride);
-                            continue;
-                        }
-#endif
-                        for (int half = 0; half < 2; ++half) {
-                            int8::multiply_dot(a, int(b.tile_rows), decoded + half * panel_bytes, wide, to + half * c_stride);
-                        }
+                        bf16::multiply_scaled_amx<true>(a, decoded, panel_bytes, wide, int(b.tile_rows), c + t * b.tile_rows * kPanel, c_stride);
                     }
                 }
                 float* sums = reinterpret_cast<float*>(c);  // in place
@@ -855,11 +848,19 @@ static int run_int8(const Call& call, bool amx) {
             }
             barrier();
         }
-#if SPARSIFY_COMPILES_AMX
-        if (amx) bf16::leave_amx();
-#endif
+        bf16::leave_amx();
     });
     return failed ? kOutOfMemory : kOk;
+}
+
+#endif  // SPARSIFY_COMPILES_AMX
+
+static int run_int8(const Call& call, bool amx) {
+#if SPARSIFY_COMPILES_AMX
+    if (amx) return run_int8_tiles(call);
+#endif
+    (void)amx;
+    return run_blocks(call, Int8Way{call});
 }
 
 #endif  // SPARSIFY_COMPILES_AVX512BF16

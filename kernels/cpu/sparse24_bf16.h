@@ -432,37 +432,50 @@ static Direct direct(const Layout& l, int rows) {
 
 // --------------------------------------------------------------------------------------- many rows: multiply
 
-// One panel (`half` of a pair): c[i][16] += sum over pieces of scale * (sum over their steps of a x b);  i < ROWS.
-// a: [step][ROWS][32] bf16, b: [step][16 pairs of inputs][16 outputs][2].
+// c[i][16] += scale * sum[i] of both panels.
 template <int ROWS>
-static void multiply_dot(const uint8_t* a, const uint8_t* b, const Pieces& pieces, int half, float* c) {
-    for (int piece = 0; piece < pieces.pieces; ++piece) {
-        __m512 sum[ROWS];
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; ++i) sum[i] = _mm512_setzero_ps();
-        for (int s = 0; s < pieces.steps_per_piece; ++s, a += ROWS * 64, b += kStepBytes) {
-            for (int r = 0; r < 16; ++r) {
-                const __m512i w = _mm512_load_si512(b + r * 64);
-#pragma GCC unroll 16
-                for (int i = 0; i < ROWS; ++i) {
-                    int32_t two;
-                    std::memcpy(&two, a + i * 64 + r * 4, 4);
-                    sum[i] = dot(sum[i], w, _mm512_set1_epi32(two));
-                }
-            }
-        }
+ALWAYS void add_scaled(const __m512 (&sum)[2][ROWS], const Pieces& pieces, int piece, float* c, int64_t c_stride) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
         const __m512 scale = scale_of(pieces, piece, half);
-#pragma GCC unroll 16
+#pragma GCC unroll 12
         for (int i = 0; i < ROWS; ++i) {
-            _mm512_storeu_ps(c + i * kPanel, _mm512_fmadd_ps(sum[i], scale, _mm512_loadu_ps(c + i * kPanel)));
+            float* to = c + half * c_stride + i * kPanel;
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(sum[half][i], scale, _mm512_loadu_ps(to)));
         }
     }
 }
 
-using Multiply = void (*)(const uint8_t* a, const uint8_t* b, const Pieces& pieces, int half, float* c);
+// Two decoded panels times a tile of ROWS rows: c[i][16] += sum over pieces of scale * (sum over their steps of a x b).
+// a: [step][ROWS][32] bf16, b: [step][16 pairs of inputs][16 outputs][2], the second panel b_stride bytes behind; c_stride floats
+// between panels of c.
+template <int ROWS>
+static void multiply_dot(const uint8_t* a, const uint8_t* b, int64_t b_stride, const Pieces& pieces, float* c, int64_t c_stride) {
+    for (int piece = 0; piece < pieces.pieces; ++piece) {
+        __m512 sum[2][ROWS] = {};
+        for (int s = 0; s < pieces.steps_per_piece; ++s, a += ROWS * 64, b += kStepBytes) {
+            for (int r = 0; r < 16; ++r) {
+                const __m512i w0 = _mm512_load_si512(b + r * 64), w1 = _mm512_load_si512(b + b_stride + r * 64);
+#pragma GCC unroll 12
+                for (int i = 0; i < ROWS; ++i) {
+                    int32_t two;
+                    std::memcpy(&two, a + i * 64 + r * 4, 4);
+                    const __m512i both = _mm512_set1_epi32(two);
+                    sum[0][i] = dot(sum[0][i], w0, both);
+                    sum[1][i] = dot(sum[1][i], w1, both);
+                }
+            }
+        }
+        add_scaled<ROWS>(sum, pieces, piece, c, c_stride);
+    }
+}
 
-static Multiply multiplier_dot(int rows) {
-    return rows <= 4 ? multiply_dot<4> : rows <= 8 ? multiply_dot<8> : rows <= 12 ? multiply_dot<12> : multiply_dot<16>;
+using MultiplyTile = void (*)(const uint8_t* a, const uint8_t* b, int64_t b_stride, const Pieces& pieces, float* c, int64_t c_stride);
+
+constexpr int kDotRows = 12;  // of a tile: 2 x 12 sums
+
+static MultiplyTile multiplier_dot(int rows) {
+    return rows <= 4 ? multiply_dot<4> : rows <= 8 ? multiply_dot<8> : multiply_dot<12>;
 }
 
 // ------------------------------------------------------------------------------- many rows without AMX: select
@@ -548,14 +561,7 @@ static void select(const uint8_t* p, const Pieces& pieces, const uint8_t* x, flo
             const __m512i meta[2] = {_mm512_loadu_si512(p), _mm512_loadu_si512(p + bytes)};
             select_quad<BITS, 0>(p, bytes, meta, table, x, sum);
         }
-        for (int half = 0; half < 2; ++half) {
-            const __m512 scale = scale_of(pieces, piece, half);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                float* to = c + half * c_stride + r * kPanel;
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(sum[half][r], scale, _mm512_loadu_ps(to)));
-            }
-        }
+        add_scaled<R>(sum, pieces, piece, c, c_stride);
     }
 }
 
@@ -575,7 +581,7 @@ static Select selector(int bits, int rows) {
 // ------------------------------------------------------------------------------------------------------ results
 
 // 16 sums of one row, plus bias, as `columns` numbers of `type`.
-static void store_row(__m512 sum, int type, int columns, void* y) {
+ALWAYS void store_row(__m512 sum, int type, int columns, void* y) {
     const __mmask16 mask = __mmask16((1u << columns) - 1);
     if (type == kF32) {
         _mm512_mask_storeu_ps(y, mask, sum);
@@ -585,12 +591,17 @@ static void store_row(__m512 sum, int type, int columns, void* y) {
     }
 }
 
-// parts: rows of `sums` (16 floats, `stride` apart) that make one row of the result.
-static void finish_row(const float* sums, int64_t stride, int parts, const void* bias, int bias_type, int type, int columns, void* y) {
-    __m512 sum = _mm512_loadu_ps(sums);
-    for (int p = 1; p < parts; ++p) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + p * stride));
-    if (bias != nullptr) sum = _mm512_add_ps(sum, load_widened(bias, bias_type, 0, lanes_below(columns, 0)));
-    store_row(sum, type, columns, y);
+// Some rows of results, y_bytes apart. parts: rows of `sums` (16 floats, `stride` apart) that make one of them.
+static void finish_rows(const float* sums, int64_t stride, int64_t rows, int parts, const void* bias, int bias_type, int type, int columns, void* y,
+                        int64_t y_bytes) {
+    const __m512 added = bias ? load_widened(bias, bias_type, 0, lanes_below(columns, 0)) : _mm512_setzero_ps();
+    uint8_t* to = static_cast<uint8_t*>(y);
+    for (int64_t m = 0; m < rows; ++m, to += y_bytes) {
+        __m512 sum = _mm512_loadu_ps(sums);
+        sums += stride;
+        for (int p = 1; p < parts; ++p, sums += stride) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums));
+        store_row(_mm512_add_ps(sum, added), type, columns, to);
+    }
 }
 
 }  // namespace bf16
@@ -673,8 +684,6 @@ static void multiply_scaled_amx(const uint8_t* a, const uint8_t* b, int64_t b_st
     _tile_stored(0, c, 64);
     _tile_stored(1, c + c_stride, 64);
 }
-
-using MultiplyTile = void (*)(const uint8_t* a, const uint8_t* b, int64_t b_stride, const Pieces& pieces, float* c, int64_t c_stride);
 
 static MultiplyTile multiplier_amx(int rows) {
     return rows <= 4 ? multiply_amx<4> : rows <= 8 ? multiply_amx<8> : rows <= 12 ? multiply_amx<12> : multiply_amx<16>;

@@ -155,129 +155,147 @@ static Decode decoder(const Layout& l) {
     return l.bits == 4 ? decode<4, false> : decode<8, false>;
 }
 
-// c[i][16] += a x b for one panel and 16 rows. a: [step][rows][64] signed bytes. The instruction wants one operand unsigned,
-// so 128 is added to the activations and 128 x the sums of the weights subtracted again.
-static void multiply_dot(const uint8_t* a, int rows, const uint8_t* b, int steps, int32_t* c) {
-    for (int start = 0; start < rows; start += 8) {
-        const int some = rows - start < 8 ? rows - start : 8;
-        __m512i sum[8], weights = _mm512_setzero_si512();
-        for (int i = 0; i < 8; ++i) sum[i] = _mm512_setzero_si512();
-        for (int s = 0; s < steps; ++s) {
-            for (int r = 0; r < 16; ++r) {
-                const __m512i w = _mm512_load_si512(b + s * kStepBytes + r * 64);
-                weights = bf16::dot_bytes(weights, _mm512_set1_epi8(1), w);
-                const uint8_t* from = a + (s * rows + start) * 64 + r * 4;
-#pragma GCC unroll 8
-                for (int i = 0; i < 8; ++i) {
-                    uint32_t four;
-                    std::memcpy(&four, from + (i < some ? i : 0) * 64, 4);
-                    sum[i] = bf16::dot_bytes(sum[i], _mm512_set1_epi32(int(four ^ 0x80808080u)), w);
-                }
-            }
-        }
-        const __m512i shift = _mm512_slli_epi32(weights, 7);
-        for (int i = 0; i < some; ++i) {
-            int32_t* to = c + (start + i) * kPanel;
-            _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), _mm512_sub_epi32(sum[i], shift)));
-        }
-    }
-}
-
 // 16 sums of one row -> floats.
 static void scale_row(const int32_t* sums, float sx, const float* sw, float* out) {
     const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(sx), _mm512_loadu_ps(sw));
     _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(sums)), scale));
 }
 
-// ----------------------------------------------------------------------------------- 2:4 without AMX: select
+// ------------------------------------------------------------------------------------------------- without AMX
 //
-// Here a permute picks the kept inputs of two quads at once, and one product takes four of them. Codes stay as they are and
-// activations have a scale per row and piece of K (a group, or 512 inputs of a longer one), as the blocks of other int8 kernels.
+// Codes stay as they are, and activations have a scale per row and piece of K (a group, or 512 inputs of a longer one), as the
+// blocks of other int8 kernels have. In 2:4 linears a permute picks the kept inputs of two quads, and one product takes four of them.
 
-constexpr int kSelectRows = 8;                     // of a tile of activations
-constexpr int kSelectSteps = 16;                   // of a run of weights
-constexpr int kTwoQuads = 2 * 64;                  // bytes of two decoded quads of a panel: codes, then positions
-constexpr int kSelectBytes = 2 * 4 * kTwoQuads;    // of a decoded step of both panels
-constexpr int kPieceBytes = 2 * 2 * 64;            // before the steps of a piece: per panel what its sums begin with, and its scales
+constexpr int kDotRows = 8;    // of a tile of activations
+constexpr int kRunSteps = 16;  // of a run of weights
+constexpr int kPieceBytes = 2 * 2 * 64;  // before the steps of a piece: per panel what its sums begin with, and its scales
 
-// The scale of a piece of a row, and 128 + the quotients, in the order of `select`: two quads of all rows after the other.
-// from: the piece's inputs, of which `inputs` exist; steps: of the piece; out: [step][pair of quads][row of the tile][2 x 4 inputs].
-static float quantize_piece(const void* from, int type, int64_t inputs, int steps, int tile_rows, uint8_t* out) {
-    int8_t values[kSelectSteps * kStep];
+constexpr int kVectorBytes(bool sparse) { return sparse ? 2 * 64 : 64; }  // of four values of 16 outputs: codes, then positions
+constexpr int kVectors(bool sparse) { return sparse ? 4 : 8; }            // of a step of a panel
+constexpr int kDecodedBytes(bool sparse) { return kVectors(sparse) * kVectorBytes(sparse); }
+
+// The order of the inputs of a step: what a vector of codes is multiplied with, vector after vector. 2:4: quads q and q + 2.
+// Dense 4-bit codes are taken as the nibbles of their bytes lie.
+ALWAYS __m256i order_of_inputs(const Layout& l) {
+    alignas(32) static const uint8_t orders[3][32] = {
+        {0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15, 16, 17, 18, 19, 24, 25, 26, 27, 20, 21, 22, 23, 28, 29, 30, 31},
+        {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15, 16, 20, 17, 21, 18, 22, 19, 23, 24, 28, 25, 29, 26, 30, 27, 31},
+        {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31}};
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(orders[l.sparse ? 0 : l.bits == 4 ? 1 : 2]));
+}
+
+// Returns the scale of a piece of a row. from: its inputs, of which `inputs` exist; out: 128 + their quotients, 32 per step in
+// the order above, [step][vector][row of the tile][8 bytes (2:4) or 4].
+static float quantize_piece(const Layout& l, const void* from, int type, int64_t inputs, int steps, int tile_rows, uint8_t* out) {
+    int8_t values[kRunSteps * kStep];
     const float scale = quantize_row(from, type, inputs, steps * kStep, values);
-    for (int s = 0; s < steps; ++s) {
-        uint32_t quads[8];
-        std::memcpy(quads, values + s * kStep, sizeof quads);
-        for (int two = 0; two < 4; ++two) {
-            const int first = two % 2 + two / 2 * 4;
-            const uint32_t bytes[2] = {quads[first] ^ 0x80808080u, quads[first + 2] ^ 0x80808080u};
-            std::memcpy(out + ((s * 4 + two) * tile_rows) * 8, bytes, 8);
+    const __m256i order = order_of_inputs(l), offset = _mm256_set1_epi8(char(128));
+    for (int s = 0; s < steps; ++s, out += tile_rows * kStep) {
+        const __m256i v = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + s * kStep)), offset);
+        uint8_t bytes[kStep];
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), _mm256_permutexvar_epi8(order, v));
+        if (l.sparse) {
+            for (int i = 0; i < 4; ++i) std::memcpy(out + i * tile_rows * 8, bytes + i * 8, 8);
+        } else {
+            for (int i = 0; i < 8; ++i) std::memcpy(out + i * tile_rows * 4, bytes + i * 4, 4);
         }
     }
     return scale;
 }
 
-// The codes of quads q and q + 2 as a dword of signed bytes per output: their first slots, then their second. 4-bit codes times 16.
-template <int BITS, int TWO>
-ALWAYS __m512i kept_bytes(const uint8_t* codes) {
-    constexpr int q = TWO % 2 + TWO / 2 * 4;
+// Four stretches of 16 bytes, each further `stride` bytes on -> a dword of their bytes per lane.
+ALWAYS __m512i weave_bytes(const uint8_t* p, const int (&at)[4]) {
+    const auto bytes = [&](int i) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + at[i]))); };
+    const __m512i low = _mm512_or_si512(bytes(0), _mm512_slli_epi32(bytes(1), 8)), high = _mm512_or_si512(bytes(2), _mm512_slli_epi32(bytes(3), 8));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// The V-th vector of codes of a step of a panel, a dword of signed bytes per output; 4-bit codes times 16. 2:4: the first slots
+// of quads q and q + 2, then their second ones.
+template <int BITS, bool SPARSE, int V>
+ALWAYS __m512i codes_of(const uint8_t* codes) {
     if constexpr (BITS == 4) {
-        const __m512i c = _mm512_loadu_si512(codes + TWO / 2 * 64);
+        const __m512i c = _mm512_loadu_si512(codes + V / 2 * 64);
         // (c & 0xf0) ^ 0x80: from code + 8 to 16 x code
-        return _mm512_ternarylogic_epi32(TWO % 2 ? c : _mm512_slli_epi16(c, 4), _mm512_set1_epi8(char(0xf0)), _mm512_set1_epi8(char(0x80)), 0x6a);
+        return _mm512_ternarylogic_epi32(V % 2 ? c : _mm512_slli_epi16(c, 4), _mm512_set1_epi8(char(0xf0)), _mm512_set1_epi8(char(128)), 0x6a);
+    } else if constexpr (SPARSE) {
+        constexpr int q = V % 2 + V / 2 * 4;
+        return weave_bytes(codes + q * 32, {0, 64, 16, 80});
     } else {
-        const auto bytes = [&](int quad, int slot) {
-            return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + quad * 32 + slot * 16)));
-        };
-        const __m512i first = _mm512_or_si512(bytes(q, 0), _mm512_slli_epi32(bytes(q + 2, 0), 8));
-        const __m512i second = _mm512_or_si512(bytes(q, 1), _mm512_slli_epi32(bytes(q + 2, 1), 8));
-        return _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+        return weave_bytes(codes + V * 64, {0, 16, 32, 48});
     }
 }
 
-// Codes and positions of a step of a panel, and its part of what the offset of the activations adds to a sum.
-template <int BITS, int TWO>
-ALWAYS void decode_selection(const uint8_t* codes, __m512i meta, __m512i& offset, uint8_t* out) {
-    if constexpr (TWO < 4) {
-        const __m512i w = kept_bytes<BITS, TWO>(codes);
-        offset = bf16::dot_bytes(offset, _mm512_set1_epi8(char(128)), w);
-        _mm512_store_si512(out + TWO * kTwoQuads, w);
-        constexpr int shift = TWO % 2 * 4 + TWO / 2 * 2;
-        // (meta & 3) | 4 in the bytes of the second quad
-        const __m512i positions = _mm512_ternarylogic_epi32(shift ? _mm512_srli_epi32(meta, shift) : meta, _mm512_set1_epi8(3), _mm512_set1_epi32(0x04000400), 0xea);
-        _mm512_store_si512(out + TWO * kTwoQuads + 64, positions);
-        decode_selection<BITS, TWO + 1>(codes, meta, offset, out);
+template <int BITS, bool SPARSE, int V>
+ALWAYS void decode_vectors(const uint8_t* p, __m512i& sum, uint8_t* out) {
+    if constexpr (V < kVectors(SPARSE)) {
+        const __m512i codes = codes_of<BITS, SPARSE, V>(p + (SPARSE ? kMetaBytes : 0));
+        sum = bf16::dot_bytes(sum, _mm512_set1_epi8(char(128)), codes);
+        _mm512_store_si512(out, codes);
+        if constexpr (SPARSE) {
+            // (meta & 3), or'ed with 4 in the bytes of the second quad
+            const __m512i meta = _mm512_srli_epi32(_mm512_loadu_si512(p), V % 2 * 4 + V / 2 * 2);
+            _mm512_store_si512(out + 64, _mm512_ternarylogic_epi32(meta, _mm512_set1_epi8(3), _mm512_set1_epi32(0x04000400), 0xea));
+        }
+        decode_vectors<BITS, SPARSE, V + 1>(p, sum, out + kVectorBytes(SPARSE));
     }
 }
 
-// A run of a 2:4 pair -> per piece: [panel][16] minus 128 times the sums of codes, [panel][16] scales, then its steps:
-// [step][panel][pair of quads]{codes, positions}.
-template <int BITS>
-static void decode_selections(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* out) {
-    constexpr int bytes = kMetaBytes + 32 * BITS;
+// A run of a pair -> per piece: [panel][16] minus 128 times the sums of codes, [panel][16] scales, then [step][panel] vectors.
+template <int BITS, bool SPARSE>
+static void decode_run(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* out) {
+    constexpr int bytes = SPARSE ? kMetaBytes + 32 * BITS : 64 * BITS;
     for (int piece = 0; piece < pieces.pieces; ++piece) {
         uint8_t* head = out;
-        __m512i offset[2] = {};
+        __m512i sum[2] = {};
         out += kPieceBytes;
         for (int s = 0; s < pieces.steps_per_piece; ++s) {
             bf16::prefetch(p + bf16::kAhead, 2 * bytes);
-            for (int half = 0; half < 2; ++half, p += bytes, out += kSelectBytes / 2) {
-                decode_selection<BITS, 0>(p + kMetaBytes, _mm512_loadu_si512(p), offset[half], out);
-            }
+            for (int half = 0; half < 2; ++half, p += bytes, out += kDecodedBytes(SPARSE)) decode_vectors<BITS, SPARSE, 0>(p, sum[half], out);
         }
         for (int half = 0; half < 2; ++half) {
             const __m512 scale = bf16::scale_of(pieces, piece, half);
-            _mm512_store_si512(head + half * 64, _mm512_sub_epi32(_mm512_setzero_si512(), offset[half]));
+            _mm512_store_si512(head + half * 64, _mm512_sub_epi32(_mm512_setzero_si512(), sum[half]));
             _mm512_store_ps(head + 128 + half * 64, BITS == 4 ? _mm512_mul_ps(scale, _mm512_set1_ps(0.0625f)) : scale);
+        }
+    }
+}
+
+// A step of both panels times R rows.
+template <bool SPARSE, int R>
+ALWAYS void multiply_step(const uint8_t* decoded, const uint8_t* x, __m512i (&sum)[2][R]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors(SPARSE); ++v, decoded += kVectorBytes(SPARSE), x += R * (SPARSE ? 8 : 4)) {
+        const uint8_t* second = decoded + kDecodedBytes(SPARSE);
+        const __m512i w0 = _mm512_load_si512(decoded), w1 = _mm512_load_si512(second);
+        if constexpr (SPARSE) {
+            const __m512i positions0 = _mm512_load_si512(decoded + 64), positions1 = _mm512_load_si512(second + 64);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                int64_t inputs;
+                std::memcpy(&inputs, x + r * 8, 8);
+                const __m512i eight = _mm512_set1_epi64(inputs);
+                sum[0][r] = bf16::dot_bytes(sum[0][r], _mm512_permutexvar_epi8(positions0, eight), w0);
+                sum[1][r] = bf16::dot_bytes(sum[1][r], _mm512_permutexvar_epi8(positions1, eight), w1);
+            }
+        } else {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                int32_t inputs;
+                std::memcpy(&inputs, x + r * 4, 4);
+                const __m512i four = _mm512_set1_epi32(inputs);
+                sum[0][r] = bf16::dot_bytes(sum[0][r], four, w0);
+                sum[1][r] = bf16::dot_bytes(sum[1][r], four, w1);
+            }
         }
     }
 }
 
 // Decoded pieces times a tile of R rows. x: as quantize_piece leaves it; unit: [piece][R] scales; c[R][16] +=, c_stride floats
 // between panels.
-template <int R>
-static void select(const uint8_t* decoded, int pieces, int steps, const uint8_t* x, const float* unit, float* c, int64_t c_stride) {
-    for (int piece = 0; piece < pieces; ++piece, unit += R) {
+template <bool SPARSE, int R>
+static void multiply_run(const uint8_t* decoded, const bf16::Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride) {
+    for (int piece = 0; piece < pieces.pieces; ++piece, unit += R) {
         const uint8_t* head = decoded;
         __m512i sum[2][R];
         for (int half = 0; half < 2; ++half) {
@@ -285,22 +303,7 @@ static void select(const uint8_t* decoded, int pieces, int steps, const uint8_t*
             for (int r = 0; r < R; ++r) sum[half][r] = _mm512_load_si512(head + half * 64);
         }
         decoded += kPieceBytes;
-        for (int s = 0; s < steps; ++s, decoded += kSelectBytes) {
-#pragma GCC unroll 4
-            for (int two = 0; two < 4; ++two, x += R * 8) {
-                const uint8_t* at = decoded + two * kTwoQuads;
-                const __m512i w0 = _mm512_load_si512(at), positions0 = _mm512_load_si512(at + 64);
-                const __m512i w1 = _mm512_load_si512(at + kSelectBytes / 2), positions1 = _mm512_load_si512(at + kSelectBytes / 2 + 64);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) {
-                    int64_t inputs;
-                    std::memcpy(&inputs, x + r * 8, 8);
-                    const __m512i eight = _mm512_set1_epi64(inputs);
-                    sum[0][r] = bf16::dot_bytes(sum[0][r], _mm512_permutexvar_epi8(positions0, eight), w0);
-                    sum[1][r] = bf16::dot_bytes(sum[1][r], _mm512_permutexvar_epi8(positions1, eight), w1);
-                }
-            }
-        }
+        for (int s = 0; s < pieces.steps_per_piece; ++s, decoded += 2 * kDecodedBytes(SPARSE), x += R * kStep) multiply_step<SPARSE>(decoded, x, sum);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const __m512 row = _mm512_set1_ps(unit[r]);
@@ -313,13 +316,22 @@ static void select(const uint8_t* decoded, int pieces, int steps, const uint8_t*
     }
 }
 
-using DecodeSelections = void (*)(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* out);
-using Select = void (*)(const uint8_t* decoded, int pieces, int steps, const uint8_t* x, const float* unit, float* c, int64_t c_stride);
+using DecodeRun = void (*)(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* out);
+using MultiplyRun = void (*)(const uint8_t* decoded, const bf16::Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride);
 
-static Select selector(int rows) {
-    constexpr Select of[kSelectRows] = {select<1>, select<2>, select<3>, select<4>, select<5>, select<6>, select<7>, select<8>};
+static DecodeRun run_decoder(const Layout& l) {
+    if (l.sparse) return l.bits == 4 ? decode_run<4, true> : decode_run<8, true>;
+    return l.bits == 4 ? decode_run<4, false> : decode_run<8, false>;
+}
+
+template <bool SPARSE>
+static MultiplyRun run_multiplier_of(int rows) {
+    constexpr MultiplyRun of[kDotRows] = {multiply_run<SPARSE, 1>, multiply_run<SPARSE, 2>, multiply_run<SPARSE, 3>, multiply_run<SPARSE, 4>,
+                                          multiply_run<SPARSE, 5>, multiply_run<SPARSE, 6>, multiply_run<SPARSE, 7>, multiply_run<SPARSE, 8>};
     return of[rows - 1];
 }
+
+static MultiplyRun run_multiplier(const Layout& l, int rows) { return l.sparse ? run_multiplier_of<true>(rows) : run_multiplier_of<false>(rows); }
 
 }  // namespace int8
 }  // namespace sparse24

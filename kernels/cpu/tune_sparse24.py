@@ -2,11 +2,14 @@
 
     python kernels/cpu/tune_sparse24.py > crossovers.h && mv crossovers.h kernels/cpu/sparse24_crossovers.h
 
-Run it with nothing else running, on the processor that matters most: the table is compiled in.
+Run it with nothing else running, on the processor that matters most: the table is compiled in. What this processor cannot
+measure, because it has no AMX, stays as it was.
 """
 
+import re
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -20,6 +23,7 @@ MOST_DIRECT_ROWS = 8
 FIXED_ROWS = (*range(1, 13), 16, 24, 32, 48, 64)
 DIRECT, TILES, FIXED = 512, 1024, 2048
 SCHEMES = [(4, "2:4"), (8, "2:4"), (16, "2:4"), (4, "dense"), (8, "dense")]
+TABLE = Path(__file__).with_name("sparse24_crossovers.h")
 HEADER = """// Written by tune_sparse24.py; run it again on another kind of processor.
 #pragma once
 
@@ -79,20 +83,30 @@ def fixed_rows(level: int, scheme: ModuleScheme) -> tuple[int, int]:
     return (first, last) if first else (1, 0)
 
 
-def braces(values: list) -> str:
+def braces(values: list[list[int]]) -> str:
     return ", ".join("{" + ", ".join(map(str, row)) + "}" for row in values)
+
+
+def present(name: str) -> list[list[int]]:
+    """A table as it is now."""
+    text = TABLE.read_text(encoding="utf-8")
+    rows = text[text.index(name) :].split(";", 1)[0]
+    return [[int(number) for number in row.split(",")] for row in re.findall(r"\{([\d, ]+)\}", rows)]
 
 
 def main() -> None:
     library = _library()
     assert library is not None, "the kernels cannot be built here"
     schemes = [ModuleScheme(b, K if b == 16 else 64, p, (N, K)) for b, p in SCHEMES]
+    direct, fixed = present("kDirectRows"), present("kFixedRows")
     levels = [LEVELS.index(name) for name in ("avx512bf16", "amx")]
-    for level in levels:
-        if library.sparse24_level(level) < 0:
-            sys.exit(f"this processor has no {LEVELS[level]}; keep that row of the table as it is")
-    direct = [[direct_rows(level, scheme) for scheme in schemes] for level in levels]
-    fixed = [fixed_rows(levels[-1], scheme) for scheme in schemes]
+    for row, level in enumerate(levels):
+        if library.sparse24_level(level) == level:
+            direct[row] = [direct_rows(level, scheme) for scheme in schemes]
+        else:
+            print(f"this processor has no {LEVELS[level]}: its rows stay as they are", file=sys.stderr)
+    if library.sparse24_level(levels[-1]) == levels[-1]:
+        fixed = [list(fixed_rows(levels[-1], scheme)) for scheme in schemes]
     print(HEADER.format(direct=braces(direct), fixed=braces(fixed)))
 
 

@@ -38,8 +38,9 @@ UNIT = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2.0**-24}
 TINY = {BF16: 2.0**-126, F16: 2.0**-25, F32: 2.0**-126}
 SCHEMES = ((4, "2:4"), (8, "2:4"), (16, "2:4"), (4, "dense"), (8, "dense"))
 ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 64, 65, 129, 300)
-FIXED = 2048  # the option that asks for fixed point
-FOLD_ROWS = 64  # with more bf16 rows the AMX kernels round each scaled weight to bf16, as a dense bf16 checkpoint does
+INT8, FIXED = 256, 2048  # the options that ask for int8 compute and for fixed point
+INT8_PIECE = 512  # without AMX, activations have a scale for at most so many inputs
+FOLD_ROWS = 64  # with more bf16 rows the bf16 kernels round each scaled weight to bf16, as a dense bf16 checkpoint does
 ROOT = Path(__file__).resolve().parents[2]
 
 scheme_ids = pytest.mark.parametrize(("bits", "pattern"), SCHEMES, ids=[f"{b} bits {p}" for b, p in SCHEMES])
@@ -121,8 +122,7 @@ def activations(rows: int, k: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
 
 
 def folds(linear: Linear, level: int, x: Tensor) -> bool:
-    ways = LEVELS[level] == "amx" or (LEVELS[level] == "avx512bf16" and linear.pattern == "2:4")
-    return ways and linear.bits < 16 and x.dtype == BF16 and x.shape[0] > FOLD_ROWS
+    return LEVELS[level] in ("avx512bf16", "amx") and linear.bits < 16 and x.dtype == BF16 and x.shape[0] > FOLD_ROWS
 
 
 @functools.cache
@@ -321,6 +321,90 @@ def test_is_exact_on_integers(kernel: Kernel, bits: int, pattern: str) -> None:
         for level, rows in itertools.product(levels, (1, 2, 3, 4, 5, 8, 9, 13, 16, 17, 32, 64, 65, 130)):
             y = kernel.linear(blob, n, x[:rows], bias, level)
             assert torch.equal(y, exact[:rows].to(dtype)), (linear, LEVELS[level], rows)
+
+
+# ----------------------------------------------------------------------------------------------------- int8 compute
+
+int8_schemes = pytest.mark.parametrize(("bits", "pattern"), [scheme for scheme in SCHEMES if scheme[0] < 16])
+int8_levels = pytest.mark.parametrize(
+    "level", [LEVELS.index("avx512bf16"), LEVELS.index("amx")], ids=["avx512bf16", "amx"]
+)
+
+
+def int8_variance(linear: Linear, level: int, x: Tensor) -> Tensor:
+    """The variance of what rounding to int8 does to each output (kernels/cpu/sparse24_int8.h), if roundings are independent
+    and even: a twelfth of a squared step each."""
+    made, x = make(linear), x.double()
+    weight, per_output = made.weight.square(), LEVELS[level] == "amx"
+    piece = linear.k if per_output else min(linear.group, INT8_PIECE)
+    total = torch.zeros(len(x), linear.n, dtype=torch.float64)
+    for i in range(0, linear.k, piece):
+        step = x[:, i : i + piece].abs().amax(1, keepdim=True) / 127
+        total += step.square() / 12 @ weight[:, i : i + piece].sum(1, keepdim=True).T
+    if per_output:  # the codes of an output's groups are brought to one scale as well
+        step = made.tensors["weight_scale"].double().abs().amax(1) * (8 if linear.bits == 4 else 128) / 127
+        total += (x.square() @ made.kept.T.double()) * step.square() / 12
+    return total
+
+
+@int8_schemes
+@int8_levels
+@pytest.mark.parametrize("group", [32, 64, 512, "channel"])
+def test_int8_errs_as_its_roundings_do(kernel: Kernel, level: int, bits: int, pattern: str, group: int | str) -> None:
+    if not kernel.runs(level):
+        pytest.skip(f"this processor has no {LEVELS[level]}")
+    for k, rows, dtype in [
+        (1024, 9, BF16),
+        (1040 if group == "channel" else 1536, 65, F16),
+        (2048, 200, F32),
+        (512, 17, BF16),
+    ]:
+        linear = Linear(bits, pattern, k if group == "channel" else int(group), 100, k)
+        x = activations(rows, k, dtype)
+        x[:, k // 2] *= 8  # an outlier, in one of the pieces
+        y = kernel.linear(kernel.pack(linear), linear.n, x, None, level + INT8)
+        exact = x.double() @ make(linear).weight.T
+        # what storing the output rounds is even, too: a twelfth of the distance of neighbours
+        variance = int8_variance(linear, level, x) + (2 * UNIT[dtype] * exact).square() / 12
+        error = ((y.double() - exact).square() / variance).mean().sqrt()
+        assert 0.6 < error < 1.2, (k, rows, dtype, error)  # below: these products were not made in int8
+
+
+@int8_schemes
+@pytest.mark.parametrize("group", [32, 64, 512, "channel"])
+def test_int8_is_exact_where_activations_are(kernel: Kernel, bits: int, pattern: str, group: int | str) -> None:
+    """Without AMX the codes are not rounded; nor are activations of up to 127 steps of a power of two."""
+    level = LEVELS.index("avx512bf16")
+    if not kernel.runs(level):
+        pytest.skip("this processor has no avx512bf16")
+    for k, rows, dtype in itertools.product((512, 1040 if group == "channel" else 1536), (9, 16, 33, 193, 400), TYPES):
+        linear = Linear(bits, pattern, k if group == "channel" else int(group), 50, k)
+        generator = torch.Generator().manual_seed(k + rows)
+        x = torch.randint(-127, 128, (rows, k), generator=generator).float()
+        piece = min(linear.group, INT8_PIECE)
+        for i in range(0, k, piece):
+            x[:, i] = 127
+            x[:, i : i + piece] *= 2.0 ** torch.randint(-12, -6, (rows, 1), generator=generator)
+        x = x.to(dtype)
+        y = kernel.linear(kernel.pack(linear), linear.n, x, None, level + INT8)
+        weight = make(linear).weight
+        exact, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+        sums = (k // piece + 8) * 2.0**-23 * magnitude
+        assert ((y.double() - exact).abs() <= UNIT[dtype] * (exact.abs() + sums) + sums).all(), (k, rows, dtype)
+
+
+@int8_schemes
+@int8_levels
+def test_int8_serves_many_rows_alone(kernel: Kernel, level: int, bits: int, pattern: str) -> None:
+    if not kernel.runs(level):
+        pytest.skip(f"this processor has no {LEVELS[level]}")
+    linear = Linear(bits, pattern, 64, 48, 256)
+    blob, x = kernel.pack(linear), activations(16, 256, BF16)
+    assert torch.equal(kernel.linear(blob, 48, x[:8], None, level), kernel.linear(blob, 48, x[:8], None, level + INT8))
+    x[3, 5], x[11, 7], x[4] = float("inf"), float("nan"), 0
+    y = kernel.linear(blob, 48, x, None, level + INT8)
+    assert y[3].isnan().all() and y[11].isnan().all() and not y[4].any()
+    assert y[[i for i in range(16) if i not in (3, 11)]].isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------- numbers that are special
