@@ -147,6 +147,9 @@ struct Multiplier {
 
 void nothing() {}
 
+// Sums that hold the same are one sum to a compiler, unless it cannot know that they do.
+#define FORGET(sum) __asm__ volatile("" : "+m"(sum))
+
 // Four floats as one value: SSE, NEON, or whatever the baseline of the architecture has.
 typedef float Float4 __attribute__((vector_size(16)));
 
@@ -158,6 +161,7 @@ double multiply_plain() {
     const Float4 x = {a, a, a, a};
     Float4 y = {b, b, b, b};
     Float4 sum[kPlainSums] = {};
+    FORGET(sum);
     for (int64_t step = 0; step < kSteps; ++step) {
         // Without this a compiler may compute x * y once.
         __asm__ volatile("" : : "r"(&y) : "memory");
@@ -180,6 +184,7 @@ TARGET("avx2,fma") double multiply_avx2() {
     __m256 sum[kAvx2Sums];
 #pragma GCC unroll 12
     for (int i = 0; i < kAvx2Sums; ++i) sum[i] = _mm256_setzero_ps();
+    FORGET(sum);
     for (int64_t step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
         for (int i = 0; i < kAvx2Sums; ++i) sum[i] = _mm256_fmadd_ps(x, y, sum[i]);
@@ -199,6 +204,7 @@ TARGET_512 double multiply_avx512() {
     __m512 sum[kAvx512Sums];
 #pragma GCC unroll 16
     for (int i = 0; i < kAvx512Sums; ++i) sum[i] = _mm512_setzero_ps();
+    FORGET(sum);
     for (int64_t step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 16
         for (int i = 0; i < kAvx512Sums; ++i) sum[i] = _mm512_fmadd_ps(x, y, sum[i]);
@@ -220,6 +226,7 @@ TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16") double multiply_bf16() {
     __m512 sum[kAvx512Sums];
 #pragma GCC unroll 16
     for (int i = 0; i < kAvx512Sums; ++i) sum[i] = _mm512_setzero_ps();
+    FORGET(sum);
     for (int64_t step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 16
         for (int i = 0; i < kAvx512Sums; ++i) sum[i] = _mm512_dpbf16_ps(sum[i], x, y);

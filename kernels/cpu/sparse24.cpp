@@ -6,8 +6,9 @@
 //   sparse24_bf16.h   amx, avx512bf16: bf16 products of every type of activation, summed in fp32; on request int8 (_int8.h)
 //   sparse24_f32.h    avx512, avx2, portable: fp32 products
 //
-// and in each family two ways: `direct` for few rows, where the weights are read once and no dense weight is ever built, and
-// decoding a piece of a panel into the first-level cache for many rows. Between them bf16 rows become fixed point: sparse24_fixed.h.
+// and in each family two ways: `direct` for few rows, where the weights are read once, and for many rows decoding a piece of a
+// panel into the first-level cache, which then serves all of them. On avx512bf16 many rows of a 2:4 linear are not multiplied
+// with dense weights either (`select`). Few rows of bf16 may become fixed point: sparse24_fixed.h.
 #include <algorithm>
 #include <atomic>
 #include <cstddef>

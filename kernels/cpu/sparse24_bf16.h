@@ -1,11 +1,12 @@
 // Kernels for processors that multiply bf16 pairs (AVX512-BF16 with VBMI), with AMX tiles where they exist.
 //
-// All arithmetic is on bf16 activations and small exact integers, summed in fp32 per group and then scaled, so weights are
-// not rounded; the one exception is `scale_decoded`, for many rows of bf16. Few rows of bf16 may become fixed point: sparse24_fixed.h. fp16 and fp32 activations are cut into two or three bf16 rows whose sum is exact (see `split_row`).
+// All arithmetic is on bf16 activations and small exact integers, summed in fp32 per group and then scaled, so weights are not
+// rounded; the exception is many rows of bf16 (`scale_pairs`). Few of them may become fixed point: sparse24_fixed.h. fp16 and
+// fp32 activations are cut into two or three bf16 rows whose sum is exact (see `split_row`).
 //
 // Few rows (`direct`): for each output the kept activations are picked from the four of a quad by a permute with the stored
-// positions; nothing dense is ever built. Many rows (`decode` + `multiply`): a panel becomes dense bf16 pairs in L1, which
-// serve all rows.
+// positions; nothing dense is ever built. Many rows: `decode` + `multiply`, where a panel becomes dense bf16 pairs in L1, which
+// serve all rows; or `select`, which picks as `direct` does, a tile of rows at a time.
 #pragma once
 
 #include "amx.h"
@@ -172,7 +173,7 @@ ALWAYS void prefetch(const uint8_t* p, int bytes) {
     for (int line = 0; line < bytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(p + line), _MM_HINT_T0);
 }
 
-constexpr int kAhead = 4096;  // bytes between what is read and what is prefetched
+constexpr int kAhead = 8192;  // bytes between what is read and what is prefetched
 
 // One step of a 2:4 pair, both panels. x: expanded rows, x_stride bytes apart.
 template <int BITS, int R, int CHAINS, class Sum>
@@ -479,9 +480,12 @@ static MultiplyTile multiplier_dot(int rows) {
 }
 
 // ------------------------------------------------------------------------------- many rows without AMX: select
+//
+// A quad costs one product and one permute per row, where dense pairs cost two products. Products and permutes share one of
+// three ports on Zen 5 (kernels/README.md), so this is up to 1.5 times the rate of dense products.
 
-constexpr int kSelectRows = 8;   // of a tile of activations: 2 x 8 sums, the decoded pair and what is picked fill the registers
-constexpr int kSelectSteps = 16; // of weights between two tiles: 6 KB of 2:4 4-bit, which stay in L1
+constexpr int kSelectRows = 8;    // of a tile of activations: 2 x 8 sums, the decoded pair and what is picked fill the registers
+constexpr int kSelectSteps = 16;  // of weights between two tiles: 6 KB of 2:4 4-bit, which stay in L1
 
 // As kept_pair, with plain shifts: where there is no AMX (Zen) a multishift takes a port that products need.
 template <int BITS, int Q>

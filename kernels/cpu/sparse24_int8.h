@@ -1,10 +1,18 @@
-// Opt-in int8 compute for many rows: twice the arithmetic of bf16, at the price of two more roundings.
+// Opt-in int8 compute for many rows: twice the arithmetic of bf16.
+//
+// With AMX, where sums stay in tiles for all of K, at the price of two more roundings:
 //
 //   activations  one scale per row: x = sx * u, u in -127 .. 127, rounded to nearest
 //   weights      while a panel is decoded, the codes of all groups of an output are brought to one scale of that output:
 //                w = sw * v, v in -127 .. 127. With 4-bit codes the step of sw is at most an eighth of a group's own when
 //                the groups' scales are alike, so this adds little to the error that the codes have.
 //   sums         int32 over all of K: |u v| < 2^14, so 2^17 inputs fit
+//
+// Without AMX at the price of one:
+//
+//   activations  a scale per row and piece of K (a group, or 512 inputs of a longer one), as the blocks of llama.cpp's kernels
+//   weights      their codes; 4-bit ones times 16. In 2:4 linears a permute picks the kept inputs of two quads for one product
+//   sums         int32 over a piece, scaled in fp32
 #pragma once
 
 #include "sparse24_bf16.h"
@@ -162,9 +170,6 @@ static void scale_row(const int32_t* sums, float sx, const float* sw, float* out
 }
 
 // ------------------------------------------------------------------------------------------------- without AMX
-//
-// Codes stay as they are, and activations have a scale per row and piece of K (a group, or 512 inputs of a longer one), as the
-// blocks of other int8 kernels have. In 2:4 linears a permute picks the kept inputs of two quads, and one product takes four of them.
 
 constexpr int kDotRows = 8;    // of a tile of activations
 constexpr int kRunSteps = 16;  // of a run of weights
