@@ -3,7 +3,10 @@ SHELL := /bin/bash
 VENV ?= .venv
 DEMO_OUTPUT ?= out/demo
 PYTEST_ARGS ?=
+# Processes that run tests. Those of one file stay together, because they share what is slow to make.
+JOBS ?= 2
 BIN := $(VENV)/bin
+PARALLEL := --numprocesses $(JOBS) --dist loadfile
 READY := $(VENV)/.ready
 PEERS := .venv-peers/.ready
 
@@ -23,10 +26,10 @@ demo: $(READY) ## Compile a real LLM to 2:4 + INT4, serve it in vLLM, compare: o
 	$(BIN)/sparsify demo --output $(DEMO_OUTPUT)
 
 test: $(READY) ## Run every test, those that start vLLM too
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-fast: $(READY) ## Run the tests that need no vLLM
-	$(BIN)/python -m pytest -m "not e2e" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not e2e" $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(READY) ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff check .

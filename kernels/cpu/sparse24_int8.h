@@ -208,7 +208,7 @@ static float quantize_piece(const Layout& l, const void* from, int type, int64_t
     return scale;
 }
 
-// Four stretches of 16 bytes, each further `stride` bytes on -> a dword of their bytes per lane.
+// Four stretches of 16 bytes -> in each lane a dword of their bytes.
 ALWAYS __m512i weave_bytes(const uint8_t* p, const int (&at)[4]) {
     const auto bytes = [&](int i) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + at[i]))); };
     const __m512i low = _mm512_or_si512(bytes(0), _mm512_slli_epi32(bytes(1), 8)), high = _mm512_or_si512(bytes(2), _mm512_slli_epi32(bytes(3), 8));

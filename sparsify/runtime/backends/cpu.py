@@ -113,8 +113,9 @@ def _level() -> int:
 def _int8() -> bool:
     """Whether many rows may be multiplied in int8: opted in by the user, and a processor that has kernels for it.
 
-    Activations get one scale per token and weights one per output, so results differ from the exact ones by about 1%
-    (kernels/cpu/sparse24_int8.h). Few tokens at once, where it would not be faster, and 16-bit weights are multiplied as without it.
+    Activations get one scale per token and group; with AMX one per token, and weights one per output, so results differ from
+    the exact ones by about 1% (kernels/cpu/sparse24_int8.h). Up to 8 tokens at once, where it would hardly be faster, and
+    16-bit weights are multiplied as without it.
     """
     wanted = os.environ.get(INT8_VARIABLE, "0")
     if wanted not in ("0", "1"):
