@@ -454,6 +454,13 @@ struct Blocking {
     int64_t sums_rows() const { return tiles * tile_rows; }
 };
 
+// Runs of K of nearly one size, of at most `most` steps and of whole groups or parts of one.
+static int64_t even_run(const Layout& l, int64_t most) {
+    if (l.groups > 1 && l.steps_per_group >= most) return most;
+    const int64_t runs = (l.steps + most - 1) / most, unit = l.groups > 1 ? l.steps_per_group : 1;
+    return ((l.steps + runs - 1) / runs + unit - 1) / unit * unit;
+}
+
 // block_rows: most rows of a block; tile_rows, multiple: a tile has at most so many rows, and a multiple of these.
 static Blocking blocking(const Layout& l, int64_t rows, int parts, int64_t block_rows, int64_t tile_rows, int64_t multiple, int64_t run) {
     const int64_t blocks = (rows + block_rows - 1) / block_rows, unit = parts == 1 ? 16 : 48;  // parts of a row stay together
@@ -479,7 +486,7 @@ struct DecodedWay {
     const Call& call;
     const bool amx;
     const int parts = parts_of(call.type);
-    const Blocking b = blocking(call.l, call.rows * parts, parts, 288, amx ? 16 : bf16::kDotRows, 4, bf16::kSub);
+    const Blocking b = blocking(call.l, call.rows * parts, parts, 288, amx ? 16 : bf16::kDotRows, 4, even_run(call.l, bf16::kSub));
     const bool folded = folds(call), unscaled = folded || !call.l.scaled();
     const bf16::Decode decode = bf16::decoder(call.l);
 #if SPARSIFY_COMPILES_AMX
@@ -560,7 +567,7 @@ struct DecodedWay {
 struct SelectWay {
     const Call& call;
     const int parts = parts_of(call.type);
-    const Blocking b = blocking(call.l, call.rows * parts, parts, 192, bf16::kSelectRows, 1, bf16::kSelectSteps);
+    const Blocking b = blocking(call.l, call.rows * parts, parts, 192, bf16::kSelectRows, 1, even_run(call.l, bf16::kSelectSteps));
     const bool folded = folds(call);
     const bf16::Select select = bf16::selector(folded ? 16 : call.l.bits, int(b.tile_rows));
 
@@ -583,6 +590,10 @@ struct SelectWay {
             for (int64_t s = at; s < end; ++s) {
                 const int64_t first = (s - tile * l.steps) * kStep, inputs = std::min<int64_t>(kStep, l.k - first);
                 uint8_t* to = tiles + s * b.step_bytes();
+                if (given == bf16::kSelectRows && parts == 1 && inputs == kStep) {
+                    bf16::transpose_quads(row, first * size, to);
+                    continue;
+                }
                 for (int64_t i = 0; i < given; ++i) {
                     const uint8_t* from = row[i] + first * size;
                     if (parts > 1 || inputs < kStep) {

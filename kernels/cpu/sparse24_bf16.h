@@ -487,6 +487,28 @@ static MultiplyTile multiplier_dot(int rows) {
 constexpr int kSelectRows = 8;    // of a tile of activations: 2 x 8 sums, the decoded pair and what is picked fill the registers
 constexpr int kSelectSteps = 16;  // of weights between two tiles: 6 KB of 2:4 4-bit, which stay in L1
 
+// 32 inputs of 8 rows of bf16, `offset` bytes into each -> [quad][row][4 inputs]: 8 x 8 quads change places.
+static void transpose_quads(const uint8_t* const (&row)[kSelectRows], int64_t offset, uint8_t* out) {
+    __m512i pairs[2][4];  // of even and odd quads, of rows 2 i and 2 i + 1
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512i a = _mm512_loadu_si512(row[2 * i] + offset), b = _mm512_loadu_si512(row[2 * i + 1] + offset);
+        pairs[0][i] = _mm512_unpacklo_epi64(a, b);
+        pairs[1][i] = _mm512_unpackhi_epi64(a, b);
+    }
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+        const __m512i(&p)[4] = pairs[odd];
+        const __m512i low0 = _mm512_shuffle_i64x2(p[0], p[1], 0x44), low1 = _mm512_shuffle_i64x2(p[2], p[3], 0x44);
+        const __m512i high0 = _mm512_shuffle_i64x2(p[0], p[1], 0xee), high1 = _mm512_shuffle_i64x2(p[2], p[3], 0xee);
+        uint8_t* to = out + odd * 64;
+        _mm512_store_si512(to, _mm512_shuffle_i64x2(low0, low1, 0x88));
+        _mm512_store_si512(to + 128, _mm512_shuffle_i64x2(low0, low1, 0xdd));
+        _mm512_store_si512(to + 256, _mm512_shuffle_i64x2(high0, high1, 0x88));
+        _mm512_store_si512(to + 384, _mm512_shuffle_i64x2(high0, high1, 0xdd));
+    }
+}
+
 // As kept_pair, with plain shifts: where there is no AMX (Zen) a multishift takes a port that products need.
 template <int BITS, int Q>
 ALWAYS __m512i kept_shifted(const uint8_t* codes, __m512i table) {
