@@ -384,13 +384,12 @@ static inline int parts_of(int type) { return type == kBf16 ? 1 : type == kF16 ?
 // The column of sparse24_crossovers.h, whose rows are counted after splitting.
 static int scheme_index(const Layout& l) { return (l.bits == 4 ? 0 : l.bits == 8 ? 1 : 2) + (l.sparse ? 0 : 3); }
 
-// Rows `start` .. of the result from the sums of one panel; `stride` floats between rows of sums, `parts` of which make one.
-static void finish_rows(const Call& call, int64_t pair, int half, int64_t start, int64_t rows, int parts, const float* sums,
-                        int64_t stride) {
-    const int64_t first = pair * kPair + half * kPanel;
-    const int columns = int(std::min<int64_t>(kPanel, call.l.n - first));
-    if (columns <= 0) return;
-    bf16::finish_rows(sums, stride, rows / parts, parts, call.bias_at(first), call.bias_type, call.type, columns,
+// Rows `start` .. of the result from the sums of a pair; `stride` floats between rows of sums, `parts` of which make one, and
+// `half_stride` between its panels.
+static void finish_rows(const Call& call, int64_t pair, int64_t start, int64_t rows, int parts, const float* sums, int64_t stride, int64_t half_stride) {
+    const int64_t first = pair * kPair;
+    const int columns = int(std::min<int64_t>(kPair, call.l.n - first));
+    bf16::finish_rows(sums, stride, half_stride, rows / parts, parts, call.bias_at(first), call.bias_type, call.type, columns,
                       call.result(start / parts, first), call.l.n * (call.type == kF32 ? 4 : 2));
 }
 
@@ -429,7 +428,7 @@ static int run_direct(const Call& call) {
                 const int some = int(std::min<int64_t>(4, rows - r));
                 bf16::direct(l, some)(l, l.pair(call.blob, p), l.scales(call.blob, p), from + r * step, step, sums + r * kPair);
             }
-            for (int half = 0; half < 2; ++half) finish_rows(call, p, half, 0, rows, parts, sums + half * kPanel, kPair);
+            finish_rows(call, p, 0, rows, parts, sums, kPair, kPanel);
         }
     });
     return failed ? kOutOfMemory : kOk;
@@ -704,7 +703,7 @@ static int run_blocks(const Call& call, const Way& way) {
                         way.run(weights, s, pieces, tiles, used_tiles, tile_bytes, scratch, c, c_stride);
                     }
                     if (end < l.steps) continue;
-                    for (int half = 0; half < 2; ++half) finish_rows(call, p, half, start, here, parts, c + half * c_stride, kPanel);
+                    finish_rows(call, p, start, here, parts, c, kPanel, c_stride);
                 }
             }
             barrier();
@@ -740,7 +739,7 @@ static int run_one_fixed(const Call& call) {
         for (int64_t p = pairs.begin; p < pairs.end; ++p) {
             float sums[kPair];
             fixed::direct_fixed(l, cut, l.pair(call.blob, p), l.scales(call.blob, p), x, units, sums);
-            for (int half = 0; half < 2; ++half) finish_rows(call, p, half, 0, 1, 1, sums + half * kPanel, kPair);
+            finish_rows(call, p, 0, 1, 1, sums, kPair, kPanel);
         }
     });
     return failed ? kOutOfMemory : kOk;
@@ -790,7 +789,7 @@ static int run_fixed(const Call& call) {
         for (int64_t p = pairs.begin; p < pairs.end; ++p) {
             std::memset(sums, 0, sums_bytes);
             multiply(l, cut, l.pair(call.blob, p), l.scales(call.blob, p), x, units, blocks, sums, c_stride);
-            for (int half = 0; half < 2; ++half) finish_rows(call, p, half, 0, call.rows, 1, sums + half * c_stride, kPanel);
+            finish_rows(call, p, 0, call.rows, 1, sums, kPanel, c_stride);
         }
         bf16::leave_amx();
     });
@@ -856,7 +855,7 @@ static int run_int8_tiles(const Call& call) {
                     const int64_t m = i % sums_rows;
                     int8::scale_row(c + i * kPanel, m < here ? row_scales[m] : 0.0f, sw + i / sums_rows * kPanel, sums + i * kPanel);
                 }
-                for (int half = 0; half < 2; ++half) finish_rows(call, p, half, start, here, 1, sums + half * c_stride, kPanel);
+                finish_rows(call, p, start, here, 1, sums, kPanel, c_stride);
             }
             barrier();
         }

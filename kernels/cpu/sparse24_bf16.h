@@ -617,16 +617,25 @@ ALWAYS void store_row(__m512 sum, int type, int columns, void* y) {
     }
 }
 
-// Some rows of results, y_bytes apart. parts: rows of `sums` (16 floats, `stride` apart) that make one of them.
-static void finish_rows(const float* sums, int64_t stride, int64_t rows, int parts, const void* bias, int bias_type, int type, int columns, void* y,
-                        int64_t y_bytes) {
-    const __m512 added = bias ? load_widened(bias, bias_type, 0, lanes_below(columns, 0)) : _mm512_setzero_ps();
+// Some rows of results of a pair, y_bytes apart. parts: rows of `sums` (16 floats, `stride` apart) that make one of them; the sums
+// of the second panel lie `half_stride` floats behind; columns: how many of the pair's outputs exist.
+static void finish_rows(const float* sums, int64_t stride, int64_t half_stride, int64_t rows, int parts, const void* bias, int bias_type, int type,
+                        int columns, void* y, int64_t y_bytes) {
+    __m512 added[2];
+    for (int half = 0; half < 2; ++half) {
+        const int64_t first = half * kPanel;
+        added[half] = bias ? load_widened(static_cast<const uint8_t*>(bias) + first * (bias_type == kF32 ? 4 : 2), bias_type, 0, lanes_below(columns, first))
+                           : _mm512_setzero_ps();
+    }
+    const int counts[2] = {columns < kPanel ? columns : kPanel, columns - kPanel};
     uint8_t* to = static_cast<uint8_t*>(y);
-    for (int64_t m = 0; m < rows; ++m, to += y_bytes) {
-        __m512 sum = _mm512_loadu_ps(sums);
-        sums += stride;
-        for (int p = 1; p < parts; ++p, sums += stride) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums));
-        store_row(_mm512_add_ps(sum, added), type, columns, to);
+    for (int64_t m = 0; m < rows; ++m, to += y_bytes, sums += parts * stride) {
+        for (int half = 0; half < 2 && counts[half] > 0; ++half) {
+            const float* from = sums + half * half_stride;
+            __m512 sum = _mm512_loadu_ps(from);
+            for (int p = 1; p < parts; ++p) sum = _mm512_add_ps(sum, _mm512_loadu_ps(from + p * stride));
+            store_row(_mm512_add_ps(sum, added[half]), type, counts[half], to + half * kPanel * (type == kF32 ? 4 : 2));
+        }
     }
 }
 
