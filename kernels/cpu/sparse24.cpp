@@ -434,6 +434,8 @@ static int run_direct(const Call& call) {
     return failed ? kOutOfMemory : kOk;
 }
 
+// Most rows of a block: that a decoded piece of dense weights serves, and that tiles of 8 rows make.
+constexpr int64_t kBlockRows = 288, kPickedBlockRows = 192;
 constexpr int64_t kCached = 1 << 20;  // bytes of activations that are to stay in the second-level cache
 
 // With more rows of bf16 than this, multiplying the decoded weights by their scales costs less than scaling sums per group.
@@ -485,7 +487,7 @@ struct DecodedWay {
     const Call& call;
     const bool amx;
     const int parts = parts_of(call.type);
-    const Blocking b = blocking(call.l, call.rows * parts, parts, 288, amx ? 16 : bf16::kDotRows, 4, even_run(call.l, bf16::kSub));
+    const Blocking b = blocking(call.l, call.rows * parts, parts, kBlockRows, amx ? 16 : bf16::kDotRows, 4, even_run(call.l, bf16::kSub));
     const bool folded = folds(call), unscaled = folded || !call.l.scaled();
     const bf16::Decode decode = bf16::decoder(call.l);
 #if SPARSIFY_COMPILES_AMX
@@ -566,7 +568,7 @@ struct DecodedWay {
 struct SelectWay {
     const Call& call;
     const int parts = parts_of(call.type);
-    const Blocking b = blocking(call.l, call.rows * parts, parts, 192, bf16::kSelectRows, 1, even_run(call.l, bf16::kSelectSteps));
+    const Blocking b = blocking(call.l, call.rows * parts, parts, kPickedBlockRows, bf16::kSelectRows, 1, even_run(call.l, bf16::kSelectSteps));
     const bool folded = folds(call);
     const bf16::Select select = bf16::selector(folded ? 16 : call.l.bits, int(b.tile_rows));
 
@@ -624,12 +626,12 @@ struct SelectWay {
 struct Int8Way {
     const Call& call;
     const int parts = 1;
-    const Blocking b = blocking(call.l, call.rows, 1, 192, int8::kDotRows, 1, int8::kRunSteps);
+    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, int8::kDotRows, 1, int8::kRunSteps);
     const int64_t piece_steps = std::min<int64_t>(call.l.steps_per_group, int8::kRunSteps), pieces = (call.l.steps + piece_steps - 1) / piece_steps;
     const int8::DecodeRun decode = int8::run_decoder(call.l);
     const int8::MultiplyRun multiply = int8::run_multiplier(call.l, int(b.tile_rows));
 
-    static constexpr int64_t kScratch = int8::kRunSteps * (2 * int8::kDecodedBytes(true) + int8::kPieceBytes);
+    static constexpr int64_t kScratch = int8::kRunSteps * (2 * int8::decoded_bytes(true) + int8::kPieceBytes);
 
     void enter() const {}
     void leave() const {}
@@ -796,15 +798,11 @@ static int run_fixed(const Call& call) {
     return failed ? kOutOfMemory : kOk;
 }
 
-#endif  // SPARSIFY_COMPILES_AMX
-
-#if SPARSIFY_COMPILES_AMX
-
 // Rows in int8 in AMX tiles (sparse24_int8.h).
 static int run_int8_tiles(const Call& call) {
     const Layout& l = call.l;
     const int64_t steps = (l.steps + int8::kSteps - 1) / int8::kSteps, padded = steps * int8::kSteps * kStep;
-    const Blocking b = blocking(l, call.rows, 1, 288, 16, 4, bf16::kSub);
+    const Blocking b = blocking(l, call.rows, 1, kBlockRows, 16, 4, bf16::kSub);
     const int64_t tile_bytes = steps * b.step_bytes(), sums_rows = b.tiles * b.tile_rows;
     uint8_t* tiles = shared.get(size_t(b.tiles) * tile_bytes + sums_rows * 4);
     if (tiles == nullptr) return kOutOfMemory;

@@ -175,9 +175,9 @@ constexpr int kDotRows = 8;    // of a tile of activations
 constexpr int kRunSteps = 16;  // of a run of weights
 constexpr int kPieceBytes = 2 * 2 * 64;  // before the steps of a piece: per panel what its sums begin with, and its scales
 
-constexpr int kVectorBytes(bool sparse) { return sparse ? 2 * 64 : 64; }  // of four values of 16 outputs: codes, then positions
-constexpr int kVectors(bool sparse) { return sparse ? 4 : 8; }            // of a step of a panel
-constexpr int kDecodedBytes(bool sparse) { return kVectors(sparse) * kVectorBytes(sparse); }
+constexpr int vector_bytes(bool sparse) { return sparse ? 2 * 64 : 64; }  // of four values of 16 outputs: codes, then positions
+constexpr int vectors(bool sparse) { return sparse ? 4 : 8; }            // of a step of a panel
+constexpr int decoded_bytes(bool sparse) { return vectors(sparse) * vector_bytes(sparse); }
 
 // The order of the inputs of a step: what a vector of codes is multiplied with, vector after vector. 2:4: quads q and q + 2.
 // Dense 4-bit codes are taken as the nibbles of their bytes lie.
@@ -233,7 +233,7 @@ ALWAYS __m512i codes_of(const uint8_t* codes) {
 
 template <int BITS, bool SPARSE, int V>
 ALWAYS void decode_vectors(const uint8_t* p, __m512i& sum, uint8_t* out) {
-    if constexpr (V < kVectors(SPARSE)) {
+    if constexpr (V < vectors(SPARSE)) {
         const __m512i codes = codes_of<BITS, SPARSE, V>(p + (SPARSE ? kMetaBytes : 0));
         sum = bf16::dot_bytes(sum, _mm512_set1_epi8(char(128)), codes);
         _mm512_store_si512(out, codes);
@@ -242,7 +242,7 @@ ALWAYS void decode_vectors(const uint8_t* p, __m512i& sum, uint8_t* out) {
             const __m512i meta = _mm512_srli_epi32(_mm512_loadu_si512(p), V % 2 * 4 + V / 2 * 2);
             _mm512_store_si512(out + 64, _mm512_ternarylogic_epi32(meta, _mm512_set1_epi8(3), _mm512_set1_epi32(0x04000400), 0xea));
         }
-        decode_vectors<BITS, SPARSE, V + 1>(p, sum, out + kVectorBytes(SPARSE));
+        decode_vectors<BITS, SPARSE, V + 1>(p, sum, out + vector_bytes(SPARSE));
     }
 }
 
@@ -256,7 +256,7 @@ static void decode_run(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* ou
         out += kPieceBytes;
         for (int s = 0; s < pieces.steps_per_piece; ++s) {
             bf16::prefetch(p + bf16::kAhead, 2 * bytes);
-            for (int half = 0; half < 2; ++half, p += bytes, out += kDecodedBytes(SPARSE)) decode_vectors<BITS, SPARSE, 0>(p, sum[half], out);
+            for (int half = 0; half < 2; ++half, p += bytes, out += decoded_bytes(SPARSE)) decode_vectors<BITS, SPARSE, 0>(p, sum[half], out);
         }
         for (int half = 0; half < 2; ++half) {
             const __m512 scale = bf16::scale_of(pieces, piece, half);
@@ -270,8 +270,8 @@ static void decode_run(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* ou
 template <bool SPARSE, int R>
 ALWAYS void multiply_step(const uint8_t* decoded, const uint8_t* x, __m512i (&sum)[2][R]) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors(SPARSE); ++v, decoded += kVectorBytes(SPARSE), x += R * (SPARSE ? 8 : 4)) {
-        const uint8_t* second = decoded + kDecodedBytes(SPARSE);
+    for (int v = 0; v < vectors(SPARSE); ++v, decoded += vector_bytes(SPARSE), x += R * (SPARSE ? 8 : 4)) {
+        const uint8_t* second = decoded + decoded_bytes(SPARSE);
         const __m512i w0 = _mm512_load_si512(decoded), w1 = _mm512_load_si512(second);
         if constexpr (SPARSE) {
             const __m512i positions0 = _mm512_load_si512(decoded + 64), positions1 = _mm512_load_si512(second + 64);
@@ -308,7 +308,7 @@ static void multiply_run(const uint8_t* decoded, const bf16::Pieces& pieces, con
             for (int r = 0; r < R; ++r) sum[half][r] = _mm512_load_si512(head + half * 64);
         }
         decoded += kPieceBytes;
-        for (int s = 0; s < pieces.steps_per_piece; ++s, decoded += 2 * kDecodedBytes(SPARSE), x += R * kStep) multiply_step<SPARSE>(decoded, x, sum);
+        for (int s = 0; s < pieces.steps_per_piece; ++s, decoded += 2 * decoded_bytes(SPARSE), x += R * kStep) multiply_step<SPARSE>(decoded, x, sum);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const __m512 row = _mm512_set1_ps(unit[r]);

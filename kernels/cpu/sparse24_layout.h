@@ -117,6 +117,7 @@ struct Select {
         }
     }
 };
+
 inline void pack_step(const Layout& l, const Source& src, int64_t panel, int64_t step, uint8_t* out) {
     std::memset(out, 0, l.step_bytes);
     uint8_t* codes = out + (l.sparse ? kMetaBytes : 0);

@@ -43,6 +43,8 @@ INT8_PIECE = 512  # without AMX, activations have a scale for at most so many in
 FOLD_ROWS = 64  # with more bf16 rows the bf16 kernels round each scaled weight to bf16, as a dense bf16 checkpoint does
 ROOT = Path(__file__).resolve().parents[2]
 
+# of those this machine can run: indirectly, through the fixture
+bf16_levels = pytest.mark.parametrize("level", [3, 4], ids=LEVELS[3:], indirect=True)
 scheme_ids = pytest.mark.parametrize(("bits", "pattern"), SCHEMES, ids=[f"{b} bits {p}" for b, p in SCHEMES])
 
 
@@ -234,11 +236,9 @@ def test_equals_the_float64_product(kernel: Kernel, level: int, bits: int, patte
 
 @scheme_ids
 @pytest.mark.parametrize("way", [512, 1024], ids=["few rows", "many rows"])
-@pytest.mark.parametrize("level", [3, 4], ids=LEVELS[3:])
+@bf16_levels
 def test_both_ways_whatever_the_crossovers_say(kernel: Kernel, level: int, way: int, bits: int, pattern: str) -> None:
     """Which kernel serves how many rows is a measured table; each must be right for all that the table may give it."""
-    if not kernel.runs(level):
-        pytest.skip(f"this processor has no {LEVELS[level]}")
     for group, rows, dtype in itertools.product((32, 64, 128), range(1, 9), TYPES):
         linear = Linear(bits, pattern, 384 if bits == 16 else group, 33, 384)
         x, bias = activations(rows, 384, dtype), activations(1, 33, F32, seed=2)[0]
@@ -246,12 +246,10 @@ def test_both_ways_whatever_the_crossovers_say(kernel: Kernel, level: int, way: 
         assert worst(y, linear, x, bias, level, way) <= 1, (group, rows, dtype)
 
 
-@pytest.mark.parametrize("level", [3, 4], ids=LEVELS[3:])
+@bf16_levels
 @pytest.mark.parametrize("group", [32, 64, 128, 512, "channel"])
 def test_one_row_in_fixed_point(kernel: Kernel, level: int, group: int | str) -> None:
     """Pieces of every length that a group may have."""
-    if not kernel.runs(level):
-        pytest.skip(f"this processor has no {LEVELS[level]}")
     for k in (1024, 2560) if group == 512 else (128, 384, 1152) if group != "channel" else (16, 48, 272, 1040):
         linear = Linear(4, "2:4", k if group == "channel" else int(group), 50, k)
         x = activations(1, k, BF16) * 2.0 ** torch.randint(-9, 9, (1, k), generator=torch.Generator().manual_seed(3))
@@ -326,9 +324,6 @@ def test_is_exact_on_integers(kernel: Kernel, bits: int, pattern: str) -> None:
 # ----------------------------------------------------------------------------------------------------- int8 compute
 
 int8_schemes = pytest.mark.parametrize(("bits", "pattern"), [scheme for scheme in SCHEMES if scheme[0] < 16])
-int8_levels = pytest.mark.parametrize(
-    "level", [LEVELS.index("avx512bf16"), LEVELS.index("amx")], ids=["avx512bf16", "amx"]
-)
 
 
 def int8_variance(linear: Linear, level: int, x: Tensor) -> Tensor:
@@ -348,11 +343,9 @@ def int8_variance(linear: Linear, level: int, x: Tensor) -> Tensor:
 
 
 @int8_schemes
-@int8_levels
+@bf16_levels
 @pytest.mark.parametrize("group", [32, 64, 512, "channel"])
 def test_int8_errs_as_its_roundings_do(kernel: Kernel, level: int, bits: int, pattern: str, group: int | str) -> None:
-    if not kernel.runs(level):
-        pytest.skip(f"this processor has no {LEVELS[level]}")
     for k, rows, dtype in [
         (1024, 9, BF16),
         (1040 if group == "channel" else 1536, 65, F16),
@@ -371,12 +364,12 @@ def test_int8_errs_as_its_roundings_do(kernel: Kernel, level: int, bits: int, pa
 
 
 @int8_schemes
+@pytest.mark.parametrize("level", [3], ids=LEVELS[3:4], indirect=True)
 @pytest.mark.parametrize("group", [32, 64, 512, "channel"])
-def test_int8_is_exact_where_activations_are(kernel: Kernel, bits: int, pattern: str, group: int | str) -> None:
+def test_int8_is_exact_where_activations_are(
+    kernel: Kernel, level: int, bits: int, pattern: str, group: int | str
+) -> None:
     """Without AMX the codes are not rounded; nor are activations of up to 127 steps of a power of two."""
-    level = LEVELS.index("avx512bf16")
-    if not kernel.runs(level):
-        pytest.skip("this processor has no avx512bf16")
     for k, rows, dtype in itertools.product((512, 1040 if group == "channel" else 1536), (9, 16, 33, 193, 400), TYPES):
         linear = Linear(bits, pattern, k if group == "channel" else int(group), 50, k)
         generator = torch.Generator().manual_seed(k + rows)
@@ -394,10 +387,8 @@ def test_int8_is_exact_where_activations_are(kernel: Kernel, bits: int, pattern:
 
 
 @int8_schemes
-@int8_levels
+@bf16_levels
 def test_int8_serves_many_rows_alone(kernel: Kernel, level: int, bits: int, pattern: str) -> None:
-    if not kernel.runs(level):
-        pytest.skip(f"this processor has no {LEVELS[level]}")
     linear = Linear(bits, pattern, 64, 48, 256)
     blob, x = kernel.pack(linear), activations(16, 256, BF16)
     assert torch.equal(kernel.linear(blob, 48, x[:8], None, level), kernel.linear(blob, 48, x[:8], None, level + INT8))
