@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,16 @@ def share_engine(llm_class: Any) -> list[Any]:
     return built
 
 
-def decode_greedily(module: Any) -> None:
-    """Makes the `SamplingParams` that vLLM's benchmarks ask for take the best token."""
-    made = module.SamplingParams
+def decode_greedily(llm_class: Any) -> None:
+    """Makes `LLM.generate` take the best token, whatever the `SamplingParams` of vLLM's benchmarks say."""
+    generate = llm_class.generate
 
-    def sampling_params(*arguments: Any, **keywords: Any) -> Any:
-        return made(*arguments, **{**keywords, "temperature": 0.0})
+    def greedily(self: Any, prompts: Any, sampling_params: Any, *arguments: Any, **keywords: Any) -> Any:
+        for asked in sampling_params if isinstance(sampling_params, Sequence) else [sampling_params]:
+            asked.temperature = 0.0
+        return generate(self, prompts, sampling_params, *arguments, **keywords)
 
-    module.SamplingParams = sampling_params
+    llm_class.generate = greedily
 
 
 def answer(engine: Any, prompts: list[str]) -> list[str]:
@@ -59,7 +62,7 @@ def run_job(job: dict[str, Any]) -> None:
 
     built = share_engine(vllm.LLM)
     if job.get("greedy"):
-        decode_greedily(vllm)
+        decode_greedily(vllm.LLM)
     for run in job["runs"]:
         benchmark = importlib.import_module(f"vllm.benchmarks.{run['benchmark']}")
         parser = FlexibleArgumentParser()

@@ -16,11 +16,17 @@ PACKAGE = {
 class SamplingParams:
     def __init__(self, **keywords):
         self.temperature = keywords["temperature"]
+    @staticmethod
+    def for_sampler_warmup():
+        return SamplingParams(temperature=0.9)
 class LLM:
     @classmethod
     def from_engine_args(cls, engine_args):
         print("STARTED", engine_args)
+        SamplingParams.for_sampler_warmup()  # as vLLM does on GPUs
         return cls()
+    def generate(self, prompts, sampling_params, use_tqdm=True):
+        return sampling_params.temperature
 """,
     "utils/__init__.py": "",
     "utils/argparse_utils.py": "from argparse import ArgumentParser as FlexibleArgumentParser",
@@ -32,8 +38,8 @@ def add_cli_args(parser):
         parser.add_argument(name)
 def main(args):
     from vllm import LLM, SamplingParams
-    LLM.from_engine_args((args.model,))
-    temperature = SamplingParams(temperature=1.0).temperature
+    llm = LLM.from_engine_args((args.model,))
+    temperature = llm.generate([[1, 2]], sampling_params=SamplingParams(temperature=1.0), use_tqdm=False)
     open(args.output_json, "w").write(json.dumps({"latencies": [int(args.output_len), temperature]}))
 """,
 }

@@ -66,13 +66,16 @@ def test_vllm_answers_as_exactly_as_from_the_same_weights_dense(
     assert "sparse24: back end" not in dense.log
     rounding = distances(dense, tmp_path / "dense", prompts)[0].square().mean().sqrt()
     assert rounding <= LOGIT_SPACING  # measured: 0.05
-    for backend in ("reference", "cpu"):
+    # The CUDA kernel leaves the 8-bit head to Triton.
+    for forced in ("cuda,triton", "triton") if torch.cuda.is_available() else ("reference", "cpu"):
+        backend = forced.split(",")[0]
         if get_backend(backend).reason_unavailable():
             continue
-        sparse = serve(compiled, tmp_path, {"SPARSIFY_BACKEND": backend}, prompts=prompts)
+        sparse = serve(compiled, tmp_path, {"SPARSIFY_BACKEND": forced}, prompts=prompts)
         assert f"sparse24: back end '{backend}'" in sparse.log
         # Other kernels, other roundings of nearly the same numbers. So the two engines are not compared with each other but
-        # both with float32: ours must be as near (measured: 1.06 to 1.08 times the distance), and nowhere far off.
+        # both with float32: ours must be as near (measured: 1.06 to 1.08 times the distance, on an H100 1.17), and nowhere far
+        # off.
         told, chosen = distances(sparse, tmp_path / "dense", prompts)
         assert told.square().mean().sqrt() <= 1.5 * rounding
-        assert told.max() <= 4 * LOGIT_SPACING and chosen.max() <= 2 * LOGIT_SPACING  # measured: 0.18
+        assert told.max() <= 4 * LOGIT_SPACING and chosen.max() <= 2 * LOGIT_SPACING  # measured: 0.18, 0.30

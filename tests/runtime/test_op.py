@@ -153,6 +153,11 @@ def test_environment_forces_a_back_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend(SCHEMES["16 bits"], CPU, torch.float32).name == "reference"
 
 
+def test_environment_forces_the_first_of_several_back_ends_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIFY_BACKEND", "cuda, reference, cpu")  # the CUDA kernel serves no 16-bit weights, anywhere
+    assert choose_backend(SCHEMES["16 bits"], CPU, torch.float32).name == "reference"
+
+
 def test_unknown_back_end_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSIFY_BACKEND", "warp")
     with pytest.raises(SparsifyError, match=r"SPARSIFY_BACKEND: unknown back end 'warp'; known back ends: .*reference"):

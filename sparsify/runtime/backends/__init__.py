@@ -64,15 +64,15 @@ def get_backend(name: str) -> Backend:
 
 
 def choose_backend(scheme: ModuleScheme, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The fastest back end that serves this linear here, or the one SPARSIFY_BACKEND names.
+    """The fastest back end that serves this linear here, or the first one in SPARSIFY_BACKEND (`cuda,triton`) that does.
 
-    A forced back end that cannot serve the linear is an error, never a silent replacement.
+    Where none of the forced back ends can serve the linear, that is an error, never a silent replacement.
     """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    forced = [name.strip() for name in os.environ.get(ENVIRONMENT_VARIABLE, "").split(",") if name.strip()]
     candidates: Sequence[Backend] = BACKENDS
     if forced:
         try:
-            candidates = (get_backend(forced),)
+            candidates = [get_backend(name) for name in forced]
         except SparsifyError as error:
             raise SparsifyError(f"{ENVIRONMENT_VARIABLE}: {error}") from None
     reasons = []
@@ -83,14 +83,16 @@ def choose_backend(scheme: ModuleScheme, device: torch.device, dtype: torch.dtyp
             reasons.append(f"{backend.name}: {reason}")
             continue
         serving.append(backend)
-        if device.type == "cpu":  # one order holds for every processor, and the reference need not be asked
+        if forced or device.type == "cpu":  # one order holds for every processor, and the reference need not be asked
             break
     if serving:
         measured = crossovers.fastest([backend.name for backend in serving], scheme, device) if serving[1:] else None
         return get_backend(measured) if measured else serving[0]
     n, k = scheme.shape
     what = f"a {scheme.pattern} {scheme.bits}-bit linear [{n}, {k}] on {device} with {dtype}"
-    remedy = f"; unset {ENVIRONMENT_VARIABLE} to let sparsify choose" if forced else ""
+    remedy = (
+        f"; unset {ENVIRONMENT_VARIABLE} to let sparsify choose, or let it name another back end too" if forced else ""
+    )
     raise SparsifyError(f"no back end serves {what} ({'; '.join(reasons)}){remedy}")
 
 
