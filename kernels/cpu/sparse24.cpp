@@ -436,6 +436,7 @@ static int run_direct(const Call& call) {
 
 // Most rows of a block: that a decoded piece of dense weights serves, and that tiles of 8 rows make.
 constexpr int64_t kBlockRows = 288, kPickedBlockRows = 192;
+constexpr int64_t kInt8Rows = 4;  // fewest rows of int8 without AMX: fewer are as fast in bf16
 constexpr int64_t kCached = 1 << 20;  // bytes of activations that are to stay in the second-level cache
 
 // With more rows of bf16 than this, multiplying the decoded weights by their scales costs less than scaling sums per group.
@@ -482,12 +483,17 @@ static bf16::Pieces pieces_of(const Layout& l, const uint16_t* scales, int64_t f
     return {int(l.steps_per_group), int(steps / l.steps_per_group), from, l.stored_type};
 }
 
+// Whether runs are to be short. Dense 8-bit codes are so many bytes that memory should bring what is prefetched while a run is
+// decoded while few rows are multiplied with that run, and not all at once.
+static bool wants_short_runs(const Call& call, int64_t few_rows) { return !call.l.sparse && call.l.bits == 8 && call.rows <= few_rows; }
+
 // Many rows by decoded panels: tiles of rows that AMX (up to 16) or vdpbf16ps (up to 12) multiplies with dense pairs of bf16.
 struct DecodedWay {
     const Call& call;
     const bool amx;
     const int parts = parts_of(call.type);
-    const Blocking b = blocking(call.l, call.rows * parts, parts, kBlockRows, amx ? 16 : bf16::kDotRows, 4, even_run(call.l, bf16::kSub));
+    const Blocking b = blocking(call.l, call.rows * parts, parts, kBlockRows, amx ? 16 : bf16::kDotRows, 4,
+                                !amx && wants_short_runs(call, 32) ? bf16::kSub / 2 : even_run(call.l, bf16::kSub));
     const bool folded = folds(call), unscaled = folded || !call.l.scaled();
     const bf16::Decode decode = bf16::decoder(call.l);
 #if SPARSIFY_COMPILES_AMX
@@ -626,8 +632,9 @@ struct SelectWay {
 struct Int8Way {
     const Call& call;
     const int parts = 1;
-    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, int8::kDotRows, 1, int8::kRunSteps);
     const int64_t piece_steps = std::min<int64_t>(call.l.steps_per_group, int8::kRunSteps), pieces = (call.l.steps + piece_steps - 1) / piece_steps;
+    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, int8::kDotRows, 1,
+                                wants_short_runs(call, 16) ? std::max<int64_t>(2, piece_steps) : int8::kRunSteps);
     const int8::DecodeRun decode = int8::run_decoder(call.l);
     const int8::MultiplyRun multiply = int8::run_multiplier(call.l, int(b.tile_rows));
 
@@ -864,6 +871,9 @@ static int run_int8_tiles(const Call& call) {
 
 #endif  // SPARSIFY_COMPILES_AMX
 
+// The fewest rows that int8 compute serves.
+static int64_t first_int8_row(bool amx) { return amx ? bf16::kMaxDirectRows + 1 : kInt8Rows; }
+
 static int run_int8(const Call& call, bool amx) {
 #if SPARSIFY_COMPILES_AMX
     if (amx) return run_int8_tiles(call);
@@ -902,7 +912,7 @@ static F32Kernels f32_kernels(const Layout& l, int level) {
 static bool takes_fixed(const Call& call, int options) {
     if (call.type != kBf16 || options & (kForceDirect | kForceTiles) || !fixed::fits_tiles(call.l)) return false;
     if (options & kForceFixed) return true;
-    if (options & kInt8 && call.rows > bf16::kMaxDirectRows) return false;
+    if (options & kInt8 && call.rows >= first_int8_row(true)) return false;
     const int* rows = kFixedRows[scheme_index(call.l)];
     return call.rows >= rows[0] && call.rows <= rows[1];
 }
@@ -922,7 +932,7 @@ static int run(const Call& call, int level, int options) {
         const int64_t rows = call.rows * (call.l.sparse || call.l.bits == 4 ? parts_of(call.type) : 1);
         const int64_t limit = options & kForceDirect ? bf16::kMaxDirectRows : options & kForceTiles ? 0 : kDirectRows[amx][scheme_index(call.l)];
         if (rows <= std::min<int64_t>(bf16::kMaxDirectRows, limit)) return run_direct(call);
-        if (options & kInt8 && call.l.scaled() && call.rows > bf16::kMaxDirectRows) return run_int8(call, amx);
+        if (options & kInt8 && call.l.scaled() && call.rows >= first_int8_row(amx)) return run_int8(call, amx);
         return run_tiles(call, amx);
     }
 #endif

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "sparse24_bf16.h"
+#include "sparse24_int8.h"
 
 #if SPARSIFY_COMPILES_AVX512BF16
 
@@ -161,14 +162,6 @@ ALWAYS void join_positions(__m512i meta, __m512i (&joined)[2]) {
     joined[1] = _mm512_ternarylogic_epi32(low, _mm512_srli_epi32(meta, 2), _mm512_srli_epi32(meta, 16), 0xca);
 }
 
-// Four times the bytes of 16 outputs -> the four bytes of each output.
-ALWAYS __m512i by_output() {
-    alignas(64) static const uint8_t order[64] = {
-        0, 16, 32, 48, 1, 17, 33, 49, 2,  18, 34, 50, 3,  19, 35, 51, 4,  20, 36, 52, 5,  21, 37, 53, 6,  22, 38, 54, 7,  23, 39, 55,
-        8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63};
-    return _mm512_load_si512(order);
-}
-
 // One step of a panel -> 8 rows of 64 bytes: a quad of each of the 16 outputs, as the right operand of tdpbssd has them; 4-bit codes
 // times 16.
 template <int BITS, bool SPARSE>
@@ -187,9 +180,8 @@ ALWAYS void decode_step(const uint8_t* p, uint8_t* out) {
                 pairs[0] = upper_nibbles(_mm512_slli_epi16(c, 4));
                 pairs[1] = upper_nibbles(c);
             } else {
-                const __m512i order = by_output();
-                pairs[0] = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(codes));
-                pairs[1] = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(codes + 64));
+                pairs[0] = int8::by_output(_mm512_loadu_si512(codes));
+                pairs[1] = int8::by_output(_mm512_loadu_si512(codes + 64));
             }
 #pragma GCC unroll 4
             for (int t = 0; t < 4; ++t) {
@@ -207,9 +199,8 @@ ALWAYS void decode_step(const uint8_t* p, uint8_t* out) {
             _mm512_store_si512(out + (2 * eight + 1) * kQuadBytes, upper_nibbles(c));
         }
     } else {
-        const __m512i order = by_output();
 #pragma GCC unroll 8
-        for (int q = 0; q < 8; ++q) _mm512_store_si512(out + q * kQuadBytes, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(p + q * 64)));
+        for (int q = 0; q < 8; ++q) _mm512_store_si512(out + q * kQuadBytes, int8::by_output(_mm512_loadu_si512(p + q * 64)));
     }
 }
 

@@ -1,4 +1,4 @@
-// Opt-in int8 compute for many rows: twice the arithmetic of bf16.
+// Opt-in int8 compute: twice the arithmetic of bf16.
 //
 // With AMX, where sums stay in tiles for all of K, at the price of two more roundings:
 //
@@ -208,11 +208,12 @@ static float quantize_piece(const Layout& l, const void* from, int type, int64_t
     return scale;
 }
 
-// Four stretches of 16 bytes -> in each lane a dword of their bytes.
-ALWAYS __m512i weave_bytes(const uint8_t* p, const int (&at)[4]) {
-    const auto bytes = [&](int i) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + at[i]))); };
-    const __m512i low = _mm512_or_si512(bytes(0), _mm512_slli_epi32(bytes(1), 8)), high = _mm512_or_si512(bytes(2), _mm512_slli_epi32(bytes(3), 8));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+// Four times the bytes of 16 outputs -> the four bytes of each output.
+ALWAYS __m512i by_output(__m512i bytes) {
+    alignas(64) static const uint8_t order[64] = {
+        0, 16, 32, 48, 1, 17, 33, 49, 2,  18, 34, 50, 3,  19, 35, 51, 4,  20, 36, 52, 5,  21, 37, 53, 6,  22, 38, 54, 7,  23, 39, 55,
+        8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63};
+    return _mm512_permutexvar_epi8(_mm512_load_si512(order), bytes);
 }
 
 // The V-th vector of codes of a step of a panel, a dword of signed bytes per output; 4-bit codes times 16. 2:4: the first slots
@@ -225,9 +226,11 @@ ALWAYS __m512i codes_of(const uint8_t* codes) {
         return _mm512_ternarylogic_epi32(V % 2 ? c : _mm512_slli_epi16(c, 4), _mm512_set1_epi8(char(0xf0)), _mm512_set1_epi8(char(128)), 0x6a);
     } else if constexpr (SPARSE) {
         constexpr int q = V % 2 + V / 2 * 4;
-        return weave_bytes(codes + q * 32, {0, 64, 16, 80});
+        const auto quad = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i * 32)); };
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(quad(q)), quad(q + 2), 1);
+        return by_output(_mm512_shuffle_i32x4(both, both, 0xd8));  // first slots of both quads, then second ones
     } else {
-        return weave_bytes(codes + V * 64, {0, 16, 32, 48});
+        return by_output(_mm512_loadu_si512(codes + V * 64));
     }
 }
 

@@ -18,7 +18,7 @@ from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
 
 ENVIRONMENT_VARIABLE = "SPARSIFY_CPU_LEVEL"  # forces an instruction set, for tests and comparisons
-INT8_VARIABLE = "SPARSIFY_CPU_INT8"  # set to 1: prompts and large batches are multiplied in int8
+INT8_VARIABLE = "SPARSIFY_CPU_INT8"  # set to 1: prompts and batches are multiplied in int8
 INT8 = 256  # its bit in the option word
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # slowest first, numbered as in the C++
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -114,7 +114,7 @@ def _int8() -> bool:
     """Whether many rows may be multiplied in int8: opted in by the user, and a processor that has kernels for it.
 
     Activations get one scale per token and group; with AMX one per token, and weights one per output, so results differ from
-    the exact ones by about 1% (kernels/cpu/sparse24_int8.h). Up to 8 tokens at once, where it would hardly be faster, and
+    the exact ones by about 1% (kernels/cpu/sparse24_int8.h). Up to 3 tokens at once (8 with AMX), where it is no faster, and
     16-bit weights are multiplied as without it.
     """
     wanted = os.environ.get(INT8_VARIABLE, "0")
