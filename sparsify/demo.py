@@ -107,7 +107,9 @@ def run_demo(output: str | Path, quiet: bool = False) -> Demo:
         models,
         LatencyWorkload(input_len=64, output_len=48, iterations=3, warmup=1),
         ThroughputWorkload(input_len=64, output_len=48, prompts=16, warmup=2),
-        BenchOptions(eager=True, quiet=quiet, engine_args=("--dtype", "bfloat16"), prompts=PROMPTS),
+        BenchOptions(
+            eager=True, threads="all", one_process=True, quiet=quiet, engine_args=("--dtype", "bfloat16"), prompts=PROMPTS
+        ),
         LABELS,
     )
     demo = Demo(output, evaluations, speed)

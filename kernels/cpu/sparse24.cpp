@@ -691,16 +691,13 @@ static int run_blocks(const Call& call, const Way& way) {
         const size_t sums_bytes = size_t(b.sums_rows()) * kPair * 4;
         uint8_t* mine = own.get(Way::kScratch + kept * sums_bytes + 3 * padded * 2);
         if (mine == nullptr) failed = true;
-        barrier();
-        if (failed) return;
-        uint8_t* scratch = mine;
-        float* sums = reinterpret_cast<float*>(mine + Way::kScratch);
-        uint16_t* split = reinterpret_cast<uint16_t*>(mine + Way::kScratch + kept * sums_bytes);
         way.enter();
         for (int64_t start = 0; start < rows; start += b.rows) {
             const int64_t here = std::min(b.rows, rows - start), used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
-            way.pack(start, here, thread, threads, split, tiles);
+            if (mine != nullptr) way.pack(start, here, thread, threads, reinterpret_cast<uint16_t*>(mine + Way::kScratch + kept * sums_bytes), tiles);
             barrier();
+            if (failed) break;  // in all threads: each has said so before the barrier
+            float* sums = reinterpret_cast<float*>(mine + Way::kScratch);
             for (int64_t chunk = 0; chunk < l.steps; chunk += b.chunk) {
                 const int64_t end = std::min(l.steps, chunk + b.chunk);
                 for (int64_t p = pairs.begin; p < pairs.end; ++p) {
@@ -709,13 +706,13 @@ static int run_blocks(const Call& call, const Way& way) {
                     for (int64_t s = chunk; s < end; s += b.run) {
                         const bf16::Pieces pieces = pieces_of(l, l.scales(call.blob, p), s, std::min(b.run, end - s));
                         const uint8_t* weights = l.pair(call.blob, p) + s * 2 * l.step_bytes;
-                        way.run(weights, s, pieces, tiles, used_tiles, tile_bytes, scratch, c, c_stride);
+                        way.run(weights, s, pieces, tiles, used_tiles, tile_bytes, mine, c, c_stride);
                     }
                     if (end < l.steps) continue;
                     finish_rows(call, p, start, here, parts, c, kPanel, c_stride);
                 }
             }
-            barrier();
+            if (start + b.rows < rows) barrier();  // the tiles are written again
         }
         way.leave();
     });
