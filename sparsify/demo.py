@@ -108,7 +108,12 @@ def run_demo(output: str | Path, quiet: bool = False) -> Demo:
         LatencyWorkload(input_len=64, output_len=48, iterations=3, warmup=1),
         ThroughputWorkload(input_len=64, output_len=48, prompts=16, warmup=2),
         BenchOptions(
-            eager=True, threads="all", one_process=True, quiet=quiet, engine_args=("--dtype", "bfloat16"), prompts=PROMPTS
+            eager=True,
+            threads="all",
+            one_process=True,
+            quiet=quiet,
+            engine_args=("--dtype", "bfloat16"),
+            prompts=PROMPTS,
         ),
         LABELS,
     )
