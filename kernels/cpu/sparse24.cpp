@@ -436,7 +436,7 @@ static int run_direct(const Call& call) {
 
 // Most rows of a block: that a decoded piece of dense weights serves, and that tiles of 8 rows make.
 constexpr int64_t kBlockRows = 288, kPickedBlockRows = 192;
-constexpr int64_t kInt8Rows = 4;  // fewest rows of int8 without AMX: fewer are as fast in bf16
+constexpr int64_t kInt8Rows = 3;  // fewest rows of int8 without AMX: fewer are as fast in bf16
 constexpr int64_t kCached = 1 << 20;  // bytes of activations that are to stay in the second-level cache
 
 // With more rows of bf16 than this, multiplying the decoded weights by their scales costs less than scaling sums per group.
@@ -485,7 +485,7 @@ static bf16::Pieces pieces_of(const Layout& l, const uint16_t* scales, int64_t f
 
 // Whether runs are to be short. Dense 8-bit codes are so many bytes that memory should bring what is prefetched while a run is
 // decoded while few rows are multiplied with that run, and not all at once.
-static bool wants_short_runs(const Call& call, int64_t few_rows) { return !call.l.sparse && call.l.bits == 8 && call.rows <= few_rows; }
+static bool wants_short_runs(const Call& call) { return !call.l.sparse && call.l.bits == 8 && call.rows <= 32; }
 
 // Many rows by decoded panels: tiles of rows that AMX (up to 16) or vdpbf16ps (up to 12) multiplies with dense pairs of bf16.
 struct DecodedWay {
@@ -493,7 +493,7 @@ struct DecodedWay {
     const bool amx;
     const int parts = parts_of(call.type);
     const Blocking b = blocking(call.l, call.rows * parts, parts, kBlockRows, amx ? 16 : bf16::kDotRows, 4,
-                                !amx && wants_short_runs(call, 32) ? bf16::kSub / 2 : even_run(call.l, bf16::kSub));
+                                !amx && wants_short_runs(call) ? bf16::kSub / 2 : even_run(call.l, bf16::kSub));
     const bool folded = folds(call), unscaled = folded || !call.l.scaled();
     const bf16::Decode decode = bf16::decoder(call.l);
 #if SPARSIFY_COMPILES_AMX
@@ -633,12 +633,11 @@ struct Int8Way {
     const Call& call;
     const int parts = 1;
     const int64_t piece_steps = std::min<int64_t>(call.l.steps_per_group, int8::kRunSteps), pieces = (call.l.steps + piece_steps - 1) / piece_steps;
-    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, int8::kDotRows, 1,
-                                wants_short_runs(call, 16) ? std::max<int64_t>(2, piece_steps) : int8::kRunSteps);
-    const int8::DecodeRun decode = int8::run_decoder(call.l);
-    const int8::MultiplyRun multiply = int8::run_multiplier(call.l, int(b.tile_rows));
+    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, int8::kDotRows, 1, int8::kRunSteps);
+    const int8::DecodeRun decode = int8::run_decoder(call.l, b.tiles);  // or null
+    const int8::MultiplyRun multiply = decode ? int8::decoded_multiplier(int(b.tile_rows)) : int8::multiplier(call.l, int(b.tile_rows));
 
-    static constexpr int64_t kScratch = int8::kRunSteps * (2 * int8::decoded_bytes(true) + int8::kPieceBytes);
+    static constexpr int64_t kScratch = int8::kRunSteps * (2 * int8::kDecodedBytes + int8::kPieceBytes);
 
     void enter() const {}
     void leave() const {}
@@ -667,9 +666,12 @@ struct Int8Way {
 
     void run(const uint8_t* weights, int64_t step, const bf16::Pieces& some, uint8_t* tiles, int64_t count, int64_t tile_bytes,
              uint8_t* decoded, float* c, int64_t c_stride) const {
-        decode(weights, some, decoded);
+        if (decode != nullptr) {
+            decode(weights, some, decoded);
+            weights = decoded;
+        }
         for (int64_t t = 0; t < count; ++t, tiles += tile_bytes, c += b.tile_rows * kPanel) {
-            multiply(decoded, some, inputs_of(tiles, step), units_of(tiles, step), c, c_stride);
+            multiply(weights, some, inputs_of(tiles, step), units_of(tiles, step), c, c_stride);
         }
     }
 };
@@ -926,10 +928,10 @@ static int run(const Call& call, int level, int options) {
 #endif
         const bool forced = options & (kForceDirect | kForceTiles);
         if (call.rows == 1 && call.type == kBf16 && call.l.sparse && call.l.bits == 4 && !forced) return run_one_fixed(call);
+        if (options & kInt8 && !(options & kForceDirect) && call.l.scaled() && call.rows >= first_int8_row(amx)) return run_int8(call, amx);
         const int64_t rows = call.rows * (call.l.sparse || call.l.bits == 4 ? parts_of(call.type) : 1);
         const int64_t limit = options & kForceDirect ? bf16::kMaxDirectRows : options & kForceTiles ? 0 : kDirectRows[amx][scheme_index(call.l)];
         if (rows <= std::min<int64_t>(bf16::kMaxDirectRows, limit)) return run_direct(call);
-        if (options & kInt8 && call.l.scaled() && call.rows >= first_int8_row(amx)) return run_int8(call, amx);
         return run_tiles(call, amx);
     }
 #endif

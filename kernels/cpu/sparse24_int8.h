@@ -173,11 +173,11 @@ static void scale_row(const int32_t* sums, float sx, const float* sw, float* out
 
 constexpr int kDotRows = 8;    // of a tile of activations
 constexpr int kRunSteps = 16;  // of a run of weights
-constexpr int kPieceBytes = 2 * 2 * 64;  // before the steps of a piece: per panel what its sums begin with, and its scales
+constexpr int kPieceBytes = 2 * 2 * 64;       // of a decoded piece, before its steps: per panel what its sums begin with, and its scales
+constexpr int kDecodedBytes = 4 * (64 + 64);  // of a decoded step of a 2:4 panel: four vectors of codes, each before its positions
 
-constexpr int vector_bytes(bool sparse) { return sparse ? 2 * 64 : 64; }  // of four values of 16 outputs: codes, then positions
-constexpr int vectors(bool sparse) { return sparse ? 4 : 8; }            // of a step of a panel
-constexpr int decoded_bytes(bool sparse) { return vectors(sparse) * vector_bytes(sparse); }
+constexpr int vectors(bool sparse) { return sparse ? 4 : 8; }  // of a step of a panel, each four values of 16 outputs
+constexpr int step_bytes(int bits, bool sparse) { return sparse ? kMetaBytes + 32 * bits : 64 * bits; }
 
 // The order of the inputs of a step: what a vector of codes is multiplied with, vector after vector. 2:4: quads q and q + 2.
 // Dense 4-bit codes are taken as the nibbles of their bytes lie.
@@ -234,112 +234,169 @@ ALWAYS __m512i codes_of(const uint8_t* codes) {
     }
 }
 
-template <int BITS, bool SPARSE, int V>
-ALWAYS void decode_vectors(const uint8_t* p, __m512i& sum, uint8_t* out) {
-    if constexpr (V < vectors(SPARSE)) {
-        const __m512i codes = codes_of<BITS, SPARSE, V>(p + (SPARSE ? kMetaBytes : 0));
-        sum = bf16::dot_bytes(sum, _mm512_set1_epi8(char(128)), codes);
-        _mm512_store_si512(out, codes);
-        if constexpr (SPARSE) {
-            // (meta & 3), or'ed with 4 in the bytes of the second quad
-            const __m512i meta = _mm512_srli_epi32(_mm512_loadu_si512(p), V % 2 * 4 + V / 2 * 2);
-            _mm512_store_si512(out + 64, _mm512_ternarylogic_epi32(meta, _mm512_set1_epi8(3), _mm512_set1_epi32(0x04000400), 0xea));
-        }
-        decode_vectors<BITS, SPARSE, V + 1>(p, sum, out + vector_bytes(SPARSE));
+// Where the inputs of the V-th vector of codes are among the eight of its quads: position, plus 4 in the bytes of the second quad.
+template <int V>
+ALWAYS __m512i positions_of(__m512i meta) {
+    constexpr int shift = V % 2 * 4 + V / 2 * 2;
+    const __m512i at = shift ? _mm512_srli_epi32(meta, shift) : meta;
+    return _mm512_ternarylogic_epi32(at, _mm512_set1_epi8(3), _mm512_set1_epi32(0x04000400), 0xea);  // (at & 3) | 4
+}
+
+// The inputs of the V-th vector of codes, in a row of a tile: 2:4 by their positions among the eight of two quads.
+template <bool SPARSE>
+ALWAYS __m512i inputs_at(const uint8_t* x, __m512i positions) {
+    if constexpr (SPARSE) {
+        int64_t eight;
+        std::memcpy(&eight, x, 8);
+        return _mm512_permutexvar_epi8(positions, _mm512_set1_epi64(eight));
+    } else {
+        int32_t four;
+        std::memcpy(&four, x, 4);
+        return _mm512_set1_epi32(four);
     }
 }
 
-// A run of a pair -> per piece: [panel][16] minus 128 times the sums of codes, [panel][16] scales, then [step][panel] vectors.
-template <int BITS, bool SPARSE>
+// c[R][16] of both panels += (sums - offsets) x scale of the output x unit of the row.
+template <int R>
+ALWAYS void add_scaled(const __m512i (&sum)[2][R], const __m512i (&offset)[2], const __m512 (&scale)[2], const float* unit, float* c, int64_t c_stride) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            float* to = c + half * c_stride + r * kPanel;
+            const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[half][r], offset[half])), scale[half]);
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(product, _mm512_set1_ps(unit[r]), _mm512_loadu_ps(to)));
+        }
+    }
+}
+
+// The scale of what `codes_of` leaves of a piece's codes.
+template <int BITS>
+ALWAYS __m512 scale_of(const bf16::Pieces& pieces, int piece, int half) {
+    const __m512 scale = bf16::scale_of(pieces, piece, half);
+    return BITS == 4 ? _mm512_mul_ps(scale, _mm512_set1_ps(0.0625f)) : scale;
+}
+
+template <int BITS, bool SPARSE, int V, int R>
+ALWAYS void multiply_vectors(const uint8_t* p, const uint8_t* x, __m512i (&sum)[2][R], __m512i (&offset)[2]) {
+    if constexpr (V < vectors(SPARSE)) {
+        __m512i codes[2], positions[2] = {};
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const uint8_t* panel = p + half * step_bytes(BITS, SPARSE);
+            codes[half] = codes_of<BITS, SPARSE, V>(panel + (SPARSE ? kMetaBytes : 0));
+            if constexpr (SPARSE) positions[half] = positions_of<V>(_mm512_loadu_si512(panel));
+            offset[half] = bf16::dot_bytes(offset[half], _mm512_set1_epi8(char(128)), codes[half]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const uint8_t* inputs = x + (V * R + r) * (SPARSE ? 8 : 4);
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+                sum[half][r] = bf16::dot_bytes(sum[half][r], inputs_at<SPARSE>(inputs, positions[half]), codes[half]);
+            }
+        }
+        multiply_vectors<BITS, SPARSE, V + 1>(p, x, sum, offset);
+    }
+}
+
+// A run of a pair times a tile of R rows. x: as quantize_piece leaves it; unit: [piece][R] scales; c[R][16] +=, c_stride floats
+// between panels. Each vector of codes is multiplied with all rows while it is in a register.
+template <int BITS, bool SPARSE, int R>
+static void multiply(const uint8_t* p, const bf16::Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride) {
+    constexpr int bytes = 2 * step_bytes(BITS, SPARSE);
+    for (int piece = 0; piece < pieces.pieces; ++piece, unit += R) {
+        __m512i sum[2][R] = {}, offset[2] = {};
+        for (int s = 0; s < pieces.steps_per_piece; ++s, p += bytes, x += R * kStep) {
+            bf16::prefetch(p + bf16::kAhead, bytes);
+            multiply_vectors<BITS, SPARSE, 0>(p, x, sum, offset);
+        }
+        add_scaled(sum, offset, {scale_of<BITS>(pieces, piece, 0), scale_of<BITS>(pieces, piece, 1)}, unit, c, c_stride);
+    }
+}
+
+template <int BITS, int V>
+ALWAYS void decode_vectors(const uint8_t* p, __m512i& offset, uint8_t* out) {
+    if constexpr (V < vectors(true)) {
+        const __m512i codes = codes_of<BITS, true, V>(p + kMetaBytes);
+        offset = bf16::dot_bytes(offset, _mm512_set1_epi8(char(128)), codes);
+        _mm512_store_si512(out + 128 * V, codes);
+        _mm512_store_si512(out + 128 * V + 64, positions_of<V>(_mm512_loadu_si512(p)));
+        decode_vectors<BITS, V + 1>(p, offset, out);
+    }
+}
+
+// A run of a 2:4 pair -> per piece: [panel][16] 128 times the sums of codes, [panel][16] scales, then [step][panel] vectors.
+template <int BITS>
 static void decode_run(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* out) {
-    constexpr int bytes = SPARSE ? kMetaBytes + 32 * BITS : 64 * BITS;
+    constexpr int bytes = step_bytes(BITS, true);
     for (int piece = 0; piece < pieces.pieces; ++piece) {
         uint8_t* head = out;
-        __m512i sum[2] = {};
+        __m512i offset[2] = {};
         out += kPieceBytes;
         for (int s = 0; s < pieces.steps_per_piece; ++s) {
             bf16::prefetch(p + bf16::kAhead, 2 * bytes);
-            for (int half = 0; half < 2; ++half, p += bytes, out += decoded_bytes(SPARSE)) decode_vectors<BITS, SPARSE, 0>(p, sum[half], out);
+            for (int half = 0; half < 2; ++half, p += bytes, out += kDecodedBytes) decode_vectors<BITS, 0>(p, offset[half], out);
         }
         for (int half = 0; half < 2; ++half) {
-            const __m512 scale = bf16::scale_of(pieces, piece, half);
-            _mm512_store_si512(head + half * 64, _mm512_sub_epi32(_mm512_setzero_si512(), sum[half]));
-            _mm512_store_ps(head + 128 + half * 64, BITS == 4 ? _mm512_mul_ps(scale, _mm512_set1_ps(0.0625f)) : scale);
+            _mm512_store_si512(head + half * 64, offset[half]);
+            _mm512_store_ps(head + 128 + half * 64, scale_of<BITS>(pieces, piece, half));
         }
     }
 }
 
-// A step of both panels times R rows.
-template <bool SPARSE, int R>
-ALWAYS void multiply_step(const uint8_t* decoded, const uint8_t* x, __m512i (&sum)[2][R]) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors(SPARSE); ++v, decoded += vector_bytes(SPARSE), x += R * (SPARSE ? 8 : 4)) {
-        const uint8_t* second = decoded + decoded_bytes(SPARSE);
-        const __m512i w0 = _mm512_load_si512(decoded), w1 = _mm512_load_si512(second);
-        if constexpr (SPARSE) {
-            const __m512i positions0 = _mm512_load_si512(decoded + 64), positions1 = _mm512_load_si512(second + 64);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                int64_t inputs;
-                std::memcpy(&inputs, x + r * 8, 8);
-                const __m512i eight = _mm512_set1_epi64(inputs);
-                sum[0][r] = bf16::dot_bytes(sum[0][r], _mm512_permutexvar_epi8(positions0, eight), w0);
-                sum[1][r] = bf16::dot_bytes(sum[1][r], _mm512_permutexvar_epi8(positions1, eight), w1);
-            }
-        } else {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                int32_t inputs;
-                std::memcpy(&inputs, x + r * 4, 4);
-                const __m512i four = _mm512_set1_epi32(inputs);
-                sum[0][r] = bf16::dot_bytes(sum[0][r], four, w0);
-                sum[1][r] = bf16::dot_bytes(sum[1][r], four, w1);
-            }
-        }
-    }
-}
-
-// Decoded pieces times a tile of R rows. x: as quantize_piece leaves it; unit: [piece][R] scales; c[R][16] +=, c_stride floats
-// between panels.
-template <bool SPARSE, int R>
-static void multiply_run(const uint8_t* decoded, const bf16::Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride) {
+// As `multiply`, for a run that was decoded: with many tiles of rows that costs less than taking codes apart for each.
+template <int R>
+static void multiply_decoded(const uint8_t* decoded, const bf16::Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride) {
     for (int piece = 0; piece < pieces.pieces; ++piece, unit += R) {
         const uint8_t* head = decoded;
-        __m512i sum[2][R];
-        for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) sum[half][r] = _mm512_load_si512(head + half * 64);
-        }
+        __m512i sum[2][R] = {};
         decoded += kPieceBytes;
-        for (int s = 0; s < pieces.steps_per_piece; ++s, decoded += 2 * decoded_bytes(SPARSE), x += R * kStep) multiply_step<SPARSE>(decoded, x, sum);
+        for (int s = 0; s < pieces.steps_per_piece; ++s, decoded += kDecodedBytes) {
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors(true); ++v, decoded += 128, x += R * 8) {
+                const uint8_t* second = decoded + kDecodedBytes;
+                const __m512i codes[2] = {_mm512_load_si512(decoded), _mm512_load_si512(second)};
+                const __m512i positions[2] = {_mm512_load_si512(decoded + 64), _mm512_load_si512(second + 64)};
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const __m512 row = _mm512_set1_ps(unit[r]);
-            for (int half = 0; half < 2; ++half) {
-                float* to = c + half * c_stride + r * kPanel;
-                const __m512 factor = _mm512_mul_ps(row, _mm512_load_ps(reinterpret_cast<const float*>(head + 128 + half * 64)));
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[half][r]), factor, _mm512_loadu_ps(to)));
+                for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; ++half) {
+                        sum[half][r] = bf16::dot_bytes(sum[half][r], inputs_at<true>(x + r * 8, positions[half]), codes[half]);
+                    }
+                }
             }
         }
+        add_scaled(sum, {_mm512_load_si512(head), _mm512_load_si512(head + 64)}, {_mm512_load_ps(head + 128), _mm512_load_ps(head + 192)}, unit, c, c_stride);
     }
 }
 
 using DecodeRun = void (*)(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* out);
-using MultiplyRun = void (*)(const uint8_t* decoded, const bf16::Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride);
+using MultiplyRun = void (*)(const uint8_t* weights, const bf16::Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride);
 
-static DecodeRun run_decoder(const Layout& l) {
-    if (l.sparse) return l.bits == 4 ? decode_run<4, true> : decode_run<8, true>;
-    return l.bits == 4 ? decode_run<4, false> : decode_run<8, false>;
+// For so many tiles of rows, or null where `multiplier` is faster.
+static DecodeRun run_decoder(const Layout& l, int64_t tiles) {
+    if (!l.sparse || tiles <= (l.bits == 4 ? 2 : 1)) return nullptr;
+    return l.bits == 4 ? decode_run<4> : decode_run<8>;
 }
 
-template <bool SPARSE>
-static MultiplyRun run_multiplier_of(int rows) {
-    constexpr MultiplyRun of[kDotRows] = {multiply_run<SPARSE, 1>, multiply_run<SPARSE, 2>, multiply_run<SPARSE, 3>, multiply_run<SPARSE, 4>,
-                                          multiply_run<SPARSE, 5>, multiply_run<SPARSE, 6>, multiply_run<SPARSE, 7>, multiply_run<SPARSE, 8>};
+template <int BITS, bool SPARSE>
+static MultiplyRun multiplier_of(int rows) {
+    constexpr MultiplyRun of[kDotRows] = {multiply<BITS, SPARSE, 1>, multiply<BITS, SPARSE, 2>, multiply<BITS, SPARSE, 3>, multiply<BITS, SPARSE, 4>,
+                                          multiply<BITS, SPARSE, 5>, multiply<BITS, SPARSE, 6>, multiply<BITS, SPARSE, 7>, multiply<BITS, SPARSE, 8>};
     return of[rows - 1];
 }
 
-static MultiplyRun run_multiplier(const Layout& l, int rows) { return l.sparse ? run_multiplier_of<true>(rows) : run_multiplier_of<false>(rows); }
+static MultiplyRun multiplier(const Layout& l, int rows) {
+    if (l.sparse) return l.bits == 4 ? multiplier_of<4, true>(rows) : multiplier_of<8, true>(rows);
+    return l.bits == 4 ? multiplier_of<4, false>(rows) : multiplier_of<8, false>(rows);
+}
+
+static MultiplyRun decoded_multiplier(int rows) {
+    constexpr MultiplyRun of[kDotRows] = {multiply_decoded<1>, multiply_decoded<2>, multiply_decoded<3>, multiply_decoded<4>,
+                                          multiply_decoded<5>, multiply_decoded<6>, multiply_decoded<7>, multiply_decoded<8>};
+    return of[rows - 1];
+}
 
 }  // namespace int8
 }  // namespace sparse24

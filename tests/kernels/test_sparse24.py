@@ -391,7 +391,7 @@ def test_int8_is_exact_where_activations_are(
 @int8_schemes
 @bf16_levels
 def test_int8_leaves_few_rows_alone(kernel: Kernel, level: int, bits: int, pattern: str) -> None:
-    few = 8 if LEVELS[level] == "amx" else 3
+    few = 8 if LEVELS[level] == "amx" else 2
     linear = Linear(bits, pattern, 64, 48, 256)
     blob, x = kernel.pack(linear), activations(16, 256, BF16)
     for rows in (few, few + 1):
