@@ -288,6 +288,47 @@ static void in_threads(int64_t work, const Body& body) {
 #endif
 }
 
+// The pairs of panels of a linear, shared out while they are multiplied: a thread takes from its own part, whose memory it filled
+// (sparse24_pack), less and less at a time, then from the parts of threads that are behind, because their core is slower or others
+// use it too.
+class Shares {
+public:
+    // To be made by the thread that enters the parallel region.
+    explicit Shares(int64_t pairs) : pairs_(pairs), taken_(reinterpret_cast<Taken*>(cursors.get(threads_here() * sizeof(Taken)))) {
+        if (taken_ != nullptr) std::memset(static_cast<void*>(taken_), 0, threads_here() * sizeof(Taken));
+    }
+
+    bool failed() const { return taken_ == nullptr; }
+
+    // Calls body(pair) for each pair that is this thread's to do, in round 0, 1, ...; a barrier has to lie between two rounds.
+    template <class Body>
+    void each(int thread, int threads, int64_t round, const Body& body) const {
+        for (int i = 0; i < threads; ++i) {
+            const int owner = (thread + i) % threads;
+            const Range all = part(pairs_, owner, threads);
+            const int64_t count = all.end - all.begin, limit = (round + 1) * count;
+            std::atomic<int64_t>& taken = taken_[owner].pairs;
+            for (int64_t from = taken.load(std::memory_order_relaxed); from < limit;) {
+                const int64_t to = from + std::max<int64_t>(1, (limit - from) / 4);
+                if (!taken.compare_exchange_weak(from, to, std::memory_order_relaxed)) continue;
+                for (int64_t p = from; p < to; ++p) body(all.begin + p - round * count);
+                from = taken.load(std::memory_order_relaxed);
+            }
+        }
+    }
+
+private:
+    struct alignas(64) Taken {
+        std::atomic<int64_t> pairs;  // of an owner's part, in all rounds
+    };
+    static thread_local Workspace cursors;
+
+    const int64_t pairs_;
+    Taken* const taken_;
+};
+
+thread_local Workspace Shares::cursors;
+
 struct Call {
     Layout l;
     const uint8_t* blob;
@@ -334,7 +375,8 @@ static int run_f32(const Call& call, const F32Kernels& kernels) {
     const Layout& l = call.l;
     const int64_t padded = l.steps * kStep, block = std::min<int64_t>(call.rows, kF32Block);
     float* x = reinterpret_cast<float*>(shared.get(size_t(block) * padded * 4));
-    if (x == nullptr) return kOutOfMemory;
+    const Shares shares(l.pairs);
+    if (x == nullptr || shares.failed()) return kOutOfMemory;
     std::atomic<bool> failed{false};
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
         float* mine = reinterpret_cast<float*>(own.get((kF32Sub * kStep * kPanel + kF32Block * kPair) * 4));
@@ -342,13 +384,12 @@ static int run_f32(const Call& call, const F32Kernels& kernels) {
         barrier();
         if (failed) return;
         float *decoded = mine, *sums = mine + kF32Sub * kStep * kPanel;
-        const Range pairs = part(l.pairs, thread, threads);
         for (int64_t start = 0; start < call.rows; start += block) {
             const int64_t rows = std::min(block, call.rows - start);
             const Range to_widen = part(rows, thread, threads);
             for (int64_t m = to_widen.begin; m < to_widen.end; ++m) widen_row(call, start + m, padded, x + m * padded);
             barrier();
-            for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+            shares.each(thread, threads, start / block, [&](int64_t p) {
                 std::fill(sums, sums + rows * kPair, 0.0f);
                 for (int half = 0; half < 2; ++half) {
                     const uint8_t* data = l.pair(call.blob, p) + half * l.step_bytes;
@@ -368,7 +409,7 @@ static int run_f32(const Call& call, const F32Kernels& kernels) {
                     }
                 }
                 for (int64_t m = 0; m < rows; ++m) finish_f32(call, p, start + m, sums + m * kPair);
-            }
+            });
             barrier();
         }
     });
@@ -400,15 +441,16 @@ static int run_direct(const Call& call) {
     const int64_t rows = call.rows * parts, padded = l.steps * kStep;
     const int64_t stride = floats ? padded * 4 : l.sparse ? l.steps * bf16::kQuadBytes : padded * 2;
     const bool as_it_is = !floats && !l.sparse && call.type == kBf16 && padded == l.k;
-    std::atomic<bool> failed{false};
+    const Shares shares(l.pairs);
+    std::atomic<bool> failed{shares.failed()};
+    if (failed) return kOutOfMemory;
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
         uint8_t* x = own.get(size_t(rows) * stride + 3 * padded * 2);
         if (x == nullptr) {
             failed = true;
             return;
         }
-        const Range pairs = part(l.pairs, thread, threads);
-        if (pairs.begin == pairs.end) return;
+        if (thread >= l.pairs) return;
         uint16_t* split = reinterpret_cast<uint16_t*>(x + rows * stride);
         for (int64_t m = 0; m < call.rows && !as_it_is; ++m) {
             if (floats) {
@@ -423,13 +465,13 @@ static int run_direct(const Call& call) {
         const uint8_t* from = as_it_is ? static_cast<const uint8_t*>(call.x) : x;
         const int64_t step = as_it_is ? call.ldx * 2 : stride;
         float sums[bf16::kMaxDirectRows * kPair];
-        for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+        shares.each(thread, threads, 0, [&](int64_t p) {
             for (int64_t r = 0; r < rows; r += 4) {
                 const int some = int(std::min<int64_t>(4, rows - r));
                 bf16::direct(l, some)(l, l.pair(call.blob, p), l.scales(call.blob, p), from + r * step, step, sums + r * kPair);
             }
             finish_rows(call, p, 0, rows, parts, sums, kPair, kPanel);
-        }
+        });
     });
     return failed ? kOutOfMemory : kOk;
 }
@@ -574,7 +616,9 @@ struct DecodedWay {
 struct SelectWay {
     const Call& call;
     const int parts = parts_of(call.type);
-    const Blocking b = blocking(call.l, call.rows * parts, parts, kPickedBlockRows, bf16::kSelectRows, 1, even_run(call.l, bf16::kSelectSteps));
+    const bool in_one_run = call.rows * parts <= bf16::kSelectRows;  // no other tile reads it again
+    const Blocking b = blocking(call.l, call.rows * parts, parts, kPickedBlockRows, bf16::kSelectRows, 1,
+                                in_one_run ? call.l.steps : even_run(call.l, bf16::kSelectSteps));
     const bool folded = folds(call);
     const bf16::Select select = bf16::selector(folded ? 16 : call.l.bits, int(b.tile_rows));
 
@@ -633,7 +677,8 @@ struct Int8Way {
     const Call& call;
     const int parts = 1;
     const int64_t piece_steps = std::min<int64_t>(call.l.steps_per_group, int8::kRunSteps), pieces = (call.l.steps + piece_steps - 1) / piece_steps;
-    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, int8::kDotRows, 1, int8::kRunSteps);
+    const bool in_one_run = call.rows <= int8::kDotRows && call.l.steps_per_group <= int8::kRunSteps;  // no other tile reads it again
+    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, int8::kDotRows, 1, in_one_run ? call.l.steps : int8::kRunSteps);
     const int8::DecodeRun decode = int8::run_decoder(call.l, b.tiles);  // or null
     const int8::MultiplyRun multiply = decode ? int8::decoded_multiplier(int(b.tile_rows)) : int8::multiplier(call.l, int(b.tile_rows));
 
@@ -684,7 +729,8 @@ static int run_blocks(const Call& call, const Way& way) {
     const int parts = way.parts;
     const int64_t rows = call.rows * parts, padded = l.steps * kStep, tile_bytes = l.steps * b.step_bytes(), c_stride = b.sums_rows() * kPanel;
     uint8_t* tiles = shared.get(size_t(b.tiles) * tile_bytes);
-    if (tiles == nullptr) return kOutOfMemory;
+    const Shares shares(l.pairs);
+    if (tiles == nullptr || shares.failed()) return kOutOfMemory;
     const bool one_pass = b.chunk == l.steps;
     std::atomic<bool> failed{false};
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
@@ -700,19 +746,19 @@ static int run_blocks(const Call& call, const Way& way) {
             barrier();
             if (failed) break;  // in all threads: each has said so before the barrier
             float* sums = reinterpret_cast<float*>(mine + Way::kScratch);
-            for (int64_t chunk = 0; chunk < l.steps; chunk += b.chunk) {
+            const auto multiply = [&](int64_t p, int64_t chunk, float* c) {  // c: [panel][row][16]
                 const int64_t end = std::min(l.steps, chunk + b.chunk);
-                for (int64_t p = pairs.begin; p < pairs.end; ++p) {
-                    float* c = sums + (one_pass ? 0 : p - pairs.begin) * b.sums_rows() * kPair;  // [panel][row][16]
-                    if (chunk == 0) std::memset(c, 0, sums_bytes);
-                    for (int64_t s = chunk; s < end; s += b.run) {
-                        const bf16::Pieces pieces = pieces_of(l, l.scales(call.blob, p), s, std::min(b.run, end - s));
-                        const uint8_t* weights = l.pair(call.blob, p) + s * 2 * l.step_bytes;
-                        way.run(weights, s, pieces, tiles, used_tiles, tile_bytes, mine, c, c_stride);
-                    }
-                    if (end < l.steps) continue;
-                    finish_rows(call, p, start, here, parts, c, kPanel, c_stride);
+                if (chunk == 0) std::memset(c, 0, sums_bytes);
+                for (int64_t s = chunk; s < end; s += b.run) {
+                    const bf16::Pieces pieces = pieces_of(l, l.scales(call.blob, p), s, std::min(b.run, end - s));
+                    const uint8_t* weights = l.pair(call.blob, p) + s * 2 * l.step_bytes;
+                    way.run(weights, s, pieces, tiles, used_tiles, tile_bytes, mine, c, c_stride);
                 }
+                if (end == l.steps) finish_rows(call, p, start, here, parts, c, kPanel, c_stride);
+            };
+            if (one_pass) shares.each(thread, threads, start / b.rows, [&](int64_t p) { multiply(p, 0, sums); });
+            for (int64_t chunk = 0; chunk < l.steps && !one_pass; chunk += b.chunk) {
+                for (int64_t p = pairs.begin; p < pairs.end; ++p) multiply(p, chunk, sums + (p - pairs.begin) * b.sums_rows() * kPair);
             }
             if (start + b.rows < rows) barrier();  // the tiles are written again
         }
@@ -731,24 +777,25 @@ static int run_one_fixed(const Call& call) {
     const Layout& l = call.l;
     const fixed::Cut cut = fixed::cut(l);
     const int64_t padded = l.steps * kStep, expanded = l.steps * bf16::kQuadBytes;
-    std::atomic<bool> failed{false};
+    const Shares shares(l.pairs);
+    std::atomic<bool> failed{shares.failed()};
+    if (failed) return kOutOfMemory;
     in_threads(l.n * l.k, [&](int thread, int threads) {
         uint8_t* x = own.get(size_t(expanded + padded * 2 + cut.pieces * 4));
         if (x == nullptr) {
             failed = true;
             return;
         }
-        const Range pairs = part(l.pairs, thread, threads);
-        if (pairs.begin == pairs.end) return;
+        if (thread >= l.pairs) return;
         int16_t* words = reinterpret_cast<int16_t*>(x + expanded);
         float* units = reinterpret_cast<float*>(words + padded);
         fixed::to_words(l, cut, static_cast<const uint16_t*>(call.x), padded, 0, words, units, 1);
         bf16::expand_row(reinterpret_cast<const uint16_t*>(words), l.steps, x);
-        for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+        shares.each(thread, threads, 0, [&](int64_t p) {
             float sums[kPair];
             fixed::direct_fixed(l, cut, l.pair(call.blob, p), l.scales(call.blob, p), x, units, sums);
             finish_rows(call, p, 0, 1, 1, sums, kPair, kPanel);
-        }
+        });
     });
     return failed ? kOutOfMemory : kOk;
 }
@@ -764,7 +811,8 @@ static int run_fixed(const Call& call) {
     const int64_t all_rows = int64_t(blocks) * block_rows, block_bytes = int64_t(block_rows) * 128;
     const int64_t tile_bytes = blocks * block_bytes, tiles = fixed::tiles_of(int(l.steps)), padded = tiles * fixed::kTileInputs;
     uint8_t* x = shared.get(size_t(tiles * tile_bytes + cut.pieces * all_rows * 4));
-    if (x == nullptr) return kOutOfMemory;
+    const Shares shares(l.pairs);
+    if (x == nullptr || shares.failed()) return kOutOfMemory;
     float* units = reinterpret_cast<float*>(x + tiles * tile_bytes);
     const fixed::Multiply multiply = fixed::multiplier(l, block_rows);
     std::atomic<bool> failed{false};
@@ -792,13 +840,12 @@ static int run_fixed(const Call& call) {
         barrier();
         if (failed) return;
         bf16::enter_amx(block_rows > 8 ? block_rows : 2 * block_rows);
-        const Range pairs = part(l.pairs, thread, threads);
         const int64_t c_stride = all_rows * kPanel;
-        for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+        shares.each(thread, threads, 0, [&](int64_t p) {
             std::memset(sums, 0, sums_bytes);
             multiply(l, cut, l.pair(call.blob, p), l.scales(call.blob, p), x, units, blocks, sums, c_stride);
             finish_rows(call, p, 0, call.rows, 1, sums, kPanel, c_stride);
-        }
+        });
         bf16::leave_amx();
     });
     return failed ? kOutOfMemory : kOk;
@@ -811,13 +858,13 @@ static int run_int8_tiles(const Call& call) {
     const Blocking b = blocking(l, call.rows, 1, kBlockRows, 16, 4, bf16::kSub);
     const int64_t tile_bytes = steps * b.step_bytes(), sums_rows = b.tiles * b.tile_rows;
     uint8_t* tiles = shared.get(size_t(b.tiles) * tile_bytes + sums_rows * 4);
-    if (tiles == nullptr) return kOutOfMemory;
+    const Shares shares(l.pairs);
+    if (tiles == nullptr || shares.failed()) return kOutOfMemory;
     float* row_scales = reinterpret_cast<float*>(tiles + b.tiles * tile_bytes);
     const int8::Decode decode = int8::decoder(l);
     constexpr int sub = 2 * bf16::kSub;
     std::atomic<bool> failed{false};
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
-        const Range pairs = part(l.pairs, thread, threads);
         const size_t panel_bytes = sub / int8::kSteps * int8::kStepBytes, sums_bytes = size_t(sums_rows) * kPair * 4;
         const size_t factor_bytes = size_t(l.groups) * 128;
         uint8_t* mine = own.get(2 * panel_bytes + sums_bytes + factor_bytes + padded);
@@ -842,7 +889,7 @@ static int run_int8_tiles(const Call& call) {
                 }
             }
             barrier();
-            for (int64_t p = pairs.begin; p < pairs.end; ++p) {
+            shares.each(thread, threads, start / b.rows, [&](int64_t p) {
                 float sw[kPair];
                 int8::output_scales(l, l.scales(call.blob, p), sw, factors);
                 std::memset(c, 0, sums_bytes);
@@ -860,7 +907,7 @@ static int run_int8_tiles(const Call& call) {
                     int8::scale_row(c + i * kPanel, m < here ? row_scales[m] : 0.0f, sw + i / sums_rows * kPanel, sums + i * kPanel);
                 }
                 finish_rows(call, p, start, here, 1, sums, kPanel, c_stride);
-            }
+            });
             barrier();
         }
         bf16::leave_amx();

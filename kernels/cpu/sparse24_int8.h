@@ -15,6 +15,8 @@
 //   sums         int32 over a piece, scaled in fp32
 #pragma once
 
+#include <limits>
+
 #include "sparse24_bf16.h"
 
 #if SPARSIFY_COMPILES_AVX512BF16
@@ -189,20 +191,57 @@ ALWAYS __m256i order_of_inputs(const Layout& l) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(orders[l.sparse ? 0 : l.bits == 4 ? 1 : 2]));
 }
 
+// As quantize_row, for `steps` full steps of bf16.
+static float quantize_steps(const uint16_t* x, int steps, int8_t* out) {
+    // Magnitudes of bf16 are in the order of their bits, those of Inf and NaN at the end.
+    __m512i most = _mm512_setzero_si512();
+    for (int s = 0; s < steps; ++s) {
+        most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(x + s * kStep), _mm512_set1_epi16(0x7fff)));
+    }
+    const __m512i high = _mm512_and_si512(most, _mm512_set1_epi32(int(0xffff0000u)));
+    const uint32_t bits = _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_slli_epi32(most, 16), high));
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    const bool finite = bits < 0x7f800000;
+    const float scale = largest / 127.0f, inverse = finite && scale >= 1e-37f ? 1.0f / scale : 0.0f;
+    const __m512 factor = _mm512_set1_ps(inverse);
+    for (int s = 0; s < steps; ++s) {
+        __m512i v = _mm512_loadu_si512(x + s * kStep);
+        if (inverse == 0.0f) v = _mm512_setzero_si512();
+        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(int(0xffff0000u))));
+        const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(even, factor)), next = _mm512_cvtps_epi32(_mm512_mul_ps(odd, factor));
+        // (low & 255) | next << 8
+        const __m512i pairs = _mm512_ternarylogic_epi32(low, _mm512_set1_epi32(255), _mm512_slli_epi32(next, 8), 0xea);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + s * kStep), _mm512_cvtepi32_epi16(pairs));
+    }
+    return finite ? scale : std::numeric_limits<float>::quiet_NaN();
+}
+
 // Returns the scale of a piece of a row. from: its inputs, of which `inputs` exist; out: 128 + their quotients, 32 per step in
 // the order above, [step][vector][row of the tile][8 bytes (2:4) or 4].
 static float quantize_piece(const Layout& l, const void* from, int type, int64_t inputs, int steps, int tile_rows, uint8_t* out) {
     int8_t values[kRunSteps * kStep];
-    const float scale = quantize_row(from, type, inputs, steps * kStep, values);
+    const bool full = type == kBf16 && inputs == steps * kStep;
+    const float scale = full ? quantize_steps(static_cast<const uint16_t*>(from), steps, values) : quantize_row(from, type, inputs, steps * kStep, values);
     const __m256i order = order_of_inputs(l), offset = _mm256_set1_epi8(char(128));
     for (int s = 0; s < steps; ++s, out += tile_rows * kStep) {
         const __m256i v = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + s * kStep)), offset);
-        uint8_t bytes[kStep];
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), _mm256_permutexvar_epi8(order, v));
-        if (l.sparse) {
-            for (int i = 0; i < 4; ++i) std::memcpy(out + i * tile_rows * 8, bytes + i * 8, 8);
-        } else {
-            for (int i = 0; i < 8; ++i) std::memcpy(out + i * tile_rows * 4, bytes + i * 4, 4);
+        const __m256i ordered = _mm256_permutexvar_epi8(order, v);
+        const __m128i halves[2] = {_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)};
+        uint8_t* to = out;
+        for (const __m128i half : halves) {
+            if (l.sparse) {
+                _mm_storel_epi64(reinterpret_cast<__m128i*>(to), half);
+                _mm_storeh_pd(reinterpret_cast<double*>(to + tile_rows * 8), _mm_castsi128_pd(half));
+                to += 2 * tile_rows * 8;
+            } else {
+                const int32_t fours[4] = {_mm_cvtsi128_si32(half), _mm_extract_epi32(half, 1), _mm_extract_epi32(half, 2), _mm_extract_epi32(half, 3)};
+                for (const int32_t four : fours) {
+                    std::memcpy(to, &four, 4);
+                    to += tile_rows * 4;
+                }
+            }
         }
     }
     return scale;
