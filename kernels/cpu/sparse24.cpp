@@ -477,7 +477,7 @@ static int run_direct(const Call& call) {
 }
 
 // Most rows of a block: that a decoded piece of dense weights serves, and that tiles of 8 rows make.
-constexpr int64_t kBlockRows = 288, kPickedBlockRows = 192;
+constexpr int64_t kBlockRows = 288, kPickedBlockRows = 128;
 constexpr int64_t kInt8Rows = 3;  // fewest rows of int8 without AMX: fewer are as fast in bf16
 constexpr int64_t kCached = 1 << 20;  // bytes of activations that are to stay in the second-level cache
 
