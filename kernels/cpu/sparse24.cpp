@@ -1,7 +1,7 @@
 // y = x W' + b for a compressed linear W [N, K]: 2:4 sparse with 4, 8 or 16 bits, or dense with 4 or 8 bits.
 //
-// The work is split over pairs of panels, 32 outputs (sparse24_layout.h), statically, so that a thread always reads the same memory
-// and a result does not depend on the number of threads. Two families of kernels:
+// The work is split over pairs of panels, 32 outputs (sparse24_layout.h). A thread begins with the same ones in every call, whose
+// memory it filled; which thread computes an output does not change it. Two families of kernels:
 //
 //   sparse24_bf16.h   amx, avx512bf16: bf16 products of every type of activation, summed in fp32; on request int8 (_int8.h)
 //   sparse24_f32.h    avx512, avx2, portable: fp32 products
@@ -44,7 +44,7 @@
 namespace sparse24 {
 
 enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kLevels = 5 };
-// Options, added to a level: many rows may be multiplied in int8; few rows, many rows or fixed point kernels whatever the number of rows.
+// Options, added to a level: all but the fewest rows may be multiplied in int8; few rows, many rows or fixed point kernels whatever the number of rows.
 constexpr int kInt8 = 256, kForceDirect = 512, kForceTiles = 1024, kForceFixed = 2048, kFirstOption = kInt8;
 enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2, kOutOfMemory = 3 };
 

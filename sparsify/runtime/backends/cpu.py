@@ -18,7 +18,7 @@ from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
 
 ENVIRONMENT_VARIABLE = "SPARSIFY_CPU_LEVEL"  # forces an instruction set, for tests and comparisons
-INT8_VARIABLE = "SPARSIFY_CPU_INT8"  # set to 1: prompts and batches are multiplied in int8
+INT8_VARIABLE = "SPARSIFY_CPU_INT8"  # set to 1: all but the fewest rows are multiplied in int8
 INT8 = 256  # its bit in the option word
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # slowest first, numbered as in the C++
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -37,7 +37,7 @@ class Cpu:
 
     def describe(self) -> str:
         """The instruction set in use, and whether int8 compute is on."""
-        return LEVELS[_level()] + (f", int8 compute for many rows ({INT8_VARIABLE})" if _int8() else "")
+        return LEVELS[_level()] + (f", int8 compute for all but the fewest rows ({INT8_VARIABLE})" if _int8() else "")
 
     def supports(self, scheme: ModuleScheme, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
