@@ -545,6 +545,7 @@ struct DecodedWay {
 #endif
 
     static constexpr int64_t kPanelBytes = bf16::kSub * bf16::kStepBytes, kScratch = 2 * kPanelBytes;
+    static constexpr size_t kPackedAlone = 1 << 16;
 
     void enter() const {
 #if SPARSIFY_COMPILES_AMX
@@ -623,6 +624,7 @@ struct SelectWay {
     const bf16::Select select = bf16::selector(folded ? 16 : call.l.bits, int(b.tile_rows));
 
     static constexpr int64_t kScratch = bf16::kSelectSteps * 2 * bf16::kFoldedBytes;
+    static constexpr size_t kPackedAlone = 1 << 16;
 
     void enter() const {}
     void leave() const {}
@@ -683,6 +685,7 @@ struct Int8Way {
     const int8::MultiplyRun multiply = decode ? int8::decoded_multiplier(int(b.tile_rows)) : int8::multiplier(call.l, int(b.tile_rows));
 
     static constexpr int64_t kScratch = int8::kRunSteps * (2 * int8::kDecodedBytes + int8::kPieceBytes);
+    static constexpr size_t kPackedAlone = 1 << 16;
 
     void enter() const {}
     void leave() const {}
@@ -721,30 +724,36 @@ struct Int8Way {
     }
 };
 
-// Rows in blocks, K in chunks: the activations of a block and chunk stay in the second-level cache while all pairs pass by.
+// Rows in blocks, K in chunks: the activations of a block and chunk stay in the second-level cache while all pairs pass by. The
+// threads share the packing of activations, unless there are so few (Way::kPackedAlone bytes) that waiting for each other costs more.
 template <class Way>
 static int run_blocks(const Call& call, const Way& way) {
     const Layout& l = call.l;
     const Blocking& b = way.b;
     const int parts = way.parts;
     const int64_t rows = call.rows * parts, padded = l.steps * kStep, tile_bytes = l.steps * b.step_bytes(), c_stride = b.sums_rows() * kPanel;
-    uint8_t* tiles = shared.get(size_t(b.tiles) * tile_bytes);
+    const size_t tiles_bytes = size_t(b.tiles) * tile_bytes;
+    const bool alone = rows <= b.rows && tiles_bytes <= Way::kPackedAlone;
+    uint8_t* common = alone ? nullptr : shared.get(tiles_bytes);
     const Shares shares(l.pairs);
-    if (tiles == nullptr || shares.failed()) return kOutOfMemory;
+    if ((common == nullptr && !alone) || shares.failed()) return kOutOfMemory;
     const bool one_pass = b.chunk == l.steps;
     std::atomic<bool> failed{false};
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
         const Range pairs = part(l.pairs, thread, threads);
         const int64_t kept = one_pass ? 1 : pairs.end - pairs.begin;  // pairs whose sums wait for the next chunk
         const size_t sums_bytes = size_t(b.sums_rows()) * kPair * 4;
-        uint8_t* mine = own.get(Way::kScratch + kept * sums_bytes + 3 * padded * 2);
+        const size_t split_bytes = (3 * padded * 2 + 63) / 64 * 64;
+        uint8_t* mine = own.get(Way::kScratch + kept * sums_bytes + split_bytes + (alone ? tiles_bytes : 0));
         if (mine == nullptr) failed = true;
+        uint8_t* split = mine + Way::kScratch + kept * sums_bytes;
+        uint8_t* tiles = alone ? split + split_bytes : common;
         way.enter();
         for (int64_t start = 0; start < rows; start += b.rows) {
             const int64_t here = std::min(b.rows, rows - start), used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
-            if (mine != nullptr) way.pack(start, here, thread, threads, reinterpret_cast<uint16_t*>(mine + Way::kScratch + kept * sums_bytes), tiles);
-            barrier();
-            if (failed) break;  // in all threads: each has said so before the barrier
+            if (mine != nullptr) way.pack(start, here, alone ? 0 : thread, alone ? 1 : threads, reinterpret_cast<uint16_t*>(split), tiles);
+            if (!alone) barrier();
+            if (alone ? mine == nullptr : failed.load()) break;  // behind a barrier in all threads: each has said so before it
             float* sums = reinterpret_cast<float*>(mine + Way::kScratch);
             const auto multiply = [&](int64_t p, int64_t chunk, float* c) {  // c: [panel][row][16]
                 const int64_t end = std::min(l.steps, chunk + b.chunk);
