@@ -65,6 +65,7 @@ class BenchOptions:
     threads:     "auto", "all" or a list of cores, as `thread_binding` takes it; None for what the environment says
     best_threads: measure every model with auto and with all, and report each at its own best
     one_process: scheduler and worker in one process, see `one_process_environment`
+    int8:        compressed linears in int8 where a CPU multiplies several tokens at once (SPARSIFY_CPU_INT8)
     greedy:      take the best token; vLLM's benchmarks draw one at temperature 1
     """
 
@@ -77,6 +78,7 @@ class BenchOptions:
     threads: str | None = None
     best_threads: bool = False
     one_process: bool = False
+    int8: bool = False
     greedy: bool = False
     quiet: bool = False
 
@@ -132,7 +134,7 @@ def measure(
     _check(latency, throughput, options)
     require_vllm()
     single = one_process_environment(options.engine_args) if options.one_process else {}
-    environment = serving_environment({**single, **options.environment})
+    environment = serving_environment({**single, **int8_environment(options.int8), **options.environment})
     settings = thread_settings(options, environment)
     engine = engine_arguments(latency, throughput, options)
     started = time.perf_counter()
@@ -199,6 +201,13 @@ def one_process_environment(engine_args: Sequence[str]) -> dict[str, str]:
     if tensor_parallel_ranks(engine_args) > 1:
         raise SparsifyError("--one-process serves one rank: leave it away with --tensor-parallel-size")
     return {ONE_PROCESS: "0"}
+
+
+def int8_environment(wanted: bool) -> dict[str, str]:
+    """What lets the CPU back end multiply in int8; without it the shell decides."""
+    from sparsify.runtime.backends.cpu import INT8_VARIABLE  # brings torch, which serving does not need here
+
+    return {INT8_VARIABLE: "1"} if wanted else {}
 
 
 def tensor_parallel_ranks(engine_args: Sequence[str]) -> int:
@@ -456,12 +465,14 @@ def serve(
     extra_args: Sequence[str] = (),
     threads: str | None = None,
     one_process: bool = False,
+    int8: bool = False,
     replace: Callable[..., Any] = os.execvpe,
 ) -> None:
     """Becomes `vllm serve` on a model, with the environment the benchmarks use; does not return."""
     require_vllm()
     overrides = {BIND: thread_binding(threads, tensor_parallel_ranks(extra_args))} if threads else {}
     overrides |= one_process_environment(extra_args) if one_process else {}
+    overrides |= int8_environment(int8)
     environment = serving_environment(overrides)
     environment |= thread_environment(environment[BIND], environment)
     checkpoint = open_checkpoint(directory)

@@ -18,7 +18,7 @@ def option(arguments, name):
 job = json.loads(Path(sys.argv[1]).read_text())
 model = Path(option(job["engine"], "--model"))
 mode = os.environ.get("FAKE_MODE", "")
-environment = {k: v for k, v in os.environ.items() if k.startswith("VLLM_")}
+environment = {k: v for k, v in os.environ.items() if k.startswith(("VLLM_", "SPARSIFY_CPU_"))}
 begun = {"model": model.name, "start": time.monotonic(), "engine": job["engine"], "environment": environment}
 begun["greedy"] = job["greedy"]
 with open(os.environ["FAKE_LOG"], "a") as log:

@@ -186,6 +186,18 @@ def test_in_one_process_we_bind_the_threads(
     assert (places is None and len(found) == 1) or (places is not None and found[places[0]] == places[1])
 
 
+def test_int8_reaches_vllm(models, fake_vllm, monkeypatch) -> None:
+    monkeypatch.delenv("SPARSIFY_CPU_INT8", raising=False)
+    calls = []
+    for wanted in (True, False):
+        result = latency(models[:1], options=BenchOptions(int8=wanted, quiet=True))
+        started = [entry for entry in fake_vllm() if "start" in entry][-1]
+        assert started["environment"].get("SPARSIFY_CPU_INT8") == ("1" if wanted else None)
+        assert ("SPARSIFY_CPU_INT8" in result.environment) == wanted
+        serve(models[1], int8=wanted, replace=lambda *call: calls.append(call))
+        assert ("SPARSIFY_CPU_INT8" in calls[-1][2]) == wanted
+
+
 def test_one_process_reaches_vllm(models, fake_vllm, monkeypatch) -> None:
     result = latency(models[:1], options=BenchOptions(one_process=True, threads="all", quiet=True))
     [entry] = [entry for entry in fake_vllm() if "start" in entry]

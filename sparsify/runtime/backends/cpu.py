@@ -111,10 +111,10 @@ def _level() -> int:
 
 
 def _int8() -> bool:
-    """Whether many rows may be multiplied in int8: opted in by the user, and a processor that has kernels for it.
+    """Whether rows may be multiplied in int8: opted in by the user, and a processor that has kernels for it.
 
     Activations get one scale per token and group; with AMX one per token, and weights one per output, so results differ from
-    the exact ones by about 1% (kernels/cpu/sparse24_int8.h). Up to 3 tokens at once (8 with AMX), where it is no faster, and
+    the exact ones by about 1% (kernels/cpu/sparse24_int8.h). Up to 2 tokens at once (8 with AMX), where it is no faster, and
     16-bit weights are multiplied as without it.
     """
     wanted = os.environ.get(INT8_VARIABLE, "0")
