@@ -175,7 +175,7 @@ static void scale_row(const int32_t* sums, float sx, const float* sw, float* out
 
 constexpr int kDotRows = 8;    // of a tile of activations
 constexpr int kRunSteps = 16;  // of a run of weights
-constexpr int kPieceBytes = 2 * 2 * 64;       // of a decoded piece, before its steps: per panel what its sums begin with, and its scales
+constexpr int kPieceBytes = 2 * 2 * 64;       // of a decoded piece, before its steps: per panel 128 times the sums of codes, and scales
 constexpr int kDecodedBytes = 4 * (64 + 64);  // of a decoded step of a 2:4 panel: four vectors of codes, each before its positions
 
 constexpr int vectors(bool sparse) { return sparse ? 4 : 8; }  // of a step of a panel, each four values of 16 outputs
