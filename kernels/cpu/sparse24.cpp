@@ -442,8 +442,8 @@ static int run_direct(const Call& call) {
     const int64_t stride = floats ? padded * 4 : l.sparse ? l.steps * bf16::kQuadBytes : padded * 2;
     const bool as_it_is = !floats && !l.sparse && call.type == kBf16 && padded == l.k;
     const Shares shares(l.pairs);
-    std::atomic<bool> failed{shares.failed()};
-    if (failed) return kOutOfMemory;
+    if (shares.failed()) return kOutOfMemory;
+    std::atomic<bool> failed{false};
     in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
         uint8_t* x = own.get(size_t(rows) * stride + 3 * padded * 2);
         if (x == nullptr) {
@@ -480,6 +480,7 @@ static int run_direct(const Call& call) {
 constexpr int64_t kBlockRows = 288, kPickedBlockRows = 128;
 constexpr int64_t kInt8Rows = 3;  // fewest rows of int8 without AMX: fewer are as fast in bf16
 constexpr int64_t kCached = 1 << 20;  // bytes of activations that are to stay in the second-level cache
+constexpr size_t kPackedAlone = 1 << 16;  // most bytes of activations that every thread packs for itself
 
 // With more rows of bf16 than this, multiplying the decoded weights by their scales costs less than scaling sums per group.
 // It rounds each weight to bf16, as storing the model densely would.
@@ -545,7 +546,6 @@ struct DecodedWay {
 #endif
 
     static constexpr int64_t kPanelBytes = bf16::kSub * bf16::kStepBytes, kScratch = 2 * kPanelBytes;
-    static constexpr size_t kPackedAlone = 1 << 16;
 
     void enter() const {
 #if SPARSIFY_COMPILES_AMX
@@ -624,7 +624,6 @@ struct SelectWay {
     const bf16::Select select = bf16::selector(folded ? 16 : call.l.bits, int(b.tile_rows));
 
     static constexpr int64_t kScratch = bf16::kSelectSteps * 2 * bf16::kFoldedBytes;
-    static constexpr size_t kPackedAlone = 1 << 16;
 
     void enter() const {}
     void leave() const {}
@@ -685,7 +684,6 @@ struct Int8Way {
     const int8::MultiplyRun multiply = decode ? int8::decoded_multiplier(int(b.tile_rows)) : int8::multiplier(call.l, int(b.tile_rows));
 
     static constexpr int64_t kScratch = int8::kRunSteps * (2 * int8::kDecodedBytes + int8::kPieceBytes);
-    static constexpr size_t kPackedAlone = 1 << 16;
 
     void enter() const {}
     void leave() const {}
@@ -725,7 +723,7 @@ struct Int8Way {
 };
 
 // Rows in blocks, K in chunks: the activations of a block and chunk stay in the second-level cache while all pairs pass by. The
-// threads share the packing of activations, unless there are so few (Way::kPackedAlone bytes) that waiting for each other costs more.
+// threads share the packing of activations, unless there are so few (kPackedAlone bytes) that waiting for each other costs more.
 template <class Way>
 static int run_blocks(const Call& call, const Way& way) {
     const Layout& l = call.l;
@@ -733,7 +731,7 @@ static int run_blocks(const Call& call, const Way& way) {
     const int parts = way.parts;
     const int64_t rows = call.rows * parts, padded = l.steps * kStep, tile_bytes = l.steps * b.step_bytes(), c_stride = b.sums_rows() * kPanel;
     const size_t tiles_bytes = size_t(b.tiles) * tile_bytes;
-    const bool alone = rows <= b.rows && tiles_bytes <= Way::kPackedAlone;
+    const bool alone = rows <= b.rows && tiles_bytes <= kPackedAlone;
     uint8_t* common = alone ? nullptr : shared.get(tiles_bytes);
     const Shares shares(l.pairs);
     if ((common == nullptr && !alone) || shares.failed()) return kOutOfMemory;
@@ -753,7 +751,7 @@ static int run_blocks(const Call& call, const Way& way) {
             const int64_t here = std::min(b.rows, rows - start), used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
             if (mine != nullptr) way.pack(start, here, alone ? 0 : thread, alone ? 1 : threads, reinterpret_cast<uint16_t*>(split), tiles);
             if (!alone) barrier();
-            if (alone ? mine == nullptr : failed.load()) break;  // behind a barrier in all threads: each has said so before it
+            if (failed) break;  // behind a barrier in all threads: each has said so before it
             float* sums = reinterpret_cast<float*>(mine + Way::kScratch);
             const auto multiply = [&](int64_t p, int64_t chunk, float* c) {  // c: [panel][row][16]
                 const int64_t end = std::min(l.steps, chunk + b.chunk);
@@ -787,8 +785,8 @@ static int run_one_fixed(const Call& call) {
     const fixed::Cut cut = fixed::cut(l);
     const int64_t padded = l.steps * kStep, expanded = l.steps * bf16::kQuadBytes;
     const Shares shares(l.pairs);
-    std::atomic<bool> failed{shares.failed()};
-    if (failed) return kOutOfMemory;
+    if (shares.failed()) return kOutOfMemory;
+    std::atomic<bool> failed{false};
     in_threads(l.n * l.k, [&](int thread, int threads) {
         uint8_t* x = own.get(size_t(expanded + padded * 2 + cut.pieces * 4));
         if (x == nullptr) {

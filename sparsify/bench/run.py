@@ -45,6 +45,7 @@ from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.files import read_json, write_json
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import progress_bar
+from sparsify.runtime.backends.cpu import INT8_VARIABLE
 
 TAIL_LINES = 12
 CHAT_TOKENS = 256  # room for a short prompt in its chat template and the answer
@@ -205,8 +206,6 @@ def one_process_environment(engine_args: Sequence[str]) -> dict[str, str]:
 
 def int8_environment(wanted: bool) -> dict[str, str]:
     """What lets the CPU back end multiply in int8; without it the shell decides."""
-    from sparsify.runtime.backends.cpu import INT8_VARIABLE  # brings torch, which serving does not need here
-
     return {INT8_VARIABLE: "1"} if wanted else {}
 
 
