@@ -72,8 +72,13 @@ def _usage(metrics: dict[str, Any]) -> str:
     return USAGE[metrics["format"]]
 
 
-def head_note(head: OutputHead, scheme: ModuleScheme, error: float) -> dict[str, Any]:
-    """What metrics.json says of a quantized output head. error: ||W - What||^2 / ||W||^2."""
+def head_note(
+    head: OutputHead, scheme: ModuleScheme, error: float, output_error: float | None = None
+) -> dict[str, Any]:
+    """What metrics.json says of a quantized output head.
+
+    error: ||W - What||^2 / ||W||^2; output_error: the same of the logits on the calibration text, where GPTQ saw it
+    """
     return {
         "module": head.module,
         "shape": list(scheme.shape),
@@ -82,16 +87,17 @@ def head_note(head: OutputHead, scheme: ModuleScheme, error: float) -> dict[str,
         "group_size": scheme.group_size,
         "tied": head.tied,
         "weight_error": error,
+        "relative_error": output_error,
     }
 
 
 def head_in_words(head: dict[str, Any], nbytes: int) -> str:
     """`lm_head: 8-bit, 8.25 bits per weight, 29.2 MB (was tied to the embedding, which stays dense)`."""
     n, k = head["shape"]
+    lost = f", output error {head['relative_error']:.4f}" if head.get("relative_error") is not None else ""
     was = " (was tied to the embedding, which stays dense)" if head["tied"] else ""
-    return (
-        f"{head['module']}: {head['bits']}-bit, {8 * nbytes / (n * k):.2f} bits per weight, {nbytes / 1e6:.1f} MB{was}"
-    )
+    size = f"{8 * nbytes / (n * k):.2f} bits per weight, {nbytes / 1e6:.1f} MB"
+    return f"{head['module']}: {head['bits']}-bit, {size}{lost}{was}"
 
 
 def training_in_words(training: dict[str, Any]) -> str:

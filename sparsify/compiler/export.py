@@ -31,6 +31,7 @@ def export(
     """Write `source` in `format`, with its output head quantized to `head_bits`, or with 16 multiplied out again.
 
     head_group_size: "32", "64" (default), "128" or "channel"
+    A head is rounded to nearest, since there is no text to calibrate on: for 4 bits a recipe's GPTQ is far better.
     """
     if head_bits is None or head_bits == 16:
         if head_group_size is not None:
@@ -38,7 +39,8 @@ def export(
         return convert(source, format, output, quiet, dense_head=head_bits == 16)
     size = head_group_size or str(DEFAULT_GROUP_SIZE)
     try:
-        head = Head(bits=head_bits, group_size=int(size) if size.isdecimal() else size)  # type: ignore[arg-type]
+        group_size: Any = int(size) if size.isdecimal() else size
+        head = Head(bits=head_bits, group_size=group_size, method="rtn" if head_bits == 4 else None)
     except ValidationError:
         raise CheckpointError(
             f"--head {head_bits} --head-group-size {size}: bits must be 4 or 8, the group size 32, 64, 128 or channel"

@@ -109,7 +109,8 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        return self.recipe.tune is not None or any(scheme.needs_data for scheme in self.schemes.values())
+        solved = [*self.schemes.values(), *([self.head.scheme] if self.head is not None else [])]
+        return self.recipe.tune is not None or any(scheme.needs_data for scheme in solved)
 
     @property
     def needs_twin(self) -> bool:
@@ -344,7 +345,8 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
             linears[module] = Planned(module, source, index, shape, None if reason else scheme, reason)
         other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
     training = plan_training(recipe, checkpoint, shortened)
-    plan = Plan(recipe, opened, linears, other, store, _head(recipe, opened, store), training)
+    plan = Plan(recipe, opened, linears, other, store, None, training)
+    plan = replace(plan, head=_head(recipe, opened, store, calibrates=plan.needs_data))
     if not plan.schemes:
         reasons = sorted({reason for reason in plan.dense_modules().values()})
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
@@ -428,12 +430,12 @@ def _dense_linears(opened: BlockModel) -> dict[str, ModuleScheme]:
     return found
 
 
-def _head(recipe: Recipe, opened: BlockModel, store: torch.dtype) -> PlannedHead | None:
+def _head(recipe: Recipe, opened: BlockModel, store: torch.dtype, calibrates: bool) -> PlannedHead | None:
     """What the recipe asks of the output head; RecipeError when this model's head cannot become it."""
     if recipe.export.head is None:
         return None
     head = find_head(opened.checkpoint, opened.model, opened.sources)
-    scheme = head_scheme(recipe.export.head, store)
+    scheme = head_scheme(recipe.export.head, store, calibrates)
     if problem := head_problem(head.module, head.shape, scheme):
         raise RecipeError(f"export.head: {problem}")
     return PlannedHead(head, scheme)

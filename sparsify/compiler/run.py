@@ -20,7 +20,7 @@ from torch import Tensor
 from sparsify import __version__
 from sparsify.compiler.card import head_in_words, head_note, model_card, shown_perplexity, training_in_words
 from sparsify.compiler.depth import describe_note, shorten
-from sparsify.compiler.plan import Plan, make_plan
+from sparsify.compiler.plan import Plan, PlannedHead, make_plan
 from sparsify.compiler.train import ADAPTER, train_stage
 from sparsify.compiler.training import Shortened
 from sparsify.data import calibration_tokens
@@ -46,7 +46,7 @@ from sparsify.model.linear import LinearWeights
 from sparsify.model.walk import BlockVisit, GroupVisit, Walk
 from sparsify.passes.compress import Scheme, Statistics, compress
 from sparsify.passes.gram import cross, gram
-from sparsify.passes.head import quantize_head, rounding_error
+from sparsify.passes.head import head_error, quantize_head
 from sparsify.passes.recover.block import BlockTuning, Sample, tune_block
 from sparsify.progress import Task, progress_bar
 from sparsify.recipe import Distill, Recipe, dump_recipe
@@ -144,7 +144,7 @@ def apply(
         elif not plan.needs_data:
             _stream(plan, writer, finished, notes, quiet)
         if OUTER not in writer.parts():
-            _outer(plan, writer, notes)
+            _outer(plan, writer, notes, None if plan.head is None else _solve_head(plan, plan.head))
     wait_for_all()
     trained = time.perf_counter()
     _train(plan, writer, notes, quiet)
@@ -211,8 +211,7 @@ def _shortened(
     with main_first():
         if is_main():
             _same_run(writer.work, [compressed, partial_directory(compressed), short], identity, resume)
-        wanted = depth.needs_data or after.tune is not None or any(s.needs_data for s in plan.schemes.values())
-        tokens = _tokens(plan, writer, quiet) if wanted else None
+        tokens = _tokens(plan, writer, quiet) if depth.needs_data or plan.needs_data else None
     errors: dict[str, float] = {}
     head: dict[str, Any] | None = None
     spec = model
@@ -272,9 +271,10 @@ def _renamed(
 
 
 def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Notes, quiet: bool, spill: bool) -> None:
-    """Compress on calibration data, block by block, one forward pass in all."""
+    """Compress on calibration data, block by block, one forward pass in all; then the head, where that needs data."""
     blocks = plan.model.blocks
-    if all(_part(index) in finished for index in range(len(blocks))):
+    head = plan.head if plan.head is not None and plan.head.scheme.needs_data and OUTER not in finished else None
+    if head is None and all(_part(index) in finished for index in range(len(blocks))):
         return
     with main_first():
         tokens = _my_rows(_tokens(plan, writer, quiet))
@@ -282,7 +282,7 @@ def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Note
     if spill:
         folder.mkdir(exist_ok=True)
     walk = Walk(plan.model, tokens, plan.needs_twin, folder if spill else None, device())
-    with progress_bar("compressing", len(blocks), quiet=quiet) as bar:
+    with progress_bar("compressing", len(blocks) + (head is not None), quiet=quiet) as bar:
         for index, block in enumerate(blocks):
             if _part(index) in finished:
                 bar.describe(f"resuming through {block}")
@@ -297,6 +297,13 @@ def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Note
             if is_main():
                 notes.write(index, _layer_notes(index, result.linears, rewriting.errors), result.skipped, tuning)
                 writer.write_part(_part(index), *_block_tensors(plan, index, result.linears, result.others))
+            bar.advance()
+        if head is not None:
+            bar.describe(head.head.module)
+            inputs = walk.head_inputs()
+            solved = _solve_head(plan, head, _per_token(gram(inputs), inputs))
+            if is_main():
+                _outer(plan, writer, notes, solved)
             bar.advance()
 
 
@@ -382,18 +389,39 @@ def _stream(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _No
             bar.advance()
 
 
-def _outer(plan: Plan, writer: CheckpointWriter, notes: _Notes) -> None:
-    """What lies outside of the blocks, as it was, and the output head as the recipe asks for it."""
+def _solve_head(plan: Plan, planned: PlannedHead, H: Tensor | None = None) -> tuple[LinearWeights, dict[str, Any]]:
+    """The output head as the recipe asks for it, and what metrics.json says of it.
+
+    H: second moment of what it reads, [K, K]; all processes then call this together
+    """
+    head = planned.head
+    weight = plan.checkpoint.tensor(head.source)
+    if H is not None:
+        weight = weight.to(H.device)
+    linear = quantize_head(head.module, weight, planned.scheme, H, together=H is not None)
+    output_error = None if H is None else head_error(weight, linear, H)
+    return linear, head_note(head, ModuleScheme.of(linear), head_error(weight, linear), output_error)
+
+
+def _outer(
+    plan: Plan, writer: CheckpointWriter, notes: _Notes, head: tuple[LinearWeights, dict[str, Any]] | None
+) -> None:
+    """What lies outside of the blocks, as it was, and the output head with its note where it is quantized."""
     names = plan.model.source_names(None)
     linears: dict[str, LinearWeights] = {}
-    if plan.head is not None:
-        head = plan.head.head
-        weight = plan.checkpoint.tensor(head.source)
-        linears[head.module] = quantize_head(head.module, weight, plan.head.scheme)
-        error = rounding_error(weight, linears[head.module])
-        notes.write_head(head_note(head, ModuleScheme.of(linears[head.module]), error))
-        names = [name for name in names if head.tied or name != head.source]
+    if head is not None:
+        assert plan.head is not None
+        found = plan.head.head
+        linear, note = head
+        linears[found.module] = linear
+        notes.write_head(note)
+        names = [name for name in names if found.tied or name != found.source]
     writer.write_part(OUTER, linears, {name: _stored(plan, plan.checkpoint.tensor(name)) for name in names})
+
+
+def _per_token(product: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """A sum over the tokens of this process, in place, as the mean over those of all. inputs: [tokens, K] each."""
+    return sum_over_all(product).div_(sum(gathered(sum(x.shape[0] for x in inputs))))
 
 
 class _Rewriting:
@@ -406,9 +434,8 @@ class _Rewriting:
 
     def __call__(self, visit: GroupVisit) -> dict[str, LinearWeights]:
         self.bar.describe(f"{visit.names[0]}{' ...' if len(visit.names) > 1 else ''}")
-        tokens = sum(gathered(sum(x.shape[0] for x in visit.inputs)))
-        H = sum_over_all(gram(visit.inputs)).div_(tokens)
-        C = sum_over_all(cross(visit.dense_inputs, visit.inputs)).div_(tokens) if visit.dense_inputs else None
+        H = _per_token(gram(visit.inputs), visit.inputs)
+        C = _per_token(cross(visit.dense_inputs, visit.inputs), visit.inputs) if visit.dense_inputs else None
         new: dict[str, LinearWeights] = {}
         for scheme, weights in self._by_scheme(visit).items():
             part, errors = compress(weights, scheme, Statistics(H, C), together=True)

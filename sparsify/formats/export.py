@@ -26,7 +26,7 @@ from sparsify.formats.scheme import FLOATS, ModuleScheme, in_block
 from sparsify.model.head import OutputHead, find_head
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.passes.compress import Scheme
-from sparsify.passes.head import head_problem, head_scheme, quantize_head, rounding_error
+from sparsify.passes.head import head_error, head_problem, head_scheme, quantize_head
 from sparsify.progress import progress
 from sparsify.recipe import Head, head_format_problem
 
@@ -124,7 +124,7 @@ def _write_head(
     weight = opened.tensor(head.source)
     linear = quantize_head(head.module, weight, scheme)
     writer.write_part(f"head.{head.module}", {head.module: linear}, {})
-    error = rounding_error(weight, linear)
+    error = head_error(weight, linear)
     return RoundedHead(head, ModuleScheme.of(linear), error, 0 if head.tied else weight.nbytes)
 
 

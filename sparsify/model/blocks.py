@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,6 +253,20 @@ def replaced_forwards(model: BlockModel, forward_of: Callable[[int], Callable[..
             del module.forward
 
 
+def leaving(model: BlockModel, hidden: Tensor, as_tuple: bool) -> AbstractContextManager[None]:
+    """No block runs meanwhile, and `hidden` leaves the last one. as_tuple: whether blocks give their state in a tuple."""
+    last = len(model.blocks) - 1
+
+    def given(index: int) -> Any:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = hidden if index == last else x
+            return (output,) if as_tuple else output
+
+        return forward
+
+    return replaced_forwards(model, given)
+
+
 def _recorder(model: BlockModel, calls: list[BlockCall], hidden: list[Tensor], as_tuple: bool) -> Callable[[int], Any]:
     """For `replaced_forwards`: every block notes its arguments and returns its input."""
 
@@ -290,6 +304,37 @@ def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[Block
             return hidden[0], calls
     raise CheckpointError(
         f"{type(model.model).__name__} does not call its blocks one after another on one hidden state; it is not supported"
+    )
+
+
+def head_inputs(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """What the output head reads when `hidden` leaves the last block, that is, after the last norm.
+
+    tokens: int64 [B, T]; hidden: [B, T, d]. Returns [B * T, K]. No block runs; what lies outside of them must be loaded.
+    """
+    head: Any = model.model.get_output_embeddings()  # type: ignore[operator]
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise _Stop
+
+    hook = head.register_forward_pre_hook(note)
+    try:
+        for as_tuple in (False, True):  # as in `capture_calls`
+            try:
+                with leaving(model, hidden, as_tuple), torch.no_grad():
+                    model.model(input_ids=tokens, use_cache=False)
+            except _Stop:
+                if seen[-1].shape[:-1] == hidden.shape[:-1]:
+                    return seen[-1].flatten(0, -2)
+            else:
+                break  # the head was not called
+    finally:
+        hook.remove()
+    raise CheckpointError(
+        f"{type(model.model).__name__} does not give its last hidden states to its output head; "
+        "quantize the head without them: export.head.method: rtn"
     )
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.model.blocks import BlockModel, capture_calls, replaced_forwards, run_block
+from sparsify.model.blocks import BlockModel, capture_calls, leaving, run_block
 from sparsify.model.sublayers import KINDS, Structure, Sublayer, find_structure, run_without
 
 LOGIT_TOKENS = (
@@ -89,14 +88,5 @@ def finish(model: BlockModel, tokens: Tensor, hidden: Tensor, as_tuple: bool) ->
 
     as_tuple: whether blocks of this model give their hidden state inside a tuple
     """
-    last = len(model.blocks) - 1
-
-    def given(index: int) -> Any:
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            output = hidden if index == last else x
-            return (output,) if as_tuple else output
-
-        return forward
-
-    with replaced_forwards(model, given):
+    with leaving(model, hidden, as_tuple):
         return model.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]

@@ -28,6 +28,7 @@ from sparsify.model.blocks import (
     call_of_row,
     capture_calls,
     find_groups,
+    head_inputs,
     run_block,
     share_equal,
 )
@@ -197,7 +198,8 @@ class Walk:
         batch = max(1, TOKENS_PER_MICRO_BATCH // tokens.shape[1])
         entered: list[Tensor] = []
         self.calls: list[list[BlockCall]] = []
-        for part in tokens.to(device).split(batch):
+        self.tokens = tokens.to(device).split(batch)
+        for part in self.tokens:
             hidden, calls = capture_calls(model, part)
             self.calls.append(share_equal(calls, self.calls[0]) if self.calls else calls)
             entered.append(hidden)
@@ -301,6 +303,10 @@ class Walk:
         for i in range(len(self.hidden)):
             self.hidden[i] = run_block(block, self.hidden[i], self.calls[i][index])
         self._leave(index)
+
+    def head_inputs(self) -> list[Tensor]:
+        """What the output head reads when all blocks are done: [tokens, K] per micro-batch."""
+        return [head_inputs(self.model, part, self.hidden[i]) for i, part in enumerate(self.tokens)]
 
     def _enter(self, index: int) -> nn.Module:
         self.model.load(index)

@@ -1,24 +1,34 @@
-"""The output head as a dense-pattern linear: rounded to nearest, data-free, in pieces that fit into memory.
+"""The output head as a dense-pattern linear, in pieces that fit into memory.
 
-Its inputs are the model's last hidden states and its outputs are the logits themselves: with 8 bits the rounding is lost
-in the noise of what comes before, and there is nothing after it that could repair an error.
+Its inputs are the model's last hidden states and its outputs are the logits themselves: nothing after it could repair an
+error. With 8 bits rounding to nearest is lost in the noise of what comes before. With 4 it is not: a few inputs are many
+times larger than all others, and their errors reach every logit. GPTQ knows them and lets the other inputs repair.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparsify.model.linear import LinearWeights
-from sparsify.passes.compress import Scheme, compress
+from sparsify.passes.compress import Scheme, Statistics, compress
 from sparsify.recipe import Head
 
 ROWS = 16384  # outputs rounded at once: a vocabulary of 262144 in float32 would be gigabytes, several times over
 GROUP_SIZES = (128, 64, 32)
+REFINE = 5  # passes of coordinate descent after GPTQ, as the recipes have for linears
 
 
-def head_scheme(head: Head, dtype: torch.dtype) -> Scheme:
-    """What the recipe asks of the head. dtype: how scales are stored."""
-    group_size = 0 if head.group_size == "channel" else head.group_size
-    return Scheme(prune=None, quantize="rtn", bits=head.bits, group_size=group_size, dtype=dtype)
+def head_scheme(head: Head, dtype: torch.dtype, calibrates: bool = False) -> Scheme:
+    """What the recipe asks of the head. dtype: how scales are stored; calibrates: whether it reads text anyway."""
+    scheme = Scheme(
+        prune=None,
+        quantize=head.method or ("gptq" if head.bits == 4 and calibrates else "rtn"),
+        bits=head.bits,
+        group_size=0 if head.group_size == "channel" else head.group_size,
+        dtype=dtype,
+    )
+    return replace(scheme, activation_order=True, refine=REFINE) if scheme.sweeps else scheme
 
 
 def head_problem(module: str, shape: tuple[int, int], scheme: Scheme) -> str | None:
@@ -32,9 +42,15 @@ def head_problem(module: str, shape: tuple[int, int], scheme: Scheme) -> str | N
     return None
 
 
-def quantize_head(module: str, weight: Tensor, scheme: Scheme) -> LinearWeights:
-    """weight: [N, K]. Rows do not depend on each other, so the pieces give what the whole would."""
-    pieces = [compress({module: rows}, scheme, None)[0][module] for rows in weight.split(ROWS)]
+def quantize_head(
+    module: str, weight: Tensor, scheme: Scheme, H: Tensor | None = None, together: bool = False
+) -> LinearWeights:
+    """weight: [N, K]. Rows do not depend on each other, so the pieces give what the whole would.
+
+    H: X'X / tokens of what the head reads, [K, K], for a scheme that needs data; together: as `compress` takes it
+    """
+    statistics = None if H is None else Statistics(H)
+    pieces = [compress({module: rows}, scheme, statistics, together)[0][module] for rows in weight.split(ROWS)]
     codes = [piece.codes for piece in pieces if piece.codes is not None]
     scales = [piece.scale for piece in pieces if piece.scale is not None]
     first = pieces[0]
@@ -43,15 +59,19 @@ def quantize_head(module: str, weight: Tensor, scheme: Scheme) -> LinearWeights:
     ).validate(module)
 
 
-def rounding_error(weight: Tensor, linear: LinearWeights) -> float:
-    """||W - What||^2 / ||W||^2, in pieces. weight: [N, K]."""
+def head_error(weight: Tensor, linear: LinearWeights, H: Tensor | None = None) -> float:
+    """||W - What||^2 / ||W||^2, or of the outputs on the tokens of H: [K, K]; in pieces. weight: [N, K]."""
     assert linear.codes is not None and linear.scale is not None
+
+    def energy(rows: Tensor) -> float:
+        return float(((rows if H is None else rows @ H) * rows).sum(dtype=torch.float64))
+
     lost = total = 0.0
     for start in range(0, weight.shape[0], ROWS):
         piece = slice(start, start + ROWS)
         codes, scale = linear.codes[piece], linear.scale[piece]
         rounded = LinearWeights(linear.bits, linear.pattern, linear.group_size, codes=codes, scale=scale)
         rows = weight[piece].float()
-        lost += float((rows - rounded.dense(torch.float32)).square().sum(dtype=torch.float64))
-        total += float(rows.square().sum(dtype=torch.float64))
+        lost += energy(rows - rounded.dense(torch.float32))
+        total += energy(rows)
     return lost / total if total else 0.0

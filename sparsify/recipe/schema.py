@@ -797,12 +797,17 @@ def head_format_problem(format: str) -> str | None:
 
 
 class Head(_Model):
-    """The output head (lm_head) as a quantized linear without zeros, rounded to nearest.
+    """The output head (lm_head) as a quantized linear without zeros.
 
     A model that ties it to its embedding gets a head of its own; the embedding stays as it is.
     """
 
     bits: Literal[4, 8] = Field(description="bits per weight; 8 is nearly lossless")
+    method: Literal["gptq", "rtn"] | None = Field(
+        default=None,
+        description="gptq (solved on the calibration text) or rtn (round to nearest, no data); "
+        "default gptq for 4 bits where the recipe calibrates, else rtn",
+    )
     group_size: Literal[32, 64, 128, "channel"] = Field(
         description="consecutive inputs that share a scale, channel = the whole row; must divide the hidden size"
     )

@@ -56,6 +56,9 @@ def test_every_family_sees_what_the_whole_model_computes(tmp_path, family):
     for name in seen:
         torch.testing.assert_close(dense_seen[name], expected_dense[name], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(seen[name], expected[name], rtol=1e-4, atol=1e-5)
+    head = next(name for name, module in halved.named_modules() if module is halved.get_output_embeddings())
+    read = inputs_of(halved, [head])[head]
+    torch.testing.assert_close(torch.cat(walk.head_inputs()), read, rtol=1e-4, atol=1e-5)
 
 
 def inputs_of(model, names):
