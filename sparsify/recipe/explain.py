@@ -1,5 +1,6 @@
 """Validation errors in the words of someone who writes a recipe: place, what is wrong, what would be right."""
 
+import types
 import typing
 from typing import Any
 
@@ -66,6 +67,9 @@ def options_at(path: KeyPath) -> tuple[Any, ...]:
     annotation = field.annotation if field else None
     if entry and typing.get_origin(annotation) is list:
         (annotation,) = typing.get_args(annotation)
+    inner = [option for option in typing.get_args(annotation) if option is not type(None)]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType) and len(inner) == 1:  # optional
+        (annotation,) = inner
     return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
 
 
