@@ -150,12 +150,14 @@ def inspect(args: argparse.Namespace) -> Outcome:
 def export(args: argparse.Namespace) -> Outcome:
     from sparsify.compiler.export import export
 
-    written = export(args.source, args.format, args.output, args.head, args.head_group_size, quiet=args.quiet)
+    written = export(
+        args.source, args.format, args.output, args.head, args.head_group_size, args.quiet, args.calibration
+    )
     shown = [f"{args.format} checkpoint written to {written}"]
-    if args.head == 4:
+    if args.head == 4 and args.calibration is None:
         shown.append(
-            "The output head was rounded to nearest, which costs accuracy with 4 bits; `sparsify apply` with "
-            "--set export.head.bits=4 solves it on calibration text and loses far less."
+            "The output head was rounded to nearest, which costs accuracy with 4 bits; "
+            "with --calibration file:TEXT it is solved on that text and loses far less."
         )
     return Outcome({"output": str(written), "format": args.format}, shown)
 
@@ -444,6 +446,7 @@ def command_parser() -> argparse.ArgumentParser:
         shown=(
             "sparsify export out/smollm2 --format pack-quantized --output out/smollm2-stock     runs without sparsify",
             "sparsify export out/smollm2 --format sparse24 --head 8 --output out/smollm2-head     quantizes lm_head too",
+            "sparsify export out/smollm2 --format sparse24 --head 4 --calibration file:train.txt --output out/smollm2-head4",
             "sparsify export embedded:smollm2-135m-instruct --format dense --output out/dense",
         ),
     )  # fmt: skip
@@ -456,8 +459,12 @@ def command_parser() -> argparse.ArgumentParser:
     command.add_argument("--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist")
     command.add_argument(
         "--head", type=int, choices=(4, 8, 16), metavar="BITS",
-        help="round the output head (lm_head) to 8 or 4 bits; 16 multiplies a quantized one out again. With 4 bits a recipe "
-        "that calibrates (export.head.bits: 4) loses far less",
+        help="quantize the output head (lm_head) to 8 or 4 bits; 16 multiplies a quantized one out again",
+    )  # fmt: skip
+    command.add_argument(
+        "--calibration", metavar="TEXT",
+        help="solve the head by GPTQ on this text (file:PATH, hub:ID, or self: the model writes it) instead of rounding it "
+        "to nearest, which with 4 bits loses far more",
     )  # fmt: skip
     command.add_argument(
         "--head-group-size", metavar="G", help="inputs per scale of the head: 32, 64 (default), 128 or channel"

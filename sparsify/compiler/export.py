@@ -7,15 +7,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from sparsify.compiler.card import head_note, model_card
 from sparsify.compiler.run import CARD, METRICS, RECIPE, json_text
+from sparsify.data import calibration_tokens, check_sources
+from sparsify.data.writer import open_writer
 from sparsify.errors import CheckpointError, RecipeError
+from sparsify.files import cache_directory
 from sparsify.formats.directory import CheckpointWriter
 from sparsify.formats.export import RoundedHead
 from sparsify.formats.export import export as convert
-from sparsify.recipe import Head, dump_recipe, parse_recipe
+from sparsify.model.blocks import head_input
+from sparsify.model.checkpoint import open_checkpoint
+from sparsify.model.walk import TOKENS_PER_MICRO_BATCH
+from sparsify.passes.gram import gram
+from sparsify.progress import progress
+from sparsify.recipe import Calibration, Head, dump_recipe, parse_recipe
 
 DEFAULT_GROUP_SIZE = 64
 
@@ -27,12 +37,16 @@ def export(
     head_bits: Literal[4, 8, 16] | None = None,
     head_group_size: str | None = None,
     quiet: bool = False,
+    calibration: str | None = None,
 ) -> Path:
     """Write `source` in `format`, with its output head quantized to `head_bits`, or with 16 multiplied out again.
 
     head_group_size: "32", "64" (default), "128" or "channel"
-    A head is rounded to nearest, since there is no text to calibrate on: for 4 bits a recipe's GPTQ is far better.
+    calibration: self, file:PATH or hub:ID; the head is then solved by GPTQ on what it reads of 128 x 512 tokens, and
+    rounded to nearest without
     """
+    if calibration is not None and head_bits not in (4, 8):
+        raise CheckpointError("--calibration is the text on which a head is quantized; add --head 4")
     if head_bits is None or head_bits == 16:
         if head_group_size is not None:
             raise CheckpointError("--head-group-size says how to quantize the head; add --head 8 or --head 4")
@@ -40,12 +54,55 @@ def export(
     size = head_group_size or str(DEFAULT_GROUP_SIZE)
     try:
         group_size: Any = int(size) if size.isdecimal() else size
-        head = Head(bits=head_bits, group_size=group_size, method="rtn" if head_bits == 4 else None)
+        method: Any = "gptq" if calibration else "rtn" if head_bits == 4 else None
+        head = Head(bits=head_bits, group_size=group_size, method=method)
     except ValidationError:
         raise CheckpointError(
             f"--head {head_bits} --head-group-size {size}: bits must be 4 or 8, the group size 32, 64, 128 or channel"
         ) from None
-    return convert(source, format, output, quiet, head, partial(_describe, head, format))
+    moment = None if calibration is None else partial(_read_by_head, source, _text(calibration), quiet)
+    return convert(source, format, output, quiet, head, partial(_describe, head, format), moment=moment)
+
+
+def _text(source: str) -> Calibration:
+    try:
+        calibration = Calibration(source=source)
+    except ValidationError as error:
+        raise CheckpointError(f"--calibration {source}: {error.errors()[0]['msg']}") from None
+    check_sources(calibration)
+    return calibration
+
+
+def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> Tensor:
+    """Second moment of what the output head reads, X'X / tokens: float32 [K, K], where the model fits.
+
+    The model is loaded whole, as `transformers` loads it, and runs on the kernels that serve it.
+    """
+    from transformers import AutoTokenizer
+
+    checkpoint = open_checkpoint(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+        model = open_writer(checkpoint.directory, torch.bfloat16)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{source}: transformers cannot load this model to run it on text ({str(error).splitlines()[0]}); "
+            "export it to sparse24 first, and that with --head and --calibration"
+        ) from error
+    tokens = calibration_tokens(
+        calibration,
+        tokenizer,
+        lambda: model,
+        cache_dir=cache_directory() / "calibration",
+        key=checkpoint.fingerprint(),
+        quiet=quiet,
+    )
+    H: Tensor | None = None
+    rows = tokens.to(model.device).split(max(1, TOKENS_PER_MICRO_BATCH // tokens.shape[1]))
+    for part in progress(rows, "Reading text", total=len(rows), quiet=quiet):
+        H = gram([head_input(model, part).flatten(0, 1)], H)
+    assert H is not None
+    return H.div_(tokens.numel())
 
 
 def _describe(
@@ -53,7 +110,8 @@ def _describe(
 ) -> dict[str, bytes]:
     """Recipe, metrics and model card of a checkpoint whose head has just been quantized.
 
-    The recipe now gives this very checkpoint; an evaluation that was measured before does not belong to it any more.
+    The recipe now gives this very checkpoint, or one like it where the head was solved on other text; an evaluation that
+    was measured before does not belong to it any more.
     Files that `apply` did not write are carried over as they are.
     """
     try:
@@ -67,7 +125,7 @@ def _describe(
         metrics |= {
             "recipe": asked.model_dump(mode="json"),
             "format": format,
-            "head": head_note(rounded.head, rounded.scheme, rounded.error),
+            "head": head_note(rounded.head, rounded.scheme, rounded.error, rounded.output_error),
             "dense_modules": [e for e in metrics["dense_modules"] if e["module"] != rounded.head.module],
             "evaluation": None,
             "sizes": {

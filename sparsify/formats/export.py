@@ -38,12 +38,14 @@ IDENTITY = "export"
 class RoundedHead:
     """An output head that an export quantized.
 
-    scheme: how; error: ||W - What||^2 / ||W||^2; dense_nbytes: of the weight it replaces, 0 when it was tied
+    scheme: how; error: ||W - What||^2 / ||W||^2; output_error: the same of the logits, where they are known;
+    dense_nbytes: of the weight it replaces, 0 when it was tied
     """
 
     head: OutputHead
     scheme: ModuleScheme
     error: float
+    output_error: float | None
     dense_nbytes: int
 
 
@@ -59,6 +61,7 @@ def export(
     head: Head | None = None,
     describe: Describe | None = None,
     dense_head: bool = False,
+    moment: Callable[[], Tensor] | None = None,
 ) -> Path:
     """Write `source` (a checkpoint of any known format, or any dense model) to the directory `output` in `format`.
 
@@ -66,6 +69,7 @@ def export(
     head: quantize the output head on the way; it must not be compressed yet.
     describe: brings the files beside the weights up to date with that head.
     dense_head: multiply out what is compressed outside of the blocks, for software that wants a 16-bit head.
+    moment: for a head that is solved, gives X'X / tokens of what it reads, [K, K]; called when nothing else stands in the way.
     """
     get_format(format)
     opened = open_compressed(source)
@@ -77,7 +81,7 @@ def export(
     writer = CheckpointWriter(output, format, opened.checkpoint, identity=IDENTITY)
     try:
         plain = {f"{module}.weight" for module in linears} if not opened.modules else set()
-        rounded = None if asked is None else _write_head(writer, opened, *asked)
+        rounded = None if asked is None else _write_head(writer, opened, *asked, moment)
         if rounded is not None and not rounded.head.tied:
             plain |= {rounded.head.source}
         if dense_head:
@@ -119,13 +123,21 @@ def _asked(opened: CompressedCheckpoint, format: str, head: Head) -> tuple[Outpu
 
 
 def _write_head(
-    writer: CheckpointWriter, opened: CompressedCheckpoint, head: OutputHead, scheme: Scheme
+    writer: CheckpointWriter,
+    opened: CompressedCheckpoint,
+    head: OutputHead,
+    scheme: Scheme,
+    moment: Callable[[], Tensor] | None,
 ) -> RoundedHead:
     weight = opened.tensor(head.source)
-    linear = quantize_head(head.module, weight, scheme)
+    H = None if moment is None else moment()
+    if H is not None:
+        weight = weight.to(H.device)
+    linear = quantize_head(head.module, weight, scheme, H)
     writer.write_part(f"head.{head.module}", {head.module: linear}, {})
-    error = head_error(weight, linear)
-    return RoundedHead(head, ModuleScheme.of(linear), error, 0 if head.tied else weight.nbytes)
+    output_error = None if H is None else head_error(weight, linear, H)
+    dense_nbytes = 0 if head.tied else weight.nbytes
+    return RoundedHead(head, ModuleScheme.of(linear), head_error(weight, linear), output_error, dense_nbytes)
 
 
 def _tensors(module: str, encoded: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -312,7 +312,21 @@ def head_inputs(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
 
     tokens: int64 [B, T]; hidden: [B, T, d]. Returns [B * T, K]. No block runs; what lies outside of them must be loaded.
     """
-    head: Any = model.model.get_output_embeddings()  # type: ignore[operator]
+    for as_tuple in (False, True):  # as in `capture_calls`
+        with leaving(model, hidden, as_tuple):
+            read = head_input(model.model, tokens)
+        if read.shape[:-1] == hidden.shape[:-1]:
+            break
+    return read.flatten(0, -2)
+
+
+@torch.no_grad()
+def head_input(model: nn.Module, tokens: Tensor) -> Tensor:
+    """What the output head of a transformers model reads: [B, T, K]; the head itself does not run. tokens: int64 [B, T].
+
+    CheckpointError when the model does not call its head.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -321,20 +335,14 @@ def head_inputs(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
 
     hook = head.register_forward_pre_hook(note)
     try:
-        for as_tuple in (False, True):  # as in `capture_calls`
-            try:
-                with leaving(model, hidden, as_tuple), torch.no_grad():
-                    model.model(input_ids=tokens, use_cache=False)
-            except _Stop:
-                if seen[-1].shape[:-1] == hidden.shape[:-1]:
-                    return seen[-1].flatten(0, -2)
-            else:
-                break  # the head was not called
+        model(input_ids=tokens, use_cache=False)
+    except _Stop:
+        return seen[0]
     finally:
         hook.remove()
     raise CheckpointError(
-        f"{type(model.model).__name__} does not give its last hidden states to its output head; "
-        "quantize the head without them: export.head.method: rtn"
+        f"{type(model).__name__} does not give its last hidden states to its output head, so the head can only be rounded "
+        "to nearest: export.head.method: rtn, or sparsify export without --calibration"
     )
 
 

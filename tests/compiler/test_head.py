@@ -181,27 +181,34 @@ def test_inspection_and_report_give_the_head_a_row_of_its_own(tmp_path):
     assert '<th scope="row">output head</th><td>0 B</td><td>6.34 kB</td>' in page
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_gptq_loses_less_of_the_logits_than_rounding(tmp_path, tied):
-    """Measured with the written model in transformers, in float64, where two inputs of the head are large, as in real models."""
-    model = tiny_model(tie_word_embeddings=tied)
+def save_uneven(directory, **changes):
+    """A tiny model two inputs of whose head are many times larger than the others, as in real ones; returns the head's weight."""
+    model = tiny_model(**changes)
     with torch.no_grad():
         model.model.norm.weight[[3, 40]] = 30
-    source = tmp_path / "source"
-    model.save_pretrained(source)
-    tiny_tokenizer().save_pretrained(source)
-    weight = model.get_output_embeddings().weight.detach().double()
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return model.get_output_embeddings().weight.detach().double()
+
+
+def lost_logits(directory, text, samples, length, weight):
+    """||X (W - What)'||^2 / ||X W'||^2 of a 4-bit head in groups of 32, with the written model in transformers and in float64."""
+    ids = tiny_tokenizer()(text.read_text(), return_tensors="pt").input_ids
+    written = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        X = written.model(ids[0, : samples * length].reshape(samples, length)).last_hidden_state.flatten(0, 1).double()
+    difference = torch.from_numpy(stored_head(directory, 4, 32)) - weight
+    return float((X @ difference.T).square().sum() / (X @ weight.T).square().sum())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gptq_loses_less_of_the_logits_than_rounding(tmp_path, tied):
+    weight = save_uneven(tmp_path / "source", tie_word_embeddings=tied)
     lost = {}
     for method in ("gptq", "rtn"):
         wish = calibrated(tmp_path, f"{{bits: 4, group_size: 32, method: {method}}}")
-        metrics = apply(wish, str(source), tmp_path / method, quiet=True).metrics
-        text = tiny_tokenizer()((tmp_path / "text.txt").read_text(), return_tensors="pt").input_ids
-        tokens = text[0, : 40 * 32].reshape(40, 32)
-        written = AutoModelForCausalLM.from_pretrained(tmp_path / method, dtype=torch.float32)
-        with torch.no_grad():
-            X = written.model(tokens).last_hidden_state.flatten(0, 1).double()
-        difference = torch.from_numpy(stored_head(tmp_path / method, 4, 32)) - weight
-        lost[method] = float((X @ difference.T).square().sum() / (X @ weight.T).square().sum())
+        metrics = apply(wish, str(tmp_path / "source"), tmp_path / method, quiet=True).metrics
+        lost[method] = lost_logits(tmp_path / method, tmp_path / "text.txt", 40, 32, weight)
         told = metrics["head"]["relative_error"]
         assert told is None if method == "rtn" else told == pytest.approx(lost[method], rel=0.02)
     assert lost["gptq"] < lost["rtn"] / 4
@@ -321,6 +328,60 @@ def test_exporting_with_a_head_is_applying_with_one(tmp_path):
     assert load_recipe(tmp_path / "out" / "recipe.yaml").export.head is not None
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_export_solves_the_head_on_a_text(tmp_path, capsys, tied):
+    weight = save_uneven(tmp_path / "source", tie_word_embeddings=tied)
+    text = tiny_text(tmp_path / "text.txt", 128 * 512 + 9)
+    apply(recipe(head=None), str(tmp_path / "source"), tmp_path / "plain", quiet=True)
+    wish = [
+        "export",
+        str(tmp_path / "plain"),
+        "--format",
+        "sparse24",
+        "--head",
+        "4",
+        "--head-group-size",
+        "32",
+        "--quiet",
+    ]
+    assert main([*wish, "--output", str(tmp_path / "rtn")]) == 0
+    assert "with --calibration file:TEXT it is solved" in capsys.readouterr().out
+    assert main([*wish, "--output", str(tmp_path / "gptq"), "--calibration", f"file:{text}"]) == 0
+    assert "nearest" not in capsys.readouterr().out
+    lost = {method: lost_logits(tmp_path / method, text, 128, 512, weight) for method in ("gptq", "rtn")}
+    assert lost["gptq"] < lost["rtn"] / 4
+    for method, error in (("gptq", pytest.approx(lost["gptq"], rel=0.1)), ("rtn", None)):  # the model ran in bfloat16
+        assert json.loads((tmp_path / method / "metrics.json").read_text())["head"]["relative_error"] == error
+        assert load_recipe(tmp_path / method / "recipe.yaml").export.head.method == method
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("gptq", "rtn"))
+    assert all(torch.equal(one[name], other[name]) for name in one if not name.startswith("lm_head"))
+
+
+def test_an_export_that_cannot_be_written_reads_no_text(tmp_path, capsys, monkeypatch):
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    apply(recipe(), str(source), tmp_path / "once", quiet=True)
+    monkeypatch.setattr("sparsify.compiler.export.open_writer", None)
+    text = tiny_text(tmp_path / "text.txt")
+    wish = ["export", str(tmp_path / "once"), "--format", "sparse24", "--output", str(tmp_path / "out"), "--quiet"]
+    assert main([*wish, "--head", "4", "--calibration", f"file:{text}"]) == 1
+    assert "lm_head is compressed already" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_run_has_no_text_to_solve_its_head_on(tmp_path, capsys, monkeypatch):
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    apply(recipe(head=None), str(source), tmp_path / "plain", quiet=True)
+
+    def fails(directory, dtype):
+        raise ValueError("no such quantization method")
+
+    monkeypatch.setattr("sparsify.compiler.export.open_writer", fails)
+    text = tiny_text(tmp_path / "text.txt")
+    wish = ["export", str(tmp_path / "plain"), "--format", "sparse24", "--output", str(tmp_path / "out"), "--quiet"]
+    assert main([*wish, "--head", "4", "--calibration", f"file:{text}"]) == 1
+    assert "export it to sparse24 first" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
+
+
 def test_exporting_a_dense_two_four_model_with_a_head(tmp_path):
     """A bias-free head of its own, and 16-bit values in the blocks."""
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
@@ -345,6 +406,9 @@ def test_exporting_a_dense_two_four_model_with_a_head(tmp_path):
         ("sparse24", ["--head", "8", "--head-group-size", "128"], "group size 64 works"),
         ("sparse24", ["--head", "8", "--head-group-size", "48"], "the group size 32, 64, 128 or channel"),
         ("sparse24", ["--head-group-size", "64"], "add --head 8"),
+        ("sparse24", ["--calibration", "self"], "add --head 4"),
+        ("sparse24", ["--head", "4", "--calibration", "fil:x"], "'fil:x' is not one of self, file:PATH"),
+        ("sparse24", ["--head", "4", "--calibration", "file:gone.txt"], "gone.txt does not exist"),
     ],
 )
 def test_what_an_export_cannot_do_says_what_it_can(tmp_path, capsys, format, options, says):
