@@ -9,6 +9,7 @@ import yaml
 from sparsify.compiler.training import short
 from sparsify.formats import ModuleScheme
 from sparsify.model.head import OutputHead
+from sparsify.passes.head import SolvedHead
 from sparsify.recipe import Recipe, dump_recipe
 from sparsify.recipe.sources import sources_in_words
 
@@ -72,13 +73,9 @@ def _usage(metrics: dict[str, Any]) -> str:
     return USAGE[metrics["format"]]
 
 
-def head_note(
-    head: OutputHead, scheme: ModuleScheme, error: float, output_error: float | None = None
-) -> dict[str, Any]:
-    """What metrics.json says of a quantized output head.
-
-    error: ||W - What||^2 / ||W||^2; output_error: the same of the logits on the calibration text, where GPTQ saw it
-    """
+def head_note(head: OutputHead, solved: SolvedHead) -> dict[str, Any]:
+    """What metrics.json says of a quantized output head."""
+    scheme = ModuleScheme.of(solved.linear)
     return {
         "module": head.module,
         "shape": list(scheme.shape),
@@ -86,8 +83,8 @@ def head_note(
         "pattern": scheme.pattern,
         "group_size": scheme.group_size,
         "tied": head.tied,
-        "weight_error": error,
-        "relative_error": output_error,
+        "weight_error": solved.weight_error,
+        "relative_error": solved.output_error,
     }
 
 

@@ -74,7 +74,7 @@ def _text(source: str) -> Calibration:
 
 
 def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> Tensor:
-    """Second moment of what the output head reads, X'X / tokens: float32 [K, K], where the model fits.
+    """Second moment of what the output head reads, X'X / tokens: float32 [K, K], on the GPU where the model fits there.
 
     The model is loaded whole, as `transformers` loads it, and runs on the kernels that serve it.
     """
@@ -125,7 +125,7 @@ def _describe(
         metrics |= {
             "recipe": asked.model_dump(mode="json"),
             "format": format,
-            "head": head_note(rounded.head, rounded.scheme, rounded.error, rounded.output_error),
+            "head": head_note(rounded.head, rounded.solved),
             "dense_modules": [e for e in metrics["dense_modules"] if e["module"] != rounded.head.module],
             "evaluation": None,
             "sizes": {

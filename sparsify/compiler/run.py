@@ -38,7 +38,6 @@ from sparsify.distributed import (
 )
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.files import atomic_write, cache_directory, read_json, write_json
-from sparsify.formats import ModuleScheme
 from sparsify.formats.directory import CheckpointWriter, CompressedCheckpoint, partial_directory
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.model.checkpoint import read_header
@@ -46,7 +45,7 @@ from sparsify.model.linear import LinearWeights
 from sparsify.model.walk import BlockVisit, GroupVisit, Walk
 from sparsify.passes.compress import Scheme, Statistics, compress
 from sparsify.passes.gram import cross, gram
-from sparsify.passes.head import head_error, quantize_head
+from sparsify.passes.head import SolvedHead, solve_head
 from sparsify.passes.recover.block import BlockTuning, Sample, tune_block
 from sparsify.progress import Task, progress_bar
 from sparsify.recipe import Distill, Recipe, dump_recipe
@@ -389,33 +388,20 @@ def _stream(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _No
             bar.advance()
 
 
-def _solve_head(plan: Plan, planned: PlannedHead, H: Tensor | None = None) -> tuple[LinearWeights, dict[str, Any]]:
-    """The output head as the recipe asks for it, and what metrics.json says of it.
-
-    H: second moment of what it reads, [K, K]; all processes then call this together
-    """
-    head = planned.head
-    weight = plan.checkpoint.tensor(head.source)
-    if H is not None:
-        weight = weight.to(H.device)
-    linear = quantize_head(head.module, weight, planned.scheme, H, together=H is not None)
-    output_error = None if H is None else head_error(weight, linear, H)
-    return linear, head_note(head, ModuleScheme.of(linear), head_error(weight, linear), output_error)
+def _solve_head(plan: Plan, planned: PlannedHead, H: Tensor | None = None) -> SolvedHead:
+    """The output head as the recipe asks for it. H: as `solve_head` takes it."""
+    return solve_head(planned.head.module, plan.checkpoint.tensor(planned.head.source), planned.scheme, H)
 
 
-def _outer(
-    plan: Plan, writer: CheckpointWriter, notes: _Notes, head: tuple[LinearWeights, dict[str, Any]] | None
-) -> None:
-    """What lies outside of the blocks, as it was, and the output head with its note where it is quantized."""
+def _outer(plan: Plan, writer: CheckpointWriter, notes: _Notes, solved: SolvedHead | None) -> None:
+    """What lies outside of the blocks, as it was, and the output head where it is quantized."""
     names = plan.model.source_names(None)
     linears: dict[str, LinearWeights] = {}
-    if head is not None:
-        assert plan.head is not None
-        found = plan.head.head
-        linear, note = head
-        linears[found.module] = linear
-        notes.write_head(note)
-        names = [name for name in names if found.tied or name != found.source]
+    if plan.head is not None and solved is not None:
+        head = plan.head.head
+        linears[head.module] = solved.linear
+        notes.write_head(head_note(head, solved))
+        names = [name for name in names if head.tied or name != head.source]
     writer.write_part(OUTER, linears, {name: _stored(plan, plan.checkpoint.tensor(name)) for name in names})
 
 

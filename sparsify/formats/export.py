@@ -22,11 +22,11 @@ from sparsify.formats.directory import (
     open_compressed,
     partial_directory,
 )
-from sparsify.formats.scheme import FLOATS, ModuleScheme, in_block
+from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.model.head import OutputHead, find_head
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.passes.compress import Scheme
-from sparsify.passes.head import head_error, head_problem, head_scheme, quantize_head
+from sparsify.passes.head import SolvedHead, head_problem, head_scheme, solve_head
 from sparsify.progress import progress
 from sparsify.recipe import Head, head_format_problem
 
@@ -36,16 +36,10 @@ IDENTITY = "export"
 
 @dataclass(frozen=True)
 class RoundedHead:
-    """An output head that an export quantized.
-
-    scheme: how; error: ||W - What||^2 / ||W||^2; output_error: the same of the logits, where they are known;
-    dense_nbytes: of the weight it replaces, 0 when it was tied
-    """
+    """An output head that an export quantized. dense_nbytes: of the weight it replaces, 0 when it was tied."""
 
     head: OutputHead
-    scheme: ModuleScheme
-    error: float
-    output_error: float | None
+    solved: SolvedHead
     dense_nbytes: int
 
 
@@ -130,14 +124,9 @@ def _write_head(
     moment: Callable[[], Tensor] | None,
 ) -> RoundedHead:
     weight = opened.tensor(head.source)
-    H = None if moment is None else moment()
-    if H is not None:
-        weight = weight.to(H.device)
-    linear = quantize_head(head.module, weight, scheme, H)
-    writer.write_part(f"head.{head.module}", {head.module: linear}, {})
-    output_error = None if H is None else head_error(weight, linear, H)
-    dense_nbytes = 0 if head.tied else weight.nbytes
-    return RoundedHead(head, ModuleScheme.of(linear), head_error(weight, linear), output_error, dense_nbytes)
+    solved = solve_head(head.module, weight, scheme, None if moment is None else moment())
+    writer.write_part(f"head.{head.module}", {head.module: solved.linear}, {})
+    return RoundedHead(head, solved, 0 if head.tied else weight.nbytes)
 
 
 def _tensors(module: str, encoded: dict[str, Tensor]) -> dict[str, Tensor]:

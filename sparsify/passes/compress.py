@@ -80,13 +80,18 @@ class Statistics:
 
 @torch.no_grad()
 def compress(
-    weights: Mapping[str, Tensor], scheme: Scheme, statistics: Statistics | None, together: bool = False
+    weights: Mapping[str, Tensor],
+    scheme: Scheme,
+    statistics: Statistics | None,
+    together: bool = False,
+    measure: bool = True,
 ) -> tuple[dict[str, LinearWeights], dict[str, float]]:
     """Compress linears that read the same tensor. weights: module name -> [N_i, K].
 
     together: all processes call this with the same arguments; each solves its share of the outputs, which do not depend
     on each other, and all get the whole.
-    Returns the compressed linears, and their relative output error on the calibration tokens (empty without data).
+    Returns the compressed linears, and their relative output error on the calibration tokens (empty without data, and
+    without `measure`: it costs two products with H).
     """
     names = list(weights)
     for name in names:
@@ -113,7 +118,7 @@ def compress(
             scale=_rows(compressed.scale, piece),
             values=_rows(compressed.values, piece),
         ).validate(name)
-        if statistics is not None:
+        if statistics is not None and measure:
             errors[name] = relative_error(original[piece], parts[name].dense(torch.float32), statistics.H)
         start += n
     return parts, errors

@@ -5,7 +5,7 @@ error. With 8 bits rounding to nearest is lost in the noise of what comes before
 times larger than all others, and their errors reach every logit. GPTQ knows them and lets the other inputs repair.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,15 +42,29 @@ def head_problem(module: str, shape: tuple[int, int], scheme: Scheme) -> str | N
     return None
 
 
-def quantize_head(
-    module: str, weight: Tensor, scheme: Scheme, H: Tensor | None = None, together: bool = False
-) -> LinearWeights:
-    """weight: [N, K]. Rows do not depend on each other, so the pieces give what the whole would.
+@dataclass(frozen=True)
+class SolvedHead:
+    """A quantized output head. weight_error: ||W - What||^2 / ||W||^2; output_error: the same of the logits, where text was read."""
 
-    H: X'X / tokens of what the head reads, [K, K], for a scheme that needs data; together: as `compress` takes it
-    """
-    statistics = None if H is None else Statistics(H)
-    pieces = [compress({module: rows}, scheme, statistics, together)[0][module] for rows in weight.split(ROWS)]
+    linear: LinearWeights
+    weight_error: float
+    output_error: float | None
+
+
+def solve_head(module: str, weight: Tensor, scheme: Scheme, H: Tensor | None = None) -> SolvedHead:
+    """weight: [N, K]. H: X'X / tokens of what the head reads, [K, K], for a scheme that needs data; where there are several
+    processes, all of them then call this."""
+    if H is not None:
+        weight = weight.to(H.device)
+    linear = quantize_head(module, weight, scheme, H)
+    return SolvedHead(linear, head_error(weight, linear), None if H is None else head_error(weight, linear, H))
+
+
+def quantize_head(module: str, weight: Tensor, scheme: Scheme, H: Tensor | None = None) -> LinearWeights:
+    """As `solve_head`, unmeasured. Rows do not depend on each other, so the pieces give what the whole would."""
+    statistics, together = (None, False) if H is None else (Statistics(H), True)
+    split = weight.split(ROWS)
+    pieces = [compress({module: rows}, scheme, statistics, together, measure=False)[0][module] for rows in split]
     codes = [piece.codes for piece in pieces if piece.codes is not None]
     scales = [piece.scale for piece in pieces if piece.scale is not None]
     first = pieces[0]
