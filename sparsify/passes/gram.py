@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,43 @@ from sparsify.errors import NumericalError, SparsifyError
 FORCE = "SPARSIFY_GRAM"
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # as kernels/cpu/gram.cpp counts them
 FASTEST = -1
+ORDERS = ("torch", "float32", "avx512bf16", "amx")
+"""Names of the orders in which products are added up, so of what the bits of a result depend on.
+
+float32:    one fused multiply-add after the other; what every level below AVX512-BF16 does, and all do with float32 inputs
+avx512bf16: two tokens at a time as vdpbf16ps adds them, denormals flushed to zero
+amx:        32 tokens at a time as tdpbf16ps adds them, denormals flushed to zero
+torch:      PyTorch's, where the kernel cannot be had; its bits depend on the number of threads and on micro-batches
+"""
+
+_wanted: ContextVar[str | None] = ContextVar("summation_order", default=None)
+
+
+def native_order(dtype: torch.dtype) -> str:
+    """The order in which this machine adds up inputs of a type unless told otherwise; loads (first: builds) the kernel."""
+    library = _library()
+    if library is None or dtype not in (torch.bfloat16, torch.float32):
+        return "torch"
+    if dtype == torch.float32:
+        return "float32"
+    level = LEVELS[library.sparsify_gram_level(_level(library))]
+    return level if level in ORDERS else "float32"
+
+
+@contextlib.contextmanager
+def summation_order(name: str) -> Iterator[None]:
+    """Within it, gram() and cross() of bfloat16 inputs give the bits of that order, on whatever level they run.
+
+    float32 inputs have one order only. SparsifyError for an unknown name, and where the kernel that knows the order
+    cannot be had.
+    """
+    if name not in ORDERS:
+        raise SparsifyError(f"unknown order of summation {name!r}; known are {', '.join(ORDERS)}")
+    token = _wanted.set(name)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
 
 
 def gram(inputs: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
@@ -105,21 +143,32 @@ def _exact_bf16_products(inputs: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _kernel(inputs: Sequence[Tensor]) -> _Kernel | None:
-    """The native kernel, where it serves these inputs. SPARSIFY_GRAM names a level of it, or `torch` to go without."""
+    """The native kernel, where it serves these inputs."""
+    if any(x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in inputs):
+        return None
+    library = _library()
+    return None if library is None else _Kernel(library, _level(library))
+
+
+def _library() -> ctypes.CDLL | None:
+    """The native kernel; None where it cannot be had, or where SPARSIFY_GRAM=torch says to go without."""
     forced = os.environ.get(FORCE, "")
     if forced not in ("", "torch", *LEVELS):
         raise SparsifyError(f"{FORCE}={forced} is unknown; choose from torch, {', '.join(LEVELS)}")
-    if forced == "torch" or any(x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in inputs):
+    if forced == "torch":
         return None
     library = native.load("cpu/gram")
-    if library is None:
-        if forced:
-            raise SparsifyError(f"{FORCE}={forced} needs the native kernel, which cannot be had here; the log says why")
-        return None
+    if library is None and forced:
+        raise SparsifyError(f"{FORCE}={forced} needs the native kernel, which cannot be had here; the log says why")
+    return library
+
+
+def _level(library: ctypes.CDLL) -> int:
+    forced = os.environ.get(FORCE, "")
     level = LEVELS.index(forced) if forced else FASTEST
     if library.sparsify_gram_level(level) < 0:
         raise SparsifyError(f"{FORCE}={forced}: this processor does not have it; unset {FORCE} to let sparsify choose")
-    return _Kernel(library, level)
+    return level
 
 
 class _Kernel:
