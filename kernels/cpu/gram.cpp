@@ -1,19 +1,29 @@
-// Hessian accumulation on CPUs:  H += X'X  and  C += A'B  for bf16 activations and fp32 sums.
+// Hessian accumulation on CPUs:  H += X'X  and  C += A'B  for bf16 or fp32 activations and fp32 sums.
 //
-// The product of two bf16 numbers is exact in fp32, so the only rounding is that of the additions, and those are
-// blocked: registers sum T_BLOCK rows from zero, a tile buffer sums those blocks over a chunk of rows, and H sums the
-// chunks. X'X is symmetric: only tiles on and below the diagonal are computed.
+// Sums are blocked: registers sum a block of rows from zero, a tile buffer sums those blocks over a chunk of rows, and H
+// sums the chunks. X'X is symmetric: only tiles on and below the diagonal are computed.
 //
 // The work is split over output tiles and never over T, and each output element is summed in one fixed order, so the
 // result is the same to the last bit for any number of threads and for any cutting of the rows into micro-batches.
 //
-// One driver, five instruction sets. Each brings two functions: `pack` copies one block of rows of one panel of columns
-// into the order in which `multiply` reads it, and `multiply` adds a panel x panel product to a tile buffer.
+// The order is one of three, each with its own block of rows, and every instruction set sums in every order, to the same
+// bits. Two of them are those of the bf16 instructions, as Intel's manual (volume 2) states them and processors do it:
+//
+//   float32     one fused multiply-add per row, row after row; the only order of fp32 inputs
+//   avx512bf16  vdpbf16ps: of each pair of rows the second, then the first; denormals are zero, before and after
+//   amx         tdpbf16ps: 32 rows at a time, the even and the odd ones from zero each, both sums added to each other and
+//               then to what there was; denormals are zero, before and after
+//
+// Manuals of AMD do not state how theirs rounds. So bf16 instructions are used only where they have been found, on the
+// processor itself, to give the bits of the order (`keeps_order`).
+//
+// One driver, five instruction sets. Each brings `pack`, which copies one block of rows of one panel of columns into the
+// order in which `multiply` reads it, and `multiply`, which adds a panel x panel product to a tile buffer.
 //
 //   amx           tdpbf16ps, 2x2 tiles of 16 x 16
 //   avx512bf16    vdpbf16ps on pairs of rows, 8 x 48 in registers
-//   avx512, avx2  fp32 FMA on rows widened while packing, 8 x 48 and 6 x 16
-//   portable      the same in plain C++, 4 x 8
+//   avx512, avx2  fp32 FMA, bf16 rows widened while packing, 8 x 48 and 6 x 16
+//   portable      plain C++, 4 x 8; without an FMA instruction, products that fp32 does not hold go through fp64
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -23,6 +33,7 @@
 #include "amx.h"
 #include "cpu_features.h"
 
+#define INLINE inline __attribute__((always_inline))
 #if SPARSIFY_X86
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms from within GCC 12's own intrinsics
@@ -39,25 +50,56 @@ namespace {
 constexpr int kMaxBlock = 1024;  // rows of T that any kernel sums in registers; chunks are multiples of it
 constexpr int kMaxPanel = 48;    // columns that any kernel packs together
 
-enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kLevels = 5 };
-enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2, kOutOfMemory = 3 };
+constexpr int kStep = 32;        // rows of one tdpbf16ps
 
-struct Isa {
-    int panel;              // columns packed together; a product is panel x panel
-    int block;              // rows of T summed in registers
-    int round;              // a shorter last block is padded with zero rows to a multiple of this
-    int64_t packed_bytes;   // per row and column
-    bool left_differs;      // the left operand has a packed order of its own
-    // rows[t] points at the panel's first column in row t; `columns` (<= panel) of it exist. Left is null if it is not
-    // wanted or does not differ, right is null if it is not wanted.
-    void (*pack)(const uint16_t* const* rows, int n_rows, int columns, void* left, void* right);
-    // c[i * ldc + j] += sum_t left[t, i] * right[t, j];  what lies above the diagonal may be left out if `lower`.
-    void (*multiply)(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower);
-    void (*enter)();   // called by each thread before its first multiply, and after its last
+// As sparsify/processor.py counts them. AVX-VNNI multiplies integers: here it is AVX2.
+enum Level { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Bf16 = 4, kAmx = 5 };
+enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2, kOutOfMemory = 3 };
+// As sparsify/passes/gram.py counts them.
+enum OrderName { kFloat32 = 0, kPairs = 1, kTiles = 2 };
+
+struct Order {
+    OrderName name;
+    int block;     // rows of T summed in registers
+    int round;     // a shorter last block is padded with zero rows to a multiple of this
+    bool flushes;  // denormals are zero
+};
+
+constexpr Order kOrders[] = {{kFloat32, 256, 1, false}, {kPairs, 256, 2, true}, {kTiles, 1024, kStep, true}};
+
+// rows[t] points at the panel's first column in row t; `columns` (<= panel) of it exist. Left is null if it is not
+// wanted or has no packed order of its own, right is null if it is not wanted.
+using Pack = void (*)(const void* const* rows, int n_rows, int columns, void* left, void* right);
+// c[i * ldc + j] += sum_t left[t, i] * right[t, j];  what lies above the diagonal may be left out if `lower`.
+using Multiply = void (*)(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower);
+
+struct Kernel {
+    Order order;
+    int panel;             // columns packed together; a product is panel x panel
+    int64_t packed_bytes;  // per row and column
+    bool left_differs;     // the left operand has a packed order of its own
+    bool arranges;         // rows are packed in the order in which `multiply` sums them
+    Pack pack[2];          // of bf16 rows, of fp32 rows
+    Multiply multiply;
+    void (*enter)();  // called by each thread before its first multiply, and after its last
     void (*leave)();
 };
 
 void nothing() {}
+
+// How a thread rounds while it lives, whatever the caller had set: to nearest, with or without denormals.
+class Rounding {
+public:
+#if SPARSIFY_X86
+    explicit Rounding(bool flushes) : before(_mm_getcsr()) { _mm_setcsr(0x1f80u | (flushes ? 0x8040u : 0u)); }
+    ~Rounding() { _mm_setcsr(before); }
+
+private:
+    unsigned before;
+#else
+    explicit Rounding(bool) {}
+#endif
+};
 
 inline float widen(uint16_t x) {
     const uint32_t bits = uint32_t(x) << 16;
@@ -68,13 +110,14 @@ inline float widen(uint16_t x) {
 
 // A panel at the right edge of X has fewer columns than the packed order has room for. Rows of a whole panel are used
 // where they lie, rows of a narrow one are first copied to where zeros follow them.
+template <typename T>
 struct Widened {
-    alignas(64) uint16_t row[2][kMaxPanel] = {};
+    alignas(64) T row[2][kMaxPanel] = {};
     int columns, panel;
     Widened(int columns, int panel) : columns(columns), panel(panel) {}
-    const uint16_t* get(const uint16_t* source, int slot) {
-        if (columns == panel) return source;
-        std::memcpy(row[slot], source, size_t(columns) * sizeof(uint16_t));
+    const T* get(const void* source, int slot) {
+        if (columns == panel) return static_cast<const T*>(source);
+        std::memcpy(row[slot], source, size_t(columns) * sizeof(T));
         return row[slot];
     }
 };
@@ -82,61 +125,151 @@ struct Widened {
 // ---------------------------------------------------------------------------------------------- portable
 
 constexpr int kPlainPanel = 48;
+constexpr int kSubBlock = 256;  // rows that stay in L1 beside the sums of a panel
 
-void pack_plain(const uint16_t* const* rows, int n_rows, int columns, void*, void* packed) {
+void pack_plain(const void* const* rows, int n_rows, int columns, void*, void* packed) {
     float* out = static_cast<float*>(packed);
-    Widened widened(columns, kPlainPanel);
+    Widened<uint16_t> widened(columns, kPlainPanel);
     for (int t = 0; t < n_rows; ++t, out += kPlainPanel) {
         const uint16_t* row = widened.get(rows[t], 0);
         for (int j = 0; j < kPlainPanel; ++j) out[j] = widen(row[j]);
     }
 }
 
-// Four floats as one value: SSE, NEON, or whatever the baseline of the architecture has.
+void pack_float32(const void* const* rows, int n_rows, int columns, void*, void* packed) {
+    float* out = static_cast<float*>(packed);
+    Widened<float> widened(columns, kPlainPanel);
+    for (int t = 0; t < n_rows; ++t, out += kPlainPanel)
+        std::memcpy(out, widened.get(rows[t], 0), kPlainPanel * sizeof(float));
+}
+
+// The panel in steps of 32 rows, each packed as 16 even and 16 odd ones: c += the sum of the steps, of which
+// add_step(a, b, sums) adds one block of the panel to what it finds in `sums`.
+template <int M, int N, typename AddStep>
+INLINE void sum_steps(const float* left, const float* right, int n_rows, float* c, int64_t ldc, bool lower,
+                      AddStep add_step) {
+    alignas(64) float sums[kPlainPanel * kPlainPanel] = {};
+    for (int first = 0; first < n_rows; first += kSubBlock)
+        for (int j = 0; j < kPlainPanel; j += N)
+            for (int i = 0; i < kPlainPanel; i += M) {
+                if (lower && j > i + M - 1) continue;
+                for (int t = first; t < std::min(first + kSubBlock, n_rows); t += kStep)
+                    add_step(left + t * kPlainPanel + i, right + t * kPlainPanel + j, sums + i * kPlainPanel + j);
+            }
+    for (int i = 0; i < kPlainPanel; ++i)
+        for (int j = 0; j < kPlainPanel; ++j) c[i * ldc + j] += sums[i * kPlainPanel + j];
+}
+
+constexpr int kPlainRows = 4, kPlainColumns = 8;
+typedef float PlainBlock[kPlainRows][kPlainColumns];
+
+#ifndef __FP_FAST_FMAF
+
+// Four floats as one value: SSE, or whatever the baseline of the architecture has.
 typedef float Float4 __attribute__((vector_size(16)));
 
-inline Float4 load4(const float* p) {
+INLINE Float4 load4(const float* p) {
     Float4 value;
     std::memcpy(&value, p, sizeof value);
     return value;
 }
 
-inline void add4(float* p, Float4 value) {
-    value += load4(p);
-    std::memcpy(p, &value, sizeof value);
+// sum = sum_t a[t, m] * b[t, n], where products are exact: multiplying and adding then rounds as a fused multiply-add.
+void dot_exact(const float* a, const float* b, int n_rows, PlainBlock& sum) {
+    Float4 s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {}, s30 = {}, s31 = {};  // 11 of 16 registers
+    for (int t = 0; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel) {
+        const Float4 b0 = load4(b), b1 = load4(b + 4);
+        s00 += a[0] * b0, s01 += a[0] * b1;
+        s10 += a[1] * b0, s11 += a[1] * b1;
+        s20 += a[2] * b0, s21 += a[2] * b1;
+        s30 += a[3] * b0, s31 += a[3] * b1;
+    }
+    const Float4 all[] = {s00, s01, s10, s11, s20, s21, s30, s31};
+    std::memcpy(sum, all, sizeof all);
+}
+
+// a * b + c, rounded once. To double and then to float would round twice; to odd and then to float does not.
+INLINE float fused(float a, float b, float c) {
+    const double product = double(a) * double(b);  // 48 bits at most
+    const double total = product + double(c);
+    const double back = total - product;
+    const double error = (product - (total - back)) + (double(c) - back);
+    uint64_t bits, error_bits;
+    std::memcpy(&bits, &total, sizeof bits);
+    std::memcpy(&error_bits, &error, sizeof bits);
+    const uint64_t towards = 1 - 2 * ((bits ^ error_bits) >> 63);
+    const uint64_t inexact = -uint64_t((error > 0) | (error < 0)), even = (bits & 1) - 1;
+    bits += towards & inexact & even;
+    double odd;
+    std::memcpy(&odd, &bits, sizeof odd);
+    return float(odd);
+}
+
+// Whether products of such numbers are exact in float: bf16 ones, neither so small nor so large that they leave its range.
+bool multiplies_exactly(const float* packed, int n_rows) {
+    uint32_t odd_ones = 0;
+    for (int i = 0; i < n_rows * kPlainPanel; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, packed + i, sizeof bits);
+        const uint32_t exponent = bits >> 23 & 255;
+        odd_ones |= bits & 0xffff;
+        odd_ones |= (bits << 1 != 0) & ((exponent < 64) | (exponent > 189));
+    }
+    return odd_ones == 0;
+}
+
+#else
+
+INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+bool multiplies_exactly(const float*, int) { return false; }  // nothing is faster than the instruction
+void dot_exact(const float*, const float*, int, PlainBlock&) {}
+
+#endif
+
+void dot_fused(const float* a, const float* b, int n_rows, PlainBlock& sum) {
+    PlainBlock sums = {};
+    for (int t = 0; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel)
+        for (int m = 0; m < kPlainRows; ++m)
+            for (int n = 0; n < kPlainColumns; ++n) sums[m][n] = fused(a[m], b[n], sums[m][n]);
+    std::memcpy(sum, sums, sizeof sums);
 }
 
 void multiply_plain(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
-    constexpr int M = 4, N = 8;  // 8 sums and 3 operands: 11 of at least 16 registers
-    for (int j = 0; j < kPlainPanel; j += N) {
-        for (int i = 0; i < kPlainPanel; i += M) {
-            if (lower && j > i + M - 1) continue;
-            const float* a = static_cast<const float*>(left) + i;
-            const float* b = static_cast<const float*>(right) + j;
-            Float4 s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {}, s30 = {}, s31 = {};
-            for (int t = 0; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel) {
-                const Float4 b0 = load4(b), b1 = load4(b + 4);
-                s00 += a[0] * b0, s01 += a[0] * b1;
-                s10 += a[1] * b0, s11 += a[1] * b1;
-                s20 += a[2] * b0, s21 += a[2] * b1;
-                s30 += a[3] * b0, s31 += a[3] * b1;
-            }
-            float* out = c + i * ldc + j;
-            add4(out, s00), add4(out + 4, s01), out += ldc;
-            add4(out, s10), add4(out + 4, s11), out += ldc;
-            add4(out, s20), add4(out + 4, s21), out += ldc;
-            add4(out, s30), add4(out + 4, s31);
+    const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
+    const auto dot = multiplies_exactly(a, n_rows) && multiplies_exactly(b, n_rows) ? dot_exact : dot_fused;
+    for (int j = 0; j < kPlainPanel; j += kPlainColumns)
+        for (int i = 0; i < kPlainPanel; i += kPlainRows) {
+            if (lower && j > i + kPlainRows - 1) continue;
+            PlainBlock sum;
+            dot(a + i, b + j, n_rows, sum);
+            for (int m = 0; m < kPlainRows; ++m)
+                for (int n = 0; n < kPlainColumns; ++n) c[(i + m) * ldc + j + n] += sum[m][n];
         }
-    }
+}
+
+void multiply_steps_plain(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
+    const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
+    const auto dot = multiplies_exactly(a, n_rows) && multiplies_exactly(b, n_rows) ? dot_exact : dot_fused;
+    sum_steps<kPlainRows, kPlainColumns>(a, b, n_rows, c, ldc, lower, [=](const float* a, const float* b, float* sums) {
+        PlainBlock even, odd;
+        dot(a, b, kStep / 2, even);
+        dot(a + kStep / 2 * kPlainPanel, b + kStep / 2 * kPlainPanel, kStep / 2, odd);
+        for (int m = 0; m < kPlainRows; ++m)
+            for (int n = 0; n < kPlainColumns; ++n) sums[m * kPlainPanel + n] += even[m][n] + odd[m][n];
+    });
 }
 
 #if SPARSIFY_X86
 
 // -------------------------------------------------------------------------------------------------- AVX2
 
-TARGET("avx2,fma") void pack_avx2(const uint16_t* const* rows, int n_rows, int columns, void*, void* packed) {
+#define TARGET_AVX2 TARGET("avx2,fma")
+constexpr int kRows256 = 6, kVectors256 = 2;  // 12 sums, 2 of the right and 1 of the left operand: 15 of 16 registers
+constexpr int kColumns256 = 8 * kVectors256;
+
+TARGET_AVX2 void pack_avx2(const void* const* rows, int n_rows, int columns, void*, void* packed) {
     float* out = static_cast<float*>(packed);
-    Widened widened(columns, kPlainPanel);
+    Widened<uint16_t> widened(columns, kPlainPanel);
     for (int t = 0; t < n_rows; ++t, out += kPlainPanel) {
         const uint16_t* row = widened.get(rows[t], 0);
         for (int j = 0; j < kPlainPanel; j += 8) {
@@ -146,44 +279,74 @@ TARGET("avx2,fma") void pack_avx2(const uint16_t* const* rows, int n_rows, int c
     }
 }
 
-TARGET("avx2,fma")
-void multiply_avx2(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
-    constexpr int M = 6, N = 2;  // 12 sums, 2 of the right and 1 of the left operand: 15 of 16 registers
-    for (int j = 0; j < kPlainPanel; j += 8 * N) {
-        for (int i = 0; i < kPlainPanel; i += M) {
-            if (lower && j > i + M - 1) continue;
-            const float* a = static_cast<const float*>(left) + i;
-            const float* b = static_cast<const float*>(right) + j;
-            __m256 sum[M][N];
+struct Sums256 {
+    __m256 at[kRows256][kVectors256];
+};
+
+TARGET_AVX2 INLINE Sums256 dot_avx2(const float* a, const float* b, int n_rows) {
+    Sums256 sum;
 #pragma GCC unroll 6
-            for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_ps();
-            for (int t = 0; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel) {
-                const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+    for (int m = 0; m < kRows256; ++m) sum.at[m][0] = sum.at[m][1] = _mm256_setzero_ps();
+    for (int t = 0; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel) {
+        const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
 #pragma GCC unroll 6
-                for (int m = 0; m < M; ++m) {
-                    const __m256 x = _mm256_broadcast_ss(a + m);
-                    sum[m][0] = _mm256_fmadd_ps(x, b0, sum[m][0]);
-                    sum[m][1] = _mm256_fmadd_ps(x, b1, sum[m][1]);
-                }
-            }
-#pragma GCC unroll 6
-            for (int m = 0; m < M; ++m) {
-                float* out = c + (i + m) * ldc + j;
-                _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), sum[m][0]));
-                _mm256_storeu_ps(out + 8, _mm256_add_ps(_mm256_loadu_ps(out + 8), sum[m][1]));
-            }
+        for (int m = 0; m < kRows256; ++m) {
+            const __m256 x = _mm256_broadcast_ss(a + m);
+            sum.at[m][0] = _mm256_fmadd_ps(x, b0, sum.at[m][0]);
+            sum.at[m][1] = _mm256_fmadd_ps(x, b1, sum.at[m][1]);
         }
     }
+    return sum;
+}
+
+TARGET_AVX2
+void multiply_avx2(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
+    const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
+    for (int j = 0; j < kPlainPanel; j += kColumns256)
+        for (int i = 0; i < kPlainPanel; i += kRows256) {
+            if (lower && j > i + kRows256 - 1) continue;
+            const Sums256 sum = dot_avx2(a + i, b + j, n_rows);
+#pragma GCC unroll 6
+            for (int m = 0; m < kRows256; ++m)
+#pragma GCC unroll 2
+                for (int n = 0; n < kVectors256; ++n) {
+                    float* out = c + (i + m) * ldc + j + 8 * n;
+                    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), sum.at[m][n]));
+                }
+        }
+}
+
+TARGET_AVX2
+void multiply_steps_avx2(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
+    const auto add_step = [](const float* a, const float* b, float* sums) TARGET_AVX2 {
+        alignas(32) float even[kRows256][kColumns256];
+        const Sums256 first = dot_avx2(a, b, kStep / 2);
+#pragma GCC unroll 6
+        for (int m = 0; m < kRows256; ++m)
+#pragma GCC unroll 2
+            for (int n = 0; n < kVectors256; ++n) _mm256_store_ps(even[m] + 8 * n, first.at[m][n]);
+        const Sums256 odd = dot_avx2(a + kStep / 2 * kPlainPanel, b + kStep / 2 * kPlainPanel, kStep / 2);
+#pragma GCC unroll 6
+        for (int m = 0; m < kRows256; ++m)
+#pragma GCC unroll 2
+            for (int n = 0; n < kVectors256; ++n) {
+                float* out = sums + m * kPlainPanel + 8 * n;
+                const __m256 both = _mm256_add_ps(_mm256_load_ps(even[m] + 8 * n), odd.at[m][n]);
+                _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), both));
+            }
+    };
+    sum_steps<kRows256, kColumns256>(static_cast<const float*>(left), static_cast<const float*>(right), n_rows, c, ldc,
+                                     lower, add_step);
 }
 
 // ----------------------------------------------------------------------------------------------- AVX-512
 
+#define TARGET_AVX512 TARGET("avx512f,avx512bw,avx512dq,avx512vl")
 constexpr int kRows512 = 8;  // of the register tile: 8 x 3 sums and 3 of the right operand: 27 of 32 registers
 
-TARGET("avx512f,avx512bw,avx512dq,avx512vl")
-void pack_avx512(const uint16_t* const* rows, int n_rows, int columns, void*, void* packed) {
+TARGET_AVX512 void pack_avx512(const void* const* rows, int n_rows, int columns, void*, void* packed) {
     float* out = static_cast<float*>(packed);
-    Widened widened(columns, kPlainPanel);
+    Widened<uint16_t> widened(columns, kPlainPanel);
     for (int t = 0; t < n_rows; ++t, out += kPlainPanel) {
         const uint16_t* row = widened.get(rows[t], 0);
         for (int j = 0; j < kPlainPanel; j += 16) {
@@ -193,15 +356,18 @@ void pack_avx512(const uint16_t* const* rows, int n_rows, int columns, void*, vo
     }
 }
 
-// Rows i .. i+7, columns 0 .. 16 N - 1 of the panel's product.
 template <int N>
-TARGET("avx512f,avx512bw,avx512dq,avx512vl")
-void strip_avx512(const float* a, const float* b, int n_rows, float* c, int64_t ldc) {
-    __m512 sum[kRows512][N];
+struct Sums512 {
+    __m512 at[kRows512][N];
+};
+
+template <int N>
+TARGET_AVX512 INLINE Sums512<N> dot_avx512(const float* a, const float* b, int n_rows) {
+    Sums512<N> sum;
 #pragma GCC unroll 8
     for (int m = 0; m < kRows512; ++m)
 #pragma GCC unroll 3
-        for (int n = 0; n < N; ++n) sum[m][n] = _mm512_setzero_ps();
+        for (int n = 0; n < N; ++n) sum.at[m][n] = _mm512_setzero_ps();
     for (int t = 0; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel) {
         __m512 right[N];
 #pragma GCC unroll 3
@@ -210,27 +376,74 @@ void strip_avx512(const float* a, const float* b, int n_rows, float* c, int64_t 
         for (int m = 0; m < kRows512; ++m) {
             const __m512 x = _mm512_set1_ps(a[m]);
 #pragma GCC unroll 3
-            for (int n = 0; n < N; ++n) sum[m][n] = _mm512_fmadd_ps(x, right[n], sum[m][n]);
+            for (int n = 0; n < N; ++n) sum.at[m][n] = _mm512_fmadd_ps(x, right[n], sum.at[m][n]);
         }
     }
+    return sum;
+}
+
+template <int N>
+TARGET_AVX512 INLINE void add_sums(const Sums512<N>& sum, float* c, int64_t ldc) {
 #pragma GCC unroll 8
     for (int m = 0; m < kRows512; ++m)
 #pragma GCC unroll 3
         for (int n = 0; n < N; ++n) {
             float* out = c + m * ldc + 16 * n;
-            _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sum[m][n]));
+            _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sum.at[m][n]));
         }
 }
 
-void multiply_avx512(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
-    const float* a = static_cast<const float*>(left);
-    const float* b = static_cast<const float*>(right);
+// Rows i .. i+7, columns 0 .. 16 N - 1 of the panel's product.
+template <int N>
+TARGET_AVX512 void strip_avx512(const float* a, const float* b, int n_rows, float* c, int64_t ldc) {
+    add_sums<N>(dot_avx512<N>(a, b, n_rows), c, ldc);
+}
+
+// The same in steps of 32 rows, each packed as 16 even and 16 odd ones.
+template <int N>
+TARGET_AVX512 void strip_steps_avx512(const float* a, const float* b, int n_rows, float* c, int64_t ldc) {
+    constexpr int kHalf = kStep / 2 * kPlainPanel;
+    alignas(64) float even[kRows512][16 * N];
+    for (int t = 0; t < n_rows; t += kStep, a += 2 * kHalf, b += 2 * kHalf) {
+        const Sums512<N> first = dot_avx512<N>(a, b, kStep / 2);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows512; ++m)
+#pragma GCC unroll 3
+            for (int n = 0; n < N; ++n) _mm512_store_ps(even[m] + 16 * n, first.at[m][n]);
+        Sums512<N> odd = dot_avx512<N>(a + kHalf, b + kHalf, kStep / 2);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows512; ++m)
+#pragma GCC unroll 3
+            for (int n = 0; n < N; ++n) odd.at[m][n] = _mm512_add_ps(_mm512_load_ps(even[m] + 16 * n), odd.at[m][n]);
+        add_sums<N>(odd, c, ldc);
+    }
+}
+
+using Strip512 = void (*)(const float* a, const float* b, int n_rows, float* c, int64_t ldc);
+
+INLINE void multiply_in_strips(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower,
+                               Strip512 one, Strip512 two, Strip512 three) {
+    const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
     for (int i = 0; i < kPlainPanel; i += kRows512) {
         const int columns = lower ? i + kRows512 : kPlainPanel;
-        if (columns <= 16) strip_avx512<1>(a + i, b, n_rows, c + i * ldc, ldc);
-        else if (columns <= 32) strip_avx512<2>(a + i, b, n_rows, c + i * ldc, ldc);
-        else strip_avx512<3>(a + i, b, n_rows, c + i * ldc, ldc);
+        const Strip512 strip = columns <= 16 ? one : columns <= 32 ? two : three;
+        strip(a + i, b, n_rows, c + i * ldc, ldc);
     }
+}
+
+void multiply_avx512(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
+    multiply_in_strips(left, right, n_rows, c, ldc, lower, strip_avx512<1>, strip_avx512<2>, strip_avx512<3>);
+}
+
+TARGET_AVX512
+void multiply_steps_avx512(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
+    const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
+    alignas(64) float sums[kPlainPanel * kPlainPanel] = {};
+    for (int first = 0; first < n_rows; first += kSubBlock)
+        multiply_in_strips(a + first * kPlainPanel, b + first * kPlainPanel, std::min(kSubBlock, n_rows - first), sums,
+                           kPlainPanel, lower, strip_steps_avx512<1>, strip_steps_avx512<2>, strip_steps_avx512<3>);
+    for (int i = 0; i < kPlainPanel; ++i)
+        for (int j = 0; j < kPlainPanel; ++j) c[i * ldc + j] += sums[i * kPlainPanel + j];
 }
 
 #endif  // SPARSIFY_X86
@@ -250,9 +463,9 @@ inline __m512i interleave(const uint16_t* row0, const uint16_t* row1) {
 }
 
 TARGET("avx512f,avx512bw,avx512dq,avx512vl")
-void pack_pairs(const uint16_t* const* rows, int n_rows, int columns, void*, void* packed) {
+void pack_pairs(const void* const* rows, int n_rows, int columns, void*, void* packed) {
     uint32_t* out = static_cast<uint32_t*>(packed);
-    Widened widened(columns, kPlainPanel);
+    Widened<uint16_t> widened(columns, kPlainPanel);
     for (int t = 0; t < n_rows; t += 2, out += kPlainPanel) {
         const uint16_t* row0 = widened.get(rows[t], 0);
         const uint16_t* row1 = widened.get(rows[t + 1], 1);
@@ -303,11 +516,10 @@ void multiply_bf16(const void* left, const void* right, int n_rows, float* c, in
 #if SPARSIFY_COMPILES_AMX
 
 // ---------------------------------------------------------------------------------------------------- AMX
-// A panel is 32 columns, a step is 32 rows. Packed: [step][16-column half][16][16] dwords of row pairs, which is one
+// A panel is 32 columns. Packed: [step][16-column half][16][16] dwords of row pairs, which is one
 // 1 KB tile each; the right operand has pair x column as tdpbf16ps wants it, the left one the transpose.
 
 constexpr int kAmxPanel = 32;
-constexpr int kAmxStep = 32;
 constexpr int kTileDwords = 256;
 #define TARGET_AMX TARGET("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")
 
@@ -340,18 +552,18 @@ TARGET("avx512f,avx512bw,avx512dq,avx512vl") inline void store_transposed(const 
 }
 
 TARGET("avx512f,avx512bw,avx512dq,avx512vl")
-void pack_amx(const uint16_t* const* rows, int n_rows, int columns, void* left, void* right) {
+void pack_amx(const void* const* rows, int n_rows, int columns, void* left, void* right) {
     uint32_t* left_out = static_cast<uint32_t*>(left);
     uint32_t* right_out = static_cast<uint32_t*>(right);
-    Widened widened(columns, kAmxPanel);
-    for (int t = 0; t < n_rows; t += kAmxStep) {
+    Widened<uint16_t> widened(columns, kAmxPanel);
+    for (int t = 0; t < n_rows; t += kStep) {
         __m512i first[16], second[16];  // the two halves of the panel
 #pragma GCC unroll 16
         for (int pair = 0; pair < 16; ++pair) {
-            const uint16_t* source0 = rows[t + 2 * pair];
-            const uint16_t* source1 = rows[t + 2 * pair + 1];
-            _mm_prefetch(reinterpret_cast<const char*>(source0 + kAmxPanel), _MM_HINT_T1);  // the next panel
-            _mm_prefetch(reinterpret_cast<const char*>(source1 + kAmxPanel), _MM_HINT_T1);
+            const void* source0 = rows[t + 2 * pair];
+            const void* source1 = rows[t + 2 * pair + 1];
+            _mm_prefetch(static_cast<const uint16_t*>(source0) + kAmxPanel, _MM_HINT_T1);  // the next panel
+            _mm_prefetch(static_cast<const uint16_t*>(source1) + kAmxPanel, _MM_HINT_T1);
             const uint16_t* row0 = widened.get(source0, 0);
             const uint16_t* row1 = widened.get(source1, 1);
             first[pair] = interleave(row0, row1);
@@ -380,7 +592,7 @@ TARGET_AMX void multiply_amx(const void* left, const void* right, int n_rows, fl
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int t = 0; t < n_rows; t += kAmxStep, a += 2 * kTileDwords, b += 2 * kTileDwords) {
+    for (int t = 0; t < n_rows; t += kStep, a += 2 * kTileDwords, b += 2 * kTileDwords) {
         _tile_loadd(4, a, 64);
         _tile_loadd(6, b, 64);
         _tile_loadd(5, a + kTileDwords, 64);
@@ -405,52 +617,6 @@ TARGET_AMX void multiply_amx(const void* left, const void* right, int n_rows, fl
 
 #endif  // SPARSIFY_COMPILES_AMX
 
-// ----------------------------------------------------------------------------------------------- dispatch
-
-const Isa* isa_of(int level) {
-    static const Isa portable{kPlainPanel, 256, 1, 4, false, pack_plain, multiply_plain, nothing, nothing};
-#if SPARSIFY_X86
-    static const Isa avx2{kPlainPanel, 256, 1, 4, false, pack_avx2, multiply_avx2, nothing, nothing};
-    static const Isa avx512{kPlainPanel, 256, 1, 4, false, pack_avx512, multiply_avx512, nothing, nothing};
-#endif
-#if SPARSIFY_COMPILES_AVX512BF16
-    static const Isa bf16{kPlainPanel, 256, 2, 2, false, pack_pairs, multiply_bf16, nothing, nothing};
-#endif
-#if SPARSIFY_COMPILES_AMX
-    static const Isa amx{kAmxPanel, 1024, kAmxStep, 2, true, pack_amx, multiply_amx, enter_amx, leave_amx};
-#endif
-    static const sparsify::CpuFeatures cpu = sparsify::detect_cpu();
-    switch (level) {
-        case kPortable: return &portable;
-#if SPARSIFY_X86
-        case kAvx2: return cpu.avx2 ? &avx2 : nullptr;
-        case kAvx512: return cpu.avx512 ? &avx512 : nullptr;
-#endif
-#if SPARSIFY_COMPILES_AVX512BF16
-        case kAvx512Bf16: return cpu.avx512_bf16 ? &bf16 : nullptr;
-#endif
-#if SPARSIFY_COMPILES_AMX
-        case kAmx: {
-            static const bool granted = cpu.amx_bf16 && sparsify::request_amx();
-            return granted ? &amx : nullptr;
-        }
-#endif
-        default: return nullptr;
-    }
-}
-
-int best_level() {
-    static const int best = [] {
-        if (isa_of(kAmx)) return int(kAmx);
-        // Intel's cores do half as many multiply-adds per cycle with vdpbf16ps as with fp32 FMA, AMD's twice as many.
-        const bool pairs_are_fast = !sparsify::detect_cpu().intel;
-        if (pairs_are_fast && isa_of(kAvx512Bf16)) return int(kAvx512Bf16);
-        if (isa_of(kAvx512)) return int(kAvx512);
-        return isa_of(kAvx2) ? int(kAvx2) : int(kPortable);
-    }();
-    return best;
-}
-
 // ------------------------------------------------------------------------------------------------- driver
 
 // Memory that is written once and read many times; large pages spare it most of its page faults.
@@ -473,15 +639,17 @@ struct Buffer {
 
 // The rows of several [rows_i, columns] matrices as if they were one below the other.
 struct Rows {
-    const uint16_t* const* blocks;
+    const void* const* blocks;
     const int64_t* strides;
     const int64_t* lengths;
     int64_t n_blocks;
     int64_t columns;
+    bool wide;  // fp32, else bf16
 
     // Addresses of element `column` of rows first .. first + n - 1; those past the end are rows of zeros.
-    void locate(int64_t first, int n, int64_t column, const uint16_t** out) const {
-        alignas(64) static const uint16_t zeros[kMaxPanel] = {};
+    void locate(int64_t first, int n, int64_t column, const void** out) const {
+        alignas(64) static const float zeros[kMaxPanel] = {};
+        const int64_t size = wide ? sizeof(float) : sizeof(uint16_t);
         int filled = 0;
         for (int64_t block = 0; block < n_blocks && filled < n; ++block) {
             if (first >= lengths[block]) {
@@ -489,7 +657,7 @@ struct Rows {
                 continue;
             }
             for (; first < lengths[block] && filled < n; ++first)
-                out[filled++] = blocks[block] + first * strides[block] + column;
+                out[filled++] = static_cast<const char*>(blocks[block]) + (first * strides[block] + column) * size;
             first = 0;
         }
         while (filled < n) out[filled++] = zeros;
@@ -500,24 +668,37 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Packed rows of all columns of an operand: panel after panel, and in each panel block after block.
 struct Packed {
-    const Isa& isa;
+    const Kernel& kernel;
     int64_t panels, chunk;
     Buffer buffer;
 
-    Packed(const Isa& isa, int64_t columns, int64_t chunk)
-        : isa(isa), panels(divide_up(columns, isa.panel)), chunk(chunk),
-          buffer(size_t(panels) * size_t(chunk) * size_t(isa.panel) * size_t(isa.packed_bytes)) {}
+    Packed(const Kernel& kernel, int64_t columns, int64_t chunk)
+        : kernel(kernel), panels(divide_up(columns, kernel.panel)), chunk(chunk),
+          buffer(size_t(panels) * size_t(chunk) * size_t(kernel.panel) * size_t(kernel.packed_bytes)) {}
 
     void* at(int64_t panel, int64_t block) const {
-        return buffer.at(size_t((panel * chunk + block * isa.block) * isa.panel * isa.packed_bytes));
+        return buffer.at(size_t((panel * chunk + block * kernel.order.block) * kernel.panel * kernel.packed_bytes));
     }
 };
 
-void pack(const Isa& isa, const Rows& source, int64_t first, int n_rows, int64_t panel, void* left, void* right) {
-    const uint16_t* rows[kMaxBlock];
-    source.locate(first, n_rows, panel * isa.panel, rows);
-    const int columns = int(std::min<int64_t>(isa.panel, source.columns - panel * isa.panel));
-    isa.pack(rows, n_rows, columns, left, right);
+// Rows in the order in which fused multiply-adds have to take them.
+void arrange(OrderName order, const void** rows, int n_rows) {
+    if (order == kPairs)
+        for (int t = 0; t < n_rows; t += 2) std::swap(rows[t], rows[t + 1]);
+    if (order != kTiles) return;
+    for (int t = 0; t < n_rows; t += kStep) {
+        const void* step[kStep];
+        std::copy(rows + t, rows + t + kStep, step);
+        for (int i = 0; i < kStep; ++i) rows[t + i] = step[i < kStep / 2 ? 2 * i : 2 * i - kStep + 1];
+    }
+}
+
+void pack(const Kernel& kernel, const Rows& source, int64_t first, int n_rows, int64_t panel, void* left, void* right) {
+    const void* rows[kMaxBlock];
+    source.locate(first, n_rows, panel * kernel.panel, rows);
+    if (kernel.arranges) arrange(kernel.order.name, rows, n_rows);
+    const int columns = int(std::min<int64_t>(kernel.panel, source.columns - panel * kernel.panel));
+    kernel.pack[source.wide](rows, n_rows, columns, left, right);
 }
 
 struct Tile {
@@ -525,20 +706,20 @@ struct Tile {
 };
 
 // C[lda] += left' right, only i >= j if `lower` (left and right are then the same).
-int accumulate(const Isa& isa, const Rows& left, const Rows& right, int64_t total, float* c, int64_t ldc, bool lower,
+int accumulate(const Kernel& kernel, const Rows& left, const Rows& right, int64_t total, float* c, int64_t ldc, bool lower,
                int threads) {
     if (total == 0 || left.columns == 0 || right.columns == 0) return kOk;
     // A chunk of rows is packed at once. Short ones keep the packed operands in cache; adding them to C costs a pass over
     // C each, which matters once C is too large for the cache.
     int64_t chunk = std::min(left.columns, right.columns) >= 1024 ? 2048 : 1024;
-    chunk = std::min(chunk, divide_up(total, isa.block) * isa.block);
+    chunk = std::min(chunk, divide_up(total, kernel.order.block) * kernel.order.block);
 
-    const Packed rhs(isa, right.columns, chunk);
-    const Packed own_lhs(isa, lower && !isa.left_differs ? 0 : left.columns, chunk);
-    const Packed& lhs = lower && !isa.left_differs ? rhs : own_lhs;  // one packed copy serves as both operands
+    const Packed rhs(kernel, right.columns, chunk);
+    const Packed own_lhs(kernel, lower && !kernel.left_differs ? 0 : left.columns, chunk);
+    const Packed& lhs = lower && !kernel.left_differs ? rhs : own_lhs;  // one packed copy serves as both operands
 
     // Tiles of C: big ones reread the packed operands less often, small ones share out better among the threads.
-    const int64_t panels_wide = 384 / isa.panel, panels_narrow = 96 / isa.panel;
+    const int64_t panels_wide = 384 / kernel.panel, panels_narrow = 96 / kernel.panel;
     const bool wide = std::min(lhs.panels, rhs.panels) >= 4 * panels_wide;
     const int64_t edge = wide ? panels_wide : panels_narrow;
     const int64_t tile_rows = divide_up(lhs.panels, edge), tile_columns = divide_up(rhs.panels, edge);
@@ -553,12 +734,13 @@ int accumulate(const Isa& isa, const Rows& left, const Rows& right, int64_t tota
     if (lower)  // those on the diagonal are half the work and come last, to even out the threads
         for (int64_t i = 0; i < tile_rows; ++i) tile[n++] = {i * edge, i * edge};
 
-    const int64_t size = edge * isa.panel;  // of a tile, in elements
+    const int64_t size = edge * kernel.panel;  // of a tile, in elements
     bool no_memory = false;
 #pragma omp parallel num_threads(threads)
     {
         Buffer tile_sums(size_t(size * size) * sizeof(float));
         float* sums = static_cast<float*>(tile_sums.data);
+        const Rounding rounding(kernel.order.flushes);
         if (!sums) {
 #pragma omp atomic write
             no_memory = true;
@@ -569,28 +751,28 @@ int accumulate(const Isa& isa, const Rows& left, const Rows& right, int64_t tota
         give_up = no_memory;
         for (int64_t first = 0; first < total && !give_up; first += chunk) {
             const int64_t rows = std::min(chunk, total - first);
-            const int64_t blocks = divide_up(rows, isa.block);
+            const int64_t blocks = divide_up(rows, kernel.order.block);
             const auto rows_of = [&](int64_t block) {
-                const int64_t there = std::min<int64_t>(isa.block, rows - block * isa.block);
-                return int(divide_up(there, isa.round) * isa.round);
+                const int64_t there = std::min<int64_t>(kernel.order.block, rows - block * kernel.order.block);
+                return int(divide_up(there, kernel.order.round) * kernel.order.round);
             };
 #pragma omp for schedule(dynamic, 4) nowait
             for (int64_t k = 0; k < rhs.panels * blocks; ++k) {
                 const int64_t block = k / rhs.panels, panel = k % rhs.panels;
-                void* also_left = lower && isa.left_differs ? lhs.at(panel, block) : nullptr;
-                pack(isa, right, first + block * isa.block, rows_of(block), panel, also_left, rhs.at(panel, block));
+                void* also_left = lower && kernel.left_differs ? lhs.at(panel, block) : nullptr;
+                pack(kernel, right, first + block * kernel.order.block, rows_of(block), panel, also_left, rhs.at(panel, block));
             }
             if (!lower) {
 #pragma omp for schedule(dynamic, 4) nowait
                 for (int64_t k = 0; k < lhs.panels * blocks; ++k) {
                     const int64_t block = k / lhs.panels, panel = k % lhs.panels;
                     void* packed = lhs.at(panel, block);
-                    pack(isa, left, first + block * isa.block, rows_of(block), panel,
-                         isa.left_differs ? packed : nullptr, isa.left_differs ? nullptr : packed);
+                    pack(kernel, left, first + block * kernel.order.block, rows_of(block), panel,
+                         kernel.left_differs ? packed : nullptr, kernel.left_differs ? nullptr : packed);
                 }
             }
 #pragma omp barrier
-            isa.enter();
+            kernel.enter();
 #pragma omp for schedule(dynamic, 1)
             for (int64_t k = 0; k < n_tiles; ++k) {
                 const int64_t row = tile[k].row, column = tile[k].column;
@@ -600,21 +782,115 @@ int accumulate(const Isa& isa, const Rows& left, const Rows& right, int64_t tota
                 for (int64_t block = 0; block < blocks; ++block)
                     for (int64_t q = column; q < column_end; ++q)
                         for (int64_t p = lower ? std::max(row, q) : row; p < row_end; ++p)
-                            isa.multiply(lhs.at(p, block), rhs.at(q, block), rows_of(block),
-                                         sums + (p - row) * isa.panel * size + (q - column) * isa.panel, size,
+                            kernel.multiply(lhs.at(p, block), rhs.at(q, block), rows_of(block),
+                                         sums + (p - row) * kernel.panel * size + (q - column) * kernel.panel, size,
                                          lower && p == q);
-                const int64_t i0 = row * isa.panel, j0 = column * isa.panel;
-                const int64_t i1 = std::min(row_end * isa.panel, left.columns);
+                const int64_t i0 = row * kernel.panel, j0 = column * kernel.panel;
+                const int64_t i1 = std::min(row_end * kernel.panel, left.columns);
                 for (int64_t i = i0; i < i1; ++i) {
-                    const int64_t j1 = std::min(column_end * isa.panel, lower ? i + 1 : right.columns);
+                    const int64_t j1 = std::min(column_end * kernel.panel, lower ? i + 1 : right.columns);
                     const float* from = sums + (i - i0) * size - j0;
                     for (int64_t j = j0; j < j1; ++j) c[i * ldc + j] += from[j];
                 }
             }
-            isa.leave();
+            kernel.leave();
         }
     }
     return no_memory ? kOutOfMemory : kOk;
+}
+
+// ----------------------------------------------------------------------------------------------- dispatch
+
+const sparsify::CpuFeatures& cpu() {
+    static const sparsify::CpuFeatures features = sparsify::detect_cpu();
+    return features;
+}
+
+bool has_level(int level) {
+    switch (level) {
+        case kPortable: return true;
+        case kAvx2: case kAvxVnni: return cpu().avx2;
+        case kAvx512: return cpu().avx512;
+#if SPARSIFY_COMPILES_AVX512BF16
+        case kAvx512Bf16: return cpu().avx512_bf16;
+#endif
+#if SPARSIFY_COMPILES_AMX
+        case kAmx: {
+            static const bool granted = cpu().amx_bf16 && sparsify::request_amx();
+            return granted;
+        }
+#endif
+        default: return false;
+    }
+}
+
+// Fused multiply-adds, whatever the order: of the fastest level up to `level` that has nothing else.
+Kernel fused_kernel(int level, const Order& order) {
+    const bool steps = order.name == kTiles;
+    Pack pack = pack_plain;
+    Multiply multiply = steps ? multiply_steps_plain : multiply_plain;
+#if SPARSIFY_X86
+    if (level >= kAvx512) pack = pack_avx512, multiply = steps ? multiply_steps_avx512 : multiply_avx512;
+    else if (level >= kAvx2) pack = pack_avx2, multiply = steps ? multiply_steps_avx2 : multiply_avx2;
+#endif
+    return {order, kPlainPanel, 4, false, order.name != kFloat32, {pack, pack_float32}, multiply, nothing, nothing};
+}
+
+// The instructions that an order is named after, which take bf16 only. `multiply` is null where this build lacks them.
+Kernel native_kernel(const Order& order) {
+#if SPARSIFY_COMPILES_AMX
+    if (order.name == kTiles)
+        return {order, kAmxPanel, 2, true, false, {pack_amx, nullptr}, multiply_amx, enter_amx, leave_amx};
+#endif
+#if SPARSIFY_COMPILES_AVX512BF16
+    if (order.name == kPairs)
+        return {order, kPlainPanel, 2, false, false, {pack_pairs, nullptr}, multiply_bf16, nothing, nothing};
+#endif
+    return {order, 0, 0, false, false, {nullptr, nullptr}, nullptr, nothing, nothing};
+}
+
+// Whether the instructions of this processor sum as the order says: 32 x 32 sums of 64 products of any size, many of
+// which cancel or are denormal. `level` has them.
+bool keeps_order(int level, const Order& order) {
+    constexpr int64_t kTokens = 64, kColumns = 32;
+    static uint16_t values[kTokens * kColumns];
+    uint32_t state = 1;
+    for (uint16_t& value : values) {
+        state = state * 1664525u + 1013904223u;
+        const uint32_t exponent = state >> 31 ? 125 + (state >> 8) % 6 : 50 + (state >> 8) % 20;
+        value = uint16_t((state >> 24 & 1) << 15 | exponent << 7 | (state >> 16 & 127));
+    }
+    const void* block = values;
+    const int64_t stride = kColumns, tokens = kTokens;
+    const Rows x{&block, &stride, &tokens, 1, kColumns, false};
+    static float found[kColumns * kColumns], expected[kColumns * kColumns];
+    return accumulate(native_kernel(order), x, x, tokens, found, kColumns, false, 1) == kOk &&
+           accumulate(fused_kernel(level, order), x, x, tokens, expected, kColumns, false, 1) == kOk &&
+           std::memcmp(found, expected, sizeof found) == 0;
+}
+
+// Whether `level` (which is here) computes the order that is named after it with its own instructions.
+bool has_own_order(int level) {
+    static const bool pairs = has_level(kAvx512Bf16) && keeps_order(kAvx512Bf16, kOrders[kPairs]);
+    static const bool tiles = has_level(kAmx) && keeps_order(kAmx, kOrders[kTiles]);
+    return (level == kAvx512Bf16 && pairs) || (level == kAmx && tiles);
+}
+
+// The order in which a level sums bf16 inputs.
+OrderName order_of(int level) { return !has_own_order(level) ? kFloat32 : level == kAmx ? kTiles : kPairs; }
+
+Kernel kernel_of(int level, int order) {
+    const bool own = order != kFloat32 && order == order_of(level);
+    return own ? native_kernel(kOrders[order]) : fused_kernel(level, kOrders[order]);
+}
+
+// The fastest level up to `cap`.
+int best_level(int cap) {
+    if (cap >= kAmx && has_own_order(kAmx)) return kAmx;
+    // Intel's cores do half as many multiply-adds per cycle with vdpbf16ps as with fp32 FMA, AMD's twice as many.
+    if (cap >= kAvx512Bf16 && !cpu().intel && has_own_order(kAvx512Bf16)) return kAvx512Bf16;
+    if (cap >= kAvx512 && has_level(kAvx512)) return kAvx512;
+    return cap >= kAvx2 && has_level(kAvx2) ? kAvx2 : kPortable;
 }
 
 bool valid(int64_t n_blocks, const void* const* blocks, const int64_t* rows, const int64_t* strides, int64_t columns) {
@@ -634,35 +910,40 @@ int64_t sum_of(const int64_t* rows, int64_t n_blocks) {
 
 extern "C" {
 
-// The level that `requested` (0 portable .. 4 amx; -1 the fastest) comes to here, -1 if this machine cannot run it.
-int sparsify_gram_level(int requested) {
-    if (requested == -1) return best_level();
-    return isa_of(requested) ? requested : -1;
-}
+// `requested` (0 portable .. 5 amx) if this machine can run it, else -1.
+int sparsify_gram_level(int requested) { return has_level(requested) ? requested : -1; }
 
-// Lower triangle of H[k, k] (row stride ldh) += sum_b X_b' X_b, X_b = blocks[b]: bf16 [rows[b], k], row stride
-// strides[b] elements, inner stride 1. What is above the diagonal is neither read nor written.
+// The level that computes fastest of those up to `cap`, on which it does not depend what else the machine has.
+int sparsify_gram_fastest(int cap) { return best_level(cap); }
+
+// The order (0 float32, 1 avx512bf16, 2 amx) in which a level sums bf16 inputs unless told otherwise.
+int sparsify_gram_order(int level) { return has_level(level) ? order_of(level) : -1; }
+
+// Lower triangle of H[k, k] (row stride ldh) += sum_b X_b' X_b, X_b = blocks[b]: bf16, or fp32 if `wide`, [rows[b], k],
+// row stride strides[b] elements, inner stride 1. What is above the diagonal is neither read nor written. fp32 inputs
+// are summed in order 0 only.
 int sparsify_gram(const void* const* blocks, const int64_t* rows, const int64_t* strides, int64_t n_blocks, int64_t k,
-                  float* h, int64_t ldh, int threads, int level) {
+                  int wide, float* h, int64_t ldh, int threads, int level, int order) {
     if (!valid(n_blocks, blocks, rows, strides, k) || !h || ldh < k || threads < 1) return kBadArgument;
-    const Isa* isa = isa_of(level == -1 ? best_level() : level);
-    if (!isa) return kUnsupported;
-    const Rows x{reinterpret_cast<const uint16_t* const*>(blocks), strides, rows, n_blocks, k};
-    return accumulate(*isa, x, x, sum_of(rows, n_blocks), h, ldh, true, threads);
+    if (order < kFloat32 || order > kTiles || (wide && order != kFloat32)) return kBadArgument;
+    if (!has_level(level)) return kUnsupported;
+    const Rows x{blocks, strides, rows, n_blocks, k, wide != 0};
+    return accumulate(kernel_of(level, order), x, x, sum_of(rows, n_blocks), h, ldh, true, threads);
 }
 
-// C[ka, kb] += sum_b A_b' B_b; A_b: [rows[b], ka], B_b: [rows[b], kb].
-int sparsify_gram_cross(const void* const* a_blocks, const int64_t* a_strides, int64_t ka, const void* const* b_blocks,
-                        const int64_t* b_strides, int64_t kb, const int64_t* rows, int64_t n_blocks, float* c,
-                        int64_t ldc, int threads, int level) {
+// C[ka, kb] += sum_b A_b' B_b; A_b: [rows[b], ka], B_b: [rows[b], kb], each bf16 or fp32.
+int sparsify_gram_cross(const void* const* a_blocks, const int64_t* a_strides, int64_t ka, int a_wide,
+                        const void* const* b_blocks, const int64_t* b_strides, int64_t kb, int b_wide,
+                        const int64_t* rows, int64_t n_blocks, float* c, int64_t ldc, int threads, int level,
+                        int order) {
     if (!valid(n_blocks, a_blocks, rows, a_strides, ka) || !valid(n_blocks, b_blocks, rows, b_strides, kb) || !c ||
         ldc < kb || threads < 1)
         return kBadArgument;
-    const Isa* isa = isa_of(level == -1 ? best_level() : level);
-    if (!isa) return kUnsupported;
-    const Rows a{reinterpret_cast<const uint16_t* const*>(a_blocks), a_strides, rows, n_blocks, ka};
-    const Rows b{reinterpret_cast<const uint16_t* const*>(b_blocks), b_strides, rows, n_blocks, kb};
-    return accumulate(*isa, a, b, sum_of(rows, n_blocks), c, ldc, false, threads);
+    if (order < kFloat32 || order > kTiles || ((a_wide || b_wide) && order != kFloat32)) return kBadArgument;
+    if (!has_level(level)) return kUnsupported;
+    const Rows a{a_blocks, a_strides, rows, n_blocks, ka, a_wide != 0};
+    const Rows b{b_blocks, b_strides, rows, n_blocks, kb, b_wide != 0};
+    return accumulate(kernel_of(level, order), a, b, sum_of(rows, n_blocks), c, ldc, false, threads);
 }
 
 // H[i, j] = H[j, i] for i < j: the upper triangle from the lower one.

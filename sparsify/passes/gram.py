@@ -1,8 +1,9 @@
 """X'X and A'B of calibration inputs, in float32: the largest product of a walk, and one that bf16 makes exact.
 
 The product of two bf16 numbers fits a float32, so the sums can be as good as with float32 inputs at the speed of bf16
-units. On CPUs a kernel of ours (`kernels/cpu/gram.cpp`) does that, for X'X on one triangle only; its result does not
-depend on the number of threads nor on how tokens are cut into micro-batches. PyTorch does it everywhere else.
+units. On CPUs a kernel of ours (`kernels/cpu/gram.cpp`) does that, and float32 inputs as well, for X'X on one triangle
+only. Its result does not depend on the number of threads nor on how tokens are cut into micro-batches, nor on the
+instruction set once the order of summation is the same (`summation_order`). PyTorch does it everywhere else.
 
 NaN and Inf in the inputs appear in the result, where whoever factors it finds them.
 """
@@ -18,41 +19,43 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from sparsify import native
+from sparsify import native, processor
 from sparsify.errors import NumericalError, SparsifyError
 
 FORCE = "SPARSIFY_GRAM"
-LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # as kernels/cpu/gram.cpp counts them
-FASTEST = -1
-ORDERS = ("torch", "float32", "avx512bf16", "amx")
-"""Names of the orders in which products are added up, so of what the bits of a result depend on.
+LEVELS = processor.LEVELS  # as kernels/cpu/gram.cpp counts them
+ORDERS = ("float32", "avx512bf16", "amx", "torch")
+"""Names of the orders in which products are added up, on which the bits of a result depend.
 
-float32:    one fused multiply-add after the other; what every level below AVX512-BF16 does, and all do with float32 inputs
-avx512bf16: two tokens at a time as vdpbf16ps adds them, denormals flushed to zero
-amx:        32 tokens at a time as tdpbf16ps adds them, denormals flushed to zero
+float32:    token after token, by fused multiply-adds; the order of most levels, and of all of them for float32 inputs
+avx512bf16: two tokens at a time as vdpbf16ps adds them; denormals are zero
+amx:        32 tokens at a time as tdpbf16ps adds them; denormals are zero
 torch:      PyTorch's, where the kernel cannot be had; its bits depend on the number of threads and on micro-batches
+
+The kernel counts the first three as this does, and gives the bits of each of them at every level.
 """
 
+_TYPES = (torch.bfloat16, torch.float32)  # that the kernel reads; float16 becomes float32 before
 _wanted: ContextVar[str | None] = ContextVar("summation_order", default=None)
 
 
 def native_order(dtype: torch.dtype) -> str:
-    """The order in which this machine adds up inputs of a type unless told otherwise; loads (first: builds) the kernel."""
-    library = _library()
-    if library is None or dtype not in (torch.bfloat16, torch.float32):
+    """The order in which this machine adds up CPU inputs of a type unless told otherwise: that of its fastest level.
+
+    Loads the kernel, which is built where that was never done before. SPARSIFY_GRAM and SPARSIFY_CPU_LEVEL rule it.
+    """
+    library = _library() if dtype in _TYPES else None
+    if library is None:
         return "torch"
-    if dtype == torch.float32:
-        return "float32"
-    level = LEVELS[library.sparsify_gram_level(_level(library))]
-    return level if level in ORDERS else "float32"
+    return ORDERS[library.sparsify_gram_order(_level(library))] if dtype == torch.bfloat16 else "float32"
 
 
 @contextlib.contextmanager
 def summation_order(name: str) -> Iterator[None]:
-    """Within it, gram() and cross() of bfloat16 inputs give the bits of that order, on whatever level they run.
+    """Within it, gram() and cross() of bfloat16 inputs on a CPU give the bits of that order, whatever the level.
 
-    float32 inputs have one order only. SparsifyError for an unknown name, and where the kernel that knows the order
-    cannot be had.
+    Inputs that are not all bfloat16 have one order only, float32. SparsifyError for an unknown name and, from gram() and
+    cross(), where the order needs the kernel and it cannot be had. Holds for the thread that enters it.
     """
     if name not in ORDERS:
         raise SparsifyError(f"unknown order of summation {name!r}; known are {', '.join(ORDERS)}")
@@ -144,10 +147,23 @@ def _exact_bf16_products(inputs: Sequence[Tensor]) -> Iterator[None]:
 
 def _kernel(inputs: Sequence[Tensor]) -> _Kernel | None:
     """The native kernel, where it serves these inputs."""
-    if any(x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in inputs):
+    if any(x.dtype not in (*_TYPES, torch.float16) or x.device.type != "cpu" for x in inputs):
         return None
-    library = _library()
-    return None if library is None else _Kernel(library, _level(library))
+    wanted = _wanted.get()
+    library = _library() if wanted != "torch" else None
+    if library is None:
+        if wanted not in (None, "torch"):
+            raise SparsifyError(
+                f"sums in the order {wanted!r} need the native kernel, which is switched off or cannot be had here "
+                "(`sparsify doctor` shows it); PyTorch's would differ in their last bits"
+            )
+        return None
+    level = _level(library)
+    if any(x.dtype != torch.bfloat16 for x in inputs):
+        order = ORDERS.index("float32")
+    else:
+        order = ORDERS.index(wanted) if wanted else library.sparsify_gram_order(level)
+    return _Kernel(library, level, order)
 
 
 def _library() -> ctypes.CDLL | None:
@@ -164,11 +180,14 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _level(library: ctypes.CDLL) -> int:
-    forced = os.environ.get(FORCE, "")
-    level = LEVELS.index(forced) if forced else FASTEST
-    if library.sparsify_gram_level(level) < 0:
+    """The level that computes: the one that SPARSIFY_GRAM names, else the fastest up to that of SPARSIFY_CPU_LEVEL."""
+    forced = os.environ.get(FORCE)
+    if not forced:
+        cap = processor.level() if processor.forced_level() else LEVELS[-1]
+        return int(library.sparsify_gram_fastest(LEVELS.index(cap)))
+    if library.sparsify_gram_level(LEVELS.index(forced)) < 0:
         raise SparsifyError(f"{FORCE}={forced}: this processor does not have it; unset {FORCE} to let sparsify choose")
-    return level
+    return LEVELS.index(forced)
 
 
 class _Kernel:
@@ -176,25 +195,27 @@ class _Kernel:
 
     PROBLEMS = {1: "bad arguments", 2: "an instruction set that this processor lacks", 3: "not enough memory"}
 
-    def __init__(self, library: ctypes.CDLL, level: int):
+    def __init__(self, library: ctypes.CDLL, level: int, order: int):
         self.library = library
         self.level = level
+        self.order = order
 
     def gram(self, inputs: Sequence[Tensor], H: Tensor) -> None:
-        blocks = _Blocks(inputs)
-        k = H.shape[0]
+        x = _Blocks(inputs)
+        k = _int64(H.shape[0])
         threads = torch.get_num_threads()
         out = ctypes.c_void_p(H.data_ptr())
         self._check(self.library.sparsify_gram(
-            blocks.pointers, blocks.rows, blocks.strides, blocks.count, _int64(k), out, _int64(H.stride(0)), threads, self.level
+            x.pointers, x.rows, x.strides, x.count, k, x.wide, out, _int64(H.stride(0)), threads, self.level, self.order
         ))  # fmt: skip
-        self._check(self.library.sparsify_gram_mirror(out, _int64(k), _int64(H.stride(0)), threads))
+        self._check(self.library.sparsify_gram_mirror(out, k, _int64(H.stride(0)), threads))
 
     def cross(self, left: Sequence[Tensor], right: Sequence[Tensor], C: Tensor) -> None:
         a, b = _Blocks(left), _Blocks(right)
         self._check(self.library.sparsify_gram_cross(
-            a.pointers, a.strides, _int64(C.shape[0]), b.pointers, b.strides, _int64(C.shape[1]), a.rows, a.count,
-            ctypes.c_void_p(C.data_ptr()), _int64(C.stride(0)), torch.get_num_threads(), self.level,
+            a.pointers, a.strides, _int64(C.shape[0]), a.wide, b.pointers, b.strides, _int64(C.shape[1]), b.wide,
+            a.rows, a.count, ctypes.c_void_p(C.data_ptr()), _int64(C.stride(0)),
+            torch.get_num_threads(), self.level, self.order,
         ))  # fmt: skip
 
     def _check(self, status: int) -> None:
@@ -206,10 +227,15 @@ _int64 = ctypes.c_int64
 
 
 class _Blocks:
-    """Micro-batches as the kernel takes them: pointers, row counts and row strides. Keeps what it points at alive."""
+    """Micro-batches as the kernel takes them: pointers, row counts and row strides. Keeps what it points at alive.
+
+    wide: whether they are float32; bfloat16 and float16 ones among others are widened, which is exact.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]):
-        self.tensors = [x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in tensors]
+        self.wide = int(any(x.dtype != torch.bfloat16 for x in tensors))
+        typed = [x.float() for x in tensors] if self.wide else tensors
+        self.tensors = [x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in typed]
         n = len(tensors)
         self.count = _int64(n)
         self.pointers = (ctypes.c_void_p * n)(*(x.data_ptr() for x in self.tensors))
