@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from sparsify.compiler.depth import SEARCHED_ROWS, PlannedDepth, plan_depth
+from sparsify.compiler.operations import count_operations
 from sparsify.compiler.training import PlannedTraining, Shortened, plan_training
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme, get_format
@@ -76,12 +77,22 @@ class PlannedHead:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on disk before and after, the memory that the run needs at least, and its arithmetic in multiply-adds."""
+    """Bytes on disk before and after, the memory that the run needs at least, and its arithmetic without training passes.
+
+    operations: by part, as `operations.count_operations` counts them; a multiply-add is two
+    """
 
     dense_bytes: int
     output_bytes: int
     memory_bytes: int
-    multiply_adds: int
+    operations: dict[str, int]
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(self.operations.values()) // 2
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "multiply_adds": self.multiply_adds}
 
 
 @dataclass(frozen=True)
@@ -155,24 +166,16 @@ class Plan:
             sum(p.numel() for p in self.model.block(i).parameters()) * self.model.dtype.itemsize for i in range(blocks)
         )
         tokens = self.recipe.calibration.samples * self.recipe.calibration.sequence_length
-        depth_work = self._depth_multiply_adds(tokens)
+        operations = count_operations(self)
         if not self.needs_data:
-            return Estimate(dense, dense - saved, max(3 * block_bytes, self._training_bytes()), depth_work)
+            return Estimate(dense, dense - saved, max(3 * block_bytes, self._training_bytes()), operations)
         streams = 2 if self.needs_twin else 1
         widest = max(p.shape[1] for p in self.linears.values())
         hidden = min(p.shape[1] for p in self.linears.values())
         outside = sum(self.checkpoint.info(name).nbytes for name in self.model.source_names(None))
         activations = streams * tokens * (3 * hidden + widest) * self.model.dtype.itemsize
         memory = outside + 3 * block_bytes + activations + 6 * widest * widest * 4
-        forward = streams * tokens * sum(p.weights for p in self.linears.values())
-        inputs = {
-            (p.block, p.module.rpartition(".")[0], p.shape[1]): p.shape[1] for p in self.linears.values() if p.scheme
-        }
-        hessians = streams * tokens * sum(k * k for k in inputs.values())
-        epochs = 0 if self.recipe.tune is None else self.recipe.tune.epochs
-        tuning = 3 * epochs * forward // streams  # forward, and backward to inputs and to weights
-        work = depth_work + round(share * (forward + hessians + tuning))
-        return Estimate(dense, dense - saved, max(memory, self._training_bytes()), work)
+        return Estimate(dense, dense - saved, max(memory, self._training_bytes()), operations)
 
     def _files_of(self, block: int) -> list[str]:
         """The tensors of the files that belong to a block, in whatever format they are."""
@@ -181,7 +184,7 @@ class Plan:
         prefix = self.model.blocks[block] + "."
         return [name for name in self.checkpoint.names() if name.startswith(prefix)]
 
-    def _depth_multiply_adds(self, tokens: int) -> int:
+    def depth_multiply_adds(self, tokens: int) -> int:
         """A forward pass for a method that scores blocks of layers; FinerCut runs half the model for every candidate."""
         if self.depth is None or not self.depth.settings.needs_data:
             return 0
@@ -213,7 +216,7 @@ class Plan:
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
-            "estimate": vars(estimate),
+            "estimate": estimate.to_json(),
         }
 
     def _training_multiply_adds(self, planned: PlannedTraining) -> int:
