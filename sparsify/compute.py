@@ -28,7 +28,7 @@ from sparsify.distributed import device
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory, write_json
 from sparsify.processor import FORCE as LEVEL
-from sparsify.processor import LEVELS, forced_level
+from sparsify.processor import LEVELS, cpu_flags, forced_level
 
 FORCE = "SPARSIFY_COMPUTE"
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -92,19 +92,18 @@ def using(choice: Choice) -> Iterator[None]:
         _in_force.pop()
 
 
-def in_force() -> Choice | None:
-    """The choice of the run that is going on; None outside of one."""
-    return _in_force[-1] if _in_force else None
-
-
 def choose(measure: bool = False) -> Choice:
     """The type to compute in: that of the run that is going on, else what suits this machine.
 
     measure: time both types where that was not done yet on this machine; it takes milliseconds
     Raises SparsifyError for an unknown value of SPARSIFY_COMPUTE or SPARSIFY_CPU_LEVEL.
     """
-    if _in_force:
-        return _in_force[-1]
+    return _in_force[-1] if _in_force else for_this_machine(measure)
+
+
+def for_this_machine(measure: bool = False) -> Choice:
+    """As `choose`, whatever run is going on. The rates are measured even where something forces the type: `plan` shows them."""
+    measured = rates(measure) if device() == "cpu" else None
     forced = asked()
     if forced is not None:
         return Choice(forced, f"{FORCE} asks for it")
@@ -113,7 +112,7 @@ def choose(measure: bool = False) -> Choice:
     level = forced_level()
     if level is not None and LEVELS.index(level) < LEVELS.index("avx512bf16"):
         return Choice(torch.float32, f"{LEVEL}={level} stands for a processor that multiplies bfloat16 slowly")
-    return judge(instructions(), rates(measure))
+    return judge(instructions(), measured)
 
 
 def judge(found: Collection[str], measured: Rates | None) -> Choice:
@@ -155,11 +154,9 @@ def for_precision(precision: str) -> torch.dtype:
 def instructions() -> list[str]:
     """The bfloat16 instructions that the operating system lists for this processor."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        flags = cpu_flags(Path("/proc/cpuinfo").read_text())
     except OSError:
         return []
-    lines = (line.partition(":") for line in text.splitlines())
-    flags = next((set(v.split()) for k, _, v in lines if k.strip().lower() in ("flags", "features")), set())
     return [name for name in INSTRUCTIONS if name in flags]
 
 

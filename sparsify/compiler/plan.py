@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 from rich.table import Table
 
 from sparsify.compiler.depth import SEARCHED_ROWS, PlannedDepth, plan_depth
-from sparsify.compiler.operations import count_operations
+from sparsify.compiler.operations import count_operations, in_words
 from sparsify.compiler.training import PlannedTraining, Shortened, plan_training
+from sparsify.compute import Choice, for_model, for_precision, rates
+from sparsify.distributed import device
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.directory import CompressedCheckpoint, open_compressed
@@ -20,12 +22,12 @@ from sparsify.model.blocks import ROUTER, BlockModel, find_blocks, meta_model, o
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.head import OutputHead, find_head
 from sparsify.model.linear import LinearWeights
-from sparsify.model.walk import TOKENS_PER_MICRO_BATCH
 from sparsify.passes.compress import Scheme
 from sparsify.passes.head import head_problem, head_scheme
 from sparsify.recipe import Depth, Prune, Quantize, Recipe, ignored_by
 from sparsify.recipe.sources import sources_in_words
 
+OVERHEAD = 2.5  # a walk takes so many times as long as its products alone would
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -124,6 +126,16 @@ class Plan:
         return self.recipe.tune is not None or any(scheme.needs_data for scheme in solved)
 
     @property
+    def compute(self) -> Choice:
+        """The type that the model is computed in, as it suits this machine or the run that is going on."""
+        return for_model(self.checkpoint.dtypes())
+
+    @property
+    def computes(self) -> bool:
+        """Whether the model runs at all: data-free passes only look at weights."""
+        return self.needs_data or bool(self.training) or (self.depth is not None and self.depth.settings.needs_data)
+
+    @property
     def needs_twin(self) -> bool:
         return self.recipe.tune is not None or any(scheme.correction > 0 for scheme in self.schemes.values())
 
@@ -172,7 +184,8 @@ class Plan:
         streams = 2 if self.needs_twin else 1
         widest = max(p.shape[1] for p in self.linears.values())
         hidden = min(p.shape[1] for p in self.linears.values())
-        outside = sum(self.checkpoint.info(name).nbytes for name in self.model.source_names(None))
+        outside = sum(math.prod(self.checkpoint.shape(name)) for name in self.model.source_names(None))
+        outside *= self.model.dtype.itemsize
         activations = streams * tokens * (3 * hidden + widest) * self.model.dtype.itemsize
         memory = outside + 3 * block_bytes + activations + 6 * widest * widest * 4
         return Estimate(dense, dense - saved, max(memory, self._training_bytes()), operations)
@@ -216,6 +229,7 @@ class Plan:
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
+            "compute": self.compute.to_json() if self.computes else None,
             "estimate": estimate.to_json(),
         }
 
@@ -227,23 +241,25 @@ class Plan:
 
     def _describe_training(self, planned: PlannedTraining) -> str:
         work = self._training_multiply_adds(planned)
-        return planned.describe() + (f"; about {_minutes(work, torch.bfloat16)} on this machine" if work else "")
+        precision = for_precision(planned.settings.precision)
+        return planned.describe() + (f"; {_time(2 * work, precision)}" if work else "")
 
     def _training_bytes(self) -> int:
-        """Weights, gradients and two moments in float32, the weights of the products and the teacher in bfloat16, and what
-        the backward pass of one micro-batch needs of the forward pass: a few dozen vectors per token and block."""
+        """Weights, gradients and two moments in float32, the weights of the products and the teacher in their precision, and
+        what the backward pass of one micro-batch needs of the forward pass: a few dozen vectors per token and block."""
         if not self.training:
             return 0
         weights = sum(p.weights for p in self.linears.values())
         hidden, widest = (pick(p.shape[1] for p in self.linears.values()) for pick in (min, max))
-        per_token = 2 * (20 * hidden + 10 * widest)
-        activations = 0
+        most = activations = 0
         for planned in self.training:
             settings = planned.settings
             tokens = (settings.micro_batch_size or settings.batch_size) * settings.sequence_length
             depth = 1 if settings.gradient_checkpointing else len(self.model.blocks)
-            activations = max(activations, tokens * per_token * depth)
-        return 20 * weights + 8 * self.model.head_weights() + activations
+            itemsize = for_precision(settings.precision).itemsize
+            most = max(most, itemsize)
+            activations = max(activations, tokens * itemsize * (20 * hidden + 10 * widest) * depth)
+        return (16 + 2 * most) * weights + (4 + 2 * most) * self.model.head_weights() + activations
 
     @property
     def _is_dense(self) -> bool:
@@ -292,11 +308,8 @@ class Plan:
         table.caption = (
             f"{how}; {estimate.dense_bytes / 1e6:.0f} MB become {estimate.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
             f"memory about {estimate.memory_bytes / 1e9:.1f} GB"
-            + (
-                f", time about {_minutes(estimate.multiply_adds, self.model.dtype)} on this machine"
-                if estimate.multiply_adds
-                else ""
-            )
+            + (f", {_time(work, self.compute.dtype)}" if (work := sum(estimate.operations.values())) else "")
+            + (f"\n{self.compute.describe()}" if self.computes else "")
             + "".join(f"\nthen {self._describe_training(planned)}" for planned in self.training)
         )
         return table
@@ -499,15 +512,15 @@ def _stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> 
     return int(n * k * kept * scheme.bits / 8) + positions + scales
 
 
-def _minutes(multiply_adds: int, dtype: torch.dtype) -> str:
-    """How long so much arithmetic takes at the speed of a short matrix product here, with the measured overhead of a walk."""
-    a = torch.ones(TOKENS_PER_MICRO_BATCH, 1024, dtype=dtype)
-    b = torch.ones(1024, 1024, dtype=dtype)
-    a @ b
-    start = time.perf_counter()
-    rounds = 3
-    for _ in range(rounds):
-        a @ b
-    speed = rounds * a.numel() * 1024 / (time.perf_counter() - start)
-    minutes = 2.5 * multiply_adds / speed / 60
-    return f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(minutes * 60))} seconds"
+def _time(operations: float, dtype: torch.dtype) -> str:
+    """How long so much arithmetic takes at the speed of matrix products that was once measured here, with the overhead that a
+    walk was seen to have. Measures nothing: where no speed is known yet, the operations themselves are shown."""
+    count = in_words(operations)
+    if device() != "cpu":
+        return f"{count} on the GPU"
+    measured = rates()
+    if measured is None:
+        return f"{count} (how long that takes is known after the first `apply` or `sparsify doctor` on this machine)"
+    minutes = OVERHEAD * operations / (measured.of(dtype) * torch.get_num_threads()) / 60
+    time = f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(minutes * 60))} seconds"
+    return f"{count}, about {time} on this machine"
