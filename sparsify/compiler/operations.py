@@ -24,6 +24,7 @@ from sparsify.recipe.sources import SELF
 if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan, Planned
 
+SOLVER = ("masks", "sweep", "refine", "errors")  # parts that are computed in float32 whatever the model is computed in
 TRY_SCALE = 7  # operations per weight and clipping ratio: divide, round, two clamps, multiply, subtract, square-and-add
 CHOOSE_TWO = 100  # per weight and pass: 12 ordered supports of every four inputs, each about 32 operations
 CHOOSE_ONE = 12  # per weight and pass, where the mask is fixed: the better value and whether it helps
@@ -71,8 +72,8 @@ def count_operations(plan: Plan) -> dict[str, int]:
         scheme = plan.head.scheme
         if scheme.needs_data:
             _add(parts, {"statistics": _statistics(k, tokens, corrected=False)})
-        pieces = [min(ROWS, n - start) for start in range(0, n, ROWS)]
-        for piece in pieces:
+        for start in range(0, n, ROWS):  # each piece factors the Hessian again
+            piece = min(ROWS, n - start)
             _add(parts, solving(piece, k, scheme, measured=scheme.needs_data))
     if plan.recipe.tune is not None:  # forward, and backward to inputs and to weights
         parts["tune"] = 3 * plan.recipe.tune.epochs * share * walk + share * walk
@@ -148,22 +149,21 @@ def _writing(plan: Plan) -> float:
 def groups_of(plan: Plan) -> list[Group]:
     """The linears to compress by what they read, told by where they stand: those of one parent with as many inputs.
 
-    The last linear of a parent that writes as many outputs as the model is wide leaves the sublayer, and reads what the
-    others made, even where that is as wide as what they read.
+    Of a parent with several linears, the last that writes as many outputs as the model is wide leaves the sublayer, and reads
+    what the others made, even where that is as wide as what they read.
     """
-    members: dict[tuple[int, str, int, bool], list[Planned]] = {}
     config: Any = plan.model.model.config
     hidden = getattr(config.get_text_config(decoder=True), "hidden_size", 0)
-    by_parent: dict[str, list[Planned]] = {}
+    siblings: dict[str, list[Planned]] = {}
     for planned in plan.linears.values():
-        by_parent.setdefault(planned.module.rpartition(".")[0], []).append(planned)
-    for parent, all_of_it in by_parent.items():
-        last = all_of_it[-1] if len(all_of_it) > 1 and all_of_it[-1].shape[0] == hidden else None
-        for planned in all_of_it:
-            if planned.scheme is not None:
-                key = (planned.block, parent, planned.shape[1], planned is last)
-                members.setdefault(key, []).append(planned)
-    return [Group(tuple((p.shape, p.scheme) for p in some if p.scheme is not None)) for some in members.values()]
+        siblings.setdefault(planned.module.rpartition(".")[0], []).append(planned)
+    groups: dict[tuple[str, int, bool], list[Planned]] = {}
+    for parent, members in siblings.items():
+        leaving = [planned for planned in members if planned.shape[0] == hidden][-1:] if len(members) > 1 else []
+        for planned in members:
+            groups.setdefault((parent, planned.shape[1], planned in leaving), []).append(planned)
+    found = [tuple((p.shape, p.scheme) for p in group if p.scheme is not None) for group in groups.values()]
+    return [Group(members) for members in found if members]
 
 
 def _add(parts: dict[str, float], more: Mapping[str, float]) -> None:

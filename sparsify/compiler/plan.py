@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from sparsify.compiler.depth import SEARCHED_ROWS, PlannedDepth, plan_depth
-from sparsify.compiler.operations import count_operations, in_words
+from sparsify.compiler.operations import SOLVER, count_operations, in_words
 from sparsify.compiler.training import PlannedTraining, Shortened, plan_training
 from sparsify.compute import Choice, for_model, for_precision, rates
 from sparsify.distributed import device
@@ -242,7 +242,7 @@ class Plan:
     def _describe_training(self, planned: PlannedTraining) -> str:
         work = self._training_multiply_adds(planned)
         precision = for_precision(planned.settings.precision)
-        return planned.describe() + (f"; {_time(2 * work, precision)}" if work else "")
+        return planned.describe() + (f"; {_time({planned.settings.kind: 2 * work}, precision)}" if work else "")
 
     def _training_bytes(self) -> int:
         """Weights, gradients and two moments in float32, the weights of the products and the teacher in their precision, and
@@ -308,7 +308,7 @@ class Plan:
         table.caption = (
             f"{how}; {estimate.dense_bytes / 1e6:.0f} MB become {estimate.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
             f"memory about {estimate.memory_bytes / 1e9:.1f} GB"
-            + (f", {_time(work, self.compute.dtype)}" if (work := sum(estimate.operations.values())) else "")
+            + (f", {_time(estimate.operations, self.compute.dtype)}" if estimate.operations else "")
             + (f"\n{self.compute.describe()}" if self.computes else "")
             + "".join(f"\nthen {self._describe_training(planned)}" for planned in self.training)
         )
@@ -512,15 +512,22 @@ def _stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> 
     return int(n * k * kept * scheme.bits / 8) + positions + scales
 
 
-def _time(operations: float, dtype: torch.dtype) -> str:
+def _time(operations: Mapping[str, int], dtype: torch.dtype) -> str:
     """How long so much arithmetic takes at the speed of matrix products that was once measured here, with the overhead that a
-    walk was seen to have. Measures nothing: where no speed is known yet, the operations themselves are shown."""
-    count = in_words(operations)
+    walk was seen to have. Measures nothing: where no speed is known yet, the operations themselves are shown.
+
+    operations: by part; the solver's are in float32, all others in `dtype`
+    """
+    count = in_words(sum(operations.values()))
     if device() != "cpu":
         return f"{count} on the GPU"
     measured = rates()
     if measured is None:
         return f"{count} (how long that takes is known after the first `apply` or `sparsify doctor` on this machine)"
-    minutes = OVERHEAD * operations / (measured.of(dtype) * torch.get_num_threads()) / 60
+    seconds = (
+        sum(work / measured.of(torch.float32 if part in SOLVER else dtype) for part, work in operations.items())
+        / torch.get_num_threads()
+    )
+    minutes = OVERHEAD * seconds / 60
     time = f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(minutes * 60))} seconds"
     return f"{count}, about {time} on this machine"
