@@ -25,7 +25,7 @@ from sparsify.model.linear import LinearWeights
 from sparsify.passes.compress import Scheme
 from sparsify.passes.head import head_problem, head_scheme
 from sparsify.recipe import Depth, Prune, Quantize, Recipe, ignored_by
-from sparsify.recipe.sources import sources_in_words
+from sparsify.recipe.sources import SELF, sources_in_words
 
 OVERHEAD = 2.5  # a walk takes so many times as long as its products alone would
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -159,7 +159,7 @@ class Plan:
         return {**kept, **self.other_dense}
 
     def estimate(self) -> Estimate:
-        """Sizes are exact up to file headers, without a depth pass; memory and arithmetic are those of the walk."""
+        """Sizes are exact up to file headers, without a depth pass; memory is that of the part that needs most."""
         dense = self.checkpoint.nbytes()
         share = 1.0 if self.depth is None else self.depth.share
         saved = sum(
@@ -188,7 +188,14 @@ class Plan:
         outside *= self.model.dtype.itemsize
         activations = streams * tokens * (3 * hidden + widest) * self.model.dtype.itemsize
         memory = outside + 3 * block_bytes + activations + 6 * widest * widest * 4
-        return Estimate(dense, dense - saved, max(memory, self._training_bytes()), operations)
+        most = max(memory, self._writing_bytes(), self._training_bytes())
+        return Estimate(dense, dense - saved, most, operations)
+
+    def _writing_bytes(self) -> int:
+        """Of a model that writes its own text: all of its weights at once, beside the keys and values of a few rows."""
+        if all(source != SELF for source, _ in self.recipe.calibration.mixture):
+            return 0
+        return sum(p.numel() for p in self.model.model.parameters()) * self.compute.dtype.itemsize
 
     def _files_of(self, block: int) -> list[str]:
         """The tensors of the files that belong to a block, in whatever format they are."""

@@ -119,6 +119,22 @@ def test_a_plan_measures_nothing_and_shows_what_it_counts(tmp_path, monkeypatch)
     assert f"{in_words(total)}, about 4 minutes on this machine" in str(plan.table().caption)  # 100 s and the overhead
 
 
+def test_a_model_that_writes_its_own_text_lies_whole_in_memory(tmp_path, monkeypatch):
+    source = save_tiny(tmp_path / "model", "llama", torch.bfloat16, hidden_size=256, intermediate_size=2048)
+    short = RECIPE.replace("samples: 8, sequence_length: 32", "samples: 1, sequence_length: 2")
+    found = {}
+    for name in ("bfloat16", "float32"):
+        monkeypatch.setenv("SPARSIFY_COMPUTE", name)
+        plan = make_plan(parse_recipe(short), str(source))
+        found[name] = plan._writing_bytes()
+        assert (
+            plan.estimate().memory_bytes
+            >= found[name]
+            == plan.model.dtype.itemsize * sum(p.numel() for p in plan.model.model.parameters())
+        )
+    assert found["float32"] == 2 * found["bfloat16"]
+
+
 def test_counts_in_words():
     assert [in_words(n) for n in (999, 5.4e6, 12.3e12, 850e12, 2e15)] == [
         "999 operations", "5.4 MFLOP", "12 TFLOP", "850 TFLOP", "2 PFLOP",
