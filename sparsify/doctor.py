@@ -102,7 +102,7 @@ class Report:
 def examine() -> Report:
     """Look at everything; takes a few seconds, most of them to import torch."""
     findings = [*python_findings(), *package_findings(), *trap_findings(TRAP), *plugin_findings(os.environ)]
-    findings += [*cpu_findings(), *gpu_findings(), *compiler_findings(), *native_findings()]
+    findings += [*cpu_findings(), *gpu_findings(), *compute_findings(), *compiler_findings(), *native_findings()]
     findings += [*backend_findings(), *cache_findings()]
     return Report(findings)
 
@@ -310,6 +310,19 @@ def gpu_findings() -> list[Finding]:
         status: Status = "ok" if capability >= SPARSE_TENSOR_CORES else "note"
         findings.append(Finding("gpu", torch.cuda.get_device_name(index), status, detail))
     return findings
+
+
+def compute_findings() -> list[Finding]:
+    """The type that models are computed in here; measured in milliseconds where that was not done yet."""
+    try:
+        from sparsify.compute import FORCE, choose
+
+        chosen = choose(measure=True)
+    except (ImportError, OSError, RuntimeError):
+        return []  # torch: its own finding says so
+    except SparsifyError as error:
+        return [Finding("cpu", "computes in", "broken", str(error), f"unset {FORCE}" if FORCE in str(error) else None)]
+    return [Finding("cpu", "computes in", "ok", f"{chosen.name}: {chosen.why}")]
 
 
 def compiler_findings() -> list[Finding]:

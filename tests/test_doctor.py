@@ -138,6 +138,18 @@ def test_a_back_end_may_describe_itself(monkeypatch: pytest.MonkeyPatch) -> None
     assert (findings["absent"].status, findings["absent"].detail) == ("note", "needs a compiler")
 
 
+def test_the_type_to_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIFY_COMPUTE", "float32")
+    (finding,) = doctor.compute_findings()
+    assert (finding.status, finding.detail) == ("ok", "float32: SPARSIFY_COMPUTE asks for it")
+    monkeypatch.setenv("SPARSIFY_COMPUTE", "int3")
+    (finding,) = doctor.compute_findings()
+    assert finding.status == "broken" and finding.fix == "unset SPARSIFY_COMPUTE"
+    monkeypatch.delenv("SPARSIFY_COMPUTE")
+    (finding,) = doctor.compute_findings()
+    assert finding.status == "ok" and finding in doctor.examine().findings
+
+
 def test_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "not" / "yet" / "there"))
     assert doctor.cache_findings()[0].status == "ok"

@@ -109,7 +109,8 @@ def training_in_words(training: dict[str, Any]) -> str:
 def _calibration(calibration: dict[str, Any]) -> str:
     if not calibration["tokens"]:
         return "none, the passes need no data"
-    return f"{calibration['samples']} x {calibration['sequence_length']} tokens from {sources_in_words(calibration)}"
+    computed = f", computed in {calibration['computed_in']}" if calibration.get("computed_in") else ""
+    return f"{calibration['samples']} x {calibration['sequence_length']} tokens from {sources_in_words(calibration)}{computed}"
 
 
 def shown_perplexity(perplexity: float | None) -> str:

@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from sparsify.compiler.card import head_note, model_card
 from sparsify.compiler.run import CARD, METRICS, RECIPE, json_text
+from sparsify.compute import choose
 from sparsify.data import calibration_tokens, check_sources
-from sparsify.data.writer import open_writer
+from sparsify.data.writer import open_writer, writer_key
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.files import cache_directory
 from sparsify.formats.directory import CheckpointWriter
@@ -83,7 +83,8 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
     checkpoint = open_checkpoint(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
-        model = open_writer(checkpoint.directory, torch.bfloat16)
+        dtype = choose(measure=True).dtype
+        model = open_writer(checkpoint.directory, dtype)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{source}: transformers cannot load this model to run it on text ({str(error).splitlines()[0]}); "
@@ -94,7 +95,7 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
         tokenizer,
         lambda: model,
         cache_dir=cache_directory() / "calibration",
-        key=checkpoint.fingerprint(),
+        key=writer_key(checkpoint, dtype),
         quiet=quiet,
     )
     H: Tensor | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,10 @@ import torch
 from rich.table import Table
 
 from sparsify.compiler.depth import SEARCHED_ROWS, PlannedDepth, plan_depth
+from sparsify.compiler.operations import SOLVER, count_operations, in_words
 from sparsify.compiler.training import PlannedTraining, Shortened, plan_training
+from sparsify.compute import Choice, for_model, for_precision, rates
+from sparsify.distributed import device
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.directory import CompressedCheckpoint, open_compressed
@@ -19,12 +22,12 @@ from sparsify.model.blocks import ROUTER, BlockModel, find_blocks, meta_model, o
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.head import OutputHead, find_head
 from sparsify.model.linear import LinearWeights
-from sparsify.model.walk import TOKENS_PER_MICRO_BATCH
 from sparsify.passes.compress import Scheme
 from sparsify.passes.head import head_problem, head_scheme
 from sparsify.recipe import Depth, Prune, Quantize, Recipe, ignored_by
-from sparsify.recipe.sources import sources_in_words
+from sparsify.recipe.sources import SELF, sources_in_words
 
+OVERHEAD = 2.5  # a walk takes so many times as long as its products alone would
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,12 +79,22 @@ class PlannedHead:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on disk before and after, the memory that the run needs at least, and its arithmetic in multiply-adds."""
+    """Bytes on disk before and after, the memory that the run needs at least, and its arithmetic without training passes.
+
+    operations: by part, as `operations.count_operations` counts them; a multiply-add is two
+    """
 
     dense_bytes: int
     output_bytes: int
     memory_bytes: int
-    multiply_adds: int
+    operations: dict[str, int]
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(self.operations.values()) // 2
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "multiply_adds": self.multiply_adds}
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,16 @@ class Plan:
         return self.recipe.tune is not None or any(scheme.needs_data for scheme in solved)
 
     @property
+    def compute(self) -> Choice:
+        """The type that the model is computed in, as it suits this machine or the run that is going on."""
+        return for_model(self.checkpoint.dtypes())
+
+    @property
+    def computes(self) -> bool:
+        """Whether the model runs at all: data-free passes only look at weights."""
+        return self.needs_data or bool(self.training) or (self.depth is not None and self.depth.settings.needs_data)
+
+    @property
     def needs_twin(self) -> bool:
         return self.recipe.tune is not None or any(scheme.correction > 0 for scheme in self.schemes.values())
 
@@ -136,7 +159,7 @@ class Plan:
         return {**kept, **self.other_dense}
 
     def estimate(self) -> Estimate:
-        """Sizes are exact up to file headers, without a depth pass; memory and arithmetic are those of the walk."""
+        """Sizes are exact up to file headers, without a depth pass; memory is that of the part that needs most."""
         dense = self.checkpoint.nbytes()
         share = 1.0 if self.depth is None else self.depth.share
         saved = sum(
@@ -155,24 +178,24 @@ class Plan:
             sum(p.numel() for p in self.model.block(i).parameters()) * self.model.dtype.itemsize for i in range(blocks)
         )
         tokens = self.recipe.calibration.samples * self.recipe.calibration.sequence_length
-        depth_work = self._depth_multiply_adds(tokens)
+        operations = count_operations(self)
         if not self.needs_data:
-            return Estimate(dense, dense - saved, max(3 * block_bytes, self._training_bytes()), depth_work)
+            return Estimate(dense, dense - saved, max(3 * block_bytes, self._training_bytes()), operations)
         streams = 2 if self.needs_twin else 1
         widest = max(p.shape[1] for p in self.linears.values())
         hidden = min(p.shape[1] for p in self.linears.values())
-        outside = sum(self.checkpoint.info(name).nbytes for name in self.model.source_names(None))
+        outside = sum(math.prod(self.checkpoint.shape(name)) for name in self.model.source_names(None))
+        outside *= self.model.dtype.itemsize
         activations = streams * tokens * (3 * hidden + widest) * self.model.dtype.itemsize
         memory = outside + 3 * block_bytes + activations + 6 * widest * widest * 4
-        forward = streams * tokens * sum(p.weights for p in self.linears.values())
-        inputs = {
-            (p.block, p.module.rpartition(".")[0], p.shape[1]): p.shape[1] for p in self.linears.values() if p.scheme
-        }
-        hessians = streams * tokens * sum(k * k for k in inputs.values())
-        epochs = 0 if self.recipe.tune is None else self.recipe.tune.epochs
-        tuning = 3 * epochs * forward // streams  # forward, and backward to inputs and to weights
-        work = depth_work + round(share * (forward + hessians + tuning))
-        return Estimate(dense, dense - saved, max(memory, self._training_bytes()), work)
+        most = max(memory, self._writing_bytes(), self._training_bytes())
+        return Estimate(dense, dense - saved, most, operations)
+
+    def _writing_bytes(self) -> int:
+        """Of a model that writes its own text: all of its weights at once, beside the keys and values of a few rows."""
+        if all(source != SELF for source, _ in self.recipe.calibration.mixture):
+            return 0
+        return sum(p.numel() for p in self.model.model.parameters()) * self.compute.dtype.itemsize
 
     def _files_of(self, block: int) -> list[str]:
         """The tensors of the files that belong to a block, in whatever format they are."""
@@ -181,7 +204,7 @@ class Plan:
         prefix = self.model.blocks[block] + "."
         return [name for name in self.checkpoint.names() if name.startswith(prefix)]
 
-    def _depth_multiply_adds(self, tokens: int) -> int:
+    def depth_multiply_adds(self, tokens: int) -> int:
         """A forward pass for a method that scores blocks of layers; FinerCut runs half the model for every candidate."""
         if self.depth is None or not self.depth.settings.needs_data:
             return 0
@@ -213,7 +236,8 @@ class Plan:
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
-            "estimate": vars(estimate),
+            "compute": self.compute.to_json() if self.computes else None,
+            "estimate": estimate.to_json(),
         }
 
     def _training_multiply_adds(self, planned: PlannedTraining) -> int:
@@ -224,23 +248,25 @@ class Plan:
 
     def _describe_training(self, planned: PlannedTraining) -> str:
         work = self._training_multiply_adds(planned)
-        return planned.describe() + (f"; about {_minutes(work, torch.bfloat16)} on this machine" if work else "")
+        precision = for_precision(planned.settings.precision)
+        return planned.describe() + (f"; {_time({planned.settings.kind: 2 * work}, precision)}" if work else "")
 
     def _training_bytes(self) -> int:
-        """Weights, gradients and two moments in float32, the weights of the products and the teacher in bfloat16, and what
-        the backward pass of one micro-batch needs of the forward pass: a few dozen vectors per token and block."""
+        """Weights, gradients and two moments in float32, the weights of the products and the teacher in their precision, and
+        what the backward pass of one micro-batch needs of the forward pass: a few dozen vectors per token and block."""
         if not self.training:
             return 0
         weights = sum(p.weights for p in self.linears.values())
         hidden, widest = (pick(p.shape[1] for p in self.linears.values()) for pick in (min, max))
-        per_token = 2 * (20 * hidden + 10 * widest)
-        activations = 0
+        most = activations = 0
         for planned in self.training:
             settings = planned.settings
             tokens = (settings.micro_batch_size or settings.batch_size) * settings.sequence_length
             depth = 1 if settings.gradient_checkpointing else len(self.model.blocks)
-            activations = max(activations, tokens * per_token * depth)
-        return 20 * weights + 8 * self.model.head_weights() + activations
+            itemsize = for_precision(settings.precision).itemsize
+            most = max(most, itemsize)
+            activations = max(activations, tokens * itemsize * (20 * hidden + 10 * widest) * depth)
+        return (16 + 2 * most) * weights + (4 + 2 * most) * self.model.head_weights() + activations
 
     @property
     def _is_dense(self) -> bool:
@@ -289,11 +315,8 @@ class Plan:
         table.caption = (
             f"{how}; {estimate.dense_bytes / 1e6:.0f} MB become {estimate.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
             f"memory about {estimate.memory_bytes / 1e9:.1f} GB"
-            + (
-                f", time about {_minutes(estimate.multiply_adds, self.model.dtype)} on this machine"
-                if estimate.multiply_adds
-                else ""
-            )
+            + (f", {_time(estimate.operations, self.compute.dtype)}" if estimate.operations else "")
+            + (f"\n{self.compute.describe()}" if self.computes else "")
             + "".join(f"\nthen {self._describe_training(planned)}" for planned in self.training)
         )
         return table
@@ -496,15 +519,22 @@ def _stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> 
     return int(n * k * kept * scheme.bits / 8) + positions + scales
 
 
-def _minutes(multiply_adds: int, dtype: torch.dtype) -> str:
-    """How long so much arithmetic takes at the speed of a short matrix product here, with the measured overhead of a walk."""
-    a = torch.ones(TOKENS_PER_MICRO_BATCH, 1024, dtype=dtype)
-    b = torch.ones(1024, 1024, dtype=dtype)
-    a @ b
-    start = time.perf_counter()
-    rounds = 3
-    for _ in range(rounds):
-        a @ b
-    speed = rounds * a.numel() * 1024 / (time.perf_counter() - start)
-    minutes = 2.5 * multiply_adds / speed / 60
-    return f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(minutes * 60))} seconds"
+def _time(operations: Mapping[str, int], dtype: torch.dtype) -> str:
+    """How long so much arithmetic takes at the speed of matrix products that was once measured here, with the overhead that a
+    walk was seen to have. Measures nothing: where no speed is known yet, the operations themselves are shown.
+
+    operations: by part; the solver's are in float32, all others in `dtype`
+    """
+    count = in_words(sum(operations.values()))
+    if device() != "cpu":
+        return f"{count} on the GPU"
+    measured = rates()
+    if measured is None:
+        return f"{count} (how long that takes is known after the first `apply` or `sparsify doctor` on this machine)"
+    seconds = (
+        sum(work / measured.of(torch.float32 if part in SOLVER else dtype) for part, work in operations.items())
+        / torch.get_num_threads()
+    )
+    minutes = OVERHEAD * seconds / 60
+    time = f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(minutes * 60))} seconds"
+    return f"{count}, about {time} on this machine"

@@ -18,13 +18,14 @@ from rich.table import Table
 from torch import Tensor
 
 from sparsify import __version__
+from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed, summing
 from sparsify.compiler.card import head_in_words, head_note, model_card, shown_perplexity, training_in_words
 from sparsify.compiler.depth import describe_note, shorten
 from sparsify.compiler.plan import Plan, PlannedHead, make_plan
 from sparsify.compiler.train import ADAPTER, train_stage
 from sparsify.compiler.training import Shortened
 from sparsify.data import calibration_tokens
-from sparsify.data.writer import open_writer
+from sparsify.data.writer import open_writer, writer_key
 from sparsify.distributed import (
     device,
     gathered,
@@ -56,6 +57,8 @@ CARD = "README.md"
 RECIPE = "recipe.yaml"
 OUTER = "outside"
 DEPTH_NOTE = "depth.json"
+BEFORE_DEPTH, SHORTENED = "before-depth", "depth"  # directories: the model compressed, and what is left of its layers
+CALIBRATION = "calibration.safetensors"
 
 Evaluate = Callable[[Path], dict[str, Any]]
 """Measures a finished directory; what it returns goes into metrics.json and the model card."""
@@ -125,15 +128,47 @@ def apply(
     if recipe.model != model:
         recipe = recipe.model_copy(update={"model": model})
     with main_first():
-        plan = make_plan(recipe, model)
+        arithmetic = begin(partial_directory(output), resume or not is_main())  # the main process has kept it by then
+        with arithmetic.in_force():
+            plan = make_plan(recipe, model)
         identity = dump_recipe(resumable(recipe))
         writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume=resume, identity=identity)
         finished = writer.parts()
-    notes = _Notes(writer.work / "notes")
+        if is_main():
+            arithmetic = _kept(arithmetic, plan, writer, identity, resume)
     wait_for_all()  # nobody writes a part before everybody knows which ones were there
+    with announced(arithmetic, plan, quiet).in_force():
+        return _run(start, plan, writer, finished, resume, quiet, evaluate, spill)
+
+
+def _kept(arithmetic: Arithmetic, plan: Plan, writer: CheckpointWriter, identity: str, resume: bool) -> Arithmetic:
+    """Write into the work directory what the run computes in, complete, once nothing of another run is left there."""
+    if plan.depth is not None:
+        _same_run(writer.work, identity, resume)
+    if not resume:
+        (writer.work / CALIBRATION).unlink(missing_ok=True)  # of a run that was killed before its first part
+    if plan.needs_data:
+        arithmetic = arithmetic.for_statistics()
+    arithmetic.keep(writer.work)
+    return arithmetic
+
+
+def _run(
+    start: float,
+    plan: Plan,
+    writer: CheckpointWriter,
+    finished: set[str],
+    resume: bool,
+    quiet: bool,
+    evaluate: Evaluate | None,
+    spill: bool,
+) -> Applied:
+    """What `apply` does once everything is checked. start: when it began; finished: names of the parts that were there."""
+    output, recipe = writer.output, plan.recipe
+    notes = _Notes(writer.work / "notes")
     before = _Before(plan)
     if plan.depth is not None:
-        plan, before = _shortened(plan, writer, identity, resume, quiet, spill)
+        plan, before = _shortened(plan, writer, resume, quiet, spill)
         writer.source = plan.checkpoint
     if plan.needs_data and plan.compressed is None:
         _walk(plan, writer, finished, notes, quiet, spill)
@@ -156,6 +191,7 @@ def apply(
         "sparsify": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "compute": computed(before.plan) if before.plan.computes else None,
         "processes": processes(),
         "seconds": round(time.perf_counter() - start, 1),
         "training_seconds": round(trained, 1),
@@ -195,9 +231,7 @@ class _Before:
     head: dict[str, Any] | None = None
 
 
-def _shortened(
-    plan: Plan, writer: CheckpointWriter, identity: str, resume: bool, quiet: bool, spill: bool
-) -> tuple[Plan, _Before]:
+def _shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, spill: bool) -> tuple[Plan, _Before]:
     """Run the recipe up to its depth pass and that pass; give the plan of the rest, on the shortened model.
 
     Both results lie in the work directory; a resumed run finds them finished.
@@ -206,10 +240,8 @@ def _shortened(
     assert depth is not None
     model = plan.checkpoint.spec
     before, after = plan.recipe.around_depth()
-    compressed, short = writer.work / "before-depth", writer.work / "depth"
+    compressed, short = writer.work / BEFORE_DEPTH, writer.work / SHORTENED
     with main_first():
-        if is_main():
-            _same_run(writer.work, [compressed, partial_directory(compressed), short], identity, resume)
         tokens = _tokens(plan, writer, quiet) if depth.needs_data or plan.needs_data else None
     errors: dict[str, float] = {}
     head: dict[str, Any] | None = None
@@ -239,9 +271,10 @@ def _shortened(
     return rest, _Before(plan, note, _renamed(plan, rest, note["layers"], errors), head)
 
 
-def _same_run(work: Path, made: Sequence[Path], identity: str, resume: bool) -> None:
+def _same_run(work: Path, identity: str, resume: bool) -> None:
     """Refuse what another run left of its depth pass."""
     file = work / "depth-recipe.yaml"
+    made = [work / BEFORE_DEPTH, partial_directory(work / BEFORE_DEPTH), work / SHORTENED]
     if any(directory.exists() for directory in made) and file.exists():
         if not resume:
             raise CheckpointError(
@@ -281,7 +314,7 @@ def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Note
     if spill:
         folder.mkdir(exist_ok=True)
     walk = Walk(plan.model, tokens, plan.needs_twin, folder if spill else None, device())
-    with progress_bar("compressing", len(blocks) + (head is not None), quiet=quiet) as bar:
+    with summing(), progress_bar("compressing", len(blocks) + (head is not None), quiet=quiet) as bar:
         for index, block in enumerate(blocks):
             if _part(index) in finished:
                 bar.describe(f"resuming through {block}")
@@ -517,7 +550,7 @@ def _part(index: int) -> str:
 
 def _tokens(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:
     """The calibration tokens [samples, sequence]; a resumed run uses those of the first one, whatever became of their source."""
-    file = writer.work / "calibration.safetensors"
+    file = writer.work / CALIBRATION
     if file.exists():
         read_header(file)
         from safetensors.torch import load_file
@@ -525,14 +558,14 @@ def _tokens(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:
         return load_file(file)["tokens"]
     from transformers import AutoTokenizer
 
-    directory = plan.checkpoint.directory
+    directory, dtype = plan.checkpoint.directory, plan.compute.dtype
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokens = calibration_tokens(
         plan.recipe.calibration,
         tokenizer,
-        lambda: open_writer(directory, plan.model.dtype),
+        lambda: open_writer(directory, dtype),
         cache_dir=cache_directory() / "calibration",
-        key=plan.checkpoint.fingerprint(),
+        key=writer_key(plan.checkpoint, dtype),
         quiet=quiet,
     )
     aside = file.with_suffix(".partial")
@@ -637,6 +670,7 @@ def _metrics(plan: Plan, notes: _Notes, writer: CheckpointWriter, before: _Befor
         "calibration": {
             **calibration.model_dump(mode="json"),
             "tokens": calibration.samples * calibration.sequence_length if _reads_text(plan, whole) else 0,
+            "computed_in": whole.compute.name if _reads_text(plan, whole) else None,
         },
         "layers": layers,
         "tuning": [note["tuning"] for note in found] if plan.recipe.tune is not None else None,

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from sparsify.compiler.training import PlannedTraining
+from sparsify.compute import for_precision
 from sparsify.data import calibration_tokens
 from sparsify.data.chat import conversation_rows
-from sparsify.data.writer import open_writer
+from sparsify.data.writer import open_writer, writer_key
 from sparsify.distributed import device, is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CalibrationError, CheckpointError
 from sparsify.files import atomic_write, cache_directory, publish
@@ -38,7 +39,6 @@ from sparsify.recipe import Calibration, Distill, Finetune, Lora
 from sparsify.recipe.sources import SELF
 
 ADAPTER = "adapter"  # folder of an output directory
-PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass
@@ -146,6 +146,7 @@ def train_stage(
     summary = {
         "kind": settings.kind,
         "method": settings.method,
+        "precision": str(for_precision(settings.precision)).removeprefix("torch."),
         "steps": steps,
         "rows": len(rows),
         "tokens": planned.tokens if planned.tokens is not None else _tokens(rows, steps * settings.batch_size),
@@ -174,7 +175,7 @@ def prepare(
             opened.model.gradient_checkpointing_enable()
         return (
             opened,
-            Student(opened.model, settings.weights, settings.temperature, PRECISIONS[settings.precision]),
+            Student(opened.model, settings.weights, settings.temperature, for_precision(settings.precision)),
             groups,
         )
     for linear in opened.linears.values():
@@ -182,7 +183,7 @@ def prepare(
     groups = trainable_parameters(opened.model, opened.linears, settings.train, opened.dtypes)
     if settings.gradient_checkpointing:
         opened.model.gradient_checkpointing_enable()
-    student = Student(opened.model, settings.weights, settings.temperature, PRECISIONS[settings.precision])
+    student = Student(opened.model, settings.weights, settings.temperature, for_precision(settings.precision))
     return opened, student, groups
 
 
@@ -204,7 +205,7 @@ def place_adapters(opened: OpenedStudent, settings: Lora) -> list[nn.Parameter]:
         merge=merge,
         quantized_base=settings.quantized_base,
         quantize_in_loop=settings.quantize_in_loop,
-        dtype=PRECISIONS[settings.precision],
+        dtype=for_precision(settings.precision),
         seed=settings.seed,
     )
     opened.linears = placed if merge else {}
@@ -299,9 +300,9 @@ def text_tokens(asked: Calibration, settings: Distill, writes: Checkpoint, quiet
         return calibration_tokens(
             asked,
             AutoTokenizer.from_pretrained(writes.directory),
-            lambda: open_writer(writes.directory, PRECISIONS[settings.precision]),
+            lambda: open_writer(writes.directory, for_precision(settings.precision)),
             cache_dir=cache_directory() / "calibration",
-            key=writes.fingerprint(),
+            key=writer_key(writes, for_precision(settings.precision)),
             quiet=quiet,
         )
     except CalibrationError as error:
@@ -324,7 +325,7 @@ def open_teacher(planned: PlannedTraining, device: str) -> Teacher:
     assert planned.teacher is not None
     settings = planned.settings
     with without_bars():
-        model = AutoModelForCausalLM.from_pretrained(planned.teacher.directory, dtype=PRECISIONS[settings.precision])
+        model = AutoModelForCausalLM.from_pretrained(planned.teacher.directory, dtype=for_precision(settings.precision))
     model.to(device)
     weights = settings.weights
     return Teacher(model, feature=weights.feature > 0, logits=weights.logits > 0, blocks=planned.teacher_blocks)

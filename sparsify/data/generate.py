@@ -22,7 +22,9 @@ from sparsify.progress import progress_bar
 CACHE_BYTES = 2 << 30  # keys and values of one batch stay below this
 MAX_BATCH = 128
 GPU_FACTOR = 4  # on a GPU both bounds are so many times higher: a step of 128 rows of a small model leaves it idle
-WORK_PER_THREAD = 4e9  # multiply-adds of one step below which a further thread waits more than it computes
+# Multiply-adds of one step below which a further thread waits more than it computes: in 16 bits with fast products, and in
+# float32, where a core takes at least four times as long for each.
+WORK_PER_THREAD = {2: 4e9, 4: 1e9}
 CPU = torch.device("cpu")
 DRAW_ROWS = 16  # rows drawn at once: bounds the float64 copies of the vocabulary
 
@@ -120,12 +122,12 @@ def sample_rows(
     """
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(scripts), sequence_length, generator=generator, dtype=torch.float64)
-    place = next(model.parameters()).device
-    batches = draws.split(batch_size(model.config, len(scripts), sequence_length, place))
+    some = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    batches = draws.split(batch_size(model.config, len(scripts), sequence_length, some.device, some.dtype.itemsize))
     rows = iter(zip(scripts, temperatures or [Temperature()] * len(scripts), strict=True))
     was_training, threads = model.training, torch.get_num_threads()
     model.eval()
-    torch.set_num_threads(useful_threads(threads, len(batches[0]) * model.num_parameters()))
+    torch.set_num_threads(useful_threads(threads, len(batches[0]) * model.num_parameters(), some.dtype))
     try:
         with progress_bar("sampling calibration text", total=len(batches) * sequence_length, quiet=quiet) as bar:
             written = [
@@ -138,14 +140,16 @@ def sample_rows(
     return torch.cat([tokens for tokens, _ in written]), torch.cat([likelihood for _, likelihood in written])
 
 
-def useful_threads(available: int, work: float) -> int:
+def useful_threads(available: int, work: float, dtype: torch.dtype = torch.bfloat16) -> int:
     """Threads for a step of so many multiply-adds. A step is hundreds of short kernels, and threads meet after each: with
     another process on the same cores, two threads took seven times as long as one for 32 rows of a 135M model."""
-    return max(1, min(available, int(work / WORK_PER_THREAD)))
+    return max(1, min(available, int(work / WORK_PER_THREAD[min(dtype.itemsize, 4)])))
 
 
-def batch_size(config: Any, samples: int, sequence_length: int, device: torch.device = CPU) -> int:
+def batch_size(config: Any, samples: int, sequence_length: int, device: torch.device = CPU, itemsize: int = 2) -> int:
     """As many rows at once as keep the keys and values of a batch within bounds, split evenly.
+
+    itemsize: bytes of one of their numbers
 
     On a GPU the bounds are higher, as far as half of its free memory goes."""
     most, room = MAX_BATCH, CACHE_BYTES
@@ -154,7 +158,7 @@ def batch_size(config: Any, samples: int, sequence_length: int, device: torch.de
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    row = 2 * 2 * text.num_hidden_layers * heads * head * sequence_length
+    row = 2 * itemsize * text.num_hidden_layers * heads * head * sequence_length
     batches = -(-samples // max(1, min(most, room // row)))
     return -(-samples // batches)
 

@@ -6,8 +6,14 @@ from typing import Any
 import torch
 
 from sparsify.distributed import device
+from sparsify.model.checkpoint import Checkpoint
 
 SHARE_OF_GPU = 0.5  # of its free memory that the weights may take; the rest is for keys and values
+
+
+def writer_key(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
+    """What decides a text that this model writes, for `calibration_tokens`: its checkpoint, and the type it computes in."""
+    return f"{checkpoint.fingerprint()} {dtype}"
 
 
 def open_writer(directory: Path, dtype: torch.dtype) -> Any:

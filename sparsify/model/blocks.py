@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify import compute
 from sparsify.errors import CheckpointError
 from sparsify.model.checkpoint import Checkpoint
 
@@ -201,7 +202,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
 def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> BlockModel:
     """Build the model of a checkpoint on the meta device, with the rules of where each tensor goes.
 
-    dtype: what to compute in; default bfloat16 for a bfloat16 checkpoint and float32 otherwise.
+    dtype: what to compute in; default as `compute.for_model` chooses for this machine or the run that is going on.
     """
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "an unknown method")
@@ -209,8 +210,7 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blo
             f"{checkpoint.spec} is compressed already ({method}); give the dense model it was made from"
         )
     if dtype is None:
-        stored = {checkpoint.dtype(name) for name in checkpoint.names()}
-        dtype = torch.bfloat16 if torch.bfloat16 in stored else torch.float32
+        dtype = compute.for_model(checkpoint.dtypes()).dtype
     model = meta_model(checkpoint, dtype)
     blocks = find_blocks(model)
     opened = BlockModel(checkpoint, model, blocks, source_map(model, checkpoint), dtype)

@@ -153,6 +153,10 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         return self.info(name).dtype
 
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of all tensors of the files."""
+        return {info.dtype for info in self.infos.values()}
+
     def tensor(self, name: str) -> Tensor:
         """Read one tensor from the disk."""
         info = self.info(name)

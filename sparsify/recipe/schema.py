@@ -426,8 +426,9 @@ class _Training(_Pass):
         default=True,
         description="train what quantization makes of the weights, scales too; false rounds once, at the end",
     )
-    precision: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="of matrix products; parameters are always float32"
+    precision: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="of matrix products; parameters are always float32. auto: bfloat16 where the processor is fast at it",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="keep one activation per block and compute the rest again: less memory, more time"

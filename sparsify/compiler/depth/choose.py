@@ -184,7 +184,7 @@ class _Record:
         self.units = search.units
         protected = sorted((s.block, s.position) for s in search.protected)
         text = hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
-        measured = (settings.metric, settings.units, protected, search.model.device)
+        measured = (settings.metric, settings.units, protected, search.model.device, str(source.model.dtype))
         key = repr((VERSION, source.model.checkpoint.fingerprint(), text, *measured))
         self.path = cache_directory() / "finercut" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         self.known = self._read(set(search.kept))

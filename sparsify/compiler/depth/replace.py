@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ def replace_block(settings: Depth, source: Source, choice: Choice, tokens: Tenso
         return lambda step, steps: bar.describe(f"depth: {what}, step {step} of {steps}")
 
     tuned = train_replacement(block, linears, samples, tuning, LOSSES[settings.loss], structure, said("replacement"))
+    tuned = _as_stored(tuned, source, first)
     note: dict[str, Any] = {
         "kind": settings.replacement,
         "loss": settings.loss,
@@ -72,6 +74,7 @@ def replace_block(settings: Depth, source: Source, choice: Choice, tokens: Tenso
             epochs=settings.llm_epochs, learning_rate=settings.learning_rate / 5, batch=settings.batch_size, seed=seed
         )  # fmt: skip
         better = train_replacement(block, tuned.linears, taught, tuning, loss, structure, said("next-token loss"))
+        better = _as_stored(better, source, first)
         tuned = Tuned(better.linears, tuned.others | better.others, better.before, better.after, better.steps)
         note["next_token"] = {"before": better.before, "after": better.after, "steps": better.steps}
     for index in range(len(model.blocks)):
@@ -79,6 +82,13 @@ def replace_block(settings: Depth, source: Source, choice: Choice, tokens: Tenso
     layer = Layer(first if settings.replacement == "layer" else None, first)
     layers = [*choice.layers[:first], layer, *choice.layers[first:]]
     return Choice(choice.kept, layers, choice.note | {"replacement": note}, {first: tuned})
+
+
+def _as_stored(tuned: Tuned, source: Source, block: int) -> Tuned:
+    """Round what was trained beside the linears to what the files will hold, so that what is compared is what is written."""
+    prefix = source.model.blocks[block] + "."
+    others = {name: source.as_stored(prefix + name, tensor).to(tensor.dtype) for name, tensor in tuned.others.items()}
+    return dataclasses.replace(tuned, others=others)
 
 
 @torch.no_grad()

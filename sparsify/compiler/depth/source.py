@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify import compute
 from sparsify.distributed import device
 from sparsify.formats.directory import CompressedCheckpoint, open_compressed
 from sparsify.model.blocks import BlockModel, find_blocks, meta_model, target_names
@@ -24,9 +25,10 @@ PROBE = 32  # tokens on which structures are found, and the shortened model is c
 
 @dataclass(frozen=True)
 class _Decoded(Checkpoint):
-    """A compressed checkpoint whose linears are read as dense matrices."""
+    """A compressed checkpoint whose linears are read as dense matrices in `computed_in`."""
 
     compressed: CompressedCheckpoint | None = None
+    computed_in: torch.dtype = torch.float32
 
     def names(self) -> list[str]:
         assert self.compressed is not None
@@ -37,7 +39,7 @@ class _Decoded(Checkpoint):
         assert self.compressed is not None
         module, _, last = name.rpartition(".")
         if last == "weight" and module in self.compressed.modules:
-            return self.compressed.linear(module).dense()
+            return self.compressed.linear(module).dense(self.computed_in)
         return super().tensor(name)
 
 
@@ -53,7 +55,7 @@ class Source:
         return self.compressed.checkpoint
 
     def linears(self, block: int) -> dict[str, LinearWeights]:
-        """The linears of a loaded block by their names in it: compressed where the files have them so, else 16-bit."""
+        """The linears of a loaded block by their names in it: compressed where the files have them so, else as stored."""
         prefix = self.model.blocks[block] + "."
         stored = {self.model.sources[f"{m}.weight"][0].removesuffix(".weight"): m for m in self.compressed.modules}
         found = {}
@@ -63,20 +65,27 @@ class Source:
                 self.compressed.linear(module)
                 if module is not None
                 else LinearWeights(
-                    16, "dense", linear.in_features, values=linear.weight.clone(),
-                    bias=None if linear.bias is None else linear.bias.clone(),
+                    16, "dense", linear.in_features, values=self.as_stored(f"{prefix}{name}.weight", linear.weight),
+                    bias=None if linear.bias is None else self.as_stored(f"{prefix}{name}.bias", linear.bias),
                 )
             )  # fmt: skip
         return found
+
+    def as_stored(self, parameter: str, value: Tensor) -> Tensor:
+        """A copy of a parameter's value in the type that its tensor has in the files, whatever the model computes in.
+
+        What transformers assembles from several tensors keeps its type."""
+        source = self.model.source_of(parameter)
+        known = source is not None and source in self.checkpoint.infos
+        return value.detach().to(self.checkpoint.dtype(source) if known else value.dtype, copy=True)  # type: ignore[arg-type]
 
 
 def open_source(spec: str | Path) -> Source:
     """Open a model of any format, dense or compressed, to be run block by block."""
     compressed = open_compressed(spec)
     checkpoint = compressed.checkpoint
-    stored = {checkpoint.dtype(name) for name in checkpoint.names()}
-    dtype = torch.bfloat16 if torch.bfloat16 in stored else torch.float32
-    decoded = _Decoded(checkpoint.spec, checkpoint.directory, compressed)
+    dtype = compute.for_model(checkpoint.dtypes()).dtype
+    decoded = _Decoded(checkpoint.spec, checkpoint.directory, compressed, dtype)
     meta: Any = meta_model(checkpoint, dtype)
     return Source(compressed, BlockModel(decoded, meta, find_blocks(meta), target_names(meta, decoded.names()), dtype))
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify import compute
 from sparsify.distributed import gathered, processes, rank, sum_over_all
 from sparsify.errors import NumericalError
 from sparsify.model.blocks import BlockCall, join_calls, run_block
@@ -99,11 +100,13 @@ def tune_block(
     linears: its compressed linears by their names inside the block
     samples: of several processes each has every nth; all come to the same result
     loss:    of outputs [B, T, d] and what the samples want, summed over B
+    Products are computed in the type of the run that is going on, or of this machine.
     Raises NumericalError when the loss is NaN or infinite before a single step.
     """
     student = copy.deepcopy(block).float()
     trained = make_trainable(student, {name: linear for name, linear in linears.items() if not linear.is_zero()})
     mine = {position * processes() + rank(): sample for position, sample in enumerate(samples)}
+    dtype = compute.choose().dtype
     training, held_out = _split(sum(gathered(len(samples))), settings.holdout)
 
     def loss_of(numbers: Sequence[int]) -> Tensor | None:
@@ -112,7 +115,7 @@ def tune_block(
         if not batch:
             return None
         entering = torch.cat([sample.entering for sample in batch]).float()
-        with torch.autocast(entering.device.type, dtype=torch.bfloat16):
+        with torch.autocast(entering.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             output = run_block(student, entering, join_calls([sample.call for sample in batch]))
         return loss(output, torch.cat([sample.wanted for sample in batch]))
 

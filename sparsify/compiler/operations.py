@@ -1,0 +1,179 @@
+"""The arithmetic of a run, counted from its plan before anything runs: what its time can be held against.
+
+A multiply-add counts as two operations. Only what the methods need is counted, in the formulas beside each part: a symmetric
+product on one triangle, causal attention without the pairs that the mask removes, the solver without the passes that only
+move data. Norms, activation functions, softmax, sampling, the reading of weights and the packing of codes are not counted:
+they are a few operations per token and feature or per weight, where products have hundreds. Of fused experts nothing is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparsify.passes.compress import Scheme
+from sparsify.passes.head import ROWS
+from sparsify.passes.prune.alps import ITERATIONS
+from sparsify.passes.quantize.grid import SHRINK
+from sparsify.passes.refine import PANEL
+from sparsify.recipe.schema import SelfText
+from sparsify.recipe.sources import SELF
+
+if TYPE_CHECKING:
+    from sparsify.compiler.plan import Plan, Planned
+
+SOLVER = ("masks", "sweep", "refine", "errors")  # parts that are computed in float32 whatever the model is computed in
+TRY_SCALE = 7  # operations per weight and clipping ratio: divide, round, two clamps, multiply, subtract, square-and-add
+CHOOSE_TWO = 100  # per weight and pass: 12 ordered supports of every four inputs, each about 32 operations
+CHOOSE_ONE = 12  # per weight and pass, where the mask is fixed: the better value and whether it helps
+EIGEN = 9  # times K^3: a symmetric eigenproblem with its vectors (Golub and Van Loan, Matrix Computations, section 8.3)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read one tensor. shapes: (outputs N, inputs K) with what is to become of each; K is the same for all."""
+
+    members: tuple[tuple[tuple[int, int], Scheme], ...]
+
+    @property
+    def inputs(self) -> int:
+        return self.members[0][0][1]
+
+
+def count_operations(plan: Plan) -> dict[str, int]:
+    """Operations of every part of a run up to its training passes; parts that a recipe does not have are left out.
+
+    "self-written text": what the model computes to write its calibration text, where that is not in the cache yet
+    "walk": both streams through the blocks; "statistics": X'X and Xd'X of every group, and X'X of the head
+    "masks", "sweep", "refine", "errors": the solver, linears and head together; "tune": the training of blocks
+    "depth": the scores of a depth pass
+    """
+    tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
+    share = 1.0 if plan.depth is None else plan.depth.share
+    parts: dict[str, float] = {}
+    if plan.needs_data or (plan.depth is not None and plan.depth.settings.needs_data):
+        parts["self-written text"] = _writing(plan)
+    walk = 0.0
+    if plan.needs_data:
+        walk = _forward(plan, tokens)
+        parts["walk"] = share * walk * (2 if plan.needs_twin else 1)
+    for group in groups_of(plan):
+        schemes = [scheme for _, scheme in group.members]
+        if any(scheme.needs_data for scheme in schemes):
+            corrected = any(scheme.correction > 0 for scheme in schemes)
+            _add(parts, {"statistics": share * _statistics(group.inputs, tokens, corrected)})
+        for scheme in dict.fromkeys(schemes):
+            outputs = sum(n for (n, _), own in group.members if own == scheme)
+            _add(parts, {name: share * work for name, work in solving(outputs, group.inputs, scheme).items()})
+    if plan.head is not None:
+        n, k = plan.head.head.shape
+        scheme = plan.head.scheme
+        if scheme.needs_data:
+            _add(parts, {"statistics": _statistics(k, tokens, corrected=False)})
+        for start in range(0, n, ROWS):  # each piece factors the Hessian again
+            piece = min(ROWS, n - start)
+            _add(parts, solving(piece, k, scheme, measured=scheme.needs_data))
+    if plan.recipe.tune is not None:  # forward, and backward to inputs and to weights
+        parts["tune"] = 3 * plan.recipe.tune.epochs * share * walk + share * walk
+    if plan.depth is not None:
+        parts["depth"] = 2.0 * plan.depth_multiply_adds(tokens)
+    return {name: round(work) for name, work in parts.items() if work}
+
+
+def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, float]:
+    """Operations to bring N stacked outputs with K inputs to a scheme, by part. measured: their error is taken afterwards."""
+    weights, cube = n * k, k**3
+    parts: dict[str, float] = {}
+    if scheme.sweeps or scheme.correction > 0:
+        # Cholesky K^3/3, its inverse 2K^3/3, and the factor of that K^3/3; once more in the order of the activations
+        times = 2 if scheme.sweeps and scheme.activation_order else 1
+        parts["sweep"] = times * 4 * cube / 3
+    if scheme.correction > 0:
+        parts["sweep"] += 4 * weights * k  # one product and two triangular solves
+    if scheme.prune == "alps":
+        # the eigenvectors, W H, and two products with them in every iteration
+        parts["masks"] = EIGEN * cube + (2 + 4 * ITERATIONS) * weights * k
+    if scheme.sweeps:
+        parts["sweep"] += weights * k  # every input is repaired by the K/2 after it, on average
+    if (grid := scheme.grid(k)) is not None:
+        ratios = len(SHRINK) if grid.search else 1
+        parts["sweep"] = parts.get("sweep", 0) + TRY_SCALE * ratios * weights
+    if scheme.sweeps and scheme.refine:
+        choice = CHOOSE_TWO if scheme.prune is not None else CHOOSE_ONE
+        group = 0 if grid is None else grid.group_size
+        scales = 2 * weights * (group if group <= 2 * PANEL else PANEL)  # H @ codes inside every group
+        parts["refine"] = 2 * weights * k + scheme.refine * (2 * weights * k + choice * weights + scales)
+    if scheme.needs_data and measured:
+        parts["errors"] = 4 * weights * k  # (W - What) H and W H
+    return parts
+
+
+def _statistics(k: int, tokens: int, corrected: bool) -> float:
+    """X'X on one triangle, and Xd'X in full where the dense model is followed."""
+    return tokens * k * (k + 1) + (2 * tokens * k * k if corrected else 0)
+
+
+def _forward(plan: Plan, tokens: int) -> float:
+    """Operations of one forward pass of the blocks over the calibration tokens."""
+    length = plan.recipe.calibration.sequence_length
+    return 2.0 * tokens * _block_weights(plan) + tokens * len(plan.model.blocks) * _attention(plan, length)
+
+
+def _block_weights(plan: Plan) -> int:
+    return sum(planned.weights for planned in plan.linears.values())
+
+
+def _attention(plan: Plan, length: int) -> float:
+    """Scores and their products with the values: operations per token and block, averaged over a causal sequence."""
+    config: Any = plan.model.model.config
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None) or 0
+    hidden = getattr(text, "hidden_size", 0)
+    width = getattr(text, "head_dim", None) or (hidden // heads if heads else 0)
+    return 4.0 * heads * width * (length + 1) / 2
+
+
+def _writing(plan: Plan) -> float:
+    """What the model computes to write: every token of every candidate row but the last goes through all of it once."""
+    calibration = plan.recipe.calibration
+    candidates = (calibration.self or SelfText()).candidates
+    own = zip(calibration.mixture, calibration.rows, strict=True)
+    rows = sum(math.ceil(count * candidates) for (source, _), count in own if source == SELF)
+    steps = calibration.sequence_length - 1
+    weights = _block_weights(plan) + plan.model.head_weights()
+    return rows * steps * (2.0 * weights + len(plan.model.blocks) * _attention(plan, steps))
+
+
+def groups_of(plan: Plan) -> list[Group]:
+    """The linears to compress by what they read, told by where they stand: those of one parent with as many inputs.
+
+    Of a parent with several linears, the last that writes as many outputs as the model is wide leaves the sublayer, and reads
+    what the others made, even where that is as wide as what they read.
+    """
+    config: Any = plan.model.model.config
+    hidden = getattr(config.get_text_config(decoder=True), "hidden_size", 0)
+    siblings: dict[str, list[Planned]] = {}
+    for planned in plan.linears.values():
+        siblings.setdefault(planned.module.rpartition(".")[0], []).append(planned)
+    groups: dict[tuple[str, int, bool], list[Planned]] = {}
+    for parent, members in siblings.items():
+        leaving = [planned for planned in members if planned.shape[0] == hidden][-1:] if len(members) > 1 else []
+        for planned in members:
+            groups.setdefault((parent, planned.shape[1], planned in leaving), []).append(planned)
+    found = [tuple((p.shape, p.scheme) for p in group if p.scheme is not None) for group in groups.values()]
+    return [Group(members) for members in found if members]
+
+
+def _add(parts: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, work in more.items():
+        parts[name] = parts.get(name, 0) + work
+
+
+def in_words(total: float) -> str:
+    """A count of operations: `12 TFLOP`."""
+    for size, unit in ((10**15, "PFLOP"), (10**12, "TFLOP"), (10**9, "GFLOP"), (10**6, "MFLOP")):
+        if total >= size:
+            return f"{total / size:.2g} {unit}" if total < 100 * size else f"{total / size:.0f} {unit}"
+    return f"{total:.0f} operations"
