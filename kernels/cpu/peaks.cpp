@@ -4,8 +4,8 @@
 // cannot leave any of it out and a test can check it: reading returns the sum of all 64-bit words, and arithmetic
 // multiplies ones with ones, so that the sum of its accumulators is the number of multiply-adds that ran.
 //
-// Levels are those of gram.cpp. A level without bf16 instructions of its own has no bf16 peak: there a kernel widens to
-// fp32 and is bound by the fp32 one.
+// Levels are numbered as in sparsify/processor.py. A level without bf16 instructions of its own has no bf16 peak: there a
+// kernel widens to fp32 and is bound by the fp32 one. AVX-VNNI adds integer instructions only: its peaks are AVX2's.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -26,7 +26,7 @@
 
 namespace {
 
-enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kLevels = 5 };
+enum Level { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Bf16 = 4, kAmx = 5 };
 enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2 };
 enum Kind { kFloat32 = 0, kBfloat16 = 1 };
 
@@ -290,6 +290,7 @@ bool available(int level) {
     switch (level) {
         case kPortable: return true;
         case kAvx2: return cpu().avx2;
+        case kAvxVnni: return false;  // its reading and its arithmetic in floats are those of kAvx2
         case kAvx512: return cpu().avx512;
 #if SPARSIFY_COMPILES_AVX512BF16
         case kAvx512Bf16: return cpu().avx512_bf16;
@@ -307,7 +308,7 @@ bool available(int level) {
 Reader reader_of(int level) {
 #if SPARSIFY_X86
     if (level >= kAvx512) return read_avx512;
-    if (level == kAvx2) return read_avx2;
+    if (level >= kAvx2) return read_avx2;
 #endif
     return read_plain;
 }
@@ -352,7 +353,7 @@ struct Stopwatch {
 
 extern "C" {
 
-// 1 if this machine can run `level` (0 portable .. 4 amx), else 0.
+// 1 if this machine can run `level` (0 portable .. 5 amx), else 0; 0 for avxvnni, which has nothing to measure here.
 int sparsify_peaks_available(int level) { return available(level) ? 1 : 0; }
 
 // Writes `value` into every 64-bit word, each thread the part that it will read: on machines with several memory nodes

@@ -2,6 +2,9 @@
 
 A kernel's figure means little without them. The probes are native code (kernels/cpu/peaks.cpp) on the same OpenMP
 threads that the kernels use; the best of several ways of reading and of several rounds counts as the peak.
+
+Levels are those of `sparsify.processor`; one that SPARSIFY_CPU_LEVEL forces rules here, too: kernels held down to AVX2 are
+compared with what AVX2 can do.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ from typing import Any
 from sparsify import native
 from sparsify.bench.machine import memory_bytes
 from sparsify.errors import SparsifyError
+from sparsify.processor import LEVELS, forced_level
 
 KERNEL = "cpu/peaks"
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 KINDS = ("float32", "bfloat16")
 # Ways of reading: parallel runs per thread, bytes prefetched. Which is fastest depends on the processor's prefetchers.
 READING = ((1, 0), (4, 0), (1, 2048), (2, 2048), (4, 2048), (1, 8192))
 LARGEST_ARRAY = 2**30
+QUICK_ROUNDS = 5  # of `arithmetic_peak`: the best counts, so that another program's turn on a core does not
 _int64 = ctypes.c_int64
 
 
@@ -67,8 +71,13 @@ class Probes:
         self.library = native.open_library(KERNEL)
 
     def levels(self) -> list[int]:
-        """Numbers of the instruction sets that this machine can run, ascending."""
-        return [i for i in range(len(LEVELS)) if self.library.sparsify_peaks_available(i)]
+        """Numbers of the instruction sets that this machine can run and SPARSIFY_CPU_LEVEL allows, ascending.
+
+        Those with something to measure: avxvnni, which multiplies integers only, is never among them.
+        """
+        forced = forced_level()
+        allowed = LEVELS if forced is None else LEVELS[: LEVELS.index(forced) + 1]
+        return [i for i in range(len(allowed)) if self.library.sparsify_peaks_available(i)]
 
     def fill(self, address: int, nbytes: int, word: int, threads: int) -> None:
         """Write a 64-bit word over and over, each thread into its own part."""
@@ -102,6 +111,22 @@ class Probes:
     def _check(status: int) -> None:
         if status:
             raise SparsifyError(f"the probe of the machine's peaks refuses its arguments (status {status})")
+
+
+def arithmetic_peak(kind: str, threads: int, seconds: float = 0.05, probes: Probes | None = None) -> float:
+    """Operations per second of `threads` threads together, a multiply-add counting two: a quick look, not a full measurement.
+
+    kind: "float32" or "bfloat16"; the latter is float32's peak where no instruction multiplies bfloat16. seconds: how long
+    it takes, roughly. Of the highest instruction set that the machine has, SPARSIFY_CPU_LEVEL allows, and multiplies
+    `kind`. SparsifyError where the probes cannot be built (no compiler, SPARSIFY_NATIVE=0).
+    """
+    if kind not in KINDS or threads < 1:
+        raise SparsifyError(f"no peak of {kind!r} with {threads} threads: the kinds are {', '.join(KINDS)}")
+    probes = probes or Probes()
+    for level in reversed(probes.levels()):
+        for _, speed in arithmetic_speeds(probes, kind, threads, [level], seconds / QUICK_ROUNDS, QUICK_ROUNDS):
+            return speed
+    return arithmetic_peak("float32", threads, seconds, probes)
 
 
 def measure_peaks(threads: int, seconds: float = 0.15, rounds: int = 3, probes: Probes | None = None) -> Peaks:
