@@ -168,7 +168,9 @@ def _run(command: Sequence[str]) -> tuple[int, str]:
     if sys.stderr.isatty():
         return subprocess.run(command, stdout=subprocess.DEVNULL).returncode, ""
     error = ""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace") as run:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as run:
         assert run.stderr is not None
         for line in run.stderr:
             print(line, end="", file=sys.stderr, flush=True)

@@ -169,7 +169,9 @@ def duration(seconds: float) -> str:
 def table(result: BenchResult) -> Table:
     """Ratios to the first model in front, the absolute value below each. A model that could not run says why."""
     first = result.models[0]
-    compared = f"ratios to {escape(first.model)}" if result.compares else f"no ratios: {escape(first.model)} did not run"
+    compared = (
+        f"ratios to {escape(first.model)}" if result.compares else f"no ratios: {escape(first.model)} did not run"
+    )
     view = Table(
         title=f"Speed in vLLM, {compared}",
         caption=escape(_caption(result)),
