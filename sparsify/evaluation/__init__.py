@@ -14,11 +14,11 @@ from pathlib import Path
 
 from sparsify import __version__
 from sparsify.errors import SparsifyError
-from sparsify.failure import Failure, failure_of
 from sparsify.evaluation.load import LoadedModel, format_name, load_model, load_tokenizer, pick_device
 from sparsify.evaluation.result import EvaluationResult, table
 from sparsify.evaluation.score import Score, chunked, score_logits, score_models
 from sparsify.evaluation.text import SELF, file_chunks, self_chunks
+from sparsify.failure import Failure, failure_of
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import progress
 
