@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +196,8 @@ def bench(args: argparse.Namespace) -> Outcome:
     else:
         load = ThroughputWorkload(**{name: getattr(args, name) for name in THROUGHPUT})
         result = throughput(args.directories, load, options)
-    return Outcome(result.to_json(), [table(result)])
+    # without the first model there is nothing to compare the others with
+    return Outcome(result.to_json(), [table(result)], 0 if result.compares else FAILED)
 
 
 def bench_kernels(args: argparse.Namespace) -> Outcome:
@@ -243,7 +244,7 @@ def bench_depth(args: argparse.Namespace) -> Outcome:
         quiet=args.quiet,
     )
     rows, speed = compare_depth(args.model, args.text or ["self"], Path(args.output), options)
-    data = {"rows": [row.to_json() for row in rows], "speed": None if speed is None else speed.to_json()}
+    data = {"rows": [row.to_json() for row in rows], "speed": None if speed is None else asdict(speed)}
     return Outcome(data, [table(rows, speed)])
 
 
@@ -335,7 +336,7 @@ def demo(args: argparse.Namespace) -> Outcome:
     from sparsify.demo import run_demo
 
     result = run_demo(args.output, quiet=args.quiet)
-    return Outcome(result.to_json(), [result.table()])
+    return Outcome(result.to_json(), [result.table()], 0 if result.speed.compares else FAILED)
 
 
 def named_model(model: str | None) -> str:

@@ -4,8 +4,8 @@
 // cannot leave any of it out and a test can check it: reading returns the sum of all 64-bit words, and arithmetic
 // multiplies ones with ones, so that the sum of its accumulators is the number of multiply-adds that ran.
 //
-// Levels are those of gram.cpp. A level without bf16 instructions of its own has no bf16 peak: there a kernel widens to
-// fp32 and is bound by the fp32 one.
+// Levels are numbered as in sparsify/processor.py. A level without bf16 instructions of its own has no bf16 peak: there a
+// kernel widens to fp32 and is bound by the fp32 one. AVX-VNNI adds integer instructions only: its peaks are AVX2's.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -26,7 +26,7 @@
 
 namespace {
 
-enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kLevels = 5 };
+enum Level { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Bf16 = 4, kAmx = 5 };
 enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2 };
 enum Kind { kFloat32 = 0, kBfloat16 = 1 };
 
@@ -290,6 +290,7 @@ bool available(int level) {
     switch (level) {
         case kPortable: return true;
         case kAvx2: return cpu().avx2;
+        case kAvxVnni: return false;  // its reading and its arithmetic in floats are those of kAvx2
         case kAvx512: return cpu().avx512;
 #if SPARSIFY_COMPILES_AVX512BF16
         case kAvx512Bf16: return cpu().avx512_bf16;
@@ -307,7 +308,7 @@ bool available(int level) {
 Reader reader_of(int level) {
 #if SPARSIFY_X86
     if (level >= kAvx512) return read_avx512;
-    if (level == kAvx2) return read_avx2;
+    if (level >= kAvx2) return read_avx2;
 #endif
     return read_plain;
 }
@@ -333,13 +334,12 @@ const Multiplier* multiplier_of(int level, int kind) {
     return nullptr;
 }
 
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
 // From the start of the first thread to the end of the last.
 struct Stopwatch {
     double first = 0, last = 0;
     bool any = false;
-    static double now() {
-        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-    }
     void include(double begin, double end) {
         first = any ? std::min(first, begin) : begin;
         last = any ? std::max(last, end) : end;
@@ -352,7 +352,7 @@ struct Stopwatch {
 
 extern "C" {
 
-// 1 if this machine can run `level` (0 portable .. 4 amx), else 0.
+// 1 if this machine can run `level` (0 portable .. 5 amx), else 0; 0 for avxvnni, which has nothing to measure here.
 int sparsify_peaks_available(int level) { return available(level) ? 1 : 0; }
 
 // Writes `value` into every 64-bit word, each thread the part that it will read: on machines with several memory nodes
@@ -382,13 +382,13 @@ int sparsify_peaks_read(const void* data, int64_t bytes, int64_t passes, int str
 #pragma omp parallel num_threads(threads) reduction(+ : total)
     {
 #pragma omp barrier
-        const double start = Stopwatch::now();
+        const double start = now();
 #pragma omp for schedule(static, 1) nowait
         for (int64_t t = 0; t < threads; ++t) {
             const int64_t first = lines * t / threads, end = lines * (t + 1) / threads;
             for (int64_t pass = 0; pass < passes; ++pass) total += read(begin + first * kLine, end - first, streams, ahead);
         }
-        const double stop = Stopwatch::now();
+        const double stop = now();
 #pragma omp critical(sparsify_peaks_watch)
         watch.include(start, stop);
     }
@@ -398,31 +398,30 @@ int sparsify_peaks_read(const void* data, int64_t bytes, int64_t passes, int str
 }
 
 // Multiplies ones with ones in registers, `repeats` times on each thread. kind: 0 fp32, 1 bf16 with fp32 sums.
-// *multiply_adds = how many ran, *sum = what they added up to (the same number), *seconds = how long it took.
+// *multiply_adds = how many ran, *sum = what they added up to (the same number), *seconds = how long that takes at the sum
+// of the threads' own speeds: they begin together, but one whose core is busy with another program does not count as slow.
 int sparsify_peaks_multiply(int kind, int64_t repeats, int threads, int level, double* multiply_adds, double* sum,
                             double* seconds) {
     if (!multiply_adds || !sum || !seconds || repeats < 1 || threads < 1 || (kind != kFloat32 && kind != kBfloat16))
         return kBadArgument;
     const Multiplier* multiplier = available(level) ? multiplier_of(level, kind) : nullptr;
     if (!multiplier) return kUnsupported;
-    double total = 0;
-    Stopwatch watch;
-#pragma omp parallel num_threads(threads) reduction(+ : total)
+    double total = 0, parts_per_second = 0;  // a part: what one thread does
+#pragma omp parallel num_threads(threads) reduction(+ : total, parts_per_second)
     {
         multiplier->enter();
 #pragma omp barrier
-        const double start = Stopwatch::now();
 #pragma omp for schedule(static, 1) nowait
-        for (int64_t t = 0; t < threads; ++t)
+        for (int64_t t = 0; t < threads; ++t) {
+            const double start = now();
             for (int64_t i = 0; i < repeats; ++i) total += multiplier->run();
-        const double stop = Stopwatch::now();
+            parts_per_second += 1 / std::max(now() - start, 1e-9);
+        }
         multiplier->leave();
-#pragma omp critical(sparsify_peaks_watch)
-        watch.include(start, stop);
     }
     *multiply_adds = double(multiplier->multiply_adds) * double(kSteps) * double(repeats) * double(threads);
     *sum = total;
-    *seconds = watch.seconds();
+    *seconds = double(threads) / parts_per_second;
     return kOk;
 }
 

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sparsify.bench.recipes import RecipeResult, compare_recipes
-from sparsify.bench.result import BenchResult
+from sparsify.bench.recipes import RecipeResult, compare_recipes, first_of
+from sparsify.bench.result import BenchResult, ModelSpeed, failures
 from sparsify.errors import SparsifyError
 from sparsify.evaluation.result import number
+from sparsify.failure import Failure, failure_of, foot
 from sparsify.files import atomic_write, read_json
 from sparsify.model.checkpoint import open_checkpoint
 
@@ -57,6 +59,7 @@ class DepthRow:
     """One model. healed: after the training of a replacement, or of adapters; layers, parameters: before and after.
 
     closed: what share of the gap in log-perplexity between the cut and the whole model healing closed, by text
+    result.failure: why there is no such model; the numbers of layers and parameters are then 0
     """
 
     method: str
@@ -85,8 +88,9 @@ def recipe_of(method: str, drop: str, heal: str | None) -> dict[str, Any]:
 
 def compare_depth(
     model: str, texts: Sequence[str], output: Path, options: DepthOptions
-) -> tuple[list[DepthRow], BenchResult | None]:
-    """Make and score all rows, and with options.speed decode with the dense model and one model of each share."""
+) -> tuple[list[DepthRow], BenchResult | Failure | None]:
+    """Make and score all rows, and with options.speed decode with the dense model and one model of each share; where vLLM
+    runs none of them, the reason stands in place of the speeds."""
     unknown = [method for method in options.methods if method not in METHODS]
     if unknown:
         raise SparsifyError(f"{unknown[0]} is no depth method; known are {', '.join(METHODS)}")
@@ -113,6 +117,8 @@ def compare_depth(
 
 
 def _row(key: tuple[str, str, bool], result: RecipeResult) -> DepthRow:
+    if result.failure:
+        return DepthRow(*key, result, (0, 0), (0, 0))
     depth = read_json(Path(result.directory) / "metrics.json")["depth"]
     parameters = (depth["parameters"]["before"], depth["parameters"]["after"])
     return DepthRow(*key, result, (depth["layers_before"], depth["layers_after"]), parameters)
@@ -123,30 +129,44 @@ def closed_gap(cut: RecipeResult, healed: RecipeResult) -> dict[str, float]:
     shares = {}
     for text, before in cut.evaluation.items():
         dense = before.dense_perplexity
-        if dense is None or not before.perplexity > dense:
+        after = healed.evaluation.get(text)
+        if dense is None or not before.perplexity > dense or after is None or after.failure:
             continue
         gap = math.log(before.perplexity / dense)
-        shares[text] = 1 - math.log(healed.evaluation[text].perplexity / dense) / gap
+        shares[text] = 1 - math.log(after.perplexity / dense) / gap
     return shares
 
 
-def _speed(model: str, rows: Sequence[DepthRow], options: DepthOptions) -> BenchResult:
+def _speed(model: str, rows: Sequence[DepthRow], options: DepthOptions) -> BenchResult | Failure:
     from sparsify.bench import BenchOptions, latency
 
-    chosen = [row for row in rows if row.method == options.methods[-1] and not row.healed]
+    chosen = [row for row in rows if row.method == options.methods[-1] and not row.healed and not row.result.failure]
     directories = [open_checkpoint(model).directory, *(Path(row.result.directory) for row in chosen)]
     labels = ["dense", *(row.result.label for row in chosen)]
-    return latency(directories, options=BenchOptions(quiet=options.quiet), labels=labels)
+    try:
+        return latency(directories, options=BenchOptions(quiet=options.quiet), labels=labels)
+    except SparsifyError as error:  # what took hours to make and to score is shown all the same
+        return failure_of(error, "vLLM")
 
 
-def table(rows: Sequence[DepthRow], speed: BenchResult | None) -> Table:
+def table(rows: Sequence[DepthRow], speed: BenchResult | Failure | None) -> Table:
     """A row per model, by share and method; the dense model first."""
-    texts = list(rows[0].result.evaluation)
-    first = rows[0].result.evaluation[texts[0]]
+    ran = [row for row in rows if not row.result.failure]
+    texts = list(ran[0].result.evaluation)
+    first = ran[0].result.evaluation[texts[0]]
+    failed = [failure for row in rows for failure in row.result.failures]
+    decoding: dict[str, str | Text] = {}
+    if isinstance(speed, Failure):
+        failed.append(speed)
+        decoding["dense"] = Text(speed.short, "yellow")
+    elif speed is not None:
+        failed += failures(speed)
+        decoding = {row.model: _decoding(row) for row in speed.models}
     view = Table(
         title="Depth methods compared", title_justify="left", caption_justify="left",
-        caption=f"{first.tokens} tokens in chunks of {first.sequence_length}; KL(dense || model) in nats per token; gap closed: of "
-        "the log-perplexity that removal cost; decoding: tokens per second in vLLM, ratio to dense in one run",
+        caption=escape(f"{first.tokens} tokens in chunks of {first.sequence_length}; KL(dense || model) in nats per token; "
+        "gap closed: of the log-perplexity that removal cost; decoding: tokens per second in vLLM, ratio to dense in one run\n"
+        + foot(failed)).rstrip(),
     )  # fmt: skip
     for name in ("removed", "method", "layers", "parameters"):
         view.add_column(name, justify="left" if name == "method" else "right")
@@ -155,20 +175,30 @@ def table(rows: Sequence[DepthRow], speed: BenchResult | None) -> Table:
         for name in ("KL", "stability", "gap closed"):
             view.add_column(name, justify="right")
     view.add_column("decoding", justify="right")
-    ratios = {} if speed is None else {m.model: m.ratios.get("decode") for m in speed.models}
     dense: list[str] = []
     for text in texts:
-        dense += [number(rows[0].result.evaluation[text].dense_perplexity), "0", "100.0%", ""]
-    view.add_row("0%", "dense", str(rows[0].layers[0]), "100%", *dense, "1.00x" if speed else "", style="dim")
+        dense += [number(first_of([row.result for row in ran], text).dense_perplexity), "0", "100.0%", ""]
+    view.add_row("0%", "dense", str(ran[0].layers[0]), "100%", *dense, decoding.get("dense", ""), style="dim")
     for row in rows:
-        scores: list[str] = []
+        named = Text(row.method + (", healed" if row.healed else ""))
+        if row.result.failure:
+            view.add_row(row.drop, named, "", "", Text(row.result.failure.short, "yellow"))
+            continue
+        scores: list[str | Text] = []
         for text, score in row.result.evaluation.items():
+            said = Text(score.failure.short, "yellow") if score.failure else number(score.perplexity)
             stable = "–" if score.stability is None else f"{score.stability:.1%}"
             closed = f"{row.closed[text]:.0%}" if text in row.closed else ""
-            scores += [number(score.perplexity), number(score.kl, 4), stable, closed]
-        ratio = ratios.get(row.result.label)
+            scores += [said, number(score.kl, 4), stable, closed]
         view.add_row(
-            row.drop, Text(row.method + (", healed" if row.healed else "")), str(row.layers[1]),
-            f"{row.parameters[1] / row.parameters[0]:.0%}", *scores, f"{ratio:.2f}x" if ratio else "",
+            row.drop, named, str(row.layers[1]),
+            f"{row.parameters[1] / row.parameters[0]:.0%}", *scores, decoding.get(row.result.label, ""),
         )  # fmt: skip
     return view
+
+
+def _decoding(row: ModelSpeed) -> str | Text:
+    """The ratio to the dense model, or why there is none."""
+    if row.failure:
+        return Text(row.failure.short, "yellow")
+    return f"{row.ratios['decode']:.2f}x" if "decode" in row.ratios else ""

@@ -13,6 +13,7 @@ from typing import Any
 
 from sparsify.bench.vllm_cli import CPU_BUILD, installed_as
 from sparsify.errors import SparsifyError
+from sparsify.processor import forced_level, other_variables
 
 # Everything that steers vLLM, our runtime or their thread pools, and therefore the figures.
 RECORDED_PREFIXES = (
@@ -20,6 +21,8 @@ RECORDED_PREFIXES = (
     "SPARSIFY_",
     "OMP_",
     "MKL_",
+    "ONEDNN_",
+    "ATEN_",
     "KMP_",
     "LD_PRELOAD",
     "CUDA_VISIBLE_DEVICES",
@@ -163,13 +166,16 @@ def serving_environment(overrides: Mapping[str, str] | None = None) -> dict[str,
 
     What the caller or the user's shell sets wins, an empty LD_PRELOAD too; the rest are defaults that let vLLM start on
     any CPU: a cache that fits in memory beside the model (vLLM takes most of the memory otherwise), its own core binding,
-    the libraries that it wants preloaded, no usage reports.
+    the libraries that it wants preloaded, no usage reports; and where SPARSIFY_CPU_LEVEL forces a level, what keeps torch's
+    libraries to it.
     """
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(4, memory_bytes() // (8 * GIB)))),
         BIND: "auto",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if (level := forced_level()) is not None:
+        defaults |= other_variables(level)
     if installed_as() == CPU_BUILD and (libraries := preloads()):
         defaults["LD_PRELOAD"] = ":".join(map(str, libraries))
     return {**defaults, **os.environ, **(overrides or {})}

@@ -2,27 +2,32 @@
 
 A kernel's figure means little without them. The probes are native code (kernels/cpu/peaks.cpp) on the same OpenMP
 threads that the kernels use; the best of several ways of reading and of several rounds counts as the peak.
+
+Levels are those of `sparsify.processor`; one that SPARSIFY_CPU_LEVEL forces rules here, too: kernels held down to AVX2 are
+compared with what AVX2 can do.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable
+import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from sparsify import native
 from sparsify.bench.machine import memory_bytes
 from sparsify.errors import SparsifyError
+from sparsify.processor import LEVELS, forced_level
 
 KERNEL = "cpu/peaks"
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 KINDS = ("float32", "bfloat16")
 # Ways of reading: parallel runs per thread, bytes prefetched. Which is fastest depends on the processor's prefetchers.
 READING = ((1, 0), (4, 0), (1, 2048), (2, 2048), (4, 2048), (1, 8192))
 LARGEST_ARRAY = 2**30
+BURST_SECONDS = 1e-3  # of one run of arithmetic
 _int64 = ctypes.c_int64
 
 
@@ -67,8 +72,13 @@ class Probes:
         self.library = native.open_library(KERNEL)
 
     def levels(self) -> list[int]:
-        """Numbers of the instruction sets that this machine can run, ascending."""
-        return [i for i in range(len(LEVELS)) if self.library.sparsify_peaks_available(i)]
+        """Numbers of the instruction sets that this machine can run and SPARSIFY_CPU_LEVEL allows, ascending.
+
+        Those with something to measure: avxvnni, which multiplies integers only, is never among them.
+        """
+        forced = forced_level()
+        allowed = LEVELS if forced is None else LEVELS[: LEVELS.index(forced) + 1]
+        return [i for i in range(len(allowed)) if self.library.sparsify_peaks_available(i)]
 
     def fill(self, address: int, nbytes: int, word: int, threads: int) -> None:
         """Write a 64-bit word over and over, each thread into its own part."""
@@ -104,6 +114,23 @@ class Probes:
             raise SparsifyError(f"the probe of the machine's peaks refuses its arguments (status {status})")
 
 
+def arithmetic_peak(kind: str, threads: int, seconds: float = 0.05, probes: Probes | None = None) -> float:
+    """Operations per second of `threads` threads together, a multiply-add counting two: a quick look, not a full measurement.
+
+    kind: "float32" or "bfloat16"; the latter is float32's peak where no instruction multiplies bfloat16. threads: no more
+    than there are cores. seconds: how long it takes, roughly; a busy machine changes little. It is the peak of the highest
+    instruction set that the machine has, SPARSIFY_CPU_LEVEL allows, and multiplies `kind`. SparsifyError where the probes
+    cannot be built (no compiler, SPARSIFY_NATIVE=0).
+    """
+    if kind not in KINDS or threads < 1:
+        raise SparsifyError(f"no peak of {kind!r} with {threads} threads: the kinds are {', '.join(KINDS)}")
+    probes = probes or Probes()
+    for level in reversed(probes.levels()):
+        if (speed := arithmetic_speed(probes, kind, threads, level, seconds)) is not None:
+            return speed
+    return arithmetic_peak("float32", threads, seconds, probes)
+
+
 def measure_peaks(threads: int, seconds: float = 0.15, rounds: int = 3, probes: Probes | None = None) -> Peaks:
     """The best of several rounds. seconds: how long one round of one way takes, roughly; all of it takes some 10 s."""
     probes = probes or Probes()
@@ -115,7 +142,10 @@ def measure_peaks(threads: int, seconds: float = 0.15, rounds: int = 3, probes: 
         # Beyond the caches of the single cores, inside the one they share.
         beyond = 3 * threads * (cache_bytes(2) or 0)
         in_cache = read_speed(probes, min(max(l3 // 4, beyond), l3 * 3 // 4), threads, levels[-1], seconds, rounds)
-    speeds = {kind: dict(arithmetic_speeds(probes, kind, threads, levels, seconds, rounds)) for kind in KINDS}
+    speeds: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
+    for kind, level in product(KINDS, levels):
+        if (speed := arithmetic_speed(probes, kind, threads, level, seconds * rounds)) is not None:
+            speeds[kind][level] = speed
     # Where no instruction multiplies bf16, it is widened and multiplied in fp32.
     speeds["bfloat16"] = speeds["bfloat16"] or speeds["float32"]
     best = {kind: max(found, key=found.__getitem__) for kind, found in speeds.items()}
@@ -153,18 +183,19 @@ def read_speed(probes: Probes, nbytes: int, threads: int, level: int, seconds: f
             del array  # a map with a view on it cannot be closed
 
 
-def arithmetic_speeds(
-    probes: Probes, kind: str, threads: int, levels: Iterable[int], seconds: float, rounds: int
-) -> Iterable[tuple[int, float]]:
-    """(level, operations per second) of every level that has instructions for `kind`."""
-    for level in levels:
-        first = probes.multiply(kind, 1, threads, level)
-        if first is None:
-            continue
-        repeats = max(1, int(seconds / max(first[2], 1e-9)))
-        best = 0.0
-        for _ in range(rounds):
-            found = probes.multiply(kind, repeats, threads, level)
-            assert found is not None
-            best = max(best, 2 * found[0] / found[2])
-        yield level, best
+def arithmetic_speed(probes: Probes, kind: str, threads: int, level: int, seconds: float) -> float | None:
+    """Operations per second of the fastest of many short runs, which take `seconds` in all; None without an instruction.
+
+    Short, because a core that other programs use, too, is ours for some milliseconds at a time.
+    """
+    best, ends = 0.0, time.perf_counter() + seconds
+    first = probes.multiply(kind, 1, threads, level)
+    if first is None:
+        return None
+    single = first[2]
+    while best == 0 or time.perf_counter() < ends:
+        repeats = max(1, int(BURST_SECONDS / max(single, 1e-9)))
+        found = probes.multiply(kind, repeats, threads, level)
+        assert found is not None
+        best, single = max(best, 2 * found[0] / found[2]), min(single, found[2] / repeats)
+    return best

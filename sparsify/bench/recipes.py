@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import EvaluationResult, evaluate_all
 from sparsify.evaluation.result import number
+from sparsify.failure import Failure, failure_of, foot
 from sparsify.files import read_json
 from sparsify.recipe import Recipe, dump_recipe, load_recipe
 
@@ -36,7 +39,8 @@ class Contender:
 
 @dataclass(frozen=True)
 class RecipeResult:
-    """seconds, peak_memory_bytes: of the run that made the directory. evaluation: of all texts, by their name."""
+    """seconds, peak_memory_bytes: of the run that made the directory. evaluation: of all texts, by their name.
+    failure: why there is no such directory; all figures are then 0, and there is no evaluation."""
 
     label: str
     directory: str
@@ -45,9 +49,17 @@ class RecipeResult:
     seconds: float
     peak_memory_bytes: int
     evaluation: dict[str, EvaluationResult]
+    failure: Failure | None = None
+
+    @property
+    def failures(self) -> list[Failure]:
+        """Of the run, or of its evaluations."""
+        found = [self.failure, *(score.failure for score in self.evaluation.values())]
+        return [failure for failure in found if failure]
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "evaluation": {text: result.to_json() for text, result in self.evaluation.items()}}
+        evaluation = {text: result.to_json() for text, result in self.evaluation.items()}
+        return {**vars(self), "evaluation": evaluation, "failure": self.failure and vars(self.failure)}
 
 
 def contenders(specs: Sequence[str], overrides: Sequence[str], model: str | None, output: Path) -> list[Contender]:
@@ -91,6 +103,7 @@ def compare_recipes(
 
     texts: files to score, or `self` for text that the dense model writes
     output: a directory; each result lies in it under its label and stays there
+    A recipe that fails is a row that says why; raises SparsifyError when all of them fail.
     """
     entries = contenders(specs, overrides, model, output)
     models = {entry.recipe.model for entry in entries}
@@ -100,19 +113,35 @@ def compare_recipes(
         for text in texts:
             if text != "self" and entry.recipe.learns_from(f"file:{text.removeprefix('file:')}"):
                 raise SparsifyError(f"{entry.label} learns from {text}, which would flatter it; score another text")
+    failed: dict[str, Failure] = {}
     for entry in entries:
-        _make(entry, quiet)
-    scored: dict[str, list[EvaluationResult]] = {}
+        try:
+            _make(entry, quiet)
+        except RecipeFailed as error:
+            failed[entry.label] = failure_of(error, "sparsify")
+            if len(failed) == len(entries):
+                raise
+            Console(stderr=True, quiet=quiet).print(f"{error}; the others go on", style="yellow", markup=False)
+    made = [entry for entry in entries if entry.label not in failed]
+    scored: dict[str, dict[str, EvaluationResult]] = {entry.label: {} for entry in made}
     for text in texts:
         name = "self" if text == "self" else Path(text.removeprefix("file:")).name
-        scored[name] = evaluate_all(
-            [entry.output for entry in entries], entries[0].recipe.model, text,
-            sequence_length, chunks, labels=[entry.label for entry in entries], quiet=quiet,
+        results = evaluate_all(
+            [entry.output for entry in made], entries[0].recipe.model, text,
+            sequence_length, chunks, labels=[entry.label for entry in made], quiet=quiet,
         )  # fmt: skip
+        for entry, result in zip(made, results, strict=True):
+            scored[entry.label][name] = result
     return [
-        _result(entry, {text: results[index] for text, results in scored.items()})
-        for index, entry in enumerate(entries)
+        RecipeResult(entry.label, str(entry.output), 0, 0.0, 0.0, 0, {}, failed[entry.label])
+        if entry.label in failed
+        else _result(entry, scored[entry.label])
+        for entry in entries
     ]
+
+
+class RecipeFailed(SparsifyError):
+    """The process that ran a recipe ended with an error, which it has shown."""
 
 
 def _make(entry: Contender, quiet: bool) -> None:
@@ -128,8 +157,26 @@ def _make(entry: Contender, quiet: bool) -> None:
         sys.executable, "-m", "sparsify", "apply", entry.source, "--model", entry.recipe.model,
         "--output", str(entry.output), "--resume", *changes, *(["--quiet"] if quiet else []),
     ]  # fmt: skip
-    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-        raise SparsifyError(f"{entry.label} failed; what it said stands above")
+    status, error = _run(command)
+    if status:
+        raise RecipeFailed(f"{entry.label}: {error or 'failed; what it said stands above'}")
+
+
+def _run(command: Sequence[str]) -> tuple[int, str]:
+    """Runs a command of sparsify; returns its exit status and its error message. On a terminal the bars of the command need
+    that terminal, so its message is read only where stderr goes elsewhere."""
+    if sys.stderr.isatty():
+        return subprocess.run(command, stdout=subprocess.DEVNULL).returncode, ""
+    error = ""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            if line.startswith("error: "):
+                error = line.removeprefix("error: ").strip()
+    return run.returncode, error
 
 
 def _result(entry: Contender, evaluation: dict[str, EvaluationResult]) -> RecipeResult:
@@ -143,13 +190,15 @@ def _result(entry: Contender, evaluation: dict[str, EvaluationResult]) -> Recipe
 
 def table(results: Sequence[RecipeResult]) -> Table:
     """The dense model first, then a row per recipe; times relative to the quickest."""
-    texts = list(results[0].evaluation)
-    quickest = min(result.seconds for result in results) or 1.0
-    first = results[0].evaluation[texts[0]]
+    ran = [result for result in results if result.failure is None]
+    texts = list(ran[0].evaluation)
+    quickest = min(result.seconds for result in ran) or 1.0
+    first = ran[0].evaluation[texts[0]]
     view = Table(
         title="Recipes compared", title_justify="left", caption_justify="left",
-        caption=f"perplexity and KL(dense || model) in nats per token on {', '.join(texts)}: {first.tokens} tokens in chunks of "
-        f"{first.sequence_length}; time relative to the quickest recipe",
+        caption=escape(f"perplexity and KL(dense || model) in nats per token on {', '.join(texts)}: {first.tokens} tokens in "
+        f"chunks of {first.sequence_length}; time relative to the quickest recipe\n"
+        + foot([failure for result in results for failure in result.failures])).rstrip(),
     )  # fmt: skip
     view.add_column("recipe")
     for text in texts:
@@ -159,14 +208,23 @@ def table(results: Sequence[RecipeResult]) -> Table:
         view.add_column(heading, justify="right")
     dense: list[str] = []
     for text in texts:
-        dense += [number(results[0].evaluation[text].dense_perplexity), "0"]
+        dense += [number(first_of(ran, text).dense_perplexity), "0"]
     view.add_row("dense", *dense, "16", "", "", style="dim")
     for result in results:
-        scores: list[str] = []
+        if result.failure:
+            view.add_row(Text(result.label), Text(result.failure.short, "yellow"))
+            continue
+        scores: list[Text | str] = []
         for score in result.evaluation.values():
-            scores += [number(score.perplexity), number(score.kl, 4)]
+            said = Text(score.failure.short, "yellow") if score.failure else number(score.perplexity)
+            scores += [said, number(score.kl, 4)]
         view.add_row(
             Text(result.label), *scores, f"{result.bits_per_weight:.2f}", f"{result.seconds / quickest:.1f}x",
             f"{result.peak_memory_bytes / 1e9:.1f} GB",
         )  # fmt: skip
     return view
+
+
+def first_of(results: Sequence[RecipeResult], text: str) -> EvaluationResult:
+    """An evaluation on `text`; all of them say the same of the dense model."""
+    return next(result.evaluation[text] for result in results if text in result.evaluation)

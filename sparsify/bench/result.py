@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.failure import Failure, foot
+
 
 @dataclass(frozen=True)
 class LatencyWorkload:
@@ -61,11 +63,12 @@ class ThroughputFigures:
 
 @dataclass(frozen=True)
 class SettingSpeed:
-    """One model with one value of VLLM_CPU_OMP_THREADS_BIND."""
+    """One model with one value of VLLM_CPU_OMP_THREADS_BIND. failure: why it has no figures."""
 
     threads: str
     latency: LatencyFigures | None
     throughput: ThroughputFigures | None
+    failure: Failure | None = None
 
     def seconds(self) -> float:
         """What one request takes, or all of them: what decides which setting is best."""
@@ -78,7 +81,8 @@ class SettingSpeed:
 class ModelSpeed:
     """One model. Every value of `ratios` is a factor over the first model, and more than 1 is better:
     how many times smaller, how many times faster. answers: greedy replies to the prompts of the run.
-    threads: the thread setting of these figures; settings: those of all that were tried, when it was more than one."""
+    threads: the thread setting of these figures; settings: those of all that were tried, when it was more than one.
+    failure: why there are no figures. Without figures of the first model there are no ratios but that of the sizes."""
 
     model: str
     format: str
@@ -89,6 +93,7 @@ class ModelSpeed:
     answers: list[str] = field(default_factory=list)
     threads: str = ""
     settings: list[SettingSpeed] = field(default_factory=list)
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,11 @@ class BenchResult:
     seconds: float = 0.0
     prompts: list[str] = field(default_factory=list)
     greedy: bool = False
+
+    @property
+    def compares(self) -> bool:
+        """Whether the first model, which the others are compared with, was measured."""
+        return self.models[0].failure is None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -157,10 +167,13 @@ def duration(seconds: float) -> str:
 
 
 def table(result: BenchResult) -> Table:
-    """Ratios to the first model in front, the absolute value below each."""
+    """Ratios to the first model in front, the absolute value below each. A model that could not run says why."""
     first = result.models[0]
+    compared = (
+        f"ratios to {escape(first.model)}" if result.compares else f"no ratios: {escape(first.model)} did not run"
+    )
     view = Table(
-        title=f"Speed in vLLM, ratios to {escape(first.model)}",
+        title=f"Speed in vLLM, {compared}",
         caption=escape(_caption(result)),
         title_justify="left",
         caption_justify="left",
@@ -176,17 +189,21 @@ def table(result: BenchResult) -> Table:
     for row in result.models:
         cells = [_cell(row.ratios["size"], size(row.nbytes))]
         if times := row.latency:
-            cells.append(_cell(row.ratios["decode"], f"{times.decode_tokens_per_second:.1f} tok/s"))
-            cells.append(_cell(row.ratios["ttft"], duration(times.ttft)))
-            cells.append(_cell(row.ratios["decode"], duration(times.itl)))
+            cells.append(_cell(row.ratios.get("decode"), f"{times.decode_tokens_per_second:.1f} tok/s"))
+            cells.append(_cell(row.ratios.get("ttft"), duration(times.ttft)))
+            cells.append(_cell(row.ratios.get("decode"), duration(times.itl)))
         if rates := row.throughput:
-            cells.append(_cell(row.ratios["throughput"], f"{rates.output_tokens_per_second:.1f} tok/s"))
-        kind = f"{row.format}, threads {row.threads}" if row.settings else row.format
+            cells.append(_cell(row.ratios.get("throughput"), f"{rates.output_tokens_per_second:.1f} tok/s"))
+        if row.failure:
+            cells.append(Text(row.failure.short, "yellow"))
+        kind = f"{row.format}, threads {row.threads}" if row.settings and not row.failure else row.format
         view.add_row(Text.assemble(row.model, "\n", (kind, "dim")), *cells)
     return view
 
 
-def _cell(ratio: float, absolute: str) -> Text:
+def _cell(ratio: float | None, absolute: str) -> Text:
+    if ratio is None:
+        return Text(absolute)
     return Text.assemble((f"{ratio:.2f}x", "bold"), "\n", (absolute, "dim"))
 
 
@@ -201,4 +218,10 @@ def _caption(result: BenchResult) -> str:
     if any(row.settings for row in result.models):
         parts.append("each model with the threads that suit it best")
     parts.append(f"{result.machine['cpu']}, {result.machine['cores']} cores; more than 1x is better")
-    return "; ".join(parts)
+    return "\n".join(filter(None, ["; ".join(parts), foot(failures(result))]))
+
+
+def failures(result: BenchResult) -> list[Failure]:
+    """Of models without figures, and of thread settings that a model could not run with."""
+    tried = [setting.failure for row in result.models for setting in row.settings]
+    return [failure for failure in (*(row.failure for row in result.models), *tried) if failure]

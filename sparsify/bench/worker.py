@@ -4,7 +4,8 @@ The job names the engine arguments and a list of benchmarks (`vllm.benchmarks.la
 arguments, exactly those of `vllm bench`. Starting vLLM takes longer than measuring a small model, so all benchmarks of
 the job share one engine: the first one starts it and the others are handed the same object. vLLM's benchmarks draw every
 token at temperature 1; a job that asks for greedy decoding gets it, which they have no option for. Nothing else of vLLM
-is touched, and nothing of sparsify is imported: the plugin reaches vLLM the way it does in production.
+is touched, and nothing of sparsify is imported but what keeps vLLM to the level that SPARSIFY_CPU_LEVEL names: the plugin
+reaches vLLM the way it does in production.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sparsify.bench.vllm_level import hold_vllm_down
+
+hold_vllm_down()  # also in the processes that vLLM spawns, which import this file
 
 ANSWER_TOKENS = 48
 

@@ -6,6 +6,7 @@ The protocol behind every figure: the whole text is tokenised at once, cut into 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from sparsify.evaluation.load import LoadedModel, format_name, load_model, load_
 from sparsify.evaluation.result import EvaluationResult, table
 from sparsify.evaluation.score import Score, chunked, score_logits, score_models
 from sparsify.evaluation.text import SELF, file_chunks, self_chunks
+from sparsify.failure import Failure, failure_of
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import progress
 
@@ -66,6 +68,7 @@ def evaluate_all(
     sequence_length, chunks: 1024 and 48 on a file, 512 and 16 on sampled text, unless given
     labels: names for the results instead of the specs
     cache_dir: where sampled text is kept for the next time
+    A model that cannot be loaded or scored beside others that can has a result that says why; alone it is an error.
     """
     if not models:
         raise SparsifyError("nothing to evaluate: give at least one model directory")
@@ -78,43 +81,68 @@ def evaluate_all(
     # The cheap things that can be wrong come first: text and tokenizer, then the weights.
     tokenizer = load_tokenizer(models[0] if dense is None else dense)
     ids = None if text is None or own else file_chunks(text, tokenizer, length, count)
+    checkpoints = [open_checkpoint(spec) for spec in models]
     reference = None if dense is None else load_model(dense, device)
-    loaded = [_load(spec, reference, device) for spec in models]
+    loaded = _load_all(models, reference, device)
     if ids is None:
         assert reference is not None
         ids = self_chunks(reference.model, tokenizer, length, count, cache_dir, quiet)
 
     started = time.perf_counter()
+    ready = [item for item in loaded if isinstance(item, LoadedModel)]
     scores, dense_score = score_models(
-        [(m.spec, m.model) for m in loaded],
+        [(m.spec, m.model) for m in ready],
         ids,
         None if reference is None else (reference.spec, reference.model),
         lambda rows: progress(rows, description="evaluate", total=len(ids), quiet=quiet),
     )
     seconds = time.perf_counter() - started
-    names = labels or [m.spec for m in loaded]
-    return [
-        EvaluationResult(
-            model=name,
-            format=item.format,
-            nbytes=item.nbytes,
-            perplexity=score.perplexity,
-            tokens=score.tokens,
-            text=SELF if own else Path(str(text).removeprefix("file:")).name,
-            text_source="self" if own else "file",
-            sequence_length=length,
-            chunks=len(ids),
-            dense=None if reference is None else reference.spec,
-            dense_nbytes=None if reference is None else reference.nbytes,
-            dense_perplexity=None if dense_score is None else dense_score.perplexity,
-            kl=None if dense_score is None else score.mean_kl,
-            top1_agreement=None if dense_score is None else score.agreement,
-            stability=None if dense_score is None else score.stability,
-            seconds=seconds,
-            versions=_versions(),
+    scored = iter(scores)
+    found = [next(scored) if isinstance(item, LoadedModel) else item for item in loaded]
+    names = labels or [str(spec) for spec in models]
+    results = []
+    for name, checkpoint, score in zip(names, checkpoints, found, strict=True):
+        failure = _failure(name, score) if isinstance(score, Exception) else None
+        mine = None if isinstance(score, Exception) else score
+        compared = None if dense_score is None else mine
+        results.append(
+            EvaluationResult(
+                model=name,
+                format=format_name(checkpoint.config),
+                nbytes=checkpoint.nbytes(),
+                perplexity=math.nan if mine is None else mine.perplexity,
+                tokens=len(ids) * (length - 1) if mine is None else mine.tokens,
+                text=SELF if own else Path(str(text).removeprefix("file:")).name,
+                text_source="self" if own else "file",
+                sequence_length=length,
+                chunks=len(ids),
+                dense=None if reference is None else reference.spec,
+                dense_nbytes=None if reference is None else reference.nbytes,
+                dense_perplexity=None if dense_score is None else dense_score.perplexity,
+                kl=None if compared is None else compared.mean_kl,
+                top1_agreement=None if compared is None else compared.agreement,
+                stability=None if compared is None else compared.stability,
+                seconds=seconds,
+                versions=_versions(),
+                failure=failure,
+            )
         )
-        for name, item, score in zip(names, loaded, scores, strict=True)
-    ]
+    return results
+
+
+def _load_all(
+    specs: Sequence[str | Path], reference: LoadedModel | None, device: str | None
+) -> list[LoadedModel | Exception]:
+    """Every model, or the error of one that cannot be loaded; raises when none of them can."""
+    loaded: list[LoadedModel | Exception] = []
+    for spec in specs:
+        try:
+            loaded.append(_load(spec, reference, device))
+        except Exception as error:
+            loaded.append(error)
+    if all(isinstance(item, Exception) for item in loaded):
+        raise next(item for item in loaded if isinstance(item, Exception))
+    return loaded
 
 
 def _load(spec: str | Path, reference: LoadedModel | None, device: str | None) -> LoadedModel:
@@ -122,6 +150,11 @@ def _load(spec: str | Path, reference: LoadedModel | None, device: str | None) -
     if reference is not None and open_checkpoint(spec).directory.resolve() == reference.directory.resolve():
         return reference
     return load_model(spec, device)
+
+
+def _failure(name: str, error: Exception) -> Failure:
+    failure = failure_of(error, "transformers")
+    return failure if name in failure.reason else Failure(failure.short, f"{name}: {failure.reason}")
 
 
 def _versions() -> dict[str, str]:

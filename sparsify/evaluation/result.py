@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.failure import Failure, foot
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
@@ -18,6 +20,7 @@ class EvaluationResult:
 
     kl is KL(dense || model), mean nats per scored token. Perplexity on self-generated text says how well the model
     predicts what the dense model writes; it is no figure for a data set and `text_source` says so.
+    failure: why the model has no figures; its perplexity is then NaN, in JSON null.
     """
 
     model: str
@@ -37,6 +40,7 @@ class EvaluationResult:
     stability: float | None = None
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+    failure: Failure | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; an infinite perplexity becomes null, which JSON can say."""
@@ -46,6 +50,8 @@ class EvaluationResult:
 def number(value: float | None, digits: int = 2) -> str:
     """A figure for people: `12.34`, `1.2e+09` when it is absurd, a dash when there is none."""
     if value is None:
+        return "–"
+    if math.isnan(value):
         return "–"
     if not math.isfinite(value):
         return "∞"
@@ -64,8 +70,10 @@ def table(results: Sequence[EvaluationResult]) -> Table:
     first = results[0]
     view = Table(
         title=f"Accuracy on {escape(source_label(first))}",
-        caption=f"{first.tokens} tokens in {first.chunks} chunks of {first.sequence_length}, float32; "
-        "KL(dense || model) in nats per token",
+        caption=escape(
+            f"{first.tokens} tokens in {first.chunks} chunks of {first.sequence_length}, float32; "
+            "KL(dense || model) in nats per token\n" + foot([result.failure for result in results if result.failure])
+        ).rstrip(),
         title_justify="left",
         caption_justify="left",
     )
@@ -78,6 +86,9 @@ def table(results: Sequence[EvaluationResult]) -> Table:
             Text(first.dense), "dense", number(first.dense_perplexity), "1.00x", "0", "100.0%", "100.0%", style="dim"
         )
     for result in results:
+        if result.failure:
+            view.add_row(Text(result.model), result.format, Text(result.failure.short, "yellow"))
+            continue
         dense = result.dense_perplexity
         agreement = result.top1_agreement
         view.add_row(

@@ -114,13 +114,15 @@ def score_models(
     chunks: Tensor,
     dense: tuple[str, nn.Module] | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
-) -> tuple[list[Score], Score | None]:
+) -> tuple[list[Score | Exception], Score | None]:
     """Scores named causal language models, and the dense one, on the same chunks.
 
     chunks: [C, S] token ids; the first token of a chunk is context, the other S - 1 are scored.
-    Returns one Score per model, and the dense model's own (None without it).
+    Returns one Score per model, and the dense model's own (None without it). A model that fails has its error instead of a
+    score; the error is raised when no other model is left, and when it is the dense model's.
     """
     scores = [Score() for _ in models]
+    failed: dict[int, Exception] = {}
     dense_score = None if dense is None else Score()
     for chunk in progress(chunks):
         ids = chunk[None]
@@ -130,18 +132,25 @@ def score_models(
             reference = _logits(*dense, ids)
             dense_score += score_logits(reference, targets.to(reference.device))
         for i, (name, model) in enumerate(models):
+            if i in failed:
+                continue
             # The dense model may be among the models, as the first row of a table: one forward serves both.
             same = reference is not None and dense is not None and model is dense[1]
-            logits = reference if same and reference is not None else _logits(name, model, ids)
-            if reference is not None and logits.shape != reference.shape:
-                raise SparsifyError(
-                    f"{name} has {logits.shape[-1]} token logits and the dense model {reference.shape[-1]}: "
-                    "divergence needs two models of one vocabulary; give the model it was compressed from"
-                )
-            expected = None if reference is None else reference.to(logits.device)
-            scores[i] += score_logits(logits, targets.to(logits.device), expected)
-            del logits
-    return scores, dense_score
+            try:
+                logits = reference if same and reference is not None else _logits(name, model, ids)
+                if reference is not None and logits.shape != reference.shape:
+                    raise SparsifyError(
+                        f"{name} has {logits.shape[-1]} token logits and the dense model {reference.shape[-1]}: "
+                        "divergence needs two models of one vocabulary; give the model it was compressed from"
+                    )
+                expected = None if reference is None else reference.to(logits.device)
+                scores[i] += score_logits(logits, targets.to(logits.device), expected)
+                del logits
+            except Exception as error:
+                failed[i] = error
+                if len(failed) == len(models):
+                    raise
+    return [failed.get(i, score) for i, score in enumerate(scores)], dense_score
 
 
 def _logits(name: str, model: nn.Module, ids: Tensor) -> Tensor:

@@ -191,7 +191,9 @@ def headline(
         under = f"in the linears of the blocks, {stored_bits(head, kind):.2f} in the output head, dense 16"
     cards.append(card("Bits per weight", f"{bits:.2f}" if bits else None, under))
     row = subject(evaluated, kind)
-    if row and row.get("dense_perplexity"):
+    if row and row.get("failure"):
+        cards.append(card("Perplexity", None, row["failure"]["reason"]))
+    elif row and row.get("dense_perplexity"):
         before, after = row["dense_perplexity"], row.get("perplexity")
         cards.append(card("Perplexity", words.number(after), f"dense {words.number(before)}, on {text_of(row)}"))
     elif row:
@@ -214,7 +216,8 @@ def speed_card(bench: Mapping[str, Any] | None, kind: str) -> str:
         return card("Tokens per second", None, "sparsify bench measures it")
     key, what = ("decode", "decoding") if "decode" in row["ratios"] else ("throughput", "throughput")
     if key not in row["ratios"]:
-        return card("Tokens per second", None, "sparsify bench measures it")
+        failed = row.get("failure") or models[0].get("failure")
+        return card("Tokens per second", None, failed["reason"] if failed else "sparsify bench measures it")
     mine, base = tokens_per_second(row, key), tokens_per_second(models[0], key)
     return card("Tokens per second", words.ratio(row["ratios"][key]), f"{what} in vLLM, {base:.1f} → {mine:.1f} tok/s")
 
@@ -249,10 +252,14 @@ def accuracy(metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]])
     if first.get("dense_perplexity"):
         before = float(first["dense_perplexity"])
         entries.append(svg.Bar("dense", before, words.number(before), "dense"))
-    finite = [float(row["perplexity"]) for row in evaluated if row.get("perplexity") is not None]
+    scored = [row for row in evaluated if not row.get("failure")]
+    finite = [float(row["perplexity"]) for row in scored if row.get("perplexity") is not None]
     roof = max(finite + [bar.value for bar in entries] + [1.0])
     for label, row in zip(labels, evaluated, strict=True):
         value = row.get("perplexity")
+        if failed := row.get("failure"):
+            entries.append(svg.Bar(label, 0.0, failed["short"], colour(row, metrics)))
+            continue
         drawn = roof if value is None else float(value)
         entries.append(svg.Bar(label, drawn, words.number(value), colour(row, metrics)))
     where = "text the dense model sampled itself" if own else esc(first.get("text") or "the given text")
@@ -272,7 +279,13 @@ def accuracy(metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]])
             if row.get("kl") is not None
         )
         body += f"<p class='note'>KL divergence from the dense model, nats per token: {divergences}.</p>"
-    return section("Accuracy", body)
+    return section("Accuracy", body + reasons(evaluated))
+
+
+def reasons(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Why some rows have no figures, a line each."""
+    found = dict.fromkeys(row["failure"]["reason"] for row in rows if row.get("failure"))
+    return "".join(f"<p class='note'>{esc(reason)}</p>" for reason in found)
 
 
 def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -328,23 +341,26 @@ def speed(bench: Mapping[str, Any] | None) -> str:
     base = models[0]
     panels = ""
     for key, title, written in PANELS:
-        if key in base["ratios"]:
-            entries = [
-                svg.Bar(
-                    name=str(model["model"]),
-                    value=float(model["ratios"][key]),
-                    written=words.ratio(model["ratios"][key]),
-                    css=bar_colour(i, len(models)),
-                    aside=written(model),
-                )
-                for i, model in enumerate(models)
-            ]
+        if any(key in model["ratios"] for model in models):
+            entries = [bar(model, key, written, bar_colour(i, len(models))) for i, model in enumerate(models)]
             draw = partial(svg.labelled_bars, entries, label=f"{title}: ratios to {base['model']}", reference=1.0)
             panels += f"<div><h3>{title}</h3>{figure(draw, wide=THIRD)}</div>"
-    body = f"<p class='note'>Ratios to {esc(base['model'])} in vLLM, same run, same machine: longer is faster.</p>"
-    body += f'<div class="panels">{panels}</div>{speed_table(models)}'
+    compared = f"Ratios to {base['model']} in vLLM, same run, same machine: longer is faster."
+    if base.get("failure"):
+        compared = f"No ratios, because {base['model']} did not run."
+    body = f"<p class='note'>{esc(compared)}</p>"
+    body += f'<div class="panels">{panels}</div>' if panels else ""
+    body += f"{speed_table(models)}{reasons(models)}"
     body += f"<p class='note' style='margin-top:14px'>{esc(workload(bench))}</p>"
     return section("Speed", body)
+
+
+def bar(model: Mapping[str, Any], key: str, written: Callable[[Mapping[str, Any]], str], css: str) -> svg.Bar:
+    """The bar of a ratio, or one without length that says why there is none."""
+    name = str(model["model"])
+    if failed := model.get("failure"):
+        return svg.Bar(name, 0.0, failed["short"], css)
+    return svg.Bar(name, float(model["ratios"][key]), words.ratio(model["ratios"][key]), css, aside=written(model))
 
 
 def answers(bench: Mapping[str, Any]) -> str:
@@ -368,27 +384,28 @@ def bar_colour(i: int, count: int) -> str:
 
 def speed_table(models: Sequence[Mapping[str, Any]]) -> str:
     head = [("model", ""), ("size", "")]
-    base = models[0]
-    if base.get("latency"):
+    if any(model.get("latency") for model in models):
         head += [("decode", ""), ("first token", ""), ("per token", "")]
-    if base.get("throughput"):
+    if any(model.get("throughput") for model in models):
         head.append(("throughput", ""))
     rows = []
     for m in models:
         ratios = m["ratios"]
         row = [esc(m["model"]), _pair(ratios["size"], words.size(m["nbytes"]))]
         if times := m.get("latency"):
-            row.append(_pair(ratios["decode"], f"{times['decode_tokens_per_second']:.1f} tok/s"))
-            row.append(_pair(ratios["ttft"], words.duration(times["ttft"])))
-            row.append(_pair(ratios["decode"], words.duration(times["itl"])))
+            row.append(_pair(ratios.get("decode"), f"{times['decode_tokens_per_second']:.1f} tok/s"))
+            row.append(_pair(ratios.get("ttft"), words.duration(times["ttft"])))
+            row.append(_pair(ratios.get("decode"), words.duration(times["itl"])))
         if rates := m.get("throughput"):
-            row.append(_pair(ratios["throughput"], f"{rates['output_tokens_per_second']:.1f} tok/s"))
+            row.append(_pair(ratios.get("throughput"), f"{rates['output_tokens_per_second']:.1f} tok/s"))
+        if failed := m.get("failure"):
+            row += [esc(failed["short"]), *["–"] * (len(head) - 3)]
         rows.append(row)
     return f'<div style="margin-top:18px">{table(head, rows, "Speed of every model")}</div>'
 
 
-def _pair(ratio: float, absolute: str) -> str:
-    return f'{words.ratio(ratio)} <span class="sub">{esc(absolute)}</span>'
+def _pair(ratio: float | None, absolute: str) -> str:
+    return esc(absolute) if ratio is None else f'{words.ratio(ratio)} <span class="sub">{esc(absolute)}</span>'
 
 
 def workload(bench: Mapping[str, Any]) -> str:
@@ -598,7 +615,7 @@ def honest_notes(
         notes.append("Perplexity depends on text, tokenizer and chunk length; compare it only under the same protocol.")
     if evaluated:
         notes.append("Perplexity and agreement do not replace an evaluation on the task the model will do.")
-    if any(row.get("perplexity") is None for row in evaluated):
+    if any(row.get("perplexity") is None and not row.get("failure") for row in evaluated):
         notes.append("∞: the perplexity left the range of numbers; such a model is destroyed.")
     notes.append("Sizes are bytes of tensors on disk, not of memory while serving, where the key-value cache is added.")
     return notes

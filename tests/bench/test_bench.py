@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 import sparsify.bench.run as bench_run
+import sparsify.cli as cli
 from sparsify.bench import (
     BenchOptions,
     LatencyWorkload,
@@ -114,6 +115,62 @@ def test_failing_process_is_one_clear_error(models, fake_vllm, monkeypatch, mode
     assert "INFO starting" in str(caught.value) or mode == "killed"
 
 
+def shown(result, width=100):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    console.print(table(result))
+    return console.export_text()
+
+
+def test_a_missing_op_is_a_row_and_the_others_go_on(models, fake_vllm, monkeypatch, tmp_path, capsys):
+    peer = write_checkpoint(tmp_path / "peer", 100, {"max_position_embeddings": 2048, "vocab_size": 49152})
+    monkeypatch.setenv("FAKE_BROKEN", "peer")
+    options = BenchOptions(repeats=2, prompts=["hello"])
+    result = measure([models[0], peer, models[1]], LatencyWorkload(), ThroughputWorkload(), options)
+    dense, missing, small = result.models
+    assert missing.failure.short == "vLLM lacks it" and dense.failure is small.failure is None
+    assert missing.failure.reason.startswith("peer: vLLM failed with exit status 1: AttributeError: ")
+    assert "has no attribute 'cpu_gemm_wna16'" in missing.failure.reason
+    assert missing.latency is None and missing.throughput is None and missing.answers == []
+    assert missing.ratios == {"size": 4.0} and small.ratios["decode"] == pytest.approx(2)
+    started = [entry["model"] for entry in fake_vllm() if "start" in entry]
+    assert started == ["dense", "peer", "small", "dense", "small"], "what failed once is not started again"
+    assert missing.failure.reason in capsys.readouterr().err
+    text = shown(result)
+    assert "vLLM lacks it" in text and "2.00x" in text and "cpu_gemm_wna16" in text
+    assert json.loads(json.dumps(result.to_json()))["models"][1]["failure"] == asdict(missing.failure)
+    [log] = tmp_path.glob("sparsify-bench-*/vllm.log")
+    assert "INFO loading weights" in log.read_text(), "the log of a failure stays"
+
+
+def test_without_the_first_model_there_are_no_ratios(models, fake_vllm, monkeypatch, capsys):
+    monkeypatch.setenv("FAKE_BROKEN", "dense")
+    arguments = ["bench", "latency", str(models[0]), str(models[1]), "--iterations", "2"]
+    assert cli.main([*arguments, "--json"]) == 1, "nothing to compare with"
+    rows = json.loads(capsys.readouterr().out)["models"]
+    assert rows[0]["failure"]["short"] == "vLLM lacks it" and rows[1]["failure"] is None
+    assert rows[1]["latency"]["ttft"] > 0 and rows[1]["ratios"] == {"size": 4.0}
+    assert cli.main(arguments) == 1
+    assert "no ratios: dense did not run" in capsys.readouterr().out
+    monkeypatch.setenv("FAKE_BROKEN", "small")
+    assert cli.main(arguments) == 0
+
+
+def test_when_no_model_runs_the_error_says_why_for_each(models, fake_vllm, monkeypatch):
+    monkeypatch.setenv("FAKE_BROKEN", "dense,small")
+    with pytest.raises(SparsifyError, match=r"(?s)dense: vLLM failed .*cpu_gemm_wna16.*others.*small: vLLM failed"):
+        latency(models, options=QUIET)
+
+
+def test_a_thread_setting_that_fails_leaves_the_other(models, fake_vllm, monkeypatch):
+    every = bench_run.thread_binding("all")
+    monkeypatch.setenv("FAKE_BROKEN", f"small {every}")
+    result = latency(models, options=BenchOptions(best_threads=True, quiet=True))
+    small = result.models[1]
+    assert small.failure is None and small.threads == "auto" and small.ratios["decode"] == pytest.approx(2)
+    assert [setting.failure is None for setting in small.settings] == [True, False]
+    assert "cpu_gemm_wna16" in shown(result)
+
+
 def test_hanging_process_is_stopped(models, fake_vllm, monkeypatch):
     monkeypatch.setenv("FAKE_MODE", "sleep")
     with pytest.raises(SparsifyError, match="longer than the time limit"):
@@ -155,11 +212,9 @@ def test_json_and_table(models, fake_vllm):
     assert parsed["machine"]["cores"] >= 1 and parsed["machine"]["cpu"]
     assert len(parsed["commands"]) == 3 and all(" bench " in c for c in parsed["commands"])
     assert str(models[0]) not in json.dumps(parsed), "results are shared: no path of this machine"
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))
-    console.print(table(result))
-    shown = console.export_text()
-    assert "4.00x" in shown and "2.00x" in shown and "…" not in shown and "sparse24" in shown
-    assert shown.index("2.00x") < shown.index("200.0 tok/s")
+    text = shown(result, width=80)
+    assert "4.00x" in text and "2.00x" in text and "…" not in text and "sparse24" in text
+    assert text.index("2.00x") < text.index("200.0 tok/s")
 
 
 def test_missing_vllm_says_how_to_get_it(monkeypatch, models):

@@ -12,6 +12,10 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from sparsify.bench.vllm_level import hold_vllm_down
+
+hold_vllm_down()  # also in the processes that vLLM spawns, which import this file
+
 TOP = 5
 NEW_TOKENS = 16
 

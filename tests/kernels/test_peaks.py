@@ -8,18 +8,28 @@ import pytest
 import torch
 
 from sparsify.bench import peaks
-from sparsify.bench.peaks import KINDS, LEVELS, READING, Probes, cache_bytes, measure_peaks, read_speed
+from sparsify.bench.peaks import (
+    KINDS,
+    READING,
+    Probes,
+    arithmetic_peak,
+    cache_bytes,
+    measure_peaks,
+    read_speed,
+)
 from sparsify.errors import MissingDependency, SparsifyError
+from sparsify.processor import FORCE, LEVELS
 
 # multiply-adds of one instruction times the accumulators that it keeps busy
 STEP = {
     ("portable", "float32"): 8 * 4,
     ("avx2", "float32"): 12 * 8,
     ("avx512", "float32"): 16 * 16,
-    ("avx512_bf16", "bfloat16"): 16 * 16 * 2,
+    ("avx512bf16", "bfloat16"): 16 * 16 * 2,
     ("amx", "bfloat16"): 4 * 16 * 16 * 32,
 }
 STEPS = 8192
+MEASURED = [name for name in LEVELS if name != "avxvnni"]  # which multiplies integers only
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +40,13 @@ def probes() -> Probes:
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
-def level(request: pytest.FixtureRequest, probes: Probes) -> int:
-    if request.param not in probes.levels():
-        pytest.skip(f"this processor has no {LEVELS[request.param]}")
-    return int(request.param)
+@pytest.fixture(params=MEASURED)
+def level(request: pytest.FixtureRequest, probes: Probes, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.delenv(FORCE, raising=False)
+    number = LEVELS.index(request.param)
+    if number not in probes.levels():
+        pytest.skip(f"this processor has no {request.param}")
+    return number
 
 
 @pytest.mark.parametrize("lines", [0, 1, 2, 7, 64, 1003])
@@ -91,7 +103,7 @@ class FakeProbes:
         self.noise = 0
 
     def levels(self) -> list[int]:
-        return [0, 2, 4]
+        return [0, LEVELS.index("avx512"), LEVELS.index("amx")]
 
     def fill(self, address: int, nbytes: int, word: int, threads: int) -> None:
         pass
@@ -106,7 +118,7 @@ class FakeProbes:
     def multiply(self, kind: str, repeats: int, threads: int, level: int) -> tuple[float, float, float] | None:
         if kind == "bfloat16" and not self.bfloat16:
             return None
-        if kind == "float32" and level == 4:
+        if kind == "float32" and level == LEVELS.index("amx"):
             return None
         return 1e6 * repeats, 0.0, 1e6 * repeats / (1e9 * (1 + level))
 
@@ -118,13 +130,41 @@ def test_the_best_of_all_ways_is_the_peak(monkeypatch: pytest.MonkeyPatch) -> No
     found = measure_peaks(2, probes=FakeProbes(bfloat16=True))  # type: ignore[arg-type]
     assert (found.threads, found.l3_bytes) == (2, 2**24)
     assert found.read == pytest.approx(8e9) and found.read_l3 == pytest.approx(32e9)
-    assert (found.float32, found.float32_level) == (pytest.approx(6e9), "avx512")
-    assert (found.bfloat16, found.bfloat16_level) == (pytest.approx(10e9), "amx")
+    assert (found.float32, found.float32_level) == (pytest.approx(8e9), "avx512")
+    assert (found.bfloat16, found.bfloat16_level) == (pytest.approx(12e9), "amx")
     # no instruction for bf16, no cache that is known: fp32 is what can be had, and there is no figure for the cache
     monkeypatch.setattr(peaks, "cache_bytes", lambda level: None)
     without = measure_peaks(2, probes=FakeProbes(bfloat16=False))  # type: ignore[arg-type]
     assert (without.bfloat16, without.bfloat16_level) == (without.float32, "avx512")
     assert replace(without, l3_bytes=1).read_l3 is None
+
+
+def test_a_quick_peak_is_that_of_the_highest_level() -> None:
+    quick = FakeProbes(bfloat16=True)
+    assert arithmetic_peak("float32", 2, probes=quick) == pytest.approx(8e9)  # type: ignore[arg-type]
+    assert arithmetic_peak("bfloat16", 2, probes=quick) == pytest.approx(12e9)  # type: ignore[arg-type]
+    without = FakeProbes(bfloat16=False)
+    assert arithmetic_peak("bfloat16", 1, probes=without) == pytest.approx(8e9)  # type: ignore[arg-type]
+    for kind, threads in (("int8", 1), ("float32", 0)):
+        with pytest.raises(SparsifyError, match="no peak of"):
+            arithmetic_peak(kind, threads)
+
+
+def test_a_quick_peak_is_measured(probes: Probes) -> None:
+    assert arithmetic_peak("float32", 1, seconds=1e-3, probes=probes) > 0
+    assert arithmetic_peak("bfloat16", 2, seconds=1e-3) > 0
+
+
+@pytest.mark.parametrize("forced", LEVELS)
+def test_a_forced_level_rules_the_peaks(forced: str, probes: Probes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FORCE, raising=False)
+    able = probes.levels()
+    assert LEVELS.index("avxvnni") not in able
+    monkeypatch.setenv(FORCE, forced)
+    assert probes.levels() == [level for level in able if level <= LEVELS.index(forced)]
+    monkeypatch.setenv(FORCE, "sse9")
+    with pytest.raises(SparsifyError, match="expected one of portable, avx2"):
+        probes.levels()
 
 
 def test_a_real_array_is_read(probes: Probes) -> None:

@@ -1,0 +1,33 @@
+"""SPARSIFY_CPU_LEVEL for vLLM, too: its CPU build brings a library for each instruction set and asks torch which one to load.
+
+Called in every process that is going to import vLLM, before it does. What vLLM's own `vllm` command starts is not reached.
+"""
+
+from __future__ import annotations
+
+from sparsify.processor import LEVELS, forced_level
+
+# What vLLM asks torch.cpu, and the lowest level at which the answer may be yes.
+QUESTIONS = {
+    "_is_avx512_supported": "avx512",
+    "_is_avx512_bf16_supported": "avx512bf16",
+    "_is_vnni_supported": "avx512bf16",
+    "_is_amx_tile_supported": "amx",
+    "_is_amx_fp16_supported": "amx",
+}
+
+
+def hold_vllm_down() -> None:
+    """Makes vLLM take this processor for one of the level that SPARSIFY_CPU_LEVEL names; without it nothing changes."""
+    forced = forced_level()
+    if forced is None:
+        return
+    import torch
+
+    for question, level in QUESTIONS.items():
+        if LEVELS.index(forced) < LEVELS.index(level) and hasattr(torch.cpu, question):
+            setattr(torch.cpu, question, _no)
+
+
+def _no() -> bool:
+    return False
