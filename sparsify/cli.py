@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from sparsify import __version__
 from sparsify.distributed import is_main
 from sparsify.errors import RecipeError, SparsifyError
+from sparsify.progress import silenced
+from sparsify.threads import prepare
 
 if TYPE_CHECKING:
     from sparsify.bench.kernels import KernelOptions
@@ -357,7 +359,7 @@ def command_parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
     )
     is_quiet = argparse.ArgumentParser(add_help=False)
-    is_quiet.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
+    is_quiet.add_argument("--quiet", "-q", action="store_true", help="print the result and errors, no progress")
     takes_recipe = argparse.ArgumentParser(add_help=False)
     takes_recipe.add_argument(
         "recipe", metavar="RECIPE", help="name of a ready recipe (see `sparsify recipes`) or a YAML file"
@@ -789,8 +791,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status. Usage errors exit with 2 on the way."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)
+    prepare()  # a handler imports torch, which reads the environment once
     try:
-        with only_results_on_stdout(args.command != "serve"):
+        with only_results_on_stdout(args.command != "serve"), silenced(getattr(args, "quiet", False)):
             outcome = args.handler(args)
         if is_main():  # of several processes that torchrun started, one speaks
             show(outcome, getattr(args, "json", False))

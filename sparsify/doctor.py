@@ -24,6 +24,7 @@ from packaging.version import Version
 from rich.table import Table
 from rich.text import Text
 
+from sparsify import threads
 from sparsify.bench.machine import GIB, cpu_model, memory_bytes, usable_cores
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
@@ -102,7 +103,7 @@ class Report:
 def examine() -> Report:
     """Look at everything; takes a few seconds, most of them to import torch."""
     findings = [*python_findings(), *package_findings(), *trap_findings(TRAP), *plugin_findings(os.environ)]
-    findings += [*cpu_findings(), *gpu_findings(), *compiler_findings(), *native_findings()]
+    findings += [*cpu_findings(), *thread_findings(os.environ), *gpu_findings(), *compiler_findings(), *native_findings()]
     findings += [*backend_findings(), *cache_findings()]
     return Report(findings)
 
@@ -285,6 +286,29 @@ def cpu_findings() -> list[Finding]:
     if features.get("AVX2") is False:
         findings.append(Finding("cpu", "AVX2", "missing", "vLLM does not run on this CPU; compiling and eval do"))
     return findings
+
+
+def thread_findings(environment: Mapping[str, str]) -> list[Finding]:
+    """How many threads compute and how they wait for each other, and what decided it."""
+    ours, here = threads.chosen_here(), threads.threads()
+    set_by = next((name for name in threads.COUNTS if environment.get(name) and name not in ours), None)
+    if set_by is None:
+        count = Finding("cpu", "threads", "ok", f"{here.count}: {here.reason}")
+    else:
+        asked = environment[set_by]
+        count = Finding("cpu", "threads", "ok", f"{asked}: set by {set_by} ({here.reason})")
+        if asked.isdigit() and int(asked) > here.count:
+            detail = f"{asked}: set by {set_by}, but {here.reason}, and threads that share one wait for each other"
+            count = Finding("cpu", "threads", "note", detail, f"unset {set_by}")
+    told = {name: environment[name] for name in (threads.POLICY, *threads.SPIN) if name in environment}
+    said = ", ".join(f"{name}={value}" for name, value in told.items())
+    if not told:
+        fix = "export " + " ".join(f"{name}={value}" for name, value in threads.SPIN.items())
+        detail = "spin for milliseconds: slow beside other programs (the commands of sparsify set this, a library cannot)"
+        return [count, Finding("cpu", "waiting threads", "note", detail, fix)]
+    if told.items() <= ours.items():
+        return [count, Finding("cpu", "waiting threads", "ok", f"spin for microseconds, then sleep ({said})")]
+    return [count, Finding("cpu", "waiting threads", "ok", f"as the environment says ({said})")]
 
 
 def gpu_findings() -> list[Finding]:
