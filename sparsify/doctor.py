@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
 from importlib.util import find_spec
@@ -30,6 +30,7 @@ from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
 from sparsify.native import find_compiler, known_kernels, open_library
 from sparsify.native_cuda import find_nvcc
+from sparsify.progress import progress_bar
 
 # ok: works. note: absent or slower, and nothing needs it here. missing: some command will not work. broken: it harms.
 Status = Literal["ok", "note", "missing", "broken"]
@@ -102,9 +103,25 @@ class Report:
 
 def examine() -> Report:
     """Look at everything; takes a few seconds, most of them to import torch."""
-    findings = [*python_findings(), *package_findings(), *trap_findings(TRAP), *plugin_findings(os.environ)]
-    findings += [*cpu_findings(), *thread_findings(os.environ), *gpu_findings(), *compiler_findings(), *native_findings()]
-    findings += [*backend_findings(), *cache_findings()]
+    checks: list[tuple[str, Callable[[], list[Finding]]]] = [
+        ("Python", python_findings),
+        ("packages", package_findings),
+        ("packages that break others", lambda: trap_findings(TRAP)),
+        ("vLLM plugin", lambda: plugin_findings(os.environ)),
+        ("processor", cpu_findings),
+        ("threads", lambda: thread_findings(os.environ)),
+        ("PyTorch and GPU", gpu_findings),
+        ("compilers", compiler_findings),
+        ("native kernels", native_findings),
+        ("back ends", backend_findings),
+        ("cache", cache_findings),
+    ]
+    findings: list[Finding] = []
+    with progress_bar("looking at", len(checks)) as bar:
+        for name, check in checks:
+            bar.describe(name)
+            findings += check()
+            bar.advance()
     return Report(findings)
 
 
@@ -304,7 +321,9 @@ def thread_findings(environment: Mapping[str, str]) -> list[Finding]:
     said = ", ".join(f"{name}={value}" for name, value in told.items())
     if not told:
         fix = "export " + " ".join(f"{name}={value}" for name, value in threads.SPIN.items())
-        detail = "spin for milliseconds: slow beside other programs (the commands of sparsify set this, a library cannot)"
+        detail = (
+            "spin for milliseconds: slow beside other programs (the commands of sparsify set this, a library cannot)"
+        )
         return [count, Finding("cpu", "waiting threads", "note", detail, fix)]
     if told.items() <= ours.items():
         return [count, Finding("cpu", "waiting threads", "ok", f"spin for microseconds, then sleep ({said})")]

@@ -6,13 +6,15 @@ most every few seconds, for the steps in between, each with the time elapsed and
 
     compressing 12/30 model.layers.11  elapsed 1:24  left 2:06
 
-A step that goes on for long is reported again meanwhile. The module is light: rich is imported for a bar only. Of several processes that torchrun started only the main one
-speaks, and nothing is printed inside `silenced`, which is what `--quiet` does.
+A step that goes on for long is reported again meanwhile. Of several processes that torchrun started only the main one
+speaks, and nothing is printed inside `silenced`, which is what `--quiet` does. Light: rich is imported for a bar only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import os
 import re
 import sys
@@ -21,11 +23,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from sparsify.distributed import is_main
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Clock = Callable[[], float]
 
 FEW_STEPS = 100  # a loop of at most so many steps prints a line for each of them, if they take
@@ -231,6 +234,12 @@ def say(text: str, quiet: bool = False) -> None:
         _write(text)
 
 
+def describe(text: str) -> None:
+    """Say what the innermost loop is doing now, for code that was not handed its `Task`."""
+    if _active:
+        _active[-1].describe(text)
+
+
 @contextmanager
 def silenced(quiet: bool = True) -> Iterator[None]:
     """Nothing of this module is shown inside the block, if `quiet`."""
@@ -242,9 +251,16 @@ def silenced(quiet: bool = True) -> Iterator[None]:
         _silences -= quiet
 
 
-def is_silenced() -> bool:
-    """Whether nothing is to be shown at present: for libraries that have bars of their own."""
-    return not _speaks()
+def quietly(function: Callable[P, T]) -> Callable[P, T]:
+    """For a function that takes `quiet`: given true, nothing is shown inside, whatever it calls."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with silenced(bool(signature.bind(*args, **kwargs).arguments.get("quiet"))):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def on_terminal() -> bool:

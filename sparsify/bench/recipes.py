@@ -20,6 +20,7 @@ from sparsify.errors import SparsifyError
 from sparsify.evaluation import EvaluationResult, evaluate_all
 from sparsify.evaluation.result import number
 from sparsify.files import read_json
+from sparsify.progress import say
 from sparsify.recipe import Recipe, dump_recipe, load_recipe
 
 
@@ -100,7 +101,8 @@ def compare_recipes(
         for text in texts:
             if text != "self" and entry.recipe.learns_from(f"file:{text.removeprefix('file:')}"):
                 raise SparsifyError(f"{entry.label} learns from {text}, which would flatter it; score another text")
-    for entry in entries:
+    for index, entry in enumerate(entries):
+        say(f"recipe {index + 1}/{len(entries)} {entry.label}", quiet)
         _make(entry, quiet)
     scored: dict[str, list[EvaluationResult]] = {}
     for text in texts:
