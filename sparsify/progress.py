@@ -41,6 +41,7 @@ RATE_SECONDS = 3600.0  # the same for bars: steps of large models take minutes, 
 
 _active: list[Task] = []  # from the outermost loop to the innermost
 _silences = 0  # how many `silenced` blocks are open
+_shows = 0  # how many lines and loops were shown
 
 
 class Task:
@@ -241,6 +242,19 @@ def describe(text: str) -> None:
 
 
 @contextmanager
+def patiently(text: str, seconds: float = STAGE_SECONDS) -> Iterator[None]:
+    """Say `text` if nothing else was shown so many seconds after the block began: what is going on before the first loop."""
+    before = _shows
+    timer = threading.Timer(seconds, lambda: say(text, quiet=_shows > before))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
 def silenced(quiet: bool = True) -> Iterator[None]:
     """Nothing of this module is shown inside the block, if `quiet`."""
     global _silences
@@ -295,6 +309,8 @@ def _task(title: str, total: float | None, completed: float, stage: bool = False
 
 @contextmanager
 def _shown(task: Task) -> Iterator[Task]:
+    global _shows
+    _shows += 1
     _active.append(task)
     failed = True
     try:
@@ -307,6 +323,8 @@ def _shown(task: Task) -> Iterator[Task]:
 
 def _write(line: str) -> None:
     """A line on whatever stderr is now; rich puts another file there while a bar is drawn. That it is closed is no error."""
+    global _shows
+    _shows += 1
     stream: Any = sys.stderr
     with contextlib.suppress(OSError, ValueError, AttributeError):
         stream.write(line + "\n")

@@ -44,15 +44,18 @@ class Threads:
         return len(self.cpus)
 
 
-def prepare(environment: MutableMapping[str, str] | None = None) -> dict[str, str]:
+def prepare(
+    also: Mapping[str, str] | None = None, environment: MutableMapping[str, str] | None = None
+) -> dict[str, str]:
     """Set the number of threads and how they wait, unless the user has. Returns what was set.
 
-    Does nothing once torch is imported: its OpenMP runtime has read the environment by then.
+    also: further variables that libraries read when they are imported. Does nothing once torch is: its OpenMP runtime has
+    read the environment by then.
     """
     variables = os.environ if environment is None else environment
     if "torch" in sys.modules:
         return {}
-    chosen = defaults(variables)
+    chosen = defaults(variables) | {name: value for name, value in (also or {}).items() if name not in variables}
     variables.update(chosen)
     _ours.update(chosen)
     return chosen
@@ -77,7 +80,7 @@ def chosen_here() -> dict[str, str]:
 
 
 def users_environment() -> dict[str, str]:
-    """The environment without what `prepare` has set: for programs that choose their own number of threads."""
+    """The environment without what `prepare` has set: for programs that choose their own number of threads, as vLLM does."""
     return {name: value for name, value in os.environ.items() if _ours.get(name) != value}
 
 

@@ -141,6 +141,20 @@ def test_quiet_reaches_what_a_function_calls(lines: _Reader) -> None:
         load()  # type: ignore[call-arg]
 
 
+def test_a_long_start_is_explained(lines: _Reader) -> None:
+    from threading import Event
+
+    with progress.patiently("loading PyTorch", seconds=0.01):
+        Event().wait(0.5)
+    assert lines() == ["loading PyTorch"]
+    with progress.patiently("loading PyTorch", seconds=0.3):
+        say("reading the model")
+        Event().wait(0.5)
+    with progress.patiently("loading PyTorch", seconds=60):
+        pass
+    assert lines() == ["reading the model"]
+
+
 def test_an_error_leaves_nothing_behind(lines: _Reader) -> None:
     with pytest.raises(ValueError, match="x"), progress_bar("loop", 2, quiet=True):
         raise ValueError("x")

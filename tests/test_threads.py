@@ -103,7 +103,7 @@ def test_nothing_is_set_once_torch_is_there() -> None:
     import torch  # noqa: F401
 
     environment: dict[str, str] = {}
-    assert threads.prepare(environment) == {} and environment == {}
+    assert threads.prepare({"TQDM_DISABLE": "1"}, environment) == {} and environment == {}
 
 
 CHILD = """

@@ -128,7 +128,8 @@ def apply(
     if recipe.model != model:
         recipe = recipe.model_copy(update={"model": model})
     with main_first():
-        plan = make_plan(recipe, model)
+        with stage(f"reading {model}"):
+            plan = make_plan(recipe, model)
         identity = dump_recipe(resumable(recipe))
         writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume=resume, identity=identity)
         finished = writer.parts()
