@@ -800,7 +800,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # before a handler imports the libraries that read these once
     prepare(NO_BARS if (quiet or not on_terminal()) and args.command != "serve" else None)
     try:
-        with only_results_on_stdout(args.command != "serve"), silenced(quiet), patiently("loading PyTorch"):
+        with only_results_on_stdout(args.command != "serve"), silenced(quiet), patiently("loading libraries"):
             outcome = args.handler(args)
         if is_main():  # of several processes that torchrun started, one speaks
             show(outcome, getattr(args, "json", False))

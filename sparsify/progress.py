@@ -35,7 +35,8 @@ FEW_STEPS = 100  # a loop of at most so many steps prints a line for each of the
 STEP_SECONDS = 1.0  # so long; a longer loop prints one every
 LOOP_SECONDS = 10.0
 ALIVE_SECONDS = 30.0  # a step that takes longer than this is reported again
-STAGE_SECONDS = 3.0  # a stage that took longer than this says how long it took
+STAGE_SECONDS = 1.0  # a stage is shown when it has taken so long, and
+LONG_SECONDS = 3.0  # says how long it took when that was longer than this
 RECENT = 30  # samples, a second or more apart, from which the time left is estimated
 RATE_SECONDS = 3600.0  # the same for bars: steps of large models take minutes, and rich forgets them after half of one
 
@@ -140,16 +141,18 @@ class _Lines(Task):
         title: str,
         total: float | None,
         completed: float = 0,
+        stage: bool = False,
         alive: float = ALIVE_SECONDS,
         clock: Clock = time.monotonic,
     ) -> None:
         super().__init__(title, total, completed)
-        self.alive, self.clock = alive, clock
+        self.stage, self.alive, self.clock = stage, alive, clock
         self.started = clock()
         self.pause = STEP_SECONDS if total is not None and total - completed <= FEW_STEPS else LOOP_SECONDS
         self.recent = deque([(self.started, completed)], maxlen=RECENT)
         self.lock, self.ended = threading.Lock(), threading.Event()
-        self._print(self.started)
+        if not stage:
+            self._print(self.started)
         threading.Thread(target=self._keep_alive, daemon=True).start()
 
     def advance(self, steps: float = 1) -> None:
@@ -174,7 +177,7 @@ class _Lines(Task):
         self.ended.set()
         with self.lock:
             now = self.clock()
-            if self.total is None and not failed and now - self.started >= STAGE_SECONDS:
+            if self.total is None and not failed and now - self.started >= LONG_SECONDS:
                 self.text = ""
                 _write(f"{self.title}: done after {duration(now - self.started)}")
 
@@ -197,6 +200,10 @@ class _Lines(Task):
         _write(self.label + times)
 
     def _keep_alive(self) -> None:
+        if self.stage and not self.ended.wait(STAGE_SECONDS):
+            with self.lock:
+                if not self.ended.is_set():
+                    self._print(self.started)
         while not self.ended.wait(self.alive / 4):
             with self.lock:
                 now = self.clock()
@@ -224,7 +231,7 @@ def progress(items: Iterable[T], description: str, total: float | None = None, q
 
 @contextmanager
 def stage(text: str, quiet: bool = False) -> Iterator[Task]:
-    """Something that takes long in one piece, such as loading a model: shown when it begins and, if it took long, ends."""
+    """Something that may take long in one piece, such as loading a model: shown once it has taken a second, and at its end."""
     with silenced(quiet), _shown(_task(text, None, 0, stage=True)) as task:
         yield task
 
@@ -242,7 +249,7 @@ def describe(text: str) -> None:
 
 
 @contextmanager
-def patiently(text: str, seconds: float = STAGE_SECONDS) -> Iterator[None]:
+def patiently(text: str, seconds: float = LONG_SECONDS) -> Iterator[None]:
     """Say `text` if nothing else was shown so many seconds after the block began: what is going on before the first loop."""
     before = _shows
     timer = threading.Timer(seconds, lambda: say(text, quiet=_shows > before))
@@ -301,7 +308,7 @@ def _task(title: str, total: float | None, completed: float, stage: bool = False
     if not _speaks():
         return Task(title, total, completed)
     if not on_terminal():
-        return _Lines(title, total, completed)
+        return _Lines(title, total, completed, stage)
     if _active:
         return _Inner(_active[-1], title, total, completed)
     return _Bar(title, total, completed, transient=stage)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -117,6 +118,21 @@ def progress_lines(lines: _Reader, task: _Lines, kept: dict[int, list[str]] = {}
     return kept[id(task)]
 
 
+def test_a_stage_is_shown_once_it_has_taken_long(lines: _Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "STAGE_SECONDS", 60.0)
+    with stage("reading"):
+        pass
+    assert lines() == []
+    monkeypatch.setattr(progress, "STAGE_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "LONG_SECONDS", 0.0)
+    with stage("loading"):
+        for _ in range(500):
+            if found := lines():
+                break
+            Event().wait(0.01)
+    assert found == ["loading"] and lines()[0].startswith("loading: done after 0:0")
+
+
 def test_what_stands_inside_stands_still(lines: _Reader) -> None:
     with progress_bar("outer", 2, quiet=True) as bar:
         with stage("inner"):
@@ -132,18 +148,16 @@ def test_what_stands_inside_stands_still(lines: _Reader) -> None:
 def test_quiet_reaches_what_a_function_calls(lines: _Reader) -> None:
     @quietly
     def load(name: str, quiet: bool = False) -> str:
-        with stage(f"loading {name}"):
+        with progress_bar(f"loading {name}", 1):
             return name
 
-    assert load("a") == "a" and lines() == ["loading a"]
+    assert load("a") == "a" and lines() == ["loading a 0/1"]
     assert load("a", True) == "a" and load("a", quiet=True) == "a" and lines() == []
     with pytest.raises(TypeError):
         load()  # type: ignore[call-arg]
 
 
 def test_a_long_start_is_explained(lines: _Reader) -> None:
-    from threading import Event
-
     with progress.patiently("loading PyTorch", seconds=0.01):
         Event().wait(0.5)
     assert lines() == ["loading PyTorch"]
@@ -163,9 +177,9 @@ def test_an_error_leaves_nothing_behind(lines: _Reader) -> None:
 
 def test_of_several_processes_one_speaks(lines: _Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, expected in (("1", []), ("0", ["loading", "building"])):
+    for rank, expected in (("1", []), ("0", ["loading 0/2", "building"])):
         monkeypatch.setenv("RANK", rank)
-        with stage("loading"):
+        with progress_bar("loading", 2):
             say("building")
         assert lines() == expected
 
