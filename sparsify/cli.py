@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from sparsify import __version__
 from sparsify.distributed import is_main
 from sparsify.errors import RecipeError, SparsifyError
+from sparsify.progress import on_terminal, patiently, silenced
+from sparsify.threads import prepare
 
 if TYPE_CHECKING:
     from sparsify.bench.kernels import KernelOptions
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 FAILED = 1
 INTERRUPTED = 130
+NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars of libraries, where none can be drawn
 PIPE_WIDTH = 160  # columns of a table that is not printed on a terminal
 
 
@@ -358,7 +361,7 @@ def command_parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print one JSON object on stdout and nothing else there"
     )
     is_quiet = argparse.ArgumentParser(add_help=False)
-    is_quiet.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
+    is_quiet.add_argument("--quiet", "-q", action="store_true", help="print the result and errors, no progress")
     takes_recipe = argparse.ArgumentParser(add_help=False)
     takes_recipe.add_argument(
         "recipe", metavar="RECIPE", help="name of a ready recipe (see `sparsify recipes`) or a YAML file"
@@ -430,7 +433,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     add(
         commands, "plan", plan, "show what a recipe will do to a model, without doing it",
-        takes_recipe, shows_json,
+        takes_recipe, is_quiet, shows_json,
         shown=("sparsify plan 2of4-w4a16 --model embedded:smollm2-135m-instruct",),
     )  # fmt: skip
 
@@ -489,7 +492,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     command = add(
         commands, "report", report, "draw a self-contained HTML page about a checkpoint: layers, sizes, accuracy, speed",
-        shows_json,
+        is_quiet, shows_json,
         shown=(
             "sparsify report out/smollm2",
             "sparsify report out/smollm2 --evaluation eval.json --bench bench.json   what eval --json and bench --json printed",
@@ -693,7 +696,8 @@ def command_parser() -> argparse.ArgumentParser:
         description="Native kernels are built on first use; images and machines without a compiler want them built before.",
     ).add_subparsers(dest="kernels_command", required=True, metavar="COMMAND")
     command = add(
-        kernels, "build", build_kernels, "compile the native kernels into the cache", shows_json,
+        kernels, "build", build_kernels, "compile the native kernels into the cache",
+        is_quiet, shows_json,
         shown=(
             "sparsify kernels build",
             "sparsify kernels build cpu/gram",
@@ -708,7 +712,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     command = add(
         kernels, "check", check_kernels, "are the kernels right, and on a GPU how fast: the first command to run on a new one",
-        shows_json,
+        is_quiet, shows_json,
         shown=(
             "sparsify kernels check --gpu --output check.json",
             "sparsify kernels check --gpu --quick",
@@ -746,7 +750,10 @@ def command_parser() -> argparse.ArgumentParser:
     command.add_argument("--markdown", action="store_true", help="print the table of kernels/README.md")
     add(kernels, "list", list_kernels, "show the native kernels and where they were built", shows_json)
 
-    add(commands, "doctor", doctor, "say what is installed, what this machine can run, and what is missing", shows_json)
+    add(
+        commands, "doctor", doctor, "say what is installed, what this machine can run, and what is missing",
+        is_quiet, shows_json,
+    )  # fmt: skip
 
     command = add(
         commands, "demo", demo, "compile, serve and compare a small embedded model: the whole story",
@@ -790,8 +797,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status. Usage errors exit with 2 on the way."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parse(argv)
+    quiet = getattr(args, "quiet", False)
+    # before a handler imports the libraries that read these once
+    prepare(NO_BARS if (quiet or not on_terminal()) and args.command != "serve" else None)
     try:
-        with only_results_on_stdout(args.command != "serve"):
+        with only_results_on_stdout(args.command != "serve"), silenced(quiet), patiently("loading libraries"):
             outcome = args.handler(args)
         if is_main():  # of several processes that torchrun started, one speaks
             show(outcome, getattr(args, "json", False))

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
 from importlib.util import find_spec
@@ -24,11 +24,13 @@ from packaging.version import Version
 from rich.table import Table
 from rich.text import Text
 
+from sparsify import threads
 from sparsify.bench.machine import GIB, cpu_model, memory_bytes, usable_cores
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
 from sparsify.native import find_compiler, known_kernels, open_library
 from sparsify.native_cuda import find_nvcc
+from sparsify.progress import progress_bar
 
 # ok: works. note: absent or slower, and nothing needs it here. missing: some command will not work. broken: it harms.
 Status = Literal["ok", "note", "missing", "broken"]
@@ -101,9 +103,26 @@ class Report:
 
 def examine() -> Report:
     """Look at everything; takes a few seconds, most of them to import torch."""
-    findings = [*python_findings(), *package_findings(), *trap_findings(TRAP), *plugin_findings(os.environ)]
-    findings += [*cpu_findings(), *gpu_findings(), *compute_findings(), *compiler_findings(), *native_findings()]
-    findings += [*backend_findings(), *cache_findings()]
+    checks: list[tuple[str, Callable[[], list[Finding]]]] = [
+        ("Python", python_findings),
+        ("packages", package_findings),
+        ("packages that break others", lambda: trap_findings(TRAP)),
+        ("vLLM plugin", lambda: plugin_findings(os.environ)),
+        ("processor", cpu_findings),
+        ("threads", lambda: thread_findings(os.environ)),
+        ("PyTorch and GPU", gpu_findings),
+        ("compute type", compute_findings),
+        ("compilers", compiler_findings),
+        ("native kernels", native_findings),
+        ("back ends", backend_findings),
+        ("cache", cache_findings),
+    ]
+    findings: list[Finding] = []
+    with progress_bar("looking at", len(checks)) as bar:
+        for name, check in checks:
+            bar.describe(name)
+            findings += check()
+            bar.advance()
     return Report(findings)
 
 
@@ -285,6 +304,31 @@ def cpu_findings() -> list[Finding]:
     if features.get("AVX2") is False:
         findings.append(Finding("cpu", "AVX2", "missing", "vLLM does not run on this CPU; compiling and eval do"))
     return findings
+
+
+def thread_findings(environment: Mapping[str, str]) -> list[Finding]:
+    """How many threads compute and how they wait for each other, and what decided it."""
+    ours, here = threads.chosen_here(), threads.threads()
+    set_by = next((name for name in threads.COUNTS if environment.get(name) and name not in ours), None)
+    if set_by is None:
+        count = Finding("cpu", "threads", "ok", f"{here.count}: {here.reason}")
+    else:
+        asked = environment[set_by]
+        count = Finding("cpu", "threads", "ok", f"{asked}: set by {set_by} ({here.reason})")
+        if asked.isdigit() and int(asked) > here.count:
+            detail = f"{asked}: set by {set_by}, but {here.reason}, and threads that share one wait for each other"
+            count = Finding("cpu", "threads", "note", detail, f"unset {set_by}")
+    told = {name: environment[name] for name in (threads.POLICY, *threads.SPIN) if name in environment}
+    said = ", ".join(f"{name}={value}" for name, value in told.items())
+    if not told:
+        fix = "export " + " ".join(f"{name}={value}" for name, value in threads.SPIN.items())
+        detail = (
+            "spin for milliseconds: slow beside other programs (the commands of sparsify set this, a library cannot)"
+        )
+        return [count, Finding("cpu", "waiting threads", "note", detail, fix)]
+    if told.items() <= ours.items():
+        return [count, Finding("cpu", "waiting threads", "ok", f"spin for microseconds, then sleep ({said})")]
+    return [count, Finding("cpu", "waiting threads", "ok", f"as the environment says ({said})")]
 
 
 def gpu_findings() -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from sparsify import native, native_cuda
 from sparsify.errors import SparsifyError
+from sparsify.threads import usable_cores
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,20 @@ def build_all(names: Sequence[str] = (), archs: Sequence[int] = ()) -> list[Kern
             raise SparsifyError(
                 f"there is no GPU here to build {for_gpu[0]} for: name architectures, as in --arch 80,90"
             )
-    builds = []
-    for name in wanted:
-        if name in for_gpu and not archs:
-            note = "no GPU here: built on first use on one, or with --arch 80,86,89,90,100,120"
-            builds.append(KernelBuild(name, _source(name), _newest(name), note=note))
-            continue
-        try:
-            library = native_cuda.build(name, archs) if name in for_gpu else native.build(name)
-            builds.append(KernelBuild(name, _source(name), str(library)))
-        except native.NativeBuildError as error:
-            builds.append(KernelBuild(name, _source(name), None, str(error)))
-    return builds
+    with ThreadPoolExecutor(usable_cores()) as pool:  # compilers are processes of their own
+        return list(pool.map(lambda name: _build(name, archs if name in for_gpu else None), wanted))
+
+
+def _build(name: str, archs: Sequence[int] | None) -> KernelBuild:
+    """archs: None for a kernel of the CPU."""
+    if archs is not None and not archs:
+        note = "no GPU here: built on first use on one, or with --arch 80,86,89,90,100,120"
+        return KernelBuild(name, _source(name), _newest(name), note=note)
+    try:
+        library = native.build(name) if archs is None else native_cuda.build(name, archs)
+        return KernelBuild(name, _source(name), str(library))
+    except native.NativeBuildError as error:
+        return KernelBuild(name, _source(name), None, str(error))
 
 
 def _archs_at_hand() -> tuple[int, ...]:

@@ -20,7 +20,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -29,6 +31,8 @@ from pathlib import Path
 import sparsify
 from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.files import cache_directory
+from sparsify.progress import duration, say
+from sparsify.threads import usable_cores
 
 DISABLE = "SPARSIFY_NATIVE"  # set to 0: no native code is built or loaded
 FOLDERS = ("cpu", "cuda")  # of kernels/; in the second, C++ files that call the CUDA kernels
@@ -143,6 +147,7 @@ def compile_once(
 ) -> None:
     """Run a compiler unless `library` is there already. Safe in many processes at once: a lock, then a rename.
 
+    It takes a minute, so it is said on stderr (`sparsify.progress`), also that another process is at it.
     command: everything but the output; version: of the compiler, for its error message; seconds: the most it may take.
     """
     if library.exists():
@@ -150,13 +155,28 @@ def compile_once(
     folder = library.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{build_stem(name)}.lock"):
+        with _locked(folder / f"{build_stem(name)}.lock", f"waiting for another process that builds {name}"):
             if not library.exists():  # another process may have built it while this one waited
-                logger.info("building the native kernel %s with %s (once; kept in %s)", name, command[0], folder)
+                started = time.monotonic()
+                say(f"building the native kernel {name} with {Path(command[0]).name} (once; kept in {_short(folder)})")
                 _compile(name, command, version, library, seconds)
+                say(f"built {name} after {duration(time.monotonic() - started)}")
     except OSError as error:
         message = f"cannot write the native kernel {name} to {folder} ({error}); set SPARSIFY_CACHE to a folder you own"
         raise NativeBuildError(message) from error
+
+
+def build_ahead(names: Sequence[str]) -> None:
+    """Build several kernels side by side, as many as there are cores. One that cannot be built is left to `load`, which
+    says why: a command that calls this in time waits once instead of at every first use."""
+
+    def build_one(name: str) -> None:
+        with contextlib.suppress(SparsifyError):
+            build(name)
+
+    if os.environ.get(DISABLE) != "0":
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            list(pool.map(build_one, names))
 
 
 def open_library(name: str) -> ctypes.CDLL:
@@ -204,12 +224,27 @@ def _source_key(source: Path, openmp: Path | None) -> str:
     return digest(sparsify.__version__, platform.machine(), runtime, release, *FLAGS, *texts)
 
 
+def _short(folder: Path) -> str:
+    """A folder as people write it: ~/.cache/sparsify/native."""
+    home = os.path.expanduser("~")
+    return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
+
+
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; on file systems without locks nothing but some time is lost, because the rename is atomic."""
+def _locked(path: Path, waiting: str) -> Iterator[None]:
+    """Hold an exclusive lock; on file systems without locks nothing but some time is lost, because the rename is atomic.
+
+    waiting: said when another process holds it
+    """
     with open(path, "w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(waiting)
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
         yield  # closing the file releases the lock, and so does the death of the process
 
 

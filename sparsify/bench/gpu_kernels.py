@@ -31,6 +31,7 @@ from sparsify.emulation import Sparse24
 from sparsify.errors import SparsifyError
 from sparsify.files import atomic_write, read_json
 from sparsify.formats import ModuleScheme, get_format
+from sparsify.progress import describe, progress_bar
 from sparsify.runtime.backends import BACKENDS, Backend, crossovers, cuda, known_backends
 from sparsify.runtime.op import sparse24_linear
 
@@ -172,11 +173,12 @@ def check_here(
         only=only,
     )
     file = Path(output) if output else None
-    if not gpu:
-        return check_cpu(options, file)
-    if not torch.cuda.is_available():
-        return without_gpu(options, file)
-    report = check_gpu(options, file)
+    with progress_bar("checking kernels", None):
+        if not gpu:
+            return check_cpu(options, file)
+        if not torch.cuda.is_available():
+            return without_gpu(options, file)
+        report = check_gpu(options, file)
     if times:
         merge_times(report, Path(times))
     return report
@@ -231,6 +233,7 @@ def check_emulated(kernel: Sparse24, until: float, quick: bool) -> list[Correctn
                 x, bias = activations(m, k, n, dtype, device, apart=False, bias=m > 1)
                 exact, magnitude = float64_product(x, weight, bias)
                 case = f"[{n}, {k}] group {group} {dtype} M {m}".replace("torch.", "")
+                describe(f"emulated cuda {case}")
                 for config, check in enumerate(found):
                     if time.monotonic() > until:
                         check.left_out += 1
@@ -287,6 +290,7 @@ def check_gpu(options: CheckOptions | None = None, output: Path | None = None) -
         timed: dict[tuple[Linear, int], Timed] = {}
         for group, peers in ((first, True), (rest, False)):
             for linear in options.linears:
+                describe(f"timing {linear.label}")
                 with out_of_memory_noted(report, linear):
                     time_linear(timed, linear, group, peers, options, device, deadline, report)
             report.rows = make_rows(timed, report.copy_bandwidth)
@@ -318,6 +322,7 @@ def check_backend(backend: Backend, device: torch.device, until: float, quick: b
                     continue  # a type of scales that differs from that of the activations: once is enough
                 tensors = random_tensors(scheme, device=device, dtype=scale_dtype)
                 case = f"[{n}, {k}] group {scheme.group_size} {dtype} scales {scale_dtype}".replace("torch.", "")
+                describe(f"{backend.name} {case}")
                 try:
                     weight = get_format("sparse24").decode("random", tensors, scheme).dense(torch.float32).double()
                     prepared = backend.prepare(tensors, scheme, dtype)

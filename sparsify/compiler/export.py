@@ -24,7 +24,7 @@ from sparsify.model.blocks import head_input
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.walk import TOKENS_PER_MICRO_BATCH
 from sparsify.passes.gram import gram
-from sparsify.progress import progress
+from sparsify.progress import progress, stage
 from sparsify.recipe import Calibration, Head, dump_recipe, parse_recipe
 
 DEFAULT_GROUP_SIZE = 64
@@ -84,7 +84,8 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
         dtype = choose(measure=True).dtype
-        model = open_writer(checkpoint.directory, dtype)
+        with stage(f"loading {source}", quiet):
+            model = open_writer(checkpoint.directory, dtype)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{source}: transformers cannot load this model to run it on text ({str(error).splitlines()[0]}); "

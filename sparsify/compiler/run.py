@@ -44,11 +44,12 @@ from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.model.checkpoint import read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.walk import BlockVisit, GroupVisit, Walk
+from sparsify.native import build_ahead
 from sparsify.passes.compress import Scheme, Statistics, compress
 from sparsify.passes.gram import cross, gram
 from sparsify.passes.head import SolvedHead, solve_head
 from sparsify.passes.recover.block import BlockTuning, Sample, tune_block
-from sparsify.progress import Task, progress_bar
+from sparsify.progress import Task, progress, progress_bar, quietly, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
 
 METRICS = "metrics.json"
@@ -59,6 +60,7 @@ OUTER = "outside"
 DEPTH_NOTE = "depth.json"
 BEFORE_DEPTH, SHORTENED = "before-depth", "depth"  # directories: the model compressed, and what is left of its layers
 CALIBRATION = "calibration.safetensors"
+KERNELS = ("cpu/gram", "cpu/sweep", "cpu/refine")  # what compressing on data computes with
 
 Evaluate = Callable[[Path], dict[str, Any]]
 """Measures a finished directory; what it returns goes into metrics.json and the model card."""
@@ -104,6 +106,7 @@ class Applied:
         return table
 
 
+@quietly
 def apply(
     recipe: Recipe,
     model: str,
@@ -129,7 +132,7 @@ def apply(
         recipe = recipe.model_copy(update={"model": model})
     with main_first():
         arithmetic = begin(partial_directory(output), resume or not is_main())  # the main process has kept it by then
-        with arithmetic.in_force():
+        with arithmetic.in_force(), stage(f"reading {model}"):
             plan = make_plan(recipe, model)
         identity = dump_recipe(resumable(recipe))
         writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume=resume, identity=identity)
@@ -178,7 +181,8 @@ def _run(
         elif not plan.needs_data:
             _stream(plan, writer, finished, notes, quiet)
         if OUTER not in writer.parts():
-            _outer(plan, writer, notes, None if plan.head is None else _solve_head(plan, plan.head))
+            with stage("embeddings and output head"):
+                _outer(plan, writer, notes, None if plan.head is None else _solve_head(plan, plan.head))
     wait_for_all()
     trained = time.perf_counter()
     _train(plan, writer, notes, quiet)
@@ -206,7 +210,8 @@ def _run(
         CARD: model_card(metrics, recipe),
     }
     adapter = sorted((writer.work / ADAPTER).glob("*"))
-    writer.finish(extra_files={**files, **{f"{ADAPTER}/{file.name}": file.read_bytes() for file in adapter}})
+    with stage(f"writing {output}"):
+        writer.finish(extra_files={**files, **{f"{ADAPTER}/{file.name}": file.read_bytes() for file in adapter}})
     if evaluate is not None:
         metrics["evaluation"] = {key: value for key, value in evaluate(output).items() if key != "seconds"}
         atomic_write(output / METRICS, json_text(metrics))
@@ -313,7 +318,9 @@ def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Note
     folder = writer.work / f"activations-{rank()}"
     if spill:
         folder.mkdir(exist_ok=True)
-    walk = Walk(plan.model, tokens, plan.needs_twin, folder if spill else None, device())
+    build_ahead(KERNELS)
+    with stage("calibration text through the embeddings"):
+        walk = Walk(plan.model, tokens, plan.needs_twin, folder if spill else None, device())
     with summing(), progress_bar("compressing", len(blocks) + (head is not None), quiet=quiet) as bar:
         for index, block in enumerate(blocks):
             if _part(index) in finished:
@@ -329,6 +336,7 @@ def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Note
             if is_main():
                 notes.write(index, _layer_notes(index, result.linears, rewriting.errors), result.skipped, tuning)
                 writer.write_part(_part(index), *_block_tensors(plan, index, result.linears, result.others))
+            bar.describe(block)
             bar.advance()
         if head is not None:
             bar.describe(head.head.module)
@@ -362,7 +370,7 @@ def _carry(
     errors: of linears that this recipe compressed, by name
     """
     owners = {name: plan.model.owner(target) for name, (target, _) in plan.model.sources.items()}
-    for index in [*range(len(plan.model.blocks)), None]:
+    for index in progress([*range(len(plan.model.blocks)), None], "taking over"):
         part = OUTER if index is None else _part(index)
         if part in finished:
             continue
@@ -418,6 +426,7 @@ def _stream(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _No
                         new |= compress({name: plan.checkpoint.tensor(planned.source)}, scheme, None)[0]
                 notes.write(index, _layer_notes(index, new, {}), {})
                 writer.write_part(_part(index), *_block_tensors(plan, index, new))
+            bar.describe(plan.model.blocks[index])
             bar.advance()
 
 

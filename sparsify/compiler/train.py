@@ -35,6 +35,7 @@ from sparsify.passes.recover.distill import TextRows, cache_teacher, collate, on
 from sparsify.passes.recover.student import Student, Teacher, trainable_parameters
 from sparsify.passes.recover.trainable import make_trainable
 from sparsify.passes.recover.trainer import PREFIX, load_parameters, train
+from sparsify.progress import stage
 from sparsify.recipe import Calibration, Distill, Finetune, Lora
 from sparsify.recipe.sources import SELF
 
@@ -130,7 +131,10 @@ def train_stage(
             f"{settings.kind}: {len(rows)} rows are less than one step of batch_size {settings.batch_size}; "
             "lower batch_size or give more data"
         )
-    teacher = None if planned.teacher is None else open_teacher(planned, device())
+    teacher = None
+    if planned.teacher is not None:
+        with stage(f"{settings.kind}: loading the teacher", quiet):
+            teacher = open_teacher(planned, device())
     lessons: Any = None
     if teacher is not None and isinstance(settings, Distill) and settings.teacher_logits == "cached":
         with main_first():
@@ -138,7 +142,8 @@ def train_stage(
         teacher = None
     elif teacher is not None:
         lessons = online(teacher)
-    opened, student, groups = prepare(settings, writer, checkpoint)
+    with stage(f"{settings.kind}: loading the student", quiet):
+        opened, student, groups = prepare(settings, writer, checkpoint)
     if processes() == 1:
         student.to(device())  # FSDP moves its shards itself
     masked = {} if isinstance(settings, Lora) else opened.linears
@@ -159,7 +164,8 @@ def train_stage(
             load_parameters(student, directory / f"{PREFIX}{steps}")
         if opened.adapter is not None:
             keep_adapter(opened, writer)
-        rewrite(writer, opened, partial(conclude, summary))
+        with stage(f"{settings.kind}: writing what was trained", quiet):
+            rewrite(writer, opened, partial(conclude, summary))
     wait_for_all()
     writer.stage = number
 
@@ -276,7 +282,8 @@ def training_rows(
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         return {"lengths": lengths, **{key: torch.cat([row[key] for row in rows]) for key in ("input_ids", "labels")}}
 
-    made = kept(file, read)
+    with stage(f"{settings.kind}: reading {settings.data}", quiet):
+        made = kept(file, read)
     lengths = made["lengths"].tolist()
     ids, labels = (made[key].split(lengths) for key in ("input_ids", "labels"))
     return [{"input_ids": i, "labels": one} for i, one in zip(ids, labels, strict=True)]

@@ -11,6 +11,7 @@ from sparsify.data.mixture import interleave
 from sparsify.data.pack import documents, rows_of, tokenize
 from sparsify.data.records import RECORD_FILES, file_records, hub_records, read_text
 from sparsify.errors import CalibrationError
+from sparsify.progress import stage
 from sparsify.recipe.schema import Calibration, SelfText
 from sparsify.recipe.sources import SELF, parse_source
 
@@ -70,15 +71,20 @@ def _rows(
     if source.kind == "self":
         return _own_text(spec, tokenizer, model_factory, cache_dir, asked, key, quiet)
     if source.kind == "hub":
-        return cached(
-            cache_dir, asked, shape, lambda: rows_of(documents(hub_records(source, spec.seed), tokenizer), *shape, name)
-        )
+        with stage(f"reading {name}", quiet):
+            return cached(
+                cache_dir,
+                asked,
+                shape,
+                lambda: rows_of(documents(hub_records(source, spec.seed), tokenizer), *shape, name),
+            )
     path = _checked_path(name)
     assert path is not None
-    if path.suffix.lower() in RECORD_FILES:
-        return rows_of(documents(file_records(path), tokenizer), *shape, str(path))
-    limit = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * spec.samples * spec.sequence_length)
-    return rows_of([tokenize(tokenizer, read_text(path, limit))], *shape, str(path))
+    with stage(f"reading {path.name}", quiet):
+        if path.suffix.lower() in RECORD_FILES:
+            return rows_of(documents(file_records(path), tokenizer), *shape, str(path))
+        limit = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * spec.samples * spec.sequence_length)
+        return rows_of([tokenize(tokenizer, read_text(path, limit))], *shape, str(path))
 
 
 def _checked_path(source: str) -> Path | None:
@@ -119,7 +125,9 @@ def _own_text(
     def sample() -> Tensor:
         from sparsify.data.own_text import own_rows
 
-        writer = model if model is not None else model_factory()
+        if (writer := model) is None:
+            with stage("loading the model that writes the text", quiet):
+                writer = model_factory()
         limit = getattr(writer.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and spec.sequence_length > limit:
             raise CalibrationError(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from sparsify.distributed import device
+from sparsify.model.blocks import without_bars
 from sparsify.model.checkpoint import Checkpoint
 
 SHARE_OF_GPU = 0.5  # of its free memory that the weights may take; the rest is for keys and values
@@ -20,7 +21,8 @@ def open_writer(directory: Path, dtype: torch.dtype) -> Any:
     """The causal language model of a directory: on the GPU where all of it fits there, else on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    with without_bars():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     place = device()
     if place != "cpu" and model.get_memory_footprint() < SHARE_OF_GPU * torch.cuda.mem_get_info(place)[0]:
         model.to(place)

@@ -20,7 +20,7 @@ from sparsify.evaluation.score import Score, chunked, score_logits, score_models
 from sparsify.evaluation.text import SELF, file_chunks, self_chunks
 from sparsify.failure import Failure, failure_of
 from sparsify.model.checkpoint import open_checkpoint
-from sparsify.progress import progress
+from sparsify.progress import progress, quietly, stage
 
 __all__ = [
     "EvaluationResult", "LoadedModel", "Score", "chunked", "evaluate", "evaluate_all", "format_name", "load_model",
@@ -50,6 +50,7 @@ def evaluate(
     return results[0]
 
 
+@quietly
 def evaluate_all(
     models: Sequence[str | Path],
     dense: str | Path | None = None,
@@ -79,8 +80,9 @@ def evaluate_all(
     length, count = sequence_length or default_length, chunks or default_chunks
 
     # The cheap things that can be wrong come first: text and tokenizer, then the weights.
-    tokenizer = load_tokenizer(models[0] if dense is None else dense)
-    ids = None if text is None or own else file_chunks(text, tokenizer, length, count)
+    with stage("reading the text"):
+        tokenizer = load_tokenizer(models[0] if dense is None else dense)
+        ids = None if text is None or own else file_chunks(text, tokenizer, length, count)
     checkpoints = [open_checkpoint(spec) for spec in models]
     reference = None if dense is None else load_model(dense, device)
     loaded = _load_all(models, reference, device)

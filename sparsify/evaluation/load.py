@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from sparsify.errors import CheckpointError
+from sparsify.model.blocks import without_bars
 from sparsify.model.checkpoint import open_checkpoint
+from sparsify.progress import stage
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def load_model(spec: str | Path, device: str | None = None) -> LoadedModel:
 
     checkpoint = open_checkpoint(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
+        with stage(f"loading {spec}"), without_bars():
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{spec}: transformers cannot load this model ({reason})") from error

@@ -27,7 +27,7 @@ from sparsify.model.head import OutputHead, find_head
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.passes.compress import Scheme
 from sparsify.passes.head import SolvedHead, head_problem, head_scheme, solve_head
-from sparsify.progress import progress
+from sparsify.progress import progress, quietly, stage
 from sparsify.recipe import Head, head_format_problem
 
 CARRIED = ("README.md", "recipe.yaml", "metrics.json")
@@ -47,6 +47,7 @@ Describe = Callable[[dict[str, bytes], RoundedHead, CheckpointWriter], dict[str,
 """Brings the carried files (model card, recipe, metrics) up to date with a head that was quantized, and what was written."""
 
 
+@quietly
 def export(
     source: str | Path,
     format: str,
@@ -92,7 +93,8 @@ def export(
         carried = {name: file.read_bytes() for name in CARRIED if (file := opened.directory / name).is_file()}
         if rounded is not None and describe is not None:
             carried = describe(carried, rounded, writer)
-        return writer.finish({}, carried)
+        with stage(f"writing {output}"):
+            return writer.finish({}, carried)
     except BaseException:
         writer.discard()
         raise
@@ -124,7 +126,9 @@ def _write_head(
     moment: Callable[[], Tensor] | None,
 ) -> RoundedHead:
     weight = opened.tensor(head.source)
-    solved = solve_head(head.module, weight, scheme, None if moment is None else moment())
+    H = None if moment is None else moment()
+    with stage(f"quantizing {head.module}"):
+        solved = solve_head(head.module, weight, scheme, H)
     writer.write_part(f"head.{head.module}", {head.module: solved.linear}, {})
     return RoundedHead(head, solved, 0 if head.tied else weight.nbytes)
 

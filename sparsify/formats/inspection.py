@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsify.formats.directory import CompressedCheckpoint, natural, open_compressed
 from sparsify.formats.scheme import in_block
 from sparsify.model.linear import is_two_four
-from sparsify.progress import progress
+from sparsify.progress import progress, quietly
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Inspection:
         return {"source": self.source, "format": self.format, "totals": self.totals(), "tensors": rows}
 
 
+@quietly
 def inspect(source: str | Path, quiet: bool = False) -> Inspection:
     """Read every tensor of a checkpoint once, check it, and measure it."""
     opened = open_compressed(source)

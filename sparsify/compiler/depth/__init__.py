@@ -22,7 +22,7 @@ from sparsify.model.resident import sublayers_of
 from sparsify.model.sublayers import KINDS
 from sparsify.passes.depth.layers import Layer
 from sparsify.passes.depth.stop import Weights
-from sparsify.progress import progress_bar
+from sparsify.progress import progress_bar, stage
 from sparsify.recipe import Depth
 
 __all__ = ["SEARCHED_ROWS", "PlannedDepth", "describe_note", "plan_depth", "shorten"]
@@ -37,7 +37,8 @@ def shorten(settings: Depth, spec: str, tokens: Tensor | None, output: Path, see
         raise CheckpointError(
             "the replacement of depth streamline trains in one process; start it without torchrun, or set replacement: none"
         )
-    source = open_source(spec)
+    with stage("depth: loading the model", quiet):
+        source = open_source(spec)
     rows = None if tokens is None else tokens[: settings.samples]
     with progress_bar("depth", None, quiet=quiet) as bar:
         if settings.method == "finercut":
