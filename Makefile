@@ -5,20 +5,26 @@ DEMO_OUTPUT ?= out/demo
 PYTEST_ARGS ?=
 # Processes that run tests. Those of one file stay together, because they share what is slow to make.
 JOBS ?= 2
+# 1: the versions of deploy/lock. 0: the newest that fit, which `make clean-venv setup LOCKED=0` makes from nothing.
+LOCKED ?= 1
+# What `make check-install` tries: core, cpu or editable.
+KIND ?= core
+export LOCKED
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses $(JOBS) --dist loadfile
 READY := $(VENV)/.ready
 PEERS := .venv-peers/.ready
+SETUP := pyproject.toml deploy/setup.sh deploy/versions.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format types recipes doctor build peers clean clean-venv
+.PHONY: help setup demo test test-fast lint format types recipes doctor build peers lock check-install test-floor test-newest clean clean-venv
 
 help: ## Say what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
 setup: $(READY) ## Make the environment in .venv (the other targets do it by themselves)
 
-$(READY): pyproject.toml deploy/setup.sh
+$(READY): $(SETUP) $(wildcard deploy/lock/cpu*.txt deploy/lock/cuda*.txt)
 	@VENV=$(VENV) deploy/setup.sh
 	@touch $@
 
@@ -52,13 +58,27 @@ build: $(READY) ## Build the wheel and the source distribution into dist/
 
 peers: $(PEERS) ## Make .venv-peers with llm-compressor, to measure against it
 
-$(PEERS): deploy/setup.sh
+$(PEERS): deploy/setup.sh deploy/versions.sh deploy/lock/peers.txt
 	@VENV=.venv-peers deploy/setup.sh peers
 	@touch $@
+
+lock: ## Write deploy/lock again from pyproject.toml; UPGRADE=1 takes the newest versions (needs the network)
+	@deploy/lock.sh
+
+check-install: ## Install the wheel into a clean environment and run the commands there; KIND=core, cpu or editable
+	@deploy/check_install.sh $(KIND)
+
+test-floor: ## Run the fast tests with the lowest versions that pyproject.toml allows, in .venv-floor
+	@VENV=.venv-floor deploy/setup.sh floor
+	.venv-floor/bin/python -m pytest -m "not e2e" $(PARALLEL) $(PYTEST_ARGS)
+
+test-newest: ## Run the fast tests with the newest versions that pyproject.toml allows, in .venv-newest
+	@VENV=.venv-newest deploy/setup.sh newest
+	.venv-newest/bin/python -m pytest -m "not e2e" $(PARALLEL) $(PYTEST_ARGS)
 
 clean: ## Remove what runs and tools left behind (out/, caches, dist/)
 	rm -rf out dist build .pytest_cache .mypy_cache .ruff_cache
 	find sparsify tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-clean-venv: ## Remove .venv and .venv-peers
-	rm -rf .venv .venv-peers
+clean-venv: ## Remove .venv and the environments beside it
+	rm -rf .venv .venv-peers .venv-floor .venv-newest

