@@ -34,6 +34,17 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which instruction sets this run did not execute. The reports of all processes that ran tests arrive here."""
+    from tests.levels import not_executed
+
+    skipped = terminalreporter.getreports("skipped")
+    told = not_executed(report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple))
+    if told is not None:
+        terminalreporter.section("instruction sets")
+        terminalreporter.write_line(told)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the source tree."""

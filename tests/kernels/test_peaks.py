@@ -10,6 +10,7 @@ import torch
 from sparsify.bench import peaks
 from sparsify.bench.peaks import KINDS, LEVELS, READING, Probes, cache_bytes, measure_peaks, read_speed
 from sparsify.errors import MissingDependency, SparsifyError
+from tests.levels import need
 
 # multiply-adds of one instruction times the accumulators that it keeps busy
 STEP = {
@@ -32,8 +33,7 @@ def probes() -> Probes:
 
 @pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
 def level(request: pytest.FixtureRequest, probes: Probes) -> int:
-    if request.param not in probes.levels():
-        pytest.skip(f"this processor has no {LEVELS[request.param]}")
+    need(LEVELS[request.param], request.param in probes.levels())
     return int(request.param)
 
 
