@@ -34,6 +34,19 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Ends with the instruction sets that this run did not execute. The reports of all processes that ran tests are here."""
+    from tests.levels import not_executed
+
+    yield
+    skipped = terminalreporter.getreports("skipped")
+    told = not_executed(report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple))
+    if told is not None:
+        terminalreporter.section("instruction sets")
+        terminalreporter.write_line(told)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the source tree."""

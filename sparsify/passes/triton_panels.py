@@ -44,7 +44,8 @@ def _stored(x, unit, low, high, GRID: tl.constexpr, TO_BF16: tl.constexpr):
         x = _code(x, unit, low, high) * unit
     elif TO_BF16:
         bits = x.to(tl.int32, bitcast=True)  # not `to(bfloat16)`, which Triton's interpreter truncates
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        x = tl.where(x != x, x, rounded)  # a carry would make a number of NaN
     return x
 
 

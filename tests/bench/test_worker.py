@@ -61,7 +61,7 @@ def test_worker_shares_one_engine(tmp_path, greedy):
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("STARTED ('here',)") == 1
@@ -91,7 +91,7 @@ def test_command_line_of_either_distribution(tmp_path, distribution, version):
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.stdout.split() == [version, "serve", "here"], done.stderr
 
@@ -104,7 +104,7 @@ def test_real_vllm_measures_the_embedded_model():
         ["embedded:smollm2-135m-instruct"],
         LatencyWorkload(input_len=16, output_len=8, iterations=1, warmup=0),
         ThroughputWorkload(input_len=16, output_len=8, prompts=4, warmup=0),
-        BenchOptions(eager=True, quiet=True, timeout=600),
+        BenchOptions(eager=True, quiet=True, timeout=1800),
     )
     [row] = result.models
     assert row.latency.request > row.latency.ttft > 0

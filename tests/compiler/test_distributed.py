@@ -40,7 +40,7 @@ def torchrun(recipe: Path, model: Path, output: Path, *more: str) -> subprocess.
     ]  # fmt: skip
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
 
 
 def compare(one, two):

@@ -1,9 +1,14 @@
 """vLLM engines for tests: each a process of its own that answers all prompts once; comparisons that know rounding."""
 
+import contextlib
+import functools
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +21,7 @@ from transformers import AutoModelForCausalLM
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [10, 90, 80, 70, 60, 50, 40, 30], list(range(3, 93))]
 BFLOAT16_NOISE = 0.06  # in log-probabilities of these models: measured 0.03 at most
 SCRIPT = Path(__file__).with_name("generate.py")
+TIMEOUT = 900  # seconds for one engine, on a machine that is busy
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,6 @@ def serve(
         "seed": 0,
         "skip_tokenizer_init": True,
     }
-    job = {"prompts": [list(prompt) for prompt in prompts], "engine": {"model": str(model), **settings, **engine}}
-    job["mixed"] = [[list(prompt), new_tokens] for prompt, new_tokens in mixed]
     variables = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -58,16 +62,51 @@ def serve(
         "OMP_NUM_THREADS": "1" if "tensor_parallel_size" in engine else str(os.cpu_count() or 1),
         **(environment or {}),
     }
-    result = scratch / "answers.json"
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), str(result)],
-        input=json.dumps(job), env=variables, cwd=scratch, text=True, timeout=900,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert run.returncode == 0 and result.is_file(), f"vLLM failed:\n{run.stdout[-6000:]}"
+    result, log = scratch / "answers.json", scratch / "engine.log"
+    job = {
+        "prompts": [list(prompt) for prompt in prompts],
+        "mixed": [[list(prompt), new_tokens] for prompt, new_tokens in mixed],
+        "engine": {"model": str(model), **settings, **engine},
+        "environment": variables, "folder": str(scratch), "log": str(log), "result": str(result),
+    }  # fmt: skip
+    result.unlink(missing_ok=True)
+    status = _host().run(job)
+    said = log.read_text(errors="replace")
+    assert status == 0 and result.is_file(), f"vLLM failed with exit status {status}:\n{said[-6000:]}"
     found = json.loads(result.read_text())
-    together, alone = (_answers(found[way], run.stdout) for way in ("together", "alone"))
-    return replace(_answers(found["answers"], run.stdout), together=together, alone=alone)
+    together, alone = (_answers(found[way], said) for way in ("together", "alone"))
+    return replace(_answers(found["answers"], said), together=together, alone=alone)
+
+
+class _Host:
+    """The process that has vLLM imported and answers each job in a fork. It ends with this one, when its stdin is closed."""
+
+    def __init__(self) -> None:
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT)], text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+        )  # fmt: skip
+
+    def run(self, job: dict[str, Any]) -> int:
+        """The exit status of the job; AssertionError where it takes too long or the host itself ends."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], TIMEOUT)
+        if status := self.process.stdout.readline() if ready else "":
+            return int(status)
+        os.killpg(self.process.pid, signal.SIGKILL)
+        _host.cache_clear()
+        self.errors.seek(0)
+        said = self.errors.read().decode(errors="replace")[-3000:]
+        raise AssertionError(f"vLLM {'ended' if ready else f'took more than {TIMEOUT} seconds'}:\n{said}")
+
+
+@functools.cache
+def _host() -> _Host:
+    return _Host()
 
 
 def _answers(told: Sequence[dict[str, Any]], log: str) -> Answers:

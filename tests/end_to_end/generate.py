@@ -1,12 +1,17 @@
-"""One vLLM engine in a process of its own: reads a JSON job on stdin, writes tokens and log-probabilities to a file.
+"""vLLM engines, each in a process of its own: reads jobs from stdin, a line of JSON each, and answers with an exit status.
 
-python generate.py RESULT < JOB     JOB = {"prompts": [[ids]], "engine": {keywords of vllm.LLM},
-                                           "mixed": [[[ids], new tokens]...]}
+python generate.py < JOBS     JOB = {"prompts": [[ids]], "engine": {keywords of vllm.LLM},
+                                     "mixed": [[[ids], new tokens]...],
+                                     "environment": of its process, "folder": to run in, "log": file, "result": file}
 
-RESULT = {"answers": to the prompts, "together": to the mixed requests while they come in, "alone": one after another}
+result = {"answers": to the prompts, "together": to the mixed requests while they come in, "alone": one after another}
+
+Importing vLLM takes 20 seconds of a core, which is more than a tiny model takes. So that is done once, and each job is
+answered by a fork, which has made nothing yet: no engine, no threads.
 """
 
 import json
+import os
 import sys
 from collections import deque
 from pathlib import Path
@@ -45,13 +50,13 @@ def arriving(engine: Any, requests: list[tuple[Any, Any]]) -> list[Any]:
     return [finished[number] for number in range(len(requests))]
 
 
-if __name__ == "__main__":
+def answer(job: dict[str, Any]) -> None:
+    """What one process does: start the engine, tell its tokens, stop."""
     from vllm import LLM, SamplingParams
 
     def greedy(new_tokens: int) -> Any:
         return SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=TOP, ignore_eos=True, detokenize=False)
 
-    job = json.load(sys.stdin)
     engine = LLM(**job["engine"])
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     result = {"answers": [told(a) for a in engine.generate(prompts, greedy(NEW_TOKENS), use_tqdm=False)]}
@@ -63,4 +68,35 @@ if __name__ == "__main__":
         engine.reset_prefix_cache()  # what was computed for others must not be what is compared
         alone += engine.generate([prompt], sampling, use_tqdm=False)
     result["alone"] = [told(answer) for answer in alone]
-    Path(sys.argv[1]).write_text(json.dumps(result))
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+def become(job: dict[str, Any]) -> None:
+    """Makes this process look as if it had been started for the job."""
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    os.chdir(job["folder"])
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for given, number in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(given, number)
+
+
+def main() -> None:
+    """A fork per job, one after another."""
+    statuses = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is no status
+    from vllm import LLM, SamplingParams  # noqa: F401
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        if (child := os.fork()) == 0:
+            become(job)
+            return answer(job)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), file=statuses, flush=True)
+
+
+# vLLM's processes are spawned and import this file again: only the real call may read jobs.
+if __name__ == "__main__":
+    main()

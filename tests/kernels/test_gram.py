@@ -9,6 +9,7 @@ from torch import Tensor
 from sparsify import native
 from sparsify.errors import SparsifyError
 from sparsify.passes.gram import FORCE, LEVELS, cross, gram
+from tests.levels import need
 
 PATHS = ("torch", *LEVELS)
 
@@ -20,8 +21,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         library = native.load("cpu/gram")
         if library is None:
             pytest.skip("no C++ compiler")
-        if library.sparsify_gram_level(LEVELS.index(request.param)) < 0:
-            pytest.skip(f"this processor has no {request.param}")
+        need(request.param, library.sparsify_gram_level(LEVELS.index(request.param)) >= 0)
     monkeypatch.setenv(FORCE, request.param)
     return str(request.param)
 
@@ -119,8 +119,7 @@ def test_is_symmetric(path: str) -> None:
 def test_bits_depend_neither_on_threads_nor_on_micro_batches(
     level: str, kernel: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kernel.sparsify_gram_level(LEVELS.index(level)) < 0:
-        pytest.skip(f"this processor has no {level}")
+    need(level, kernel.sparsify_gram_level(LEVELS.index(level)) >= 0)
     monkeypatch.setenv(FORCE, level)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2500, 300, generator=generator).bfloat16()

@@ -19,6 +19,7 @@ from sparsify.bench.peaks import (
 )
 from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.processor import FORCE, LEVELS
+from tests.levels import need
 
 # multiply-adds of one instruction times the accumulators that it keeps busy
 STEP = {
@@ -42,10 +43,9 @@ def probes() -> Probes:
 
 @pytest.fixture(params=MEASURED)
 def level(request: pytest.FixtureRequest, probes: Probes, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.delenv(FORCE, raising=False)
     number = LEVELS.index(request.param)
-    if number not in probes.levels():
-        pytest.skip(f"this processor has no {request.param}")
+    need(request.param, number in probes.levels())
+    monkeypatch.delenv(FORCE, raising=False)
     return number
 
 

@@ -29,6 +29,7 @@ from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
 from sparsify.runtime.backends import cpu
 from sparsify.runtime.backends.cpu import LEVELS, TYPES, Cpu
+from tests.levels import need, ruled_out
 from tests.linears import Linear, Made, make
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -66,7 +67,7 @@ class Kernel:
         ]
 
     def runs(self, level: int) -> bool:
-        return bool(self.library.sparse24_level(level) == level)
+        return bool(self.library.sparse24_level(level) == level) and not ruled_out(LEVELS[level])
 
     def pack(self, linear: Linear, made: Made | None = None) -> Tensor:
         tensors = (made or make(linear)).tensors
@@ -105,8 +106,7 @@ def kernel() -> Kernel:
 @pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
 def level(request: pytest.FixtureRequest, kernel: Kernel) -> int:
     """Each level that this machine can run."""
-    if not kernel.runs(request.param):
-        pytest.skip(f"this processor has no {LEVELS[request.param]}")
+    need(LEVELS[request.param], kernel.runs(request.param))
     return int(request.param)
 
 
@@ -260,8 +260,9 @@ def test_one_row_in_fixed_point(kernel: Kernel, level: int, group: int | str) ->
 @scheme_ids
 def test_fixed_point_activations(kernel: Kernel, bits: int, pattern: str) -> None:
     """Every number of rows of a block and several blocks; pieces of a group, of a part of one, and of a last part that is shorter."""
-    if not kernel.runs(4) or bits == 16:
-        pytest.skip("for AMX and codes")
+    if bits == 16:
+        pytest.skip("16 bits have no codes")
+    need("amx", kernel.runs(4))
     for (k, group), rows in itertools.product(
         [(384, 64), (384, 128), (512, 256), (1024, 512), (48, 48), (1040, 1040), (96, 96)],
         [*range(1, 18), 24, 31, 32, 33, 50, 64],
@@ -636,8 +637,7 @@ def test_a_row_alone_is_a_row_among_few(
 
     Not so at the bf16 levels, which cut rows into parts and choose among kernels that sum in other orders.
     """
-    if not kernel.runs(level):
-        pytest.skip(f"this processor has no {LEVELS[level]}")
+    need(LEVELS[level], kernel.runs(level))
     linear = Linear(bits, pattern, 64 if bits < 16 else 192, 33, 192)
     blob, x = kernel.pack(linear), activations(1, 192, dtype)
     for few in (range(1, 5), range(5, 18)):
@@ -677,7 +677,8 @@ def test_damaged_blobs_are_refused(kernel: Kernel, level: int) -> None:
 def test_unknown_levels_are_refused(kernel: Kernel) -> None:
     linear = Linear(4, "2:4", 64, 33, 128)
     x, y = activations(1, 128, BF16), torch.empty(1, 33, dtype=BF16)
-    for level in [len(LEVELS), 98, *(number for number in range(len(LEVELS)) if not kernel.runs(number))]:
+    absent = [number for number in range(len(LEVELS)) if kernel.library.sparse24_level(number) < 0]
+    for level in [len(LEVELS), 98, *absent]:
         assert kernel.status(kernel.pack(linear), 33, x, None, level, y) == 2
 
 

@@ -17,6 +17,7 @@ from sparsify.passes.prune.sparsegpt import sparsegpt_select
 from sparsify.passes.quantize.grid import Grid
 from sparsify.passes.refine import refine, visit_panel
 from sparsify.passes.sweep import column_sweep
+from tests.floats import hard_bits, is_nan, to_bfloat16
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 
@@ -52,6 +53,18 @@ def both(monkeypatch, variable, run):
         monkeypatch.setenv(variable, way)
         found.append(run())
     return found
+
+
+def test_what_is_stored_as_bfloat16_is_rounded_bit_by_bit(interpreted):
+    """On integers, so that no processor's way with denormals or NaN can show or hide anything."""
+    from tests import triton_probes
+
+    bits = hard_bits()
+    stored = torch.empty(len(bits))
+    numbers = torch.tensor(bits, dtype=torch.uint32).view(torch.float32)
+    importlib.reload(triton_probes).store[(1,)](numbers, stored, len(bits))
+    for given, found in zip(bits, stored.view(torch.uint32).tolist(), strict=True):
+        assert is_nan(found) if is_nan(given) else found == to_bfloat16(given) << 16, hex(given)
 
 
 @pytest.mark.parametrize("mask", ["given", "chosen", "none"])

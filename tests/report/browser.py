@@ -34,7 +34,7 @@ def find_browser() -> str | None:
 class Browser:
     """One browser with one page; collects whatever the page logs, throws or requests."""
 
-    def __init__(self, program: str, timeout: float = 60) -> None:
+    def __init__(self, program: str, timeout: float = 300) -> None:
         self.timeout = timeout
         self.profile = tempfile.mkdtemp(prefix="sparsify-chromium-")
         # The child expects its end of the pipes as exactly 3 and 4; a shell can say that and subprocess cannot.

@@ -19,6 +19,7 @@ from sparsify.runtime.backends import triton as backend
 from sparsify.runtime.backends import triton_tuning as tuning
 from sparsify.runtime.backends.triton_tuning import Config
 from sparsify.runtime.op import sparse24_linear
+from tests.floats import hard_bits, is_nan, to_bfloat16
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 
@@ -136,6 +137,37 @@ def test_decodes_to_the_dense_weights_of_the_reference(interpreter: ModuleType, 
         DECODE, torch.eye(96, dtype=dtype), get_backend("triton").prepare(tensors, scheme, dtype), None, scheme, y
     )
     assert torch.equal(y.T, get_format("sparse24").decode("x", tensors, scheme).dense(dtype))
+
+
+def test_bfloat16_is_rounded_and_widened_bit_by_bit(interpreter: ModuleType) -> None:
+    """On integers, so that no processor's way with denormals or NaN can show or hide anything."""
+    from tests import triton_probes
+
+    bits = hard_bits()
+    numbers = torch.tensor(bits, dtype=torch.uint32).view(torch.float32)
+    rounded, widened = torch.empty(len(bits), dtype=torch.bfloat16), torch.empty(len(bits))
+    importlib.reload(triton_probes).convert[(1,)](numbers, rounded, widened, len(bits))
+    for given, found, wide in zip(
+        bits, rounded.view(torch.uint16).tolist(), widened.view(torch.uint32).tolist(), strict=True
+    ):
+        assert is_nan(found << 16) if is_nan(given) else found == to_bfloat16(given), hex(given)
+        assert wide == found << 16, hex(given)
+
+
+@pytest.mark.parametrize("config", [GEMV, GEMM, SPLIT], ids=["gemv", "gemm", "split"])
+def test_zeros_and_denormals_come_out_as_they_are(interpreter: ModuleType, config: Config) -> None:
+    """A row of zeros gives zeros; bias and activations may be denormals of bfloat16. Compared as bits."""
+    scheme = ModuleScheme(16, 128, "2:4", (32, 128))
+    kept = torch.zeros(32, 64, dtype=torch.bfloat16)
+    kept[1, 0] = 1.0  # the first of the two kept inputs of the first four
+    tensors = {"weight_meta": torch.full((32, 16), 0x44, dtype=torch.uint8), "weight_values": kept}
+    x = torch.zeros(1, 128, dtype=torch.bfloat16)
+    x.view(torch.uint16)[0, 0] = 0x0003
+    bias = torch.zeros(32, dtype=torch.bfloat16)
+    bias.view(torch.uint16)[2] = 0x8001
+    y = torch.full((1, 32), float("nan"), dtype=torch.bfloat16)
+    backend.run(config, x, get_backend("triton").prepare(tensors, scheme, torch.bfloat16), bias, scheme, y)
+    assert y.view(torch.uint16)[0].tolist() == [0, 0x0003, 0x8001, *[0] * 29]
 
 
 def test_our_own_packer(interpreter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

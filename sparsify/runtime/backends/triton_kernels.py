@@ -39,19 +39,33 @@ def _add(a, b):
 
 @triton.jit
 def _round(numbers, X: tl.constexpr):
-    """float32 numbers in X, rounded to nearest even. Triton's interpreter truncates to bfloat16: it gets help."""
+    """float32 numbers in X, rounded to nearest even; NaN stays NaN.
+
+    Triton's interpreter truncates to bfloat16 and misreads denormals (a zero with low bits set becomes 1.17e-38): there the
+    bits are rounded as integers, and never pass through its conversion.
+    """
     if _INTERPRETED and X == tl.bfloat16:
         bits = numbers.to(tl.int32, bitcast=True)
-        return (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True).to(X)
+        rounded = tl.where(numbers != numbers, bits | 0x400000, bits + 0x7FFF + ((bits >> 16) & 1))
+        return (rounded >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return numbers.to(X)
+
+
+@triton.jit
+def _wide(numbers):
+    """16-bit or float32 numbers as float32. Triton's interpreter misreads denormals of bfloat16: it gets their bits."""
+    if _INTERPRETED and numbers.dtype == tl.bfloat16:
+        return (numbers.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return numbers.to(tl.float32)
 
 
 @triton.jit
 def _dot(a, b, total):
     """a @ b + total. Triton's interpreter would multiply the bit patterns of bfloat16."""
     if _INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+        return tl.dot(_wide(a), _wide(b), total)
     else:
         return tl.dot(a, b, total)
 
@@ -182,13 +196,13 @@ def gemv(
                     part_a += _value(word, magic, 4 * BITS * t + 2 * BITS, BITS, VALUE) * _input(four, 2, X)[:, None]
                     part_b += _value(word, magic, 4 * BITS * t + 3 * BITS, BITS, VALUE) * _input(four, 3, X)[:, None]
         if BITS < 16:
-            total += (part_a + part_b) * scale.to(tl.float32)
+            total += (part_a + part_b) * _wide(scale)
         else:
             total += part_a + part_b
     result = tl.reduce(total, 0, _add)
     inside_y = n < n_outputs
     if HAS_BIAS:
-        result += tl.load(bias + n, mask=inside_y, other=0.0).to(tl.float32)
+        result += _wide(tl.load(bias + n, mask=inside_y, other=0.0))
     tl.store(y + row * n_outputs + n, _round(result, X), mask=inside_y)
 
 
@@ -257,10 +271,10 @@ def gemm(
             ahead = tl.minimum((u + UNITS) >> GROUP_SHIFT, n_groups - 1)
             following = tl.load(scale_at + ahead * PANEL, mask=inside_n, other=0.0)
             nothing = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
-            total += _dot(weights, x_tile, nothing) * scale.to(tl.float32)[:, None]
+            total += _dot(weights, x_tile, nothing) * _wide(scale)[:, None]
             scale = following
     if ONE_GROUP and BITS < 16:
-        total *= scale.to(tl.float32)[:, None]
+        total *= _wide(scale)[:, None]
 
     result = tl.trans(total)
     inside_y = n < n_outputs
@@ -270,7 +284,7 @@ def gemm(
         tl.store(partial + split.to(tl.int64) * n_rows * n_outputs + at, result, mask=inside)
     else:
         if HAS_BIAS:
-            result += tl.load(bias + n, mask=inside_y, other=0.0).to(tl.float32)[None, :]
+            result += _wide(tl.load(bias + n, mask=inside_y, other=0.0))[None, :]
         tl.store(y + at, _round(result, X), mask=inside)
 
 
@@ -287,7 +301,7 @@ def add_partials(
     for split in tl.range(0, n_splits):
         total += tl.load(partial + split * step + row * n_outputs + n, mask=inside, other=0.0)
     if HAS_BIAS:
-        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+        total += _wide(tl.load(bias + n, mask=inside, other=0.0))
     tl.store(y + row * n_outputs + n, _round(total, X), mask=inside)
 
 
@@ -319,7 +333,7 @@ def decode(
     if BITS < 16:
         scale_at = scales + (panel * (n_groups * PANEL) + n % PANEL)[:, None]
         group = (unit >> GROUP_SHIFT)[None, :]
-        scale = tl.load(scale_at + group * PANEL, mask=inside_n & (unit < n_units)[None, :], other=0.0).to(tl.float32)
+        scale = _wide(tl.load(scale_at + group * PANEL, mask=inside_n & (unit < n_units)[None, :], other=0.0))
         dense = (dense.reshape([BLOCK_N, UNITS, UNIT]) * scale[:, :, None]).reshape([BLOCK_N, BLOCK_K])
     at = weight + n.to(tl.int64)[:, None] * n_inputs + k[None, :]
     tl.store(at, _round(dense, X), mask=(n < n_outputs)[:, None] & (k < n_inputs)[None, :])

@@ -115,7 +115,8 @@ def test_streamline_compares_all_tokens_and_takes_the_most_similar(source, dense
         for n in range(1, LAYERS - first + 1):
             a, b = states[first], states[first + n]
             expected[first, n] = float(((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean())
-            assert choice.note["matrix"][first][n - 1] == pytest.approx(expected[first, n], rel=1e-9)
+            # batches of another size may sum products in another order: the float32 states differ in their last bits
+            assert choice.note["matrix"][first][n - 1] == pytest.approx(expected[first, n], abs=1e-6)
     assert choice.note["first"] == max(range(1, LAYERS - 2), key=lambda first: expected[first, 1])
 
 

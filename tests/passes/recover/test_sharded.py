@@ -18,7 +18,7 @@ def test_fsdp_gives_the_loss_and_the_gradients_of_one_process(repository):
         env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert "equal: 50 gradients" in run.stdout
