@@ -175,15 +175,12 @@ def level_of(library: ctypes.CDLL) -> str | None:
     return None if has("ssse3") or has("avx") else "portable"
 
 
-def choose(found: Sequence[Variant], forced: str | None) -> Variant:
-    """The first variant, or the first of the forced level; PeerMissing without one."""
+def suitable(found: Sequence[Variant], forced: str | None) -> list[Variant]:
+    """The variants of the forced level, or all of them; PeerMissing without any."""
     if not found:
         raise PeerMissing("no library runs", "none of ggml's libraries for CPUs runs on this processor")
-    if forced is None:
-        return found[0]
-    for variant in found:
-        if variant.level == forced:
-            return variant
+    if fitting := [variant for variant in found if forced in (None, variant.level)]:
+        return fitting
     have = ", ".join(variant.label for variant in found)
     raise PeerMissing(
         f"none for {forced}",
@@ -192,14 +189,20 @@ def choose(found: Sequence[Variant], forced: str | None) -> Variant:
 
 
 def find(level: str | None, folder: str | None) -> tuple[Path, Variant]:
-    """ggml's base library and the one for CPUs to use, tried out in a process of its own; PeerMissing says why not.
+    """ggml's base library and the best one for CPUs that passes a trial in a process of its own; PeerMissing says why not.
 
-    level: that a library must have been compiled for, None for the best. folder: where they are, None for the installed.
+    level: that a library must have been compiled for, None for any. folder: where they are, None for the installed.
     """
     base = base_library(folder)
-    variant = choose(variants(base), level)
-    _try_out(base, variant.path)
-    return base, variant
+    failures = []
+    for variant in suitable(variants(base), level):
+        try:
+            _try_out(base, variant.path)
+        except PeerMissing as error:
+            failures.append(error)
+        else:
+            return base, variant
+    raise failures[0]
 
 
 def _try_out(base: Path, cpu: Path) -> None:
@@ -362,8 +365,8 @@ class Product:
 # -------------------------------------------------------------------------------------------------------- trial
 
 
-def trial(base: Path, cpu: Path, n: int = 64, k: int = 64, m: int = 2) -> None:
-    """A small product of whole numbers that the formats hold exactly; PeerMissing where it comes out wrong."""
+def trial(base: Path, cpu: Path, n: int = 64, k: int = 64, m: int = 33) -> None:
+    """Small products of whole numbers with one and with some rows; PeerMissing where one comes out wrong."""
     ggml = Ggml(base, cpu, threads=2)
     weights = [[(3 * i + 5 * j) % 16 - 8 for j in range(k)] for i in range(n)]
     rows = [[(7 * i + 11 * j) % 255 - 127 for j in range(k)] for i in range(m)]
@@ -375,12 +378,14 @@ def trial(base: Path, cpu: Path, n: int = 64, k: int = 64, m: int = 2) -> None:
     for kind in FORMATS:
         packed = ctypes.create_string_buffer(packed_bytes(kind, n, k))
         ggml.quantize(kind, at["w"], ctypes.addressof(packed), n, k)
-        Weight(ggml, kind, n, k, ctypes.addressof(packed)).multiply(at["x"], at["y"], m)
-        found = list(_floats(at["y"], m * n))
-        exact = [sum(a * b for a, b in zip(x, w, strict=True)) for x in rows for w in weights]
-        worst = max(abs(a - b) for a, b in zip(found, exact, strict=True)) / max(map(abs, exact))
-        if not worst <= TRIAL_TOLERANCE:
-            raise PeerMissing("wrong product", f"{kind}: relative error {worst:.2g}")
+        weight = Weight(ggml, kind, n, k, ctypes.addressof(packed))
+        for count in (1, 2, m):
+            weight.multiply(at["x"], at["y"], count)
+            found = list(_floats(at["y"], count * n))
+            exact = [sum(a * b for a, b in zip(x, w, strict=True)) for x in rows[:count] for w in weights]
+            worst = max(abs(a - b) for a, b in zip(found, exact, strict=True)) / max(map(abs, exact))
+            if not worst <= TRIAL_TOLERANCE:
+                raise PeerMissing("wrong product", f"{kind} with {count} rows: relative error {worst:.2g}")
 
 
 def _floats(address: int, count: int) -> ctypes.Array[ctypes.c_float]:
