@@ -433,6 +433,7 @@ def table(result: KernelResult) -> Table:
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     view.add_column("linear,\noutputs x inputs")
     view.add_column("weights\nfrom")
