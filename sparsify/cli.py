@@ -546,12 +546,14 @@ def command_parser() -> argparse.ArgumentParser:
         command.add_argument("--int8", action="store_true", help=INT8_HELP)
 
     command = add(
-        benchmarks, "kernels", bench_kernels, "time of single linears: ours, torch's, vLLM's, beside the machine's peaks",
+        benchmarks, "kernels", bench_kernels,
+        "time of single linears: ours, torch's, vLLM's, llama.cpp's, beside the machine's peaks",
         is_quiet, shows_json,
         shown=(
             "sparsify bench kernels llama-3.2-1b",
             "sparsify bench kernels --shape 28672x8192 --rows 1,8,32 --bits 8 --pattern dense",
             "sparsify bench kernels out/smollm2 --cold     no weights left in a cache by the call before",
+            "SPARSIFY_LLAMA_CPP=llama.cpp/build sparsify bench kernels llama-3.1-8b --against torch-fp32 llama.cpp",
         ),
     )  # fmt: skip
     command.add_argument(
@@ -575,9 +577,14 @@ def command_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--against",
         nargs="*",
-        default=["torch", "wna16"],
-        choices=("torch", "wna16", "w4a8"),
-        help="peers (default torch wna16; w4a8 is vLLM's default where there is AMX: 8-bit activations)",
+        default=["torch", "torch-fp32", "wna16", "llama.cpp"],
+        choices=("torch", "torch-fp32", "wna16", "w4a8", "llama.cpp", "llama.cpp-q4_0"),
+        help="peers: torch (bfloat16) and torch-fp32; wna16, vLLM's W4A16, and w4a8, its default where there is AMX (8-bit "
+        "activations); llama.cpp, ggml's Q4_1, and llama.cpp-q4_0 (default torch torch-fp32 wna16 llama.cpp). A row says "
+        "why one cannot be measured. llama.cpp is not installed with sparsify: pip install llama-cpp-python compiles it, or "
+        "SPARSIFY_LLAMA_CPP names a folder with ggml's shared libraries. With SPARSIFY_CPU_LEVEL its library of that level "
+        "is taken, for which it is compiled with CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON "
+        "-DGGML_CPU_ALL_VARIANTS=ON -DCMAKE_INSTALL_BINDIR=llama_cpp/lib'",
     )
     command.add_argument(
         "--cold", action="store_true", help="cycle through copies of the weights that exceed the cache"

@@ -1,39 +1,54 @@
-"""`sparsify bench kernels`: one linear at a time, ours against PyTorch's and vLLM's, beside what the machine can do.
+"""`sparsify bench kernels`: one linear at a time, ours against PyTorch's, vLLM's and llama.cpp's, beside what the machine
+can do.
 
 The contestants take turns (A B C A B C ...), so that a slow spell of the machine hits them all. One turn is a few bursts
-of calls, of which the fastest counts; a contestant's time is the median over its turns.
+of calls, of which the fastest counts; a contestant's time is the median over its turns. The machine's peaks are looked at
+before and after every round: each turn of ours is set beside the better of its two neighbours. A peer that cannot be
+measured is named with the reason, and the others go on.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from itertools import cycle
 from statistics import median
 from typing import Any
 
 import torch
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from sparsify.bench import contestants
 from sparsify.bench.contestants import OURS, PEERS, Contestant
 from sparsify.bench.machine import describe_machine, installed_versions, recorded_environment
-from sparsify.bench.peaks import Peaks, cache_bytes, measure_peaks
+from sparsify.bench.missing import Absence, absence
+from sparsify.bench.peaks import Glance, Meter, Peaks, cache_bytes
 from sparsify.bench.result import duration, size
 from sparsify.bench.shapes import Linear, distinct, model_shape, parse_shape
 from sparsify.errors import NumericalError, SparsifyError
 from sparsify.formats import ModuleScheme
+from sparsify.processor import LEVELS, forced_level
 from sparsify.progress import progress_bar
+from sparsify.runtime.backends import BACKENDS
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 UNKNOWN_L3 = 64 * 2**20  # what --cold exceeds where the size of the last cache is not known
 CHECKED_ROWS = 3
 BURSTS = 3
+LONG_CALL = 5.0  # seconds: a call that takes longer is timed once
+MOST_SECONDS = 20.0  # of one contestant's turns with one number of rows; slow ones get fewer
+OTHER_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # of torch's own libraries
 Clock = Callable[[], float]
 
 
@@ -51,7 +66,7 @@ class KernelOptions:
     group_size: int = 64
     pattern: str = "2:4"
     dtype: str = "bfloat16"
-    peers: Sequence[str] = ("torch", "wna16")
+    peers: Sequence[str] = ("torch", "torch-fp32", "wna16", "llama.cpp")
     cold: bool = False
     rounds: int = 5
     seconds: float = 0.02
@@ -82,7 +97,8 @@ class KernelRow:
 
     ratios: how many times faster than each peer. exceeds_l3: whether the weights come from memory: they are larger than
     the last cache, or so are the copies that were cycled through; None where its size is not known.
-    bandwidth_share, arithmetic_share: of the machine's peaks (of the cache's bandwidth for weights that fit in it).
+    glances: peaks (of the cache's bandwidth for weights that fit in it) before, between and after the rounds;
+    bandwidth_share, arithmetic_share: of the better of its two neighbours, median over our turns.
     """
 
     linear: Linear
@@ -92,6 +108,7 @@ class KernelRow:
     exceeds_l3: bool | None
     bandwidth_share: float | None
     arithmetic_share: float | None
+    glances: list[Glance]
 
     @property
     def ours(self) -> Timing:
@@ -100,10 +117,16 @@ class KernelRow:
 
 @dataclass(frozen=True)
 class KernelResult:
-    """One run."""
+    """One run.
+
+    peers: which kernel of each peer ran, by its name. absences: peers that could not be measured, everywhere or somewhere.
+    level: instruction sets of our kernels; forced_level: what SPARSIFY_CPU_LEVEL says, if anything.
+    """
 
     options: KernelOptions
     rows: list[KernelRow]
+    peers: dict[str, str]
+    absences: list[Absence]
     notes: list[str]
     peaks: Peaks | None
     l3_bytes: int | None
@@ -111,6 +134,10 @@ class KernelResult:
     machine: dict[str, Any]
     versions: dict[str, str]
     environment: dict[str, str]
+    command: str
+    date: str
+    level: str
+    forced_level: str | None
     seconds: float = 0.0
     backends: list[str] = field(default_factory=list)
 
@@ -129,46 +156,75 @@ def bench_kernels(linears: Sequence[Linear], options: KernelOptions | None = Non
     """Measure every linear with every number of rows."""
     options = options or KernelOptions()
     check(options)
-    started = time.perf_counter()
+    started, date = time.perf_counter(), datetime.now(UTC)
     threads = torch.get_num_threads()
     l3 = cache_bytes(3)
     rows: list[KernelRow] = []
+    peers: dict[str, str] = {}
+    absences: list[Absence] = []
     notes: list[str] = []
     backends: list[str] = []
-    with progress_bar("bench kernels", total=len(linears) + options.peaks, quiet=options.quiet) as bar:
-        peaks = None
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar("bench kernels", len(linears) + options.peaks, quiet=options.quiet))
+        meter = peaks = None
         if options.peaks:
             bar.describe("the machine's peaks")
             try:
-                peaks = measure_peaks(threads)
+                meter = stack.enter_context(Meter(threads))
+                peaks = meter.peaks()
             except SparsifyError as error:
                 notes.append(f"no peaks: {error}")
             bar.advance()
         for linear in linears:
             bar.describe(f"{linear.label}: packing")
-            field_, remarks = line_up(linear, options, l3)
-            notes += [remark for remark in remarks if remark not in notes]
+            field_, absent = line_up(linear, options, l3)
+            absences += absent
             backends += [c.detail for c in field_ if c.name == OURS and c.detail not in backends]
-            for contestant in field_:
-                check_product(contestant, linear)
+            peers.update({contestant.name: contestant.detail for contestant in field_[1:]})
             for m in options.rows:
                 bar.describe(f"{linear.label}, M {m}")
-                times = take_turns(field_, m, linear.k, options)
-                rows.append(make_row(linear, m, field_, times, options, peaks, l3))
+                row, absent = measure_row(linear, m, field_, options, meter, l3)
+                rows.append(row)
+                absences += absent
             bar.advance()
     return KernelResult(
         options=options,
         rows=rows,
-        notes=notes,
+        peers=peers,
+        absences=everywhere(absences, linears),
+        notes=[*notes, *remarks(options)],
         peaks=peaks,
         l3_bytes=l3,
         threads=threads,
         machine=describe_machine(),
         versions=installed_versions(),
         environment=recorded_environment(os.environ),
+        command=shlex.join([*(["sparsify"] if "sparsify" in sys.argv[0] else sys.argv[:1]), *sys.argv[1:]]),
+        date=date.isoformat(timespec="seconds"),
+        level=level_of(backends),
+        forced_level=forced_level(),
         seconds=time.perf_counter() - started,
         backends=backends,
     )
+
+
+def level_of(backends: Sequence[str]) -> str:
+    """The instruction sets that the first of these back ends uses, "" where it has but one way to run."""
+    describes = (getattr(backend, "describe", None) for backend in BACKENDS if backend.name in backends)
+    return next((str(describe()) for describe in describes if describe), "")
+
+
+def remarks(options: KernelOptions) -> list[str]:
+    """What makes a comparison unequal."""
+    forced = forced_level()
+    if forced in (None, LEVELS[-1]):
+        return []
+    found = []
+    if any(peer.startswith("torch") for peer in options.peers) and not all(map(os.environ.get, OTHER_VARIABLES)):
+        found.append(f"torch is not held to {forced}: {', '.join(OTHER_VARIABLES)} do that (see sparsify doctor)")
+    if {"wna16", "w4a8"} & set(options.peers):
+        found.append(f"vLLM cannot be held to {forced}: its kernels use what the processor has")
+    return found
 
 
 def check(options: KernelOptions) -> None:
@@ -183,7 +239,7 @@ def check(options: KernelOptions) -> None:
         raise SparsifyError("--rounds takes a positive number")
 
 
-def line_up(linear: Linear, options: KernelOptions, l3: int | None) -> tuple[list[Contestant], list[str]]:
+def line_up(linear: Linear, options: KernelOptions, l3: int | None) -> tuple[list[Contestant], list[Absence]]:
     """Ours first, then the peers that can be had; and why others cannot."""
     n, k = linear.n, linear.k
     group = k if options.bits == 16 or not options.group_size else options.group_size
@@ -195,18 +251,30 @@ def line_up(linear: Linear, options: KernelOptions, l3: int | None) -> tuple[lis
         return max(2, -int(-wanted // (n * k * bits_per_weight / 8)) + 1) if options.cold else 1
 
     bits = options.bits * (0.5 if options.pattern == "2:4" else 1) + (1 if options.pattern == "2:4" else 0)
-    field_ = [contestants.ours(scheme, DTYPES[options.dtype], copies(bits))]
-    remarks = []
-    if "torch" in options.peers:
-        field_.append(contestants.torch_linear(n, k, copies(16)))
-    for peer in ("wna16", "w4a8"):
-        if peer in options.peers:
-            found = contestants.vllm_linear(n, k, group if options.bits != 16 else 64, copies(4), peer == "w4a8")
-            if isinstance(found, str):
-                remarks.append(found)
-            else:
-                field_.append(found)
-    return field_, remarks
+    mine = contestants.ours(scheme, DTYPES[options.dtype], copies(bits))
+    check_product(mine, linear)
+    field_, absences = [mine], []
+    for key in options.peers:
+        try:
+            peer = contestants.peer(key, n, k, group if options.bits != 16 else 64, copies(contestants.BITS[key]))
+            check_product(peer, linear)
+        except Exception as error:  # whatever another software raises: the comparison goes on without it
+            absences.append(absence(PEERS[key], error, linear.label))
+        else:
+            field_.append(peer)
+    return field_, absences
+
+
+def everywhere(absences: Sequence[Absence], linears: Sequence[Linear]) -> list[Absence]:
+    """Each absence once; one that is the same for all linears is said once for them together."""
+    found: list[Absence] = []
+    for one in absences:
+        same = {other.where for other in absences if (other.peer, other.why) == (one.peer, one.why)}
+        if same >= {linear.label for linear in linears}:
+            one = replace(one, where="")
+        if all((one.peer, one.why, one.where) != (other.peer, other.why, other.where) for other in found):
+            found.append(one)
+    return found
 
 
 def check_product(contestant: Contestant, linear: Linear) -> None:
@@ -222,32 +290,97 @@ def check_product(contestant: Contestant, linear: Linear) -> None:
         )
 
 
-def take_turns(
-    field_: Sequence[Contestant], m: int, k: int, options: KernelOptions, clock: Clock = time.perf_counter
-) -> list[list[float]]:
-    """Seconds per call: one list per contestant with one value per turn, that of the turn's fastest burst."""
+def measure_row(
+    linear: Linear,
+    m: int,
+    field_: Sequence[Contestant],
+    options: KernelOptions,
+    meter: Meter | None,
+    l3: int | None,
+) -> tuple[KernelRow, list[Absence]]:
+    """One shape with M rows, and the peers that cannot multiply that many."""
     generator = torch.Generator().manual_seed(m)
-    source = torch.empty(m, k).normal_(generator=generator)
-    inputs = [source.to(contestant.dtype) for contestant in field_]
+    source = torch.empty(m, linear.k).normal_(generator=generator)
+    inputs = {contestant.dtype: source.to(contestant.dtype) for contestant in field_}
+    running, first, absences = first_calls(field_, inputs, f"{linear.label}, {m} rows")
+    glances: list[Glance] = []
+    kind = "float32" if options.dtype == "float32" else "bfloat16"
+    from_memory = exceeds_cache(field_[0], l3) is not False
+
+    def glance() -> None:
+        if meter is not None:
+            glances.append(meter.glance(kind, from_memory))
+
+    turns = take_turns(running, inputs, options, first, glance)
+    return make_row(linear, m, running, turns, glances, l3), absences
+
+
+def first_calls(
+    field_: Sequence[Contestant], inputs: Mapping[torch.dtype, Tensor], where: str, clock: Clock = time.perf_counter
+) -> tuple[list[Contestant], list[float], list[Absence]]:
+    """The contestants whose first call works, its seconds, and why others do not. It allocates and faults pages in."""
+    running, seconds, absences = [], [], []
+    for contestant in field_:
+        begin = clock()
+        try:
+            contestant.calls[0](inputs[contestant.dtype])
+        except Exception as error:
+            if contestant.name == OURS:
+                raise
+            absences.append(absence(contestant.name, error, where))
+            continue
+        running.append(contestant)
+        seconds.append(clock() - begin)
+    return running, seconds, absences
+
+
+def take_turns(
+    field_: Sequence[Contestant],
+    inputs: Mapping[torch.dtype, Tensor],
+    options: KernelOptions,
+    first: Sequence[float],
+    between: Callable[[], None] = lambda: None,
+    clock: Clock = time.perf_counter,
+) -> list[list[float]]:
+    """Seconds per call: one list per contestant with one value per turn, that of the turn's fastest burst.
+
+    first: seconds of the first calls. between: called before, between and after the rounds.
+    """
     copies = [cycle(contestant.calls) for contestant in field_]
 
     def burst(index: int, count: int) -> float:
-        x, weights = inputs[index], copies[index]
+        x, weights = inputs[field_[index].dtype], copies[index]
         begin = clock()
         for _ in range(count):
             next(weights)(x)
         return (clock() - begin) / count
 
-    # The first calls allocate and fault pages in; the second tells how many fit into a burst.
-    counts = []
-    for index in range(len(field_)):
-        burst(index, 1)
-        counts.append(max(1, min(10_000, int(options.seconds / max(burst(index, 1), 1e-9)))))
+    # The second call tells how many fit into a burst, and how many turns into the time that there is.
     turns: list[list[float]] = [[] for _ in field_]
-    for _ in range(options.rounds):
-        for index, count in enumerate(counts):
-            turns[index].append(min(burst(index, count) for _ in range(BURSTS)))
+    pace: list[tuple[int, int, int]] = []  # calls of a burst, bursts of a turn, turns
+    for index, seconds in enumerate(first):
+        if seconds > LONG_CALL:
+            turns[index].append(seconds)
+            pace.append((0, 0, 0))
+            continue
+        seconds = max(burst(index, 1), 1e-9)
+        count = max(1, min(10_000, int(options.seconds / seconds)))
+        turn = BURSTS * count * seconds
+        pace.append((count, BURSTS, max(1, min(options.rounds, int(MOST_SECONDS / turn)))))
+    for done in range(options.rounds):
+        between()
+        for index, (count, bursts, most) in enumerate(pace):
+            if done < most:
+                turns[index].append(min(burst(index, count) for _ in range(bursts)))
+            if rest := field_[index].rest:
+                rest()
+    between()
     return turns
+
+
+def exceeds_cache(contestant: Contestant, l3: int | None) -> bool | None:
+    """Whether its copies together are larger than the last cache; None where its size is not known."""
+    return None if l3 is None else contestant.nbytes * len(contestant.calls) > l3
 
 
 def make_row(
@@ -255,11 +388,10 @@ def make_row(
     m: int,
     field_: Sequence[Contestant],
     turns: Sequence[Sequence[float]],
-    options: KernelOptions,
-    peaks: Peaks | None,
+    glances: Sequence[Glance],
     l3: int | None,
 ) -> KernelRow:
-    """turns: what `take_turns` returned."""
+    """turns: what `take_turns` returned. glances: one more than rounds, or none."""
     timings = []
     for contestant, times in zip(field_, turns, strict=True):
         seconds = max(median(times), 1e-12)
@@ -268,38 +400,48 @@ def make_row(
             Timing(contestant.name, contestant.detail, seconds, list(times), contestant.nbytes, bandwidth, arithmetic)
         )
     mine = timings[0]
-    exceeds = None if l3 is None else field_[0].nbytes * len(field_[0].calls) > l3
     bandwidth_share = arithmetic_share = None
-    if peaks:
-        reading = peaks.read if exceeds or peaks.read_l3 is None else peaks.read_l3
-        bandwidth_share = mine.bandwidth / reading
-        arithmetic_share = mine.arithmetic / (peaks.float32 if options.dtype == "float32" else peaks.bfloat16)
+    if glances:
+        beside = [(before, after) for before, after in zip(glances, glances[1:], strict=False)][: len(mine.turns)]
+        read = [
+            max(before.read, after.read) * seconds for (before, after), seconds in zip(beside, mine.turns, strict=True)
+        ]
+        multiplied = [
+            max(before.arithmetic, after.arithmetic) * seconds
+            for (before, after), seconds in zip(beside, mine.turns, strict=True)
+        ]
+        bandwidth_share = mine.nbytes / median(read)
+        arithmetic_share = 2 * linear.n * linear.k * m / median(multiplied)
     ratios = {timing.contestant: timing.seconds / mine.seconds for timing in timings[1:]}
-    return KernelRow(linear, m, ratios, timings, exceeds, bandwidth_share, arithmetic_share)
+    exceeds = exceeds_cache(field_[0], l3)
+    return KernelRow(linear, m, ratios, timings, exceeds, bandwidth_share, arithmetic_share, list(glances))
 
 
 # ------------------------------------------------------------------------------------------------------------- table
 
 
 def table(result: KernelResult) -> Table:
-    """One row per shape and M: ratios first, then what of the machine's peaks was reached."""
+    """One row per shape and M: ratios first, then what of the machine's peaks was reached; one row per peer says what it is."""
     options = result.options
     names = list(dict.fromkeys(name for row in result.rows for name in row.ratios))
     kind = f"{options.pattern} {options.bits}-bit"
     if options.bits < 16:
         kind += f", {f'groups of {options.group_size}' if options.group_size else 'one scale per output'}"
+    ours = f"back end {', '.join(result.backends)}{f': {result.level}' if result.level else ''}"
     view = Table(
-        title=escape(f"Linears, {kind}, {options.dtype} (back end {', '.join(result.backends)}): times faster than"),
+        title=escape(f"Linears, {kind}, {options.dtype} ({ours}): times faster than"),
         caption=escape("\n".join(caption(result))),
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    view.add_column("linear, outputs x inputs", no_wrap=True)
-    view.add_column("weights from", no_wrap=True)
+    view.add_column("linear,\noutputs x inputs")
+    view.add_column("weights\nfrom")
     view.add_column("M", justify="right")
     for name in names:
-        view.add_column(name, justify="right", no_wrap=True)
-    for heading in ("GB/s", "of peak", "GFLOP/s", "of peak", "time"):
+        view.add_column(name.replace(" ", "\n", 1), justify="right", no_wrap=True)
+    for heading in ("GB/s", "of\npeak", "GFLOP/s", "of\npeak", "time"):
         view.add_column(heading, justify="right", no_wrap=True)
     last = None
     for row in result.rows:
@@ -315,7 +457,18 @@ def table(result: KernelResult) -> Table:
             f"{row.ours.bandwidth / 1e9:.1f}", share(row.bandwidth_share),
             f"{row.ours.arithmetic / 1e9:.0f}", share(row.arithmetic_share), duration(row.ours.seconds),
         )  # fmt: skip
+    view.add_section()
+    for name, what in peer_rows(result):
+        view.add_row(Text(name), Text(what))
     return view
+
+
+def peer_rows(result: KernelResult) -> list[tuple[str, str]]:
+    """Each peer with the kernel that ran, or with the few words that say why it did not."""
+    rows = [(name, detail) for name, detail in result.peers.items() if detail]
+    for one in result.absences:
+        rows.append((f"{one.peer}, {one.where}" if one.where else one.peer, one.why))
+    return rows
 
 
 def weights_from(row: KernelRow) -> str:
@@ -348,4 +501,7 @@ def caption(result: KernelResult) -> list[str]:
             "weights that fit in L3 stay there between calls, which no model lets them: measure those with --cold"
         )
     lines.append("GB/s: weight bytes over time; GFLOP/s: 2 N K M over time, as if the weights were dense")
-    return [*lines, *result.notes]
+    if any(row.glances for row in result.rows):
+        lines.append("of peak: of what the machine read or multiplied right before or after, whichever was more")
+    absent = dict.fromkeys(f"{one.peer}: {one.reason}" for one in result.absences)
+    return [*lines, *absent, *result.notes]

@@ -28,6 +28,7 @@ KINDS = ("float32", "bfloat16")
 READING = ((1, 0), (4, 0), (1, 2048), (2, 2048), (4, 2048), (1, 8192))
 LARGEST_ARRAY = 2**30
 BURST_SECONDS = 1e-3  # of one run of arithmetic
+GLANCE_SECONDS = 0.01
 _int64 = ctypes.c_int64
 
 
@@ -50,6 +51,14 @@ class Peaks:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Glance:
+    """Peaks of one moment. read: bytes per second, from memory or from the last cache; arithmetic: operations per second."""
+
+    read: float
+    arithmetic: float
 
 
 def cache_bytes(level: int, root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int | None:
@@ -131,56 +140,105 @@ def arithmetic_peak(kind: str, threads: int, seconds: float = 0.05, probes: Prob
     return arithmetic_peak("float32", threads, seconds, probes)
 
 
-def measure_peaks(threads: int, seconds: float = 0.15, rounds: int = 3, probes: Probes | None = None) -> Peaks:
-    """The best of several rounds. seconds: how long one round of one way takes, roughly; all of it takes some 10 s."""
-    probes = probes or Probes()
-    levels = probes.levels()
-    l3 = cache_bytes(3)
-    large = min(max(2**28, 4 * (l3 or 0)), LARGEST_ARRAY, memory_bytes() // 8)
-    in_cache = None
-    if l3:
-        # Beyond the caches of the single cores, inside the one they share.
-        beyond = 3 * threads * (cache_bytes(2) or 0)
-        in_cache = read_speed(probes, min(max(l3 // 4, beyond), l3 * 3 // 4), threads, levels[-1], seconds, rounds)
-    speeds: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
-    for kind, level in product(KINDS, levels):
-        if (speed := arithmetic_speed(probes, kind, threads, level, seconds * rounds)) is not None:
-            speeds[kind][level] = speed
-    # Where no instruction multiplies bf16, it is widened and multiplied in fp32.
-    speeds["bfloat16"] = speeds["bfloat16"] or speeds["float32"]
-    best = {kind: max(found, key=found.__getitem__) for kind, found in speeds.items()}
-    return Peaks(
-        threads=threads,
-        l3_bytes=l3,
-        read=read_speed(probes, large, threads, levels[-1], seconds, rounds),
-        read_l3=in_cache,
-        float32=speeds["float32"][best["float32"]],
-        float32_level=LEVELS[best["float32"]],
-        bfloat16=speeds["bfloat16"][best["bfloat16"]],
-        bfloat16_level=LEVELS[best["bfloat16"]],
-    )
+class ReadArray:
+    """An array that is filled once and read over and over, in whichever of the ways of READING is fastest."""
 
-
-def read_speed(probes: Probes, nbytes: int, threads: int, level: int, seconds: float, rounds: int) -> float:
-    """Bytes per second of the fastest way to read an array of `nbytes`."""
-    nbytes = nbytes // 4096 * 4096
-    with mmap.mmap(-1, nbytes) as memory:
+    def __init__(self, probes: Probes, nbytes: int, threads: int, level: int) -> None:
+        self.probes, self.threads, self.level = probes, threads, level
+        self.nbytes = nbytes // 4096 * 4096
+        self.memory = mmap.mmap(-1, self.nbytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)  # address translation must not be what is measured
-        array = (ctypes.c_char * nbytes).from_buffer(memory)
-        try:
-            address = ctypes.addressof(array)
-            probes.fill(address, nbytes, 1, threads)
-            _, once = probes.read(address, nbytes, threads, level)
-            passes = max(1, int(seconds / max(once, 1e-9)))
-            best = 0.0
-            for _ in range(rounds):
-                for streams, ahead in READING:
-                    _, took = probes.read(address, nbytes, threads, level, passes, streams, ahead)
-                    best = max(best, passes * nbytes / took)
-            return best
-        finally:
-            del array  # a map with a view on it cannot be closed
+            self.memory.madvise(mmap.MADV_HUGEPAGE)  # address translation must not be what is measured
+        self.view = (ctypes.c_char * self.nbytes).from_buffer(self.memory)
+        self.address = ctypes.addressof(self.view)
+        probes.fill(self.address, self.nbytes, 1, threads)
+        _, self.once = probes.read(self.address, self.nbytes, threads, level)
+        self.ways = list(READING)
+
+    def speed(self, seconds: float, rounds: int) -> float:
+        """Bytes per second of the fastest way, and the ways in order of their speed for `glance`."""
+        best: dict[tuple[int, int], float] = {}
+        for _ in range(rounds):
+            for way in READING:
+                best[way] = max(best.get(way, 0.0), self._read(way, seconds))
+        self.ways = sorted(READING, key=lambda way: -best[way])
+        return max(best.values())
+
+    def glance(self) -> float:
+        """Bytes per second now, in the best two ways: quick enough to be asked between measurements."""
+        return max(self._read(way, GLANCE_SECONDS) for way in self.ways[:2])
+
+    def _read(self, way: tuple[int, int], seconds: float) -> float:
+        passes = max(1, int(seconds / max(self.once, 1e-9)))
+        _, took = self.probes.read(self.address, self.nbytes, self.threads, self.level, passes, *way)
+        self.once = min(self.once, took / passes)
+        return passes * self.nbytes / max(took, 1e-9)
+
+    def close(self) -> None:
+        del self.view  # a map with a view on it cannot be closed
+        self.memory.close()
+
+
+class Meter:
+    """Measures the machine's peaks: `peaks` thoroughly, then `glance` again and again beside other measurements.
+
+    Holds an array of several times the last cache, 1 GiB at most; to be used in a `with` statement.
+    """
+
+    def __init__(self, threads: int, probes: Probes | None = None) -> None:
+        self.threads, self.probes = threads, probes or Probes()
+        self.levels = self.probes.levels()
+        self.l3 = cache_bytes(3)
+        large = min(max(2**28, 4 * (self.l3 or 0)), LARGEST_ARRAY, memory_bytes() // 8)
+        self.memory = self._array(large)
+        self.cache: ReadArray | None = None
+        if self.l3:
+            # Beyond the caches of the single cores, inside the one they share.
+            beyond = 3 * threads * (cache_bytes(2) or 0)
+            self.cache = self._array(min(max(self.l3 // 4, beyond), self.l3 * 3 // 4))
+
+    def _array(self, nbytes: int) -> ReadArray:
+        return ReadArray(self.probes, nbytes, self.threads, self.levels[-1])
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.memory.close()
+        if self.cache:
+            self.cache.close()
+
+    def peaks(self, seconds: float = 0.15, rounds: int = 3) -> Peaks:
+        """The best of several rounds. seconds: how long one round of one way takes, roughly; all of it takes some 10 s."""
+        in_cache = self.cache.speed(seconds, rounds) if self.cache else None
+        speeds: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
+        for kind, level in product(KINDS, self.levels):
+            if (speed := arithmetic_speed(self.probes, kind, self.threads, level, seconds * rounds)) is not None:
+                speeds[kind][level] = speed
+        # Where no instruction multiplies bf16, it is widened and multiplied in fp32.
+        speeds["bfloat16"] = speeds["bfloat16"] or speeds["float32"]
+        best = {kind: max(found, key=found.__getitem__) for kind, found in speeds.items()}
+        return Peaks(
+            threads=self.threads,
+            l3_bytes=self.l3,
+            read=self.memory.speed(seconds, rounds),
+            read_l3=in_cache,
+            float32=speeds["float32"][best["float32"]],
+            float32_level=LEVELS[best["float32"]],
+            bfloat16=speeds["bfloat16"][best["bfloat16"]],
+            bfloat16_level=LEVELS[best["bfloat16"]],
+        )
+
+    def glance(self, kind: str, from_memory: bool) -> Glance:
+        """What the machine does right now. kind: of KINDS; from_memory: else from the last cache, where its size is known."""
+        array = self.memory if from_memory or self.cache is None else self.cache
+        return Glance(array.glance(), arithmetic_peak(kind, self.threads, GLANCE_SECONDS, self.probes))
+
+
+def measure_peaks(threads: int, seconds: float = 0.15, rounds: int = 3, probes: Probes | None = None) -> Peaks:
+    """The machine's peaks with some threads; see `Meter.peaks`."""
+    with Meter(threads, probes) as meter:
+        return meter.peaks(seconds, rounds)
 
 
 def arithmetic_speed(probes: Probes, kind: str, threads: int, level: int, seconds: float) -> float | None:

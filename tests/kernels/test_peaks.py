@@ -11,11 +11,12 @@ from sparsify.bench import peaks
 from sparsify.bench.peaks import (
     KINDS,
     READING,
+    Meter,
     Probes,
+    ReadArray,
     arithmetic_peak,
     cache_bytes,
     measure_peaks,
-    read_speed,
 )
 from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.processor import FORCE, LEVELS
@@ -113,7 +114,8 @@ class FakeProbes:
     ) -> tuple[int, float]:
         speed = (8e9 if nbytes > 2**25 else 32e9) / (1 if streams == 4 else 2)
         self.noise += 1
-        return 0, passes * nbytes / speed * (1 + self.noise % 2)
+        # every third read is disturbed
+        return 0, passes * nbytes / speed * (2 if self.noise % 3 == 0 else 1)
 
     def multiply(self, kind: str, repeats: int, threads: int, level: int) -> tuple[float, float, float] | None:
         if kind == "bfloat16" and not self.bfloat16:
@@ -168,7 +170,25 @@ def test_a_forced_level_rules_the_peaks(forced: str, probes: Probes, monkeypatch
 
 
 def test_a_real_array_is_read(probes: Probes) -> None:
-    assert read_speed(probes, 2**22 + 5, 1, 0, seconds=1e-4, rounds=1) > 0
+    array = ReadArray(probes, 2**22 + 5, 1, 0)
+    assert array.nbytes == 2**22 and array.speed(seconds=1e-4, rounds=1) > 0
+    assert sorted(array.ways) == sorted(READING) and array.glance() > 0
+    array.close()
+
+
+def test_a_glance_reads_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peaks, "cache_bytes", {2: 2**20, 3: 2**24}.get)
+    monkeypatch.setattr(peaks, "memory_bytes", lambda: 2**29)
+    with Meter(2, FakeProbes(bfloat16=True)) as meter:  # type: ignore[arg-type]
+        meter.peaks(seconds=1e-3, rounds=2)
+        assert meter.memory.ways[0][0] == 4  # streams: the fast ones
+        found = {place: meter.glance("float32", from_memory=place) for place in (True, False)}
+        assert found[True].read == pytest.approx(8e9) and found[False].read == pytest.approx(32e9)
+        assert found[True].arithmetic == pytest.approx(8e9)
+        assert meter.glance("bfloat16", from_memory=True).arithmetic == pytest.approx(12e9)
+    monkeypatch.setattr(peaks, "cache_bytes", lambda level: None)
+    with Meter(2, FakeProbes(bfloat16=True)) as meter:  # type: ignore[arg-type]
+        assert meter.glance("float32", from_memory=False).read > 0  # no cache is known: memory
 
 
 def test_cache_sizes_as_the_kernel_reports_them(tmp_path: Path) -> None:
