@@ -327,7 +327,10 @@ def thread_findings(environment: Mapping[str, str]) -> list[Finding]:
         )
         return [count, Finding("cpu", "waiting threads", "note", detail, fix)]
     if told.items() <= ours.items():
-        return [count, Finding("cpu", "waiting threads", "ok", f"spin for microseconds, then sleep ({said})")]
+        return [
+            count,
+            Finding("cpu", "waiting threads", "ok", f"spin for less than a millisecond, then sleep ({said})"),
+        ]
     return [count, Finding("cpu", "waiting threads", "ok", f"as the environment says ({said})")]
 
 

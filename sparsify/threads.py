@@ -2,7 +2,8 @@
 
 Threads of an OpenMP region meet at its end. GNU's runtime, which torch brings along, lets those that are early spin for
 milliseconds, so with another program on one of the cores the threads hold the very core that the last one of them waits
-for. Here they spin for microseconds, about as long as the serial part between two of our kernels, and then sleep.
+for. Here they spin for a fraction of a millisecond, longer than the serial part between two kernels, and then sleep: not to
+spin at all costs a sleep and a wake-up at every kernel (docs/kernel-log.md).
 
 Only the commands call `prepare`; a program that imports sparsify keeps its environment. What the user has set wins.
 """
@@ -20,7 +21,7 @@ COUNT = "OMP_NUM_THREADS"
 COUNTS = (COUNT, "MKL_NUM_THREADS")  # either of them decides how many threads torch starts
 POLICY = "OMP_WAIT_POLICY"
 SPIN = {
-    "GOMP_SPINCOUNT": "1000",  # GNU's runtime: turns of an empty loop, by default 300000
+    "GOMP_SPINCOUNT": "10000",  # GNU's runtime: turns of an empty loop, 12 to 50 ns each, by default 300000
     "KMP_BLOCKTIME": "1",  # Intel's and LLVM's: milliseconds, by default 200
 }
 ROOT = Path("/")

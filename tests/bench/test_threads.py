@@ -209,3 +209,11 @@ def test_one_process_reaches_vllm(models, fake_vllm, monkeypatch) -> None:
     assert calls[0][2]["OMP_NUM_THREADS"] == "2" and calls[0][2]["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     with pytest.raises(SparsifyError, match="--one-process serves one rank"):
         latency(models, options=BenchOptions(one_process=True, engine_args=["-tp", "2"], quiet=True))
+
+
+def test_what_vllm_does_is_said(models, fake_vllm, capsys) -> None:
+    latency(models[:1], options=BenchOptions(quiet=True))
+    assert capsys.readouterr().err == ""
+    latency(models[:1])
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "bench 0/1" and said[-1].startswith("bench 1/1 ")
