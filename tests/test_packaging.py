@@ -63,14 +63,22 @@ def test_an_installed_sparsify_finds_its_recipes(tmp_path: Path, distributions: 
 def test_sdist_is_complete(repository: Path, distributions: tuple[Path, Path]) -> None:
     with tarfile.open(distributions[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"pyproject.toml", "README.md", "LICENSE", "Makefile", "deploy/setup.sh", "tests/conftest.py"}
+    wanted = {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "Makefile",
+        "deploy/setup.sh",
+        "deploy/lock/cpu.txt",
+        "tests/conftest.py",
+    }
     wanted |= {f"recipes/{name}" for name in sources(repository, "recipes", (".yaml", ".json"))}
     wanted |= {f"sparsify/{name}" for name in sources(repository, "sparsify", (".py",))}
     assert wanted <= names
     assert not [name for name in names if name.startswith((".venv", "out/", ".git/"))]
 
 
-@pytest.mark.parametrize("script", ["deploy/setup.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["deploy/setup.sh", "deploy/lock.sh", "deploy/check_install.sh", ".ci/run"])
 def test_scripts_are_sound(script: str, repository: Path) -> None:
     path = repository / script
     assert path.stat().st_mode & 0o111, f"{script} must be executable"
@@ -81,6 +89,7 @@ def test_scripts_are_sound(script: str, repository: Path) -> None:
     ("environment", "arguments", "said"),
     [
         ({}, ["friends"], "unknown environment 'friends'"),
+        ({"LOCKED": "maybe"}, [], "LOCKED is 'maybe'"),
         ({"SPARSIFY_DEVICE": "abacus"}, [], "SPARSIFY_DEVICE is 'abacus'"),
         ({"SPARSIFY_DEVICE": "cpu", "PYTHON": "/bin/false"}, [], "PYTHON=/bin/false does not run"),
     ],
@@ -99,4 +108,7 @@ def test_setup_refuses_clearly(
 
 def test_make_without_a_target_explains_itself(repository: Path) -> None:
     run = subprocess.run(["make", "-C", str(repository)], capture_output=True, text=True, check=True)
-    assert all(f"make {target}" in run.stdout for target in ("demo", "test", "lint", "recipes", "peers", "clean"))
+    assert all(
+        f"make {target}" in run.stdout for target in ("demo", "test", "lint", "recipes", "peers", "lock", "clean")
+    )
+    assert all(f"make {target}" in run.stdout for target in ("check-install", "test-floor", "test-newest"))
