@@ -14,6 +14,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = "embedded:smollm2-135m-instruct"
+SPIN = "GOMP_SPINCOUNT"
+SPIN_IS_OURS = pytest.StashKey[bool]()
 # Files that take most of a run's time, the longest first; the rest follow in the order of their names.
 LONGEST = (
     "end_to_end/test_embedded.py",
@@ -41,16 +43,17 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("SPARSIFY_CACHE", str(config.rootpath / ".pytest_cache" / "sparsify"))
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # xdist would begin with the file of most tests; see LONGEST
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        _load_torch()
+    runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
+    if runs_tests and not {"OMP_WAIT_POLICY", SPIN} & os.environ.keys():
+        # Processes of tests share the cores, so threads that wait must not spin. GNU's OpenMP reads this when the tests that
+        # are collected load torch; it is taken away again before they run.
+        os.environ[SPIN] = "1000"
+        config.stash[SPIN_IS_OURS] = True
 
 
-def _load_torch() -> None:
-    """Its threads must not spin while they wait: processes of tests share the cores. GNU's OpenMP reads that when it is loaded."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
-            patch.setenv("GOMP_SPINCOUNT", "1000")
-        import torch  # noqa: F401
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.stash.get(SPIN_IS_OURS, False):
+        os.environ.pop(SPIN, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
