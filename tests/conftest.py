@@ -14,11 +14,52 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = "embedded:smollm2-135m-instruct"
+SPIN = "GOMP_SPINCOUNT"
+SPIN_IS_OURS = pytest.StashKey[bool]()
+# Files that take most of a run's time, the longest first; the rest follow in the order of their names.
+LONGEST = (
+    "end_to_end/test_embedded.py",
+    "kernels/test_sparse24.py",
+    "end_to_end/test_vllm_serving.py",
+    "runtime/test_triton.py",
+    "compiler/test_train.py",
+    "compiler/test_depth.py",
+    "passes/recover/test_lora.py",
+    "runtime/test_transformers.py",
+    "compiler/test_run.py",
+    "compiler/test_head.py",
+    "kernels/test_emulated_sparse24.py",
+    "bench/test_worker.py",
+    "end_to_end/test_depth_serving.py",
+    "formats/test_directory.py",
+    "runtime/test_op.py",
+    "bench/test_depth.py",
+    "bench/test_recipes.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Unpacked models and native builds survive from run to run, but never mix with those of the user.
     os.environ.setdefault("SPARSIFY_CACHE", str(config.rootpath / ".pytest_cache" / "sparsify"))
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # xdist would begin with the file of most tests; see LONGEST
+    runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", None)
+    if runs_tests and not {"OMP_WAIT_POLICY", SPIN} & os.environ.keys():
+        # Processes of tests share the cores, so threads that wait must not spin. GNU's OpenMP reads this when the tests that
+        # are collected load torch; it is taken away again before they run.
+        os.environ[SPIN] = "1000"
+        config.stash[SPIN_IS_OURS] = True
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.stash.get(SPIN_IS_OURS, False):
+        os.environ.pop(SPIN, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process is left with one of them at the end."""
+    place = {f"{ROOT}/tests/{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(LONGEST)))
 
 
 @pytest.hookimpl(wrapper=True)

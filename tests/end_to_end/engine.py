@@ -86,6 +86,7 @@ class _Host:
         self.process = subprocess.Popen(
             [sys.executable, str(SCRIPT)], text=True, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+            env={"GOMP_SPINCOUNT": "1000", **os.environ},  # threads that wait leave their core to other tests
         )  # fmt: skip
 
     def run(self, job: dict[str, Any]) -> int:

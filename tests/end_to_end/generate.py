@@ -80,6 +80,10 @@ def become(job: dict[str, Any]) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for given, number in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(given, number)
+    import torch
+
+    if (threads := int(os.environ["OMP_NUM_THREADS"])) != torch.get_num_threads():  # it was read with torch
+        torch.set_num_threads(threads)
 
 
 def main() -> None:
