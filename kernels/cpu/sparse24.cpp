@@ -4,11 +4,11 @@
 // memory it filled; which thread computes an output does not change it. Three families of kernels:
 //
 //   sparse24_bf16.h   amx, avx512bf16: bf16 products of every type of activation, summed in fp32; on request int8 (_int8.h)
-//   sparse24_bytes.h  avx2, avxvnni: products of bytes in fixed point for every type of activation; on request int8
-//   sparse24_f32.h    avx512, portable, and 16-bit weights below avx512bf16: fp32 products
+//   sparse24_bytes.h  avx2, avxvnni, avx512: products of bytes in fixed point for every type of activation; on request int8
+//   sparse24_f32.h    portable; 16-bit weights below avx512bf16, and many rows where `bytes_of` says so: fp32 products
 //
-// and in the first and the last family two ways: `direct` for few rows, where the weights are read once, and for many rows decoding a piece of a
-// panel into the first-level cache, which then serves all of them. On avx512bf16 many rows of a 2:4 linear are not multiplied
+// and in the first and the last family two ways: `direct` for few rows, where the weights are read once, and for many rows
+// decoding a piece of a panel into the first-level cache, which then serves all of them. On avx512bf16 many rows of a 2:4 linear are not multiplied
 // with dense weights either (`select`). Few rows of bf16 may become fixed point: sparse24_fixed.h.
 #include <algorithm>
 #include <atomic>
@@ -122,6 +122,7 @@ struct F32Kernels {
 namespace portable {
 struct V {
     static constexpr int W = 4;
+    static constexpr bool kDirectCodes = true;  // whether it serves few rows of codes
     typedef float F __attribute__((vector_size(16)));
     typedef int32_t I __attribute__((vector_size(16)));
     typedef uint32_t U __attribute__((vector_size(16)));
@@ -158,6 +159,7 @@ namespace sparse24 {
 namespace avx2 {
 struct V {
     static constexpr int W = 8;
+    static constexpr bool kDirectCodes = false;  // whether it serves few rows of codes
     using F = __m256;
     using I = __m256i;
     ALWAYS_F32 F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -197,8 +199,8 @@ namespace sparse24 {
 using MultiplyRun = void (*)(const uint8_t* weights, const Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride);
 
 struct ByteKernels {  // sparse24_bytes.h, for a linear and a number of bytes of an activation
-    int tile_rows;    // at most
-    MultiplyRun multiply[8], multiply_decoded[8];  // 1 .. tile_rows rows
+    int tile_rows, multiple;  // most rows of a tile, whose number is a multiple
+    MultiplyRun multiply[8], multiply_decoded[8];  // by the rows, from 1 on; the second for more than one tile
     void (*decode)(const uint8_t* p, const Pieces& pieces, uint8_t* out);
     float (*quantize)(const void* from, int type, int64_t inputs, int steps, int tile_rows, uint8_t* out);
     void (*finish)(const float* sums, int64_t c_stride, int64_t rows, const void* bias, int bias_type, int type, int columns, void* y, int64_t y_bytes);
@@ -238,6 +240,7 @@ namespace sparse24 {
 namespace avx512 {
 struct V {
     static constexpr int W = 16;
+    static constexpr bool kDirectCodes = false;  // whether it serves few rows of codes
     using F = __m512;
     using I = __m512i;
     ALWAYS_F32 F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -445,7 +448,7 @@ static int run_f32(const Call& call, const F32Kernels& kernels) {
                     const uint8_t* data = l.pair(call.blob, p) + half * l.step_bytes;
                     const uint16_t* scales = l.scales(call.blob, p) + half * kPanel;
                     float* c = sums + half * kPanel;
-                    if (l.sparse && rows <= kF32DirectRows) {
+                    if (kernels.direct[0] != nullptr && rows <= kF32DirectRows) {
                         kernels.direct[rows - 1](l, data, scales, x, padded, c);
                         continue;
                     }
@@ -577,7 +580,7 @@ struct BytesWay {
     const int64_t most_steps = bytes == 1 ? avx2::kInt8Steps : avx2::kFixedSteps;
     const int64_t piece_steps = std::min(call.l.steps_per_group, most_steps), pieces = (call.l.steps + piece_steps - 1) / piece_steps;
     const bool in_one_run = call.rows <= kernels.tile_rows && call.l.steps_per_group <= most_steps;  // no other tile reads it again
-    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, kernels.tile_rows, 1, in_one_run ? call.l.steps : most_steps,
+    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, kernels.tile_rows, kernels.multiple, in_one_run ? call.l.steps : most_steps,
                                 32 * bytes + 32, kCachedBytes);
     const MultiplyRun multiply = (b.tiles > 1 ? kernels.multiply_decoded : kernels.multiply)[b.tile_rows - 1];
 
@@ -1090,7 +1093,7 @@ static F32Kernels f32_kernels(const Layout& l, int level) {
 
 #if SPARSIFY_X86
 
-constexpr int64_t kMostRowsOfThreeBytes = 4;  // at avx512, where with more of fp16 or fp32 the fp32 kernels are faster
+constexpr int64_t kFewRows = 4;  // where products of bytes beat those of fp32 for few rows alone, most of these
 
 static ByteKernels byte_kernels(const Layout& l, int parts, int level) {
 #if SPARSIFY_COMPILES_AVXVNNI
@@ -1104,8 +1107,10 @@ static ByteKernels byte_kernels(const Layout& l, int parts, int level) {
 static int bytes_of(const Call& call, int level, int options) {
     if (level < kAvx2 || !call.l.scaled() || options & (kForceDirect | kForceTiles)) return 0;
     if (options & kInt8 && call.rows >= kInt8Rows) return 1;
-    if (level == kAvx512 && call.type != kBf16 && call.rows > kMostRowsOfThreeBytes) return 0;
-    return call.type == kBf16 ? 2 : 3;
+    const int bytes = call.type == kBf16 ? 2 : 3;
+    const bool halves = call.l.bits == 8 && level != kAvxVnni;  // each product of a code is two
+    const bool slower = (halves && (bytes == 3 || !call.l.sparse)) || (level == kAvx512 && bytes == 3);
+    return slower && call.rows > kFewRows ? 0 : bytes;
 }
 
 #endif  // SPARSIFY_X86

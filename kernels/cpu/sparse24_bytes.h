@@ -22,6 +22,7 @@
 // Activations of a tile: [step][vector][row][part] 8 bytes (2:4) or 4 (dense). No include guard on purpose.
 
 constexpr int kFixedSteps = 8, kInt8Steps = 16;  // most steps of a piece, and of a run of weights
+constexpr int kInt8Multiple = 4;  // of rows of a tile of int8
 constexpr int kQuarters = 4;
 constexpr int kOffsetBytes = kQuarters * 32;  // before the vectors of a decoded piece: 128 times the sums of codes
 
@@ -163,6 +164,10 @@ struct Sums {
         }
     }
 
+    ALWAYS_MEMBER void clear_totals() {
+        for (int r = 0; r < R; ++r) whole[r] = rest[r] = _mm256_setzero_si256();
+    }
+
     // x: the inputs of a vector for all rows
     ALWAYS_MEMBER void add(const Vector& v, const uint8_t* x) {
 #pragma GCC unroll 8
@@ -283,7 +288,6 @@ static void multiply(const uint8_t* p, const Pieces& pieces, const uint8_t* x, c
             CodeSums<BITS, SPARSE> codes;
             sums.clear();
             codes.clear();
-            int s = 0;
             const auto fetch = [&](int count) {
                 if constexpr (!DECODED) {
                     for (int i = 0; i < count; ++i, ahead += 2 * F::kStepBytes) {
@@ -292,21 +296,23 @@ static void multiply(const uint8_t* p, const Pieces& pieces, const uint8_t* x, c
                     }
                 }
             };
-            const int first = F::kBlockSteps < steps ? F::kBlockSteps : steps;
-            fetch(first);
-            if (F::kBlockSteps == 2 && first == 2) {
+            if (steps == F::kBlockSteps) {
+                fetch(F::kBlockSteps);
                 add_vectors<BITS, SPARSE, PARTS, R, DECODED, F::kBlockSteps, 0, true>(w, lane, x, k, sums, codes);
             } else {
-                add_vectors<BITS, SPARSE, PARTS, R, DECODED, 1, 0, true>(w, lane, x, k, sums, codes);
-            }
-            for (s = first; s < steps; s += F::kBlockSteps) {
-                if (!kVnni) sums.clear();
-                if (F::kBlockSteps == 2 && s + 2 <= steps) {
-                    fetch(2);
-                    add_vectors<BITS, SPARSE, PARTS, R, DECODED, F::kBlockSteps, 0, false>(w + s * step_stride, lane, x + s * block_inputs, k, sums, codes);
-                } else {
+                sums.clear_totals();
+                int s = 0;
+                if constexpr (F::kBlockSteps == 2) {
+                    for (; s + 2 <= steps; s += 2) {
+                        fetch(2);
+                        add_vectors<BITS, SPARSE, PARTS, R, DECODED, 2, 0, false>(w + s * step_stride, lane, x + s * block_inputs, k, sums, codes);
+                        if (!kVnni) sums.clear();
+                    }
+                }
+                for (; s < steps; ++s) {
                     fetch(1);
                     add_vectors<BITS, SPARSE, PARTS, R, DECODED, 1, 0, false>(w + s * step_stride, lane, x + s * block_inputs, k, sums, codes);
+                    if (!kVnni) sums.clear();
                 }
             }
             if constexpr (kVnni) sums.template flush<true>();
@@ -481,12 +487,13 @@ static void finish(const float* sums, int64_t c_stride, int64_t rows, const void
 
 // ------------------------------------------------------------------------------------------------------------- choice
 
-template <int BITS, bool SPARSE, int PARTS, int R>
+// Rows of a tile are a multiple of `multiple`; where there is more than one tile, it has more than half of the most rows.
+template <int BITS, bool SPARSE, int PARTS, int ROWS, int R>
 static void add_tiles(ByteKernels& k) {
     if constexpr (R > 0) {
         k.multiply[R - 1] = multiply<BITS, SPARSE, PARTS, R, false>;
-        k.multiply_decoded[R - 1] = multiply<BITS, SPARSE, PARTS, R, true>;
-        add_tiles<BITS, SPARSE, PARTS, R - 1>(k);
+        if constexpr (2 * R > ROWS) k.multiply_decoded[R - 1] = multiply<BITS, SPARSE, PARTS, R, true>;
+        add_tiles<BITS, SPARSE, PARTS, ROWS, R - (PARTS == 1 ? kInt8Multiple : 1)>(k);
     }
 }
 
@@ -496,10 +503,11 @@ static ByteKernels kernels_for() {
     constexpr int whole[3] = {8, 4, 3}, split[3] = {4, 2, 1}, rows = (Form<BITS, SPARSE>::kSplit ? split : whole)[PARTS - 1];
     ByteKernels k = {};
     k.tile_rows = rows;
+    k.multiple = PARTS == 1 ? kInt8Multiple : 1;
     k.decode = decode<BITS, SPARSE>;
     k.quantize = quantize<SPARSE, PARTS, !SPARSE && BITS == 4>;
     k.finish = finish;
-    add_tiles<BITS, SPARSE, PARTS, rows>(k);
+    add_tiles<BITS, SPARSE, PARTS, rows, rows>(k);
     return k;
 }
 

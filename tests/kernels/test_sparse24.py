@@ -47,9 +47,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # of those this machine can run: indirectly, through the fixture
 bf16_levels = pytest.mark.parametrize("level", [4, 5], ids=LEVELS[4:], indirect=True)
-byte_levels = pytest.mark.parametrize("level", [1, 2, 3], ids=LEVELS[1:4], indirect=True)
 int8_levels = pytest.mark.parametrize("level", range(1, 6), ids=LEVELS[1:], indirect=True)
-BYTE_ROWS = 4  # at avx512 most rows of fp16 and fp32 that are multiplied as bytes
+BYTE_ROWS = 4  # the most that are multiplied as bytes where more are faster in fp32
 scheme_ids = pytest.mark.parametrize(("bits", "pattern"), SCHEMES, ids=[f"{b} bits {p}" for b, p in SCHEMES])
 
 
@@ -152,8 +151,11 @@ def fixed_rows() -> dict[tuple[int, str], tuple[int, int]]:
 
 def in_bytes(linear: Linear, level: int, x: Tensor, way: int = 0) -> bool:
     """Whether kernels/cpu/sparse24_bytes.h serves a call that does not ask for int8."""
-    rows = BYTE_ROWS if LEVELS[level] == "avx512" and x.dtype != BF16 else len(x)
-    return LEVELS[level] in LEVELS[1:4] and linear.bits < 16 and way not in (FEW, MANY) and len(x) <= rows
+    name, three_bytes = LEVELS[level], x.dtype != BF16
+    halves = linear.bits == 8 and name != "avxvnni"
+    slower = (halves and (three_bytes or linear.pattern == "dense")) or (name == "avx512" and three_bytes)
+    served = name in ("avx2", "avxvnni", "avx512") and linear.bits < 16 and way not in (FEW, MANY)
+    return served and (not slower or len(x) <= BYTE_ROWS)
 
 
 def fixed_point(linear: Linear, level: int, x: Tensor, weight: Tensor, way: int) -> Tensor | float:
@@ -439,9 +441,7 @@ def uneven(rows: int, k: int, dtype: torch.dtype) -> Tensor:
 
 @int8_schemes
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_the_plain_loops_equal_the_float64_product(
-    kernel: Kernel, bits: int, pattern: str, dtype: torch.dtype
-) -> None:
+def test_the_plain_loops_equal_the_float64_product(kernel: Kernel, bits: int, pattern: str, dtype: torch.dtype) -> None:
     """On any processor, so that what kernels are held against is known to be right where none of them runs."""
     avx2 = LEVELS.index("avx2")  # whose bound it has
     for n, k, group in TWIN_SHAPES:

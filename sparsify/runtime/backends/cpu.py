@@ -101,8 +101,7 @@ def _level() -> int:
         return int(library.sparse24_level(-1))
     if library.sparse24_level(LEVELS.index(forced)) < 0:
         raise SparsifyError(
-            f"{FORCE}={forced}: this processor lacks it; the fastest here is "
-            f"{LEVELS[library.sparse24_level(-1)]}"
+            f"{FORCE}={forced}: this processor lacks it; the fastest here is {LEVELS[library.sparse24_level(-1)]}"
         )
     return LEVELS.index(forced)
 
