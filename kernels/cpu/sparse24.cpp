@@ -1,13 +1,14 @@
 // y = x W' + b for a compressed linear W [N, K]: 2:4 sparse with 4, 8 or 16 bits, or dense with 4 or 8 bits.
 //
 // The work is split over pairs of panels, 32 outputs (sparse24_layout.h). A thread begins with the same ones in every call, whose
-// memory it filled; which thread computes an output does not change it. Two families of kernels:
+// memory it filled; which thread computes an output does not change it. Three families of kernels:
 //
 //   sparse24_bf16.h   amx, avx512bf16: bf16 products of every type of activation, summed in fp32; on request int8 (_int8.h)
-//   sparse24_f32.h    avx512, avx2, portable: fp32 products
+//   sparse24_bytes.h  avx2, avxvnni, avx512: products of bytes in fixed point for every type of activation; on request int8
+//   sparse24_f32.h    portable; 16-bit weights below avx512bf16, and many rows where `bytes_of` says so: fp32 products
 //
-// and in each family two ways: `direct` for few rows, where the weights are read once, and for many rows decoding a piece of a
-// panel into the first-level cache, which then serves all of them. On avx512bf16 many rows of a 2:4 linear are not multiplied
+// and in the first and the last family two ways: `direct` for few rows, where the weights are read once, and for many rows
+// decoding a piece of a panel into the first-level cache, which then serves all of them. On avx512bf16 many rows of a 2:4 linear are not multiplied
 // with dense weights either (`select`). Few rows of bf16 may become fixed point: sparse24_fixed.h.
 #include <algorithm>
 #include <atomic>
@@ -43,8 +44,10 @@
 
 namespace sparse24 {
 
-enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kLevels = 5 };
-// Options, added to a level: all but the fewest rows may be multiplied in int8; few rows, many rows or fixed point kernels whatever the number of rows.
+// As LEVELS of sparsify/processor.py counts them; the two change together.
+enum Level { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Bf16 = 4, kAmx = 5, kLevels = 6 };
+// Options, added to a level: all but the fewest rows may be multiplied in int8; few rows, many rows or fixed point kernels
+// whatever the number of rows (below avx512bf16, either of the first two: the fp32 kernels).
 constexpr int kInt8 = 256, kForceDirect = 512, kForceTiles = 1024, kForceFixed = 2048, kFirstOption = kInt8;
 enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2, kOutOfMemory = 3 };
 
@@ -102,6 +105,12 @@ static inline float to_float(const void* x, int type, int64_t i) {
     return type == kBf16 ? bf16_to_float(v) : half_to_float(v);
 }
 
+}  // namespace sparse24
+
+#include "sparse24_twin.h"
+
+namespace sparse24 {
+
 struct F32Kernels {
     void (*decode)(const Layout&, const uint8_t* p, const uint16_t* scales, int64_t first, int steps, float* out);
     void (*direct[4])(const Layout&, const uint8_t* p, const uint16_t* scales, const float* x, int64_t ldx, float* out);
@@ -113,6 +122,7 @@ struct F32Kernels {
 namespace portable {
 struct V {
     static constexpr int W = 4;
+    static constexpr bool kDirectCodes = true;  // whether it serves few rows of codes
     typedef float F __attribute__((vector_size(16)));
     typedef int32_t I __attribute__((vector_size(16)));
     typedef uint32_t U __attribute__((vector_size(16)));
@@ -149,6 +159,7 @@ namespace sparse24 {
 namespace avx2 {
 struct V {
     static constexpr int W = 8;
+    static constexpr bool kDirectCodes = false;  // whether it serves few rows of codes
     using F = __m256;
     using I = __m256i;
     ALWAYS_F32 F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -183,11 +194,53 @@ struct V {
 }  // namespace sparse24
 TARGET_END
 
+namespace sparse24 {
+
+using MultiplyRun = void (*)(const uint8_t* weights, const Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride);
+
+struct ByteKernels {  // sparse24_bytes.h, for a linear and a number of bytes of an activation
+    int tile_rows, multiple;  // most rows of a tile, whose number is a multiple
+    MultiplyRun multiply[8], multiply_decoded[8];  // by the rows, from 1 on; the second for more than one tile
+    void (*decode)(const uint8_t* p, const Pieces& pieces, uint8_t* out);
+    float (*quantize)(const void* from, int type, int64_t inputs, int steps, int tile_rows, uint8_t* out);
+    void (*finish)(const float* sums, int64_t c_stride, int64_t rows, const void* bias, int bias_type, int type, int columns, void* y, int64_t y_bytes);
+};
+
+}  // namespace sparse24
+
+#define ALWAYS_BYTES static inline __attribute__((always_inline))
+#define ALWAYS_MEMBER __attribute__((always_inline)) inline
+
+TARGET_BEGIN("avx2,fma,f16c")
+namespace sparse24 {
+namespace avx2 {
+#define SPARSIFY_BYTES_VNNI 0
+constexpr bool kVnni = false;
+#include "sparse24_bytes.h"
+#undef SPARSIFY_BYTES_VNNI
+}  // namespace avx2
+}  // namespace sparse24
+TARGET_END
+
+#if SPARSIFY_COMPILES_AVXVNNI
+TARGET_BEGIN("avx2,fma,f16c,avxvnni")
+namespace sparse24 {
+namespace avxvnni {
+#define SPARSIFY_BYTES_VNNI 1
+constexpr bool kVnni = true;
+#include "sparse24_bytes.h"
+#undef SPARSIFY_BYTES_VNNI
+}  // namespace avxvnni
+}  // namespace sparse24
+TARGET_END
+#endif
+
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 namespace sparse24 {
 namespace avx512 {
 struct V {
     static constexpr int W = 16;
+    static constexpr bool kDirectCodes = false;  // whether it serves few rows of codes
     using F = __m512;
     using I = __m512i;
     ALWAYS_F32 F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -395,7 +448,7 @@ static int run_f32(const Call& call, const F32Kernels& kernels) {
                     const uint8_t* data = l.pair(call.blob, p) + half * l.step_bytes;
                     const uint16_t* scales = l.scales(call.blob, p) + half * kPanel;
                     float* c = sums + half * kPanel;
-                    if (l.sparse && rows <= kF32DirectRows) {
+                    if (kernels.direct[0] != nullptr && rows <= kF32DirectRows) {
                         kernels.direct[rows - 1](l, data, scales, x, padded, c);
                         continue;
                     }
@@ -415,6 +468,169 @@ static int run_f32(const Call& call, const F32Kernels& kernels) {
     });
     return failed ? kOutOfMemory : kOk;
 }
+
+// ---------------------------------------------------------------------------------------- rows in blocks: the driver
+
+#if SPARSIFY_X86
+
+constexpr int64_t kPickedBlockRows = 128;  // most rows of a block of tiles of up to 8 rows
+constexpr int64_t kInt8Rows = 3;           // fewest rows of int8 without AMX: fewer are as fast without
+constexpr size_t kPackedAlone = 1 << 16;   // most bytes of activations that every thread packs for itself
+
+struct Blocking {
+    int64_t rows;        // split rows of a block
+    int64_t tile_rows;   // of a tile
+    int64_t tiles;       // of a block
+    int64_t run;         // steps of K that a piece of weights has, which serves all tiles
+    int64_t chunk;       // steps of K between two passes over the pairs
+    int64_t row_bytes;   // of a step of a row
+
+    int64_t step_bytes() const { return tile_rows * row_bytes; }
+    int64_t sums_rows() const { return tiles * tile_rows; }
+};
+
+// Runs of K of nearly one size, of at most `most` steps and of whole groups or parts of one.
+static int64_t even_run(const Layout& l, int64_t most) {
+    if (l.groups > 1 && l.steps_per_group >= most) return most;
+    const int64_t runs = (l.steps + most - 1) / most, unit = l.groups > 1 ? l.steps_per_group : 1;
+    return ((l.steps + runs - 1) / runs + unit - 1) / unit * unit;
+}
+
+// block_rows: most rows of a block; tile_rows, multiple: a tile has at most so many rows, and a multiple of these; cached: bytes of
+// activations that are to stay in the second-level cache.
+static Blocking blocking(const Layout& l, int64_t rows, int parts, int64_t block_rows, int64_t tile_rows, int64_t multiple, int64_t run,
+                         int64_t row_bytes = 64, int64_t cached = 1 << 20) {
+    const int64_t blocks = (rows + block_rows - 1) / block_rows, unit = parts == 1 ? 16 : 48;  // parts of a row stay together
+    Blocking b;
+    b.rows = blocks == 1 ? rows : ((rows + blocks - 1) / blocks + unit - 1) / unit * unit;
+    b.tiles = (b.rows + tile_rows - 1) / tile_rows;
+    b.tile_rows = ((b.rows + b.tiles - 1) / b.tiles + multiple - 1) / multiple * multiple;
+    b.run = run;
+    b.row_bytes = row_bytes;
+    b.chunk = std::min(l.steps, std::max<int64_t>(run, cached / (b.tiles * b.step_bytes()) / run * run));
+    return b;
+}
+
+// The groups within `steps` steps from `first` on; a group longer than that is cut.
+static Pieces pieces_of(const Layout& l, const uint16_t* scales, int64_t first, int64_t steps) {
+    if (!l.scaled()) return {int(steps), 1, nullptr, l.stored_type};
+    const uint16_t* from = scales + first / l.steps_per_group * kPair;
+    if (l.steps_per_group >= steps) return {int(steps), 1, from, l.stored_type};
+    return {int(l.steps_per_group), int(steps / l.steps_per_group), from, l.stored_type};
+}
+
+// Rows in blocks, K in chunks: the activations of a block and chunk stay in the second-level cache while all pairs pass by. The
+// threads share the packing of activations, unless there are so few (kPackedAlone bytes) that waiting for each other costs more.
+template <class Way>
+static int run_blocks(const Call& call, const Way& way) {
+    const Layout& l = call.l;
+    const Blocking& b = way.b;
+    const int parts = way.parts;
+    const int64_t rows = call.rows * parts, padded = l.steps * kStep, tile_bytes = l.steps * b.step_bytes(), c_stride = b.sums_rows() * kPanel;
+    const size_t tiles_bytes = size_t(b.tiles) * tile_bytes;
+    const bool alone = rows <= b.rows && tiles_bytes <= kPackedAlone;
+    uint8_t* common = alone ? nullptr : shared.get(tiles_bytes);
+    const Shares shares(l.pairs);
+    if ((common == nullptr && !alone) || shares.failed()) return kOutOfMemory;
+    const bool one_pass = b.chunk == l.steps;
+    std::atomic<bool> failed{false};
+    in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
+        const Range pairs = part(l.pairs, thread, threads);
+        const int64_t kept = one_pass ? 1 : pairs.end - pairs.begin;  // pairs whose sums wait for the next chunk
+        const size_t sums_bytes = size_t(b.sums_rows()) * kPair * 4;
+        const size_t split_bytes = (3 * padded * 2 + 63) / 64 * 64;
+        uint8_t* mine = own.get(Way::kScratch + kept * sums_bytes + split_bytes + (alone ? tiles_bytes : 0));
+        if (mine == nullptr) failed = true;
+        uint8_t* split = mine + Way::kScratch + kept * sums_bytes;
+        uint8_t* tiles = alone ? split + split_bytes : common;
+        way.enter();
+        for (int64_t start = 0; start < rows; start += b.rows) {
+            const int64_t here = std::min(b.rows, rows - start), used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
+            if (mine != nullptr) way.pack(start, here, alone ? 0 : thread, alone ? 1 : threads, reinterpret_cast<uint16_t*>(split), tiles);
+            if (!alone) barrier();
+            if (failed) break;  // behind a barrier in all threads: each has said so before it
+            float* sums = reinterpret_cast<float*>(mine + Way::kScratch);
+            const auto multiply = [&](int64_t p, int64_t chunk, float* c) {  // c: [panel][row][16]
+                const int64_t end = std::min(l.steps, chunk + b.chunk);
+                if (chunk == 0) std::memset(c, 0, sums_bytes);
+                for (int64_t s = chunk; s < end; s += b.run) {
+                    const Pieces pieces = pieces_of(l, l.scales(call.blob, p), s, std::min(b.run, end - s));
+                    const uint8_t* weights = l.pair(call.blob, p) + s * 2 * l.step_bytes;
+                    way.run(weights, s, pieces, tiles, used_tiles, tile_bytes, mine, c, c_stride);
+                }
+                if (end == l.steps) way.finish(p, start, here, c, c_stride);
+            };
+            if (one_pass) shares.each(thread, threads, start / b.rows, [&](int64_t p) { multiply(p, 0, sums); });
+            for (int64_t chunk = 0; chunk < l.steps && !one_pass; chunk += b.chunk) {
+                for (int64_t p = pairs.begin; p < pairs.end; ++p) multiply(p, chunk, sums + (p - pairs.begin) * b.sums_rows() * kPair);
+            }
+            if (start + b.rows < rows) barrier();  // the tiles are written again
+        }
+        way.leave();
+    });
+    return failed ? kOutOfMemory : kOk;
+}
+
+// Rows as integers of `Bytes` bytes (sparse24_bytes.h). A tile: [step][vector][row][part] bytes, then [piece][row] units.
+struct BytesWay {
+    const Call& call;
+    const ByteKernels kernels;
+    const int bytes;  // of an activation
+    const int parts = 1;
+    const int64_t most_steps = bytes == 1 ? avx2::kInt8Steps : avx2::kFixedSteps;
+    const int64_t piece_steps = std::min(call.l.steps_per_group, most_steps), pieces = (call.l.steps + piece_steps - 1) / piece_steps;
+    const bool in_one_run = call.rows <= kernels.tile_rows && call.l.steps_per_group <= most_steps;  // no other tile reads it again
+    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, kernels.tile_rows, kernels.multiple, in_one_run ? call.l.steps : most_steps,
+                                32 * bytes + 32, kCachedBytes);
+    const MultiplyRun multiply = (b.tiles > 1 ? kernels.multiply_decoded : kernels.multiply)[b.tile_rows - 1];
+
+    static constexpr int64_t kCachedBytes = 1 << 18, kScratch = avx2::kInt8Steps * (avx2::kOffsetBytes + 4 * 8 * 64);
+
+    void enter() const {}
+    void leave() const {}
+
+    uint8_t* inputs_of(uint8_t* tile, int64_t step) const { return tile + step * b.tile_rows * kStep * bytes; }
+    float* units_of(uint8_t* tile, int64_t step) const {
+        return reinterpret_cast<float*>(inputs_of(tile, call.l.steps)) + step / piece_steps * b.tile_rows;
+    }
+
+    // A thread's share of the rows `start` .. start + rows; the threads share pieces.
+    void pack(int64_t start, int64_t rows, int thread, int threads, uint16_t*, uint8_t* tiles) const {
+        const Layout& l = call.l;
+        const int64_t size = call.type == kF32 ? 4 : 2, width = (l.sparse ? 8 : 4) * bytes;
+        const Range mine = part(b.tiles * pieces, thread, threads);
+        for (int64_t at = mine.begin; at < mine.end; ++at) {
+            const int64_t top = at / pieces * b.tile_rows, step = at % pieces * piece_steps, first = step * kStep;
+            const int64_t steps = std::min(piece_steps, l.steps - step), inputs = std::min(steps * kStep, l.k - first);
+            uint8_t* tile = tiles + at / pieces * l.steps * b.step_bytes();
+            for (int64_t i = 0; i < b.tile_rows; ++i) {
+                const bool real = top + i < rows;
+                const uint8_t* from = real ? static_cast<const uint8_t*>(call.row(start + top + i)) + first * size : nullptr;
+                uint8_t* to = inputs_of(tile, step) + i * width;
+                units_of(tile, step)[i] = kernels.quantize(from, call.type, real ? inputs : 0, int(steps), int(b.tile_rows), to);
+            }
+        }
+    }
+
+    void run(const uint8_t* weights, int64_t step, const Pieces& some, uint8_t* tiles, int64_t count, int64_t tile_bytes, uint8_t* decoded,
+             float* c, int64_t c_stride) const {
+        if (b.tiles > 1) {
+            kernels.decode(weights, some, decoded);
+            weights = decoded;
+        }
+        for (int64_t t = 0; t < count; ++t, tiles += tile_bytes, c += b.tile_rows * kPanel) {
+            multiply(weights, some, inputs_of(tiles, step), units_of(tiles, step), c, c_stride);
+        }
+    }
+
+    void finish(int64_t pair, int64_t start, int64_t rows, const float* sums, int64_t c_stride) const {
+        const int64_t first = pair * kPair;
+        kernels.finish(sums, c_stride, rows, call.bias_at(first), call.bias_type, call.type, int(std::min<int64_t>(kPair, call.l.n - first)),
+                       call.result(start, first), call.l.n * (call.type == kF32 ? 4 : 2));
+    }
+};
+
+#endif  // SPARSIFY_X86
 
 // --------------------------------------------------------------------------------------- bf16 kernels: the driver
 
@@ -476,55 +692,13 @@ static int run_direct(const Call& call) {
     return failed ? kOutOfMemory : kOk;
 }
 
-// Most rows of a block: that a decoded piece of dense weights serves, and that tiles of 8 rows make.
-constexpr int64_t kBlockRows = 288, kPickedBlockRows = 128;
-constexpr int64_t kInt8Rows = 3;  // fewest rows of int8 without AMX: fewer are as fast in bf16
-constexpr int64_t kCached = 1 << 20;  // bytes of activations that are to stay in the second-level cache
-constexpr size_t kPackedAlone = 1 << 16;  // most bytes of activations that every thread packs for itself
+constexpr int64_t kBlockRows = 288;  // most rows of a block, which a decoded piece of dense weights serves
 
 // With more rows of bf16 than this, multiplying the decoded weights by their scales costs less than scaling sums per group.
 // It rounds each weight to bf16, as storing the model densely would.
 constexpr int64_t kFoldRows = 64;
 
 static bool folds(const Call& call) { return call.l.scaled() && call.type == kBf16 && call.rows > kFoldRows; }
-
-struct Blocking {
-    int64_t rows;        // split rows of a block
-    int64_t tile_rows;   // of a tile
-    int64_t tiles;       // of a block
-    int64_t run;         // steps of K that a piece of weights has, which serves all tiles
-    int64_t chunk;       // steps of K between two passes over the pairs
-
-    int64_t step_bytes() const { return tile_rows * 64; }
-    int64_t sums_rows() const { return tiles * tile_rows; }
-};
-
-// Runs of K of nearly one size, of at most `most` steps and of whole groups or parts of one.
-static int64_t even_run(const Layout& l, int64_t most) {
-    if (l.groups > 1 && l.steps_per_group >= most) return most;
-    const int64_t runs = (l.steps + most - 1) / most, unit = l.groups > 1 ? l.steps_per_group : 1;
-    return ((l.steps + runs - 1) / runs + unit - 1) / unit * unit;
-}
-
-// block_rows: most rows of a block; tile_rows, multiple: a tile has at most so many rows, and a multiple of these.
-static Blocking blocking(const Layout& l, int64_t rows, int parts, int64_t block_rows, int64_t tile_rows, int64_t multiple, int64_t run) {
-    const int64_t blocks = (rows + block_rows - 1) / block_rows, unit = parts == 1 ? 16 : 48;  // parts of a row stay together
-    Blocking b;
-    b.rows = blocks == 1 ? rows : ((rows + blocks - 1) / blocks + unit - 1) / unit * unit;
-    b.tiles = (b.rows + tile_rows - 1) / tile_rows;
-    b.tile_rows = ((b.rows + b.tiles - 1) / b.tiles + multiple - 1) / multiple * multiple;
-    b.run = run;
-    b.chunk = std::min(l.steps, std::max<int64_t>(run, kCached / (b.tiles * b.step_bytes()) / run * run));
-    return b;
-}
-
-// The groups within `steps` steps from `first` on; a group longer than that is cut.
-static bf16::Pieces pieces_of(const Layout& l, const uint16_t* scales, int64_t first, int64_t steps) {
-    if (!l.scaled()) return {int(steps), 1, nullptr, l.stored_type};
-    const uint16_t* from = scales + first / l.steps_per_group * kPair;
-    if (l.steps_per_group >= steps) return {int(steps), 1, from, l.stored_type};
-    return {int(l.steps_per_group), int(steps / l.steps_per_group), from, l.stored_type};
-}
 
 // Whether runs are to be short. Dense 8-bit codes are so many bytes that memory should bring what is prefetched while a run is
 // decoded while few rows are multiplied with that run, and not all at once.
@@ -553,6 +727,9 @@ struct DecodedWay {
 #endif
     }
 
+    void finish(int64_t pair, int64_t start, int64_t rows, const float* sums, int64_t c_stride) const {
+        finish_rows(call, pair, start, rows, parts, sums, kPanel, c_stride);
+    }
     void leave() const {
 #if SPARSIFY_COMPILES_AMX
         if (amx) bf16::leave_amx();
@@ -594,12 +771,12 @@ struct DecodedWay {
 
     // Sums of `count` tiles of activations, tile_bytes apart, += their products with the run of weights that begins with `step`.
     // c: [panel][row][16]
-    void run(const uint8_t* weights, int64_t step, const bf16::Pieces& pieces, uint8_t* tiles, int64_t count, int64_t tile_bytes,
+    void run(const uint8_t* weights, int64_t step, const Pieces& pieces, uint8_t* tiles, int64_t count, int64_t tile_bytes,
              uint8_t* decoded, float* c, int64_t c_stride) const {
         const int steps = pieces.pieces * pieces.steps_per_piece;
         decode(weights, steps, decoded, kPanelBytes);
         for (int half = 0; half < 2 && folded; ++half) bf16::scale_decoded(decoded + half * kPanelBytes, pieces, half);
-        const bf16::Pieces left = unscaled ? bf16::Pieces{steps, 1, nullptr, 0} : pieces;
+        const Pieces left = unscaled ? Pieces{steps, 1, nullptr, 0} : pieces;
         const uint8_t* a = tiles + step * b.step_bytes();
         for (int64_t t = 0; t < count; ++t, a += tile_bytes, c += b.tile_rows * kPanel) {
 #if SPARSIFY_COMPILES_AMX
@@ -626,6 +803,9 @@ struct SelectWay {
     static constexpr int64_t kScratch = bf16::kSelectSteps * 2 * bf16::kFoldedBytes;
 
     void enter() const {}
+    void finish(int64_t pair, int64_t start, int64_t rows, const float* sums, int64_t c_stride) const {
+        finish_rows(call, pair, start, rows, parts, sums, kPanel, c_stride);
+    }
     void leave() const {}
 
     // A thread's share of the rows `start` .. start + rows -> [tile][step][quad][row of the tile][4 inputs]. The threads share steps,
@@ -661,7 +841,7 @@ struct SelectWay {
         }
     }
 
-    void run(const uint8_t* weights, int64_t step, bf16::Pieces pieces, uint8_t* tiles, int64_t count, int64_t tile_bytes, uint8_t* scratch,
+    void run(const uint8_t* weights, int64_t step, Pieces pieces, uint8_t* tiles, int64_t count, int64_t tile_bytes, uint8_t* scratch,
              float* c, int64_t c_stride) const {
         if (folded) {
             bf16::folder(call.l)(weights, pieces, scratch);
@@ -686,6 +866,9 @@ struct Int8Way {
     static constexpr int64_t kScratch = int8::kRunSteps * (2 * int8::kDecodedBytes + int8::kPieceBytes);
 
     void enter() const {}
+    void finish(int64_t pair, int64_t start, int64_t rows, const float* sums, int64_t c_stride) const {
+        finish_rows(call, pair, start, rows, parts, sums, kPanel, c_stride);
+    }
     void leave() const {}
 
     uint8_t* inputs_of(uint8_t* tile, int64_t step) const { return tile + step * b.tile_rows * kStep; }
@@ -710,7 +893,7 @@ struct Int8Way {
         }
     }
 
-    void run(const uint8_t* weights, int64_t step, const bf16::Pieces& some, uint8_t* tiles, int64_t count, int64_t tile_bytes,
+    void run(const uint8_t* weights, int64_t step, const Pieces& some, uint8_t* tiles, int64_t count, int64_t tile_bytes,
              uint8_t* decoded, float* c, int64_t c_stride) const {
         if (decode != nullptr) {
             decode(weights, some, decoded);
@@ -721,58 +904,6 @@ struct Int8Way {
         }
     }
 };
-
-// Rows in blocks, K in chunks: the activations of a block and chunk stay in the second-level cache while all pairs pass by. The
-// threads share the packing of activations, unless there are so few (kPackedAlone bytes) that waiting for each other costs more.
-template <class Way>
-static int run_blocks(const Call& call, const Way& way) {
-    const Layout& l = call.l;
-    const Blocking& b = way.b;
-    const int parts = way.parts;
-    const int64_t rows = call.rows * parts, padded = l.steps * kStep, tile_bytes = l.steps * b.step_bytes(), c_stride = b.sums_rows() * kPanel;
-    const size_t tiles_bytes = size_t(b.tiles) * tile_bytes;
-    const bool alone = rows <= b.rows && tiles_bytes <= kPackedAlone;
-    uint8_t* common = alone ? nullptr : shared.get(tiles_bytes);
-    const Shares shares(l.pairs);
-    if ((common == nullptr && !alone) || shares.failed()) return kOutOfMemory;
-    const bool one_pass = b.chunk == l.steps;
-    std::atomic<bool> failed{false};
-    in_threads(l.n * l.k * call.rows, [&](int thread, int threads) {
-        const Range pairs = part(l.pairs, thread, threads);
-        const int64_t kept = one_pass ? 1 : pairs.end - pairs.begin;  // pairs whose sums wait for the next chunk
-        const size_t sums_bytes = size_t(b.sums_rows()) * kPair * 4;
-        const size_t split_bytes = (3 * padded * 2 + 63) / 64 * 64;
-        uint8_t* mine = own.get(Way::kScratch + kept * sums_bytes + split_bytes + (alone ? tiles_bytes : 0));
-        if (mine == nullptr) failed = true;
-        uint8_t* split = mine + Way::kScratch + kept * sums_bytes;
-        uint8_t* tiles = alone ? split + split_bytes : common;
-        way.enter();
-        for (int64_t start = 0; start < rows; start += b.rows) {
-            const int64_t here = std::min(b.rows, rows - start), used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
-            if (mine != nullptr) way.pack(start, here, alone ? 0 : thread, alone ? 1 : threads, reinterpret_cast<uint16_t*>(split), tiles);
-            if (!alone) barrier();
-            if (failed) break;  // behind a barrier in all threads: each has said so before it
-            float* sums = reinterpret_cast<float*>(mine + Way::kScratch);
-            const auto multiply = [&](int64_t p, int64_t chunk, float* c) {  // c: [panel][row][16]
-                const int64_t end = std::min(l.steps, chunk + b.chunk);
-                if (chunk == 0) std::memset(c, 0, sums_bytes);
-                for (int64_t s = chunk; s < end; s += b.run) {
-                    const bf16::Pieces pieces = pieces_of(l, l.scales(call.blob, p), s, std::min(b.run, end - s));
-                    const uint8_t* weights = l.pair(call.blob, p) + s * 2 * l.step_bytes;
-                    way.run(weights, s, pieces, tiles, used_tiles, tile_bytes, mine, c, c_stride);
-                }
-                if (end == l.steps) finish_rows(call, p, start, here, parts, c, kPanel, c_stride);
-            };
-            if (one_pass) shares.each(thread, threads, start / b.rows, [&](int64_t p) { multiply(p, 0, sums); });
-            for (int64_t chunk = 0; chunk < l.steps && !one_pass; chunk += b.chunk) {
-                for (int64_t p = pairs.begin; p < pairs.end; ++p) multiply(p, chunk, sums + (p - pairs.begin) * b.sums_rows() * kPair);
-            }
-            if (start + b.rows < rows) barrier();  // the tiles are written again
-        }
-        way.leave();
-    });
-    return failed ? kOutOfMemory : kOk;
-}
 
 static int run_tiles(const Call& call, bool amx) {
     if (amx || !call.l.sparse) return run_blocks(call, DecodedWay{call, amx});
@@ -944,7 +1075,8 @@ static int best_level(int requested) {
     static const sparsify::CpuFeatures cpu = sparsify::detect_cpu();
     static const bool bf16 = SPARSIFY_COMPILES_AVX512BF16 && cpu.avx512_bf16 && cpu.avx512_vbmi && cpu.avx512_vnni;
     static const bool amx = SPARSIFY_COMPILES_AMX && bf16 && cpu.amx_bf16 && cpu.amx_int8 && sparsify::request_amx();
-    const bool runs[kLevels] = {true, cpu.avx2, cpu.avx512, bf16, amx};
+    static const bool vnni = SPARSIFY_COMPILES_AVXVNNI && cpu.avx_vnni;
+    const bool runs[kLevels] = {true, cpu.avx2, vnni, cpu.avx512, bf16, amx};
     for (int level = kLevels - 1; level >= 0; --level) {
         if (runs[level] && (requested < 0 || level == requested)) return level;
     }
@@ -954,10 +1086,34 @@ static int best_level(int requested) {
 static F32Kernels f32_kernels(const Layout& l, int level) {
 #if SPARSIFY_X86
     if (level >= kAvx512) return avx512::kernels(l);
-    if (level == kAvx2) return avx2::kernels(l);
+    if (level >= kAvx2) return avx2::kernels(l);
 #endif
     return portable::kernels(l);
 }
+
+#if SPARSIFY_X86
+
+constexpr int64_t kFewRows = 4;  // where products of bytes beat those of fp32 for few rows alone, most of these
+
+static ByteKernels byte_kernels(const Layout& l, int parts, int level) {
+#if SPARSIFY_COMPILES_AVXVNNI
+    if (level == kAvxVnni) return avxvnni::byte_kernels(l, parts);
+#endif
+    (void)level;
+    return avx2::byte_kernels(l, parts);
+}
+
+// Bytes of an activation as sparse24_bytes.h takes them, 0 where fp32 kernels serve.
+static int bytes_of(const Call& call, int level, int options) {
+    if (level < kAvx2 || !call.l.scaled() || options & (kForceDirect | kForceTiles)) return 0;
+    if (options & kInt8 && call.rows >= kInt8Rows) return 1;
+    const int bytes = call.type == kBf16 ? 2 : 3;
+    const bool halves = call.l.bits == 8 && level != kAvxVnni;  // each product of a code is two
+    const bool slower = (halves && (bytes == 3 || !call.l.sparse)) || (level == kAvx512 && bytes == 3);
+    return slower && call.rows > kFewRows ? 0 : bytes;
+}
+
+#endif  // SPARSIFY_X86
 
 #if SPARSIFY_COMPILES_AMX
 
@@ -989,6 +1145,9 @@ static int run(const Call& call, int level, int options) {
         return run_tiles(call, amx);
     }
 #endif
+#if SPARSIFY_X86
+    if (const int bytes = bytes_of(call, level, options)) return run_blocks(call, BytesWay{call, byte_kernels(call.l, bytes, level), bytes});
+#endif
     (void)options;
     return run_f32(call, f32_kernels(call.l, level));
 }
@@ -999,7 +1158,7 @@ static int run(const Call& call, int level, int options) {
 
 extern "C" {
 
-// The level that `requested` (0 portable, 1 avx2, 2 avx512, 3 avx512bf16, 4 amx; -1 the fastest) comes to here, -1 if this
+// The level that `requested` (0 portable, 1 avx2, 2 avxvnni, 3 avx512, 4 avx512bf16, 5 amx; -1 the fastest) comes to here, -1 if this
 // machine cannot run it.
 int sparse24_level(int requested) { return sparse24::best_level(requested); }
 
@@ -1055,6 +1214,25 @@ int sparse24_linear(const void* packed, int64_t packed_bytes, const void* x, int
     call.x = x, call.type = type, call.rows = rows, call.ldx = ldx;
     call.bias = bias, call.bias_type = bias_type, call.y = y;
     return run(call, chosen, options);
+}
+
+// As sparse24_linear, by the plain loops of sparse24_twin.h, one thread; for linears with scales. way: one of twin::Way.
+int sparse24_twin(const void* packed, int64_t packed_bytes, const void* x, int type, int64_t rows, int64_t k, int64_t ldx,
+                  const void* bias, int bias_type, void* y, int64_t n, int way) {
+    using namespace sparse24;
+    Call call;
+    if (!read_layout(static_cast<const uint8_t*>(packed), packed_bytes, &call.l) || !call.l.scaled()) return kBadArgument;
+    if (call.l.k != k || call.l.n != n || type < kBf16 || type > kF32 || way < 0 || way >= twin::kTwinWays) return kBadArgument;
+    call.blob = static_cast<const uint8_t*>(packed);
+    call.x = x, call.type = type, call.rows = rows, call.ldx = ldx;
+    call.bias = bias, call.bias_type = bias_type, call.y = y;
+    std::vector<float> row(static_cast<size_t>(k)), sums(static_cast<size_t>(call.l.pairs * kPair));
+    for (int64_t m = 0; m < rows; ++m) {
+        widen_row(call, m, k, row.data());
+        twin::multiply(call.l, call.blob, row, way, type == kBf16 ? 2 : 3, sums.data());
+        for (int64_t p = 0; p < call.l.pairs; ++p) finish_f32(call, p, m, sums.data() + p * kPair);
+    }
+    return kOk;
 }
 
 }  // extern "C"

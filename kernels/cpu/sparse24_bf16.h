@@ -383,13 +383,6 @@ static void decode(const uint8_t* p, int steps, uint8_t* out, int64_t stride) {
     }
 }
 
-// The groups of a run of steps: a whole group, or the part of one that is longer than the run.
-struct Pieces {
-    int steps_per_piece, pieces;
-    const uint16_t* scales;  // of the first piece, a pair's 32 per piece; null: no scales
-    int scale_type;
-};
-
 ALWAYS __m512 scale_of(const Pieces& pieces, int piece, int half) {
     return pieces.scales ? load_scales(pieces.scales + piece * kPair + half * kPanel, pieces.scale_type) : _mm512_set1_ps(1.0f);
 }

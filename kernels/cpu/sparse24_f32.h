@@ -169,8 +169,11 @@ static void multiply(const float* x, int64_t ldx, const float* b, int inputs, fl
 static F32Kernels kernels(const Layout& l) {
     F32Kernels k{};
     if (l.sparse) {
-        if (l.bits == 4) k = {decode<4, true>, {direct<4, 1>, direct<4, 2>, direct<4, 3>, direct<4, 4>}, {}};
-        if (l.bits == 8) k = {decode<8, true>, {direct<8, 1>, direct<8, 2>, direct<8, 3>, direct<8, 4>}, {}};
+        if (l.bits < 16) k.decode = l.bits == 4 ? decode<4, true> : decode<8, true>;
+        if constexpr (V::kDirectCodes) {
+            if (l.bits == 4) k = {decode<4, true>, {direct<4, 1>, direct<4, 2>, direct<4, 3>, direct<4, 4>}, {}};
+            if (l.bits == 8) k = {decode<8, true>, {direct<8, 1>, direct<8, 2>, direct<8, 3>, direct<8, 4>}, {}};
+        }
         if (l.bits == 16) k = {decode<16, true>, {direct<16, 1>, direct<16, 2>, direct<16, 3>, direct<16, 4>}, {}};
     } else {
         k.decode = l.bits == 4 ? decode<4, false> : decode<8, false>;

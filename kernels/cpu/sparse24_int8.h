@@ -311,7 +311,7 @@ ALWAYS void add_scaled(const __m512i (&sum)[2][R], const __m512i (&offset)[2], c
 
 // The scale of what `codes_of` leaves of a piece's codes.
 template <int BITS>
-ALWAYS __m512 scale_of(const bf16::Pieces& pieces, int piece, int half) {
+ALWAYS __m512 scale_of(const Pieces& pieces, int piece, int half) {
     const __m512 scale = bf16::scale_of(pieces, piece, half);
     return BITS == 4 ? _mm512_mul_ps(scale, _mm512_set1_ps(0.0625f)) : scale;
 }
@@ -342,7 +342,7 @@ ALWAYS void multiply_vectors(const uint8_t* p, const uint8_t* x, __m512i (&sum)[
 // A run of a pair times a tile of R rows. x: as quantize_piece leaves it; unit: [piece][R] scales; c[R][16] +=, c_stride floats
 // between panels. Each vector of codes is multiplied with all rows while it is in a register.
 template <int BITS, bool SPARSE, int R>
-static void multiply(const uint8_t* p, const bf16::Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride) {
+static void multiply(const uint8_t* p, const Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride) {
     constexpr int bytes = 2 * step_bytes(BITS, SPARSE);
     for (int piece = 0; piece < pieces.pieces; ++piece, unit += R) {
         __m512i sum[2][R] = {}, offset[2] = {};
@@ -367,7 +367,7 @@ ALWAYS void decode_vectors(const uint8_t* p, __m512i& offset, uint8_t* out) {
 
 // A run of a 2:4 pair -> per piece: [panel][16] 128 times the sums of codes, [panel][16] scales, then [step][panel] vectors.
 template <int BITS>
-static void decode_run(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* out) {
+static void decode_run(const uint8_t* p, const Pieces& pieces, uint8_t* out) {
     constexpr int bytes = step_bytes(BITS, true);
     for (int piece = 0; piece < pieces.pieces; ++piece) {
         uint8_t* head = out;
@@ -386,7 +386,7 @@ static void decode_run(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* ou
 
 // As `multiply`, for a run that was decoded: with many tiles of rows that costs less than taking codes apart for each.
 template <int R>
-static void multiply_decoded(const uint8_t* decoded, const bf16::Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride) {
+static void multiply_decoded(const uint8_t* decoded, const Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride) {
     for (int piece = 0; piece < pieces.pieces; ++piece, unit += R) {
         const uint8_t* head = decoded;
         __m512i sum[2][R] = {};
@@ -410,8 +410,8 @@ static void multiply_decoded(const uint8_t* decoded, const bf16::Pieces& pieces,
     }
 }
 
-using DecodeRun = void (*)(const uint8_t* p, const bf16::Pieces& pieces, uint8_t* out);
-using MultiplyRun = void (*)(const uint8_t* weights, const bf16::Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride);
+using DecodeRun = void (*)(const uint8_t* p, const Pieces& pieces, uint8_t* out);
+using MultiplyRun = void (*)(const uint8_t* weights, const Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride);
 
 // For so many tiles of rows, or null where `multiplier` is faster.
 static DecodeRun run_decoder(const Layout& l, int64_t tiles) {

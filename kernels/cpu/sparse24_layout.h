@@ -92,6 +92,13 @@ inline bool read_layout(const uint8_t* blob, int64_t bytes, Layout* out) {
            out->total_bytes == bytes;
 }
 
+// The groups of a run of steps: a whole group, or the part of one that is longer than the run.
+struct Pieces {
+    int steps_per_piece, pieces;
+    const uint16_t* scales;  // of the first piece, a pair's 32 per piece; null: no scales
+    int scale_type;
+};
+
 struct Source {  // the tensors of a checkpoint, rows of one linear
     const uint8_t* packed;   // weight_packed as bytes
     const uint8_t* meta;     // weight_meta

@@ -15,7 +15,8 @@ import torch
 
 from sparsify.bench.contestants import random_tensors
 from sparsify.formats import ModuleScheme
-from sparsify.runtime.backends.cpu import LEVELS, Cpu, _library
+from sparsify.processor import LEVELS
+from sparsify.runtime.backends.cpu import Cpu, _library
 from sparsify.runtime.op import sparse24_linear
 
 N, K = 4096, 4096

@@ -71,6 +71,17 @@ void expect(bool good, const char* what, int64_t n, int64_t k, int bits, int lev
     ++failures;
 }
 
+// The plain loops on what the kernels were given, few rows of it.
+void run_twin(int64_t n, int64_t k, int bits, int64_t bytes, const Buffer& blob, int type, Buffer::Kind kind) {
+    Buffer x(kind, size_t(2 * k) * (type == sparse24::kF32 ? 4 : 2)), y(kind, size_t(2 * n) * (type == sparse24::kF32 ? 4 : 2));
+    fill_numbers(x, type);
+    for (int way = 0; way < sparse24::twin::kTwinWays; ++way) {
+        const int code = sparse24_twin(blob.data, bytes, x.data, type, 2, k, k, nullptr, 0, y.data, n, way);
+        expect(code == (bits == 16 ? 1 : 0), "twin", n, k, bits, way, type, 2);
+        ++calls;
+    }
+}
+
 void run_linear(int64_t n, int64_t k, int bits, int64_t group, bool sparse, int stored_type, Buffer::Kind kind,
                 const std::vector<int64_t>& all_rows) {
     const int64_t stored = sparse ? k / 2 : k, bytes = sparse24_packed_bytes(n, k, bits, group, sparse, stored_type);
@@ -84,9 +95,10 @@ void run_linear(int64_t n, int64_t k, int bits, int64_t group, bool sparse, int 
     const int status = sparse24_pack(n, k, bits, group, sparse, stored_type, floats ? nullptr : codes.data, sparse ? meta.data : nullptr,
                                      floats ? nullptr : scales.data, floats ? codes.data : nullptr, blob.data);
     expect(status == 0, "pack refused", n, k, bits, -1, -1, 0);
-    for (int level = 0; level < 5; ++level) {
+    for (int level = 0; level < sparse24::kLevels; ++level) {
         if (sparse24_level(level) < 0) continue;
         for (int type = 0; type < 3; ++type) {
+            if (level == 0) run_twin(n, k, bits, bytes, blob, type, kind);
             for (const int64_t rows : all_rows) {
                 const size_t size = type == sparse24::kF32 ? 4 : 2;
                 const int bias_type = int((rows + type) % 4);  // 3: no bias
@@ -96,7 +108,8 @@ void run_linear(int64_t n, int64_t k, int bits, int64_t group, bool sparse, int 
                 fill_numbers(x, type);
                 fill_numbers(bias, bias_type == 3 ? 0 : bias_type);
                 for (const int way : {0, sparse24::kInt8, sparse24::kForceDirect, sparse24::kForceTiles, sparse24::kForceFixed}) {
-                    if (way && level < sparse24::kAvx512Bf16) continue;
+                    if (way && level == sparse24::kPortable) continue;
+                    if (way > sparse24::kForceDirect && level < sparse24::kAvx512Bf16) continue;  // the same as it or as 0
                     if (way > sparse24::kInt8 && rows > (way == sparse24::kForceFixed ? 65 : 9)) continue;  // the same as 0
                     std::memset(y.data, 0xff, y.bytes());
                     const int code = sparse24_linear(blob.data, bytes, x.data, type, rows, k, ldx,

@@ -27,8 +27,9 @@ from torch import Tensor
 from sparsify import native
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
+from sparsify.processor import FORCE, LEVELS
 from sparsify.runtime.backends import cpu
-from sparsify.runtime.backends.cpu import LEVELS, TYPES, Cpu
+from sparsify.runtime.backends.cpu import TYPES, Cpu
 from tests.levels import need, ruled_out
 from tests.linears import Linear, Made, make
 
@@ -39,13 +40,16 @@ UNIT = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2.0**-24}
 TINY = {BF16: 2.0**-126, F16: 2.0**-25, F32: 2.0**-126}
 SCHEMES = ((4, "2:4"), (8, "2:4"), (16, "2:4"), (4, "dense"), (8, "dense"))
 ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 33, 64, 65, 129, 300)
-INT8, FIXED = 256, 2048  # the options that ask for int8 compute and for fixed point
+# The options that ask for int8 compute, for the kernels of few or of many rows (below avx512bf16: of fp32) and for fixed point
+INT8, FEW, MANY, FIXED = 256, 512, 1024, 2048
 INT8_PIECE = 512  # without AMX, activations have a scale for at most so many inputs
 FOLD_ROWS = 64  # with more bf16 rows the bf16 kernels round each scaled weight to bf16, as a dense bf16 checkpoint does
 ROOT = Path(__file__).resolve().parents[2]
 
 # of those this machine can run: indirectly, through the fixture
-bf16_levels = pytest.mark.parametrize("level", [3, 4], ids=LEVELS[3:], indirect=True)
+bf16_levels = pytest.mark.parametrize("level", [4, 5], ids=LEVELS[4:], indirect=True)
+int8_levels = pytest.mark.parametrize("level", range(1, 6), ids=LEVELS[1:], indirect=True)
+BYTE_ROWS = 4  # the most that are multiplied as bytes where more are faster in fp32
 scheme_ids = pytest.mark.parametrize(("bits", "pattern"), SCHEMES, ids=[f"{b} bits {p}" for b, p in SCHEMES])
 
 
@@ -62,7 +66,7 @@ class Kernel:
         library.sparse24_packed_bytes.argtypes = [wide, wide, number, wide, number, number]
         library.sparse24_packed_bytes.restype = wide
         library.sparse24_pack.argtypes = [*library.sparse24_packed_bytes.argtypes, *[pointer] * 5]
-        library.sparse24_linear.argtypes = [
+        library.sparse24_linear.argtypes = library.sparse24_twin.argtypes = [
             *(pointer, wide, pointer, number, wide, wide, wide, pointer, number, pointer, wide, number)
         ]
 
@@ -89,10 +93,20 @@ class Kernel:
         return y
 
     def status(self, blob: Tensor, n: int, x: Tensor, bias: Tensor | None, level: int, y: Tensor) -> int:
+        return int(self.library.sparse24_linear(*self._arguments(blob, n, x, bias, y), level + 1))
+
+    def twin(self, blob: Tensor, n: int, x: Tensor, bias: Tensor | None, way: int) -> Tensor:
+        """What the plain loops of kernels/cpu/sparse24_twin.h make of the same. Returns [M, N]."""
+        y = torch.full((x.shape[0], n), float("nan"), dtype=x.dtype)
+        assert self.library.sparse24_twin(*self._arguments(blob, n, x, bias, y), way) == 0
+        return y
+
+    @staticmethod
+    def _arguments(blob: Tensor, n: int, x: Tensor, bias: Tensor | None, y: Tensor) -> tuple[Any, ...]:
         rows, k = x.shape
         kind = 0 if bias is None else TYPES[bias.dtype]
-        given = (address(x), TYPES[x.dtype], rows, k, x.stride(0), address(bias), kind, address(y), n, level + 1)
-        return int(self.library.sparse24_linear(address(blob), blob.numel(), *given))
+        row = (address(x), TYPES[x.dtype], rows, k, x.stride(0))
+        return address(blob), blob.numel(), *row, address(bias), kind, address(y), n
 
 
 @pytest.fixture(scope="session")
@@ -135,19 +149,29 @@ def fixed_rows() -> dict[tuple[int, str], tuple[int, int]]:
     return {scheme: (int(first), int(last)) for scheme, (first, last) in zip(SCHEMES, rows, strict=True)}
 
 
+def in_bytes(linear: Linear, level: int, x: Tensor, way: int = 0) -> bool:
+    """Whether kernels/cpu/sparse24_bytes.h serves a call that does not ask for int8."""
+    name, three_bytes = LEVELS[level], x.dtype != BF16
+    halves = linear.bits == 8 and name != "avxvnni"
+    slower = (halves and (three_bytes or linear.pattern == "dense")) or (name == "avx512" and three_bytes)
+    served = name in ("avx2", "avxvnni", "avx512") and linear.bits < 16 and way not in (FEW, MANY)
+    return served and (not slower or len(x) <= BYTE_ROWS)
+
+
 def fixed_point(linear: Linear, level: int, x: Tensor, weight: Tensor, way: int) -> Tensor | float:
-    """What 16-bit fixed point, where it serves, may take from activations (kernels/cpu/sparse24_fixed.h): per piece of K
-    its largest |x| times 1.01 x 2^-15 for each weight."""
+    """What fixed point, where it serves, may take from activations (kernels/cpu/sparse24_fixed.h, sparse24_bytes.h): per
+    piece of K its largest |x| times 1.01 x 2^-15 for each weight, of fp16 and fp32 2^-23."""
     scheme, rows, group = (linear.bits, linear.pattern), len(x), linear.group
     first, last = fixed_rows()[scheme]
     one_row = LEVELS[level] in ("avx512bf16", "amx") and scheme == (4, "2:4") and rows == 1
     fits = linear.bits < 16 and (group == linear.k or group % 64 == 0)
     in_tiles = LEVELS[level] == "amx" and fits and (way == FIXED or first <= rows <= last)
-    if way not in (0, FIXED) or x.dtype != BF16 or not (one_row or in_tiles):
+    by_level = way in (0, FIXED) and x.dtype == BF16 and (one_row or in_tiles)
+    if not by_level and not in_bytes(linear, level, x, way):
         return 0.0
-    size = min(group, 256)
+    size, step = min(group, 256), 1.01 * 2.0 ** (-15 if x.dtype == BF16 else -23)
     return sum(
-        x[:, i : i + size].double().abs().amax(1, keepdim=True) * 1.01 * 2.0**-15 * weight[:, i : i + size].abs().sum(1)
+        x[:, i : i + size].double().abs().amax(1, keepdim=True) * step * weight[:, i : i + size].abs().sum(1)
         for i in range(0, linear.k, size)
     )
 
@@ -235,8 +259,8 @@ def test_equals_the_float64_product(kernel: Kernel, level: int, bits: int, patte
 
 
 @scheme_ids
-@pytest.mark.parametrize("way", [512, 1024], ids=["few rows", "many rows"])
-@bf16_levels
+@pytest.mark.parametrize("way", [FEW, MANY], ids=["few rows", "many rows"])
+@int8_levels
 def test_both_ways_whatever_the_crossovers_say(kernel: Kernel, level: int, way: int, bits: int, pattern: str) -> None:
     """Which kernel serves how many rows is a measured table; each must be right for all that the table may give it."""
     for group, rows, dtype in itertools.product((32, 64, 128), range(1, 9), TYPES):
@@ -262,7 +286,7 @@ def test_fixed_point_activations(kernel: Kernel, bits: int, pattern: str) -> Non
     """Every number of rows of a block and several blocks; pieces of a group, of a part of one, and of a last part that is shorter."""
     if bits == 16:
         pytest.skip("16 bits have no codes")
-    need("amx", kernel.runs(4))
+    need("amx", kernel.runs(LEVELS.index("amx")))
     for (k, group), rows in itertools.product(
         [(384, 64), (384, 128), (512, 256), (1024, 512), (48, 48), (1040, 1040), (96, 96)],
         [*range(1, 18), 24, 31, 32, 33, 50, 64],
@@ -271,8 +295,8 @@ def test_fixed_point_activations(kernel: Kernel, bits: int, pattern: str) -> Non
         x, bias = activations(rows, k, BF16), activations(1, 33, F32, seed=2)[0]
         # as in models, few are large
         x *= 2.0 ** torch.randint(-9, 9, x.shape, generator=torch.Generator().manual_seed(3))
-        y = kernel.linear(kernel.pack(linear), 33, x, bias, 4 + FIXED)
-        assert worst(y, linear, x, bias, 4, FIXED) <= 1, (k, group, rows)
+        y = kernel.linear(kernel.pack(linear), 33, x, bias, LEVELS.index("amx") + FIXED)
+        assert worst(y, linear, x, bias, LEVELS.index("amx"), FIXED) <= 1, (k, group, rows)
 
 
 @scheme_ids
@@ -344,7 +368,7 @@ def int8_variance(linear: Linear, level: int, x: Tensor) -> Tensor:
 
 
 @int8_schemes
-@bf16_levels
+@int8_levels
 @pytest.mark.parametrize("group", [32, 64, 512, "channel"])
 def test_int8_errs_as_its_roundings_do(kernel: Kernel, level: int, bits: int, pattern: str, group: int | str) -> None:
     for k, rows, dtype in [
@@ -366,7 +390,7 @@ def test_int8_errs_as_its_roundings_do(kernel: Kernel, level: int, bits: int, pa
 
 
 @int8_schemes
-@pytest.mark.parametrize("level", [3], ids=LEVELS[3:4], indirect=True)
+@pytest.mark.parametrize("level", range(1, 5), ids=LEVELS[1:5], indirect=True)
 @pytest.mark.parametrize("group", [32, 64, 512, "channel"])
 def test_int8_is_exact_where_activations_are(
     kernel: Kernel, level: int, bits: int, pattern: str, group: int | str
@@ -390,7 +414,7 @@ def test_int8_is_exact_where_activations_are(
 
 
 @int8_schemes
-@bf16_levels
+@int8_levels
 def test_int8_leaves_few_rows_alone(kernel: Kernel, level: int, bits: int, pattern: str) -> None:
     few = 8 if LEVELS[level] == "amx" else 2
     linear = Linear(bits, pattern, 64, 48, 256)
@@ -402,6 +426,67 @@ def test_int8_leaves_few_rows_alone(kernel: Kernel, level: int, bits: int, patte
     y = kernel.linear(blob, 48, x, None, level + INT8)
     assert y[3].isnan().all() and y[11].isnan().all() and not y[4].any()
     assert y[[i for i in range(16) if i not in (3, 11)]].isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------- the plain loops
+
+TWIN_FIXED, TWIN_PIECES, TWIN_ROWS = range(3)  # as kernels/cpu/sparse24_twin.h numbers them
+TWIN_SHAPES = ((33, 48, 48), (50, 256, 64), (17, 96, 32), (20, 1152, 128), (33, 1040, 1040), (1, 1536, 512))
+
+
+def uneven(rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Activations of which few are large, as in models: some lose bits in fixed point."""
+    generator = torch.Generator().manual_seed(3)
+    return (activations(rows, k, F32) * 2.0 ** torch.randint(-9, 9, (rows, k), generator=generator)).to(dtype)
+
+
+@int8_schemes
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_plain_loops_equal_the_float64_product(kernel: Kernel, bits: int, pattern: str, dtype: torch.dtype) -> None:
+    """On any processor, so that what kernels are held against is known to be right where none of them runs."""
+    avx2 = LEVELS.index("avx2")  # whose bound it has
+    for n, k, group in TWIN_SHAPES:
+        linear = Linear(bits, pattern, group, n, k)
+        x, bias = uneven(3, k, dtype), activations(1, n, F32, seed=2)[0]
+        y = kernel.twin(kernel.pack(linear), n, x, bias, TWIN_FIXED)
+        assert worst(y, linear, x, bias, avx2) <= 1, (n, k, group)
+
+
+@int8_schemes
+@pytest.mark.parametrize("way", [TWIN_PIECES, TWIN_ROWS], ids=["pieces", "rows"])
+def test_the_plain_loops_of_int8_err_as_their_roundings_do(kernel: Kernel, way: int, bits: int, pattern: str) -> None:
+    level = LEVELS.index("amx" if way == TWIN_ROWS else "avx2")
+    linear = Linear(bits, pattern, 64, 100, 1024)
+    x = activations(9, 1024, F32)
+    error = kernel.twin(kernel.pack(linear), 100, x, None, way).double() - x.double() @ make(linear).weight.T
+    assert 0.8 < (error.square() / int8_variance(linear, level, x)).mean().sqrt() < 1.2
+
+
+@int8_schemes
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_products_of_bytes_are_those_of_the_plain_loops(
+    kernel: Kernel, level: int, bits: int, pattern: str, dtype: torch.dtype
+) -> None:
+    """Bit for bit, at every level that multiplies integers: all tails, numbers of rows and kinds of tiles."""
+    name = LEVELS[level]
+    if name == "portable":
+        pytest.skip("it multiplies in fp32")
+    compared = 0
+    for (n, k, group), rows in itertools.product(TWIN_SHAPES, (1, 2, 3, 4, 5, 8, 9, 17, 130)):
+        linear = Linear(bits, pattern, group, n, k)
+        blob, x, bias = kernel.pack(linear), uneven(rows, k, dtype), activations(1, n, dtype, seed=2)[0]
+        one_row = name in ("avx512bf16", "amx") and (bits, pattern, rows, dtype) == (4, "2:4", 1, BF16)
+        in_tiles = name == "amx" and dtype == BF16 and (group == k or group % 64 == 0) and rows <= 17
+        calls = {}  # by the options of a call
+        if in_bytes(linear, level, x) or one_row or in_tiles:
+            calls[FIXED if in_tiles else 0] = TWIN_FIXED
+        if rows > (8 if name == "amx" else 2):
+            calls[INT8] = TWIN_ROWS if name == "amx" else TWIN_PIECES
+        for option, way in calls.items():
+            compared += 1
+            y = kernel.linear(blob, n, x, bias, level + option)
+            assert torch.equal(y, kernel.twin(blob, n, x, bias, way)), (n, k, group, rows, way)
+    assert compared
 
 
 # ------------------------------------------------------------------------------------------- numbers that are special
@@ -629,18 +714,19 @@ def test_a_row_does_not_depend_on_the_others(
 
 @scheme_ids
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("level", range(3), ids=LEVELS[:3])
+@pytest.mark.parametrize("level", range(4), ids=LEVELS[:4], indirect=True)
 def test_a_row_alone_is_a_row_among_few(
     kernel: Kernel, level: int, bits: int, pattern: str, dtype: torch.dtype
 ) -> None:
-    """Of the levels with fp32 products: 1 to 4 rows give the same bits wherever they stand, and so do more than 4.
+    """With fp32 products 1 to 4 rows give the same bits wherever they stand, and so do more than 4; with products of bytes
+    all numbers of rows do.
 
     Not so at the bf16 levels, which cut rows into parts and choose among kernels that sum in other orders.
     """
-    need(LEVELS[level], kernel.runs(level))
     linear = Linear(bits, pattern, 64 if bits < 16 else 192, 33, 192)
     blob, x = kernel.pack(linear), activations(1, 192, dtype)
-    for few in (range(1, 5), range(5, 18)):
+    always = in_bytes(linear, level, x.repeat(17, 1))
+    for few in [(*range(1, 18), 40, 130)] if always else (range(1, 5), range(5, 18)):
         first = kernel.linear(blob, 33, x.repeat(few[0], 1), None, level)[0]
         for rows in few:
             assert (kernel.linear(blob, 33, x.repeat(rows, 1), None, level) == first).all(), rows
@@ -742,7 +828,7 @@ def forgets_the_level() -> Iterator[None]:
 
 @pytest.mark.usefixtures("forgets_the_level")
 def test_environment_forces_a_level(op: Cpu, kernel: Kernel, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, LEVELS[level])
+    monkeypatch.setenv(FORCE, LEVELS[level])
     assert op.describe() == LEVELS[level]
     linear = Linear(8, "2:4", 64, 33, 128)
     x = activations(3, 128, F32)
@@ -752,7 +838,7 @@ def test_environment_forces_a_level(op: Cpu, kernel: Kernel, level: int, monkeyp
 
 @pytest.mark.usefixtures("forgets_the_level")
 def test_a_level_that_is_unknown_or_absent_is_named(op: Cpu, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, "sse9")
+    monkeypatch.setenv(FORCE, "sse9")
     with pytest.raises(SparsifyError, match="SPARSIFY_CPU_LEVEL=sse9: expected one of portable, avx2, .*amx"):
         op.describe()
 
@@ -761,7 +847,7 @@ def test_a_level_that_is_unknown_or_absent_is_named(op: Cpu, kernel: Kernel, mon
             return 0 if requested <= 0 else -1
 
     monkeypatch.setattr(cpu, "_library", lambda: Old())
-    monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, "avx512")
+    monkeypatch.setenv(FORCE, "avx512")
     with pytest.raises(SparsifyError, match="=avx512: this processor lacks it; the fastest here is portable"):
         op.describe()
 
@@ -895,7 +981,8 @@ def test_one_build_holds_every_level_that_its_compiler_knows(kernel: Kernel) -> 
     if shutil.which("objdump") is None or not sys.platform.startswith("linux") or os.uname().machine != "x86_64":
         pytest.skip("needs objdump and an x86-64 Linux")
     code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", kernel.library._name], capture_output=True, text=True)
-    for instruction in ("vpermilps", "vfmadd231ps", "vcvtph2ps", "%zmm", "vdpbf16ps", "vpmultishiftqb", "tdpbf16ps"):
+    levels = ("vpermilps", "vfmadd231ps", "vcvtph2ps", "vpmaddubsw", "%zmm", "vdpbf16ps", "vpmultishiftqb", "tdpbf16ps")
+    for instruction in (*levels, "{vex} vpdpbusd"):
         assert instruction in code.stdout, instruction
 
 

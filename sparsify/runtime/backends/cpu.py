@@ -16,11 +16,10 @@ from torch import Tensor
 from sparsify import native
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
+from sparsify.processor import FORCE, LEVELS, forced_level
 
-ENVIRONMENT_VARIABLE = "SPARSIFY_CPU_LEVEL"  # forces an instruction set, for tests and comparisons
 INT8_VARIABLE = "SPARSIFY_CPU_INT8"  # set to 1: all but the fewest rows are multiplied in int8
 INT8 = 256  # its bit in the option word
-LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # slowest first, numbered as in the C++
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ALIGNMENT = 64
 
@@ -97,15 +96,12 @@ def _level() -> int:
     """The number of the instruction set to use: the fastest, or the one that SPARSIFY_CPU_LEVEL names."""
     library = _library()
     assert library is not None
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if not forced:
+    forced = forced_level()
+    if forced is None:
         return int(library.sparse24_level(-1))
-    if forced not in LEVELS:
-        raise SparsifyError(f"{ENVIRONMENT_VARIABLE}={forced}: expected one of {', '.join(LEVELS)}")
     if library.sparse24_level(LEVELS.index(forced)) < 0:
         raise SparsifyError(
-            f"{ENVIRONMENT_VARIABLE}={forced}: this processor lacks it; the fastest here is "
-            f"{LEVELS[library.sparse24_level(-1)]}"
+            f"{FORCE}={forced}: this processor lacks it; the fastest here is {LEVELS[library.sparse24_level(-1)]}"
         )
     return LEVELS.index(forced)
 
@@ -114,13 +110,13 @@ def _int8() -> bool:
     """Whether rows may be multiplied in int8: opted in by the user, and a processor that has kernels for it.
 
     Activations get one scale per token and group; with AMX one per token, and weights one per output, so results differ from
-    the exact ones by about 1% (kernels/cpu/sparse24_int8.h). Up to 2 tokens at once (8 with AMX), where it is no faster, and
-    16-bit weights are multiplied as without it.
+    the exact ones by about 1% (kernels/cpu/sparse24_int8.h, sparse24_bytes.h). Up to 2 tokens at once (8 with AMX), where it
+    is no faster, and 16-bit weights are multiplied as without it.
     """
     wanted = os.environ.get(INT8_VARIABLE, "0")
     if wanted not in ("0", "1"):
         raise SparsifyError(f"{INT8_VARIABLE}={wanted}: expected 0 or 1")
-    return wanted == "1" and _level() >= LEVELS.index("avx512bf16")
+    return wanted == "1" and LEVELS[_level()] != "portable"
 
 
 def _arguments(scheme: ModuleScheme, kind: int) -> tuple[int, ...]:
