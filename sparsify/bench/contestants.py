@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from sparsify.bench import ggml
 from sparsify.bench.missing import PeerMissing
+from sparsify.bench.vllm_level import hold_vllm_down
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import scheme_problem
@@ -162,6 +163,7 @@ def vllm_linear(n: int, k: int, group_size: int, copies: int, int8: bool = False
     if find_spec("vllm") is None:
         raise PeerMissing("not installed", "vLLM is not installed")
     with _environment("VLLM_CPU_INT4_W4A8", "1" if int8 else "0"), _environment("VLLM_LOGGING_LEVEL", "WARNING"):
+        hold_vllm_down()
         from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
         from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
         from vllm.scalar_type import scalar_types
