@@ -941,7 +941,7 @@ def compiled_once(driver: Path, compiler: str, flags: list[str]) -> Path:
     if not program.exists():
         program.parent.mkdir(parents=True, exist_ok=True)
         aside = program.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, *flags, str(driver), "-o", str(aside)], check=True, timeout=600)
+        subprocess.run([compiler, *flags, str(driver), "-o", str(aside)], check=True, timeout=1800)
         aside.replace(program)
     return program
 
