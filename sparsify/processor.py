@@ -83,6 +83,11 @@ def level() -> str:
     return forced or here[-1]
 
 
+def kernel_level() -> int:
+    """The number of the level that SPARSIFY_CPU_LEVEL names, -1 for the fastest: what native kernels take."""
+    return -1 if forced_level() is None else LEVELS.index(level())
+
+
 def other_variables(level: str) -> dict[str, str]:
     """The environment that keeps torch's own libraries to a level; they read it when they are loaded."""
     return dict(zip(_OTHERS, _VALUES[level], strict=True)) if level in _VALUES else {}

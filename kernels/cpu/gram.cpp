@@ -22,7 +22,7 @@
 //
 //   amx           tdpbf16ps, 2x2 tiles of 16 x 16
 //   avx512bf16    vdpbf16ps on pairs of rows, 8 x 48 in registers
-//   avx512, avx2  fp32 FMA, bf16 rows widened while packing, 8 x 48 and 6 x 16
+//   avx512, avx2  fp32 FMA, bf16 rows widened while packing, 8 x 32 and 4 x 24
 //   portable      plain C++, 4 x 8; without an FMA instruction, products that fp32 does not hold go through fp64
 #include <algorithm>
 #include <cstddef>
@@ -70,12 +70,15 @@ constexpr Order kOrders[] = {{kFloat32, 256, 1, false}, {kPairs, 256, 2, true}, 
 // rows[t] points at the panel's first column in row t; `columns` (<= panel) of it exist. Left is null if it is not
 // wanted or has no packed order of its own, right is null if it is not wanted.
 using Pack = void (*)(const void* const* rows, int n_rows, int columns, void* left, void* right);
-// c[i * ldc + j] += sum_t left[t, i] * right[t, j];  what lies above the diagonal may be left out if `lower`.
-using Multiply = void (*)(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower);
+// c[i * ldc + j] += sum_t left[t, i] * right[t, j];  what lies above the diagonal may be left out if `lower`. `ahead` is the
+// packed panel that will be wanted next and may not be in cache.
+using Multiply = void (*)(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower,
+                          const void* ahead);
 
 struct Kernel {
     Order order;
     int panel;             // columns packed together; a product is panel x panel
+    int wide;              // edge of the tiles of a large C, in columns
     int64_t packed_bytes;  // per row and column
     bool left_differs;     // the left operand has a packed order of its own
     bool arranges;         // rows are packed in the order in which `multiply` sums them
@@ -124,8 +127,10 @@ struct Widened {
 
 // ---------------------------------------------------------------------------------------------- portable
 
-constexpr int kPlainPanel = 48;
-constexpr int kSubBlock = 256;  // rows that stay in L1 beside the sums of a panel
+// Panels of fp32 hold as many columns as the register tile of a product has, and `multiply` goes through a block in parts
+// of kPart rows: that much of two panels stays in an L1 of 32 KB while every register tile of their product is computed.
+constexpr int kPart = 128;
+constexpr int kPlainPanel = 24;  // of AVX2, too
 
 void pack_plain(const void* const* rows, int n_rows, int columns, void*, void* packed) {
     float* out = static_cast<float*>(packed);
@@ -136,28 +141,31 @@ void pack_plain(const void* const* rows, int n_rows, int columns, void*, void* p
     }
 }
 
+template <int panel>
 void pack_float32(const void* const* rows, int n_rows, int columns, void*, void* packed) {
     float* out = static_cast<float*>(packed);
-    Widened<float> widened(columns, kPlainPanel);
-    for (int t = 0; t < n_rows; ++t, out += kPlainPanel)
-        std::memcpy(out, widened.get(rows[t], 0), kPlainPanel * sizeof(float));
+    Widened<float> widened(columns, panel);
+    for (int t = 0; t < n_rows; ++t, out += panel) std::memcpy(out, widened.get(rows[t], 0), panel * sizeof(float));
 }
 
-// The panel in steps of 32 rows, each packed as 16 even and 16 odd ones: c += the sum of the steps, of which
-// add_step(a, b, sums) adds one block of the panel to what it finds in `sums`.
-template <int M, int N, typename AddStep>
-INLINE void sum_steps(const float* left, const float* right, int n_rows, float* c, int64_t ldc, bool lower,
-                      AddStep add_step) {
-    alignas(64) float sums[kPlainPanel * kPlainPanel] = {};
-    for (int first = 0; first < n_rows; first += kSubBlock)
-        for (int j = 0; j < kPlainPanel; j += N)
-            for (int i = 0; i < kPlainPanel; i += M) {
-                if (lower && j > i + M - 1) continue;
-                for (int t = first; t < std::min(first + kSubBlock, n_rows); t += kStep)
-                    add_step(left + t * kPlainPanel + i, right + t * kPlainPanel + j, sums + i * kPlainPanel + j);
+// The product of two panels from register tiles of M x N. add(a, b, n_rows, sums, ahead) goes on adding up one tile in `sums`
+// over kPart rows at most, and may prefetch as much of `ahead`; `sums` has rows of `panel`.
+template <int panel, int M, int N, typename Add>
+INLINE void multiply_in_parts(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower,
+                              const void* ahead, Add add) {
+    const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
+    const char* next = static_cast<const char*>(ahead);
+    constexpr int kTiles = (panel / M) * (panel / N);
+    alignas(64) float sums[panel * panel] = {};
+    for (int t = 0; t < n_rows; t += kPart)
+        for (int j = 0; j < panel; j += N)
+            for (int i = 0; i < panel; i += M) {
+                if (lower && j >= i + M) continue;
+                add(a + t * panel + i, b + t * panel + j, std::min(kPart, n_rows - t), sums + i * panel + j, next);
+                next += kPart * panel * int(sizeof(float)) / kTiles;
             }
-    for (int i = 0; i < kPlainPanel; ++i)
-        for (int j = 0; j < kPlainPanel; ++j) c[i * ldc + j] += sums[i * kPlainPanel + j];
+    for (int i = 0; i < panel; ++i)
+        for (int j = 0; j < panel; ++j) c[i * ldc + j] += sums[i * panel + j];
 }
 
 constexpr int kPlainRows = 4, kPlainColumns = 8;
@@ -174,9 +182,10 @@ INLINE Float4 load4(const float* p) {
     return value;
 }
 
-// sum = sum_t a[t, m] * b[t, n], where products are exact: multiplying and adding then rounds as a fused multiply-add.
+// sum += sum_t a[t, m] * b[t, n], where products are exact: multiplying and adding then rounds as a fused multiply-add.
 void dot_exact(const float* a, const float* b, int n_rows, PlainBlock& sum) {
-    Float4 s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {}, s30 = {}, s31 = {};  // 11 of 16 registers
+    Float4 s00 = load4(sum[0]), s01 = load4(sum[0] + 4), s10 = load4(sum[1]), s11 = load4(sum[1] + 4);
+    Float4 s20 = load4(sum[2]), s21 = load4(sum[2] + 4), s30 = load4(sum[3]), s31 = load4(sum[3] + 4);
     for (int t = 0; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel) {
         const Float4 b0 = load4(b), b1 = load4(b + 4);
         s00 += a[0] * b0, s01 += a[0] * b1;
@@ -227,36 +236,33 @@ void dot_exact(const float*, const float*, int, PlainBlock&) {}
 #endif
 
 void dot_fused(const float* a, const float* b, int n_rows, PlainBlock& sum) {
-    PlainBlock sums = {};
     for (int t = 0; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel)
         for (int m = 0; m < kPlainRows; ++m)
-            for (int n = 0; n < kPlainColumns; ++n) sums[m][n] = fused(a[m], b[n], sums[m][n]);
-    std::memcpy(sum, sums, sizeof sums);
+            for (int n = 0; n < kPlainColumns; ++n) sum[m][n] = fused(a[m], b[n], sum[m][n]);
 }
 
-void multiply_plain(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
-    const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
-    const auto dot = multiplies_exactly(a, n_rows) && multiplies_exactly(b, n_rows) ? dot_exact : dot_fused;
-    for (int j = 0; j < kPlainPanel; j += kPlainColumns)
-        for (int i = 0; i < kPlainPanel; i += kPlainRows) {
-            if (lower && j > i + kPlainRows - 1) continue;
-            PlainBlock sum;
-            dot(a + i, b + j, n_rows, sum);
+// In steps of 32 rows, each packed as 16 even and 16 odd ones, if `steps`.
+template <bool steps>
+void multiply_plain(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower, const void* ahead) {
+    const bool exact = multiplies_exactly(static_cast<const float*>(left), n_rows) &&
+                       multiplies_exactly(static_cast<const float*>(right), n_rows);
+    const auto dot = exact ? dot_exact : dot_fused;
+    const auto add = [=](const float* a, const float* b, int n, float* sums, const char*) {
+        constexpr int kHalf = kStep / 2;
+        for (int t = 0; t < n; t += steps ? kStep : n) {
+            PlainBlock even = {}, odd = {};
+            if (!steps)
+                for (int m = 0; m < kPlainRows; ++m) std::memcpy(even[m], sums + m * kPlainPanel, sizeof even[m]);
+            dot(a + t * kPlainPanel, b + t * kPlainPanel, steps ? kHalf : n, even);
+            if (steps) dot(a + (t + kHalf) * kPlainPanel, b + (t + kHalf) * kPlainPanel, kHalf, odd);
             for (int m = 0; m < kPlainRows; ++m)
-                for (int n = 0; n < kPlainColumns; ++n) c[(i + m) * ldc + j + n] += sum[m][n];
+                for (int j = 0; j < kPlainColumns; ++j) {
+                    float& out = sums[m * kPlainPanel + j];
+                    out = steps ? out + (even[m][j] + odd[m][j]) : even[m][j];
+                }
         }
-}
-
-void multiply_steps_plain(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
-    const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
-    const auto dot = multiplies_exactly(a, n_rows) && multiplies_exactly(b, n_rows) ? dot_exact : dot_fused;
-    sum_steps<kPlainRows, kPlainColumns>(a, b, n_rows, c, ldc, lower, [=](const float* a, const float* b, float* sums) {
-        PlainBlock even, odd;
-        dot(a, b, kStep / 2, even);
-        dot(a + kStep / 2 * kPlainPanel, b + kStep / 2 * kPlainPanel, kStep / 2, odd);
-        for (int m = 0; m < kPlainRows; ++m)
-            for (int n = 0; n < kPlainColumns; ++n) sums[m * kPlainPanel + n] += even[m][n] + odd[m][n];
-    });
+    };
+    multiply_in_parts<kPlainPanel, kPlainRows, kPlainColumns>(left, right, n_rows, c, ldc, lower, ahead, add);
 }
 
 #if SPARSIFY_X86
@@ -264,8 +270,7 @@ void multiply_steps_plain(const void* left, const void* right, int n_rows, float
 // -------------------------------------------------------------------------------------------------- AVX2
 
 #define TARGET_AVX2 TARGET("avx2,fma")
-constexpr int kRows256 = 6, kVectors256 = 2;  // 12 sums, 2 of the right and 1 of the left operand: 15 of 16 registers
-constexpr int kColumns256 = 8 * kVectors256;
+constexpr int kRows256 = 4;  // of the register tile: 4 x 3 sums, 3 of the right and 1 of the left operand: 16 registers
 
 TARGET_AVX2 void pack_avx2(const void* const* rows, int n_rows, int columns, void*, void* packed) {
     float* out = static_cast<float*>(packed);
@@ -280,170 +285,170 @@ TARGET_AVX2 void pack_avx2(const void* const* rows, int n_rows, int columns, voi
 }
 
 struct Sums256 {
-    __m256 at[kRows256][kVectors256];
-};
+    __m256 at[kRows256][3];
 
-TARGET_AVX2 INLINE Sums256 dot_avx2(const float* a, const float* b, int n_rows) {
-    Sums256 sum;
-#pragma GCC unroll 6
-    for (int m = 0; m < kRows256; ++m) sum.at[m][0] = sum.at[m][1] = _mm256_setzero_ps();
-    for (int t = 0; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel) {
-        const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
-#pragma GCC unroll 6
+    TARGET_AVX2 INLINE void clear() {
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows256; ++m) at[m][0] = at[m][1] = at[m][2] = _mm256_setzero_ps();
+    }
+    TARGET_AVX2 INLINE void load(const float* from, int stride) {
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows256; ++m)
+#pragma GCC unroll 3
+            for (int n = 0; n < 3; ++n) at[m][n] = _mm256_loadu_ps(from + m * stride + 8 * n);
+    }
+    TARGET_AVX2 INLINE void store(float* to, int stride) const {
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows256; ++m)
+#pragma GCC unroll 3
+            for (int n = 0; n < 3; ++n) _mm256_storeu_ps(to + m * stride + 8 * n, at[m][n]);
+    }
+    // at += from: what is there is the second summand
+    TARGET_AVX2 INLINE void add(const float* from, int stride) {
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows256; ++m)
+#pragma GCC unroll 3
+            for (int n = 0; n < 3; ++n) at[m][n] = _mm256_add_ps(_mm256_loadu_ps(from + m * stride + 8 * n), at[m][n]);
+    }
+    TARGET_AVX2 INLINE void step(const float* a, const float* b) {
+        const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), b2 = _mm256_loadu_ps(b + 16);
+#pragma GCC unroll 4
         for (int m = 0; m < kRows256; ++m) {
             const __m256 x = _mm256_broadcast_ss(a + m);
-            sum.at[m][0] = _mm256_fmadd_ps(x, b0, sum.at[m][0]);
-            sum.at[m][1] = _mm256_fmadd_ps(x, b1, sum.at[m][1]);
+            at[m][0] = _mm256_fmadd_ps(x, b0, at[m][0]);
+            at[m][1] = _mm256_fmadd_ps(x, b1, at[m][1]);
+            at[m][2] = _mm256_fmadd_ps(x, b2, at[m][2]);
         }
     }
-    return sum;
-}
-
-TARGET_AVX2
-void multiply_avx2(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
-    const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
-    for (int j = 0; j < kPlainPanel; j += kColumns256)
-        for (int i = 0; i < kPlainPanel; i += kRows256) {
-            if (lower && j > i + kRows256 - 1) continue;
-            const Sums256 sum = dot_avx2(a + i, b + j, n_rows);
-#pragma GCC unroll 6
-            for (int m = 0; m < kRows256; ++m)
-#pragma GCC unroll 2
-                for (int n = 0; n < kVectors256; ++n) {
-                    float* out = c + (i + m) * ldc + j + 8 * n;
-                    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), sum.at[m][n]));
-                }
+    // One fused multiply-add per row; prefetches 16 bytes per row.
+    TARGET_AVX2 INLINE void dot(const float* a, const float* b, int n_rows, const char* ahead) {
+        int t = 0;
+        for (; t + 4 <= n_rows; t += 4, a += 4 * kPlainPanel, b += 4 * kPlainPanel) {
+            _mm_prefetch(ahead + 16 * t, _MM_HINT_T1);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) step(a + i * kPlainPanel, b + i * kPlainPanel);
         }
-}
+        for (; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel) step(a, b);
+    }
+};
 
-TARGET_AVX2
-void multiply_steps_avx2(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
-    const auto add_step = [](const float* a, const float* b, float* sums) TARGET_AVX2 {
-        alignas(32) float even[kRows256][kColumns256];
-        const Sums256 first = dot_avx2(a, b, kStep / 2);
-#pragma GCC unroll 6
-        for (int m = 0; m < kRows256; ++m)
-#pragma GCC unroll 2
-            for (int n = 0; n < kVectors256; ++n) _mm256_store_ps(even[m] + 8 * n, first.at[m][n]);
-        const Sums256 odd = dot_avx2(a + kStep / 2 * kPlainPanel, b + kStep / 2 * kPlainPanel, kStep / 2);
-#pragma GCC unroll 6
-        for (int m = 0; m < kRows256; ++m)
-#pragma GCC unroll 2
-            for (int n = 0; n < kVectors256; ++n) {
-                float* out = sums + m * kPlainPanel + 8 * n;
-                const __m256 both = _mm256_add_ps(_mm256_load_ps(even[m] + 8 * n), odd.at[m][n]);
-                _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), both));
-            }
+template <bool steps>
+TARGET_AVX2 void multiply_avx2(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower,
+                              const void* ahead) {
+    const auto add = [](const float* a, const float* b, int n, float* sums, const char* next) TARGET_AVX2 {
+        Sums256 sum;
+        if (!steps) {
+            sum.load(sums, kPlainPanel);
+            sum.dot(a, b, n, next);
+            sum.store(sums, kPlainPanel);
+            return;
+        }
+        constexpr int kHalf = kStep / 2;
+        alignas(32) float even[kRows256 * kPlainPanel];
+        for (int t = 0; t < n; t += kStep) {
+            sum.clear();
+            sum.dot(a + t * kPlainPanel, b + t * kPlainPanel, kHalf, next + t * 16);
+            sum.store(even, kPlainPanel);
+            sum.clear();
+            sum.dot(a + (t + kHalf) * kPlainPanel, b + (t + kHalf) * kPlainPanel, kHalf, next + (t + kHalf) * 16);
+            sum.add(even, kPlainPanel);
+            sum.add(sums, kPlainPanel);
+            sum.store(sums, kPlainPanel);
+        }
     };
-    sum_steps<kRows256, kColumns256>(static_cast<const float*>(left), static_cast<const float*>(right), n_rows, c, ldc,
-                                     lower, add_step);
+    multiply_in_parts<kPlainPanel, kRows256, kPlainPanel>(left, right, n_rows, c, ldc, lower, ahead, add);
 }
 
 // ----------------------------------------------------------------------------------------------- AVX-512
 
 #define TARGET_AVX512 TARGET("avx512f,avx512bw,avx512dq,avx512vl")
-constexpr int kRows512 = 8;  // of the register tile: 8 x 3 sums and 3 of the right operand: 27 of 32 registers
+constexpr int kPanel512 = 32;
+constexpr int kRows512 = 8;  // of the register tile: 8 x 2 sums, 2 of the right and 1 of the left operand: 19 registers
 
 TARGET_AVX512 void pack_avx512(const void* const* rows, int n_rows, int columns, void*, void* packed) {
     float* out = static_cast<float*>(packed);
-    Widened<uint16_t> widened(columns, kPlainPanel);
-    for (int t = 0; t < n_rows; ++t, out += kPlainPanel) {
+    Widened<uint16_t> widened(columns, kPanel512);
+    for (int t = 0; t < n_rows; ++t, out += kPanel512) {
         const uint16_t* row = widened.get(rows[t], 0);
-        for (int j = 0; j < kPlainPanel; j += 16) {
+        for (int j = 0; j < kPanel512; j += 16) {
             const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + j)));
             _mm512_storeu_ps(out + j, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
         }
     }
 }
 
-template <int N>
 struct Sums512 {
-    __m512 at[kRows512][N];
-};
+    __m512 at[kRows512][2];
 
-template <int N>
-TARGET_AVX512 INLINE Sums512<N> dot_avx512(const float* a, const float* b, int n_rows) {
-    Sums512<N> sum;
+    TARGET_AVX512 INLINE void clear() {
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows512; ++m)
-#pragma GCC unroll 3
-        for (int n = 0; n < N; ++n) sum.at[m][n] = _mm512_setzero_ps();
-    for (int t = 0; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel) {
-        __m512 right[N];
-#pragma GCC unroll 3
-        for (int n = 0; n < N; ++n) right[n] = _mm512_loadu_ps(b + 16 * n);
+        for (int m = 0; m < kRows512; ++m) at[m][0] = at[m][1] = _mm512_setzero_ps();
+    }
+    TARGET_AVX512 INLINE void load(const float* from, int stride) {
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows512; ++m)
+            at[m][0] = _mm512_loadu_ps(from + m * stride), at[m][1] = _mm512_loadu_ps(from + m * stride + 16);
+    }
+    TARGET_AVX512 INLINE void store(float* to, int stride) const {
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows512; ++m)
+            _mm512_storeu_ps(to + m * stride, at[m][0]), _mm512_storeu_ps(to + m * stride + 16, at[m][1]);
+    }
+    // at += from: what is there is the second summand
+    TARGET_AVX512 INLINE void add(const float* from, int stride) {
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows512; ++m) {
+            at[m][0] = _mm512_add_ps(_mm512_loadu_ps(from + m * stride), at[m][0]);
+            at[m][1] = _mm512_add_ps(_mm512_loadu_ps(from + m * stride + 16), at[m][1]);
+        }
+    }
+    TARGET_AVX512 INLINE void step(const float* a, const float* b) {
+        const __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
 #pragma GCC unroll 8
         for (int m = 0; m < kRows512; ++m) {
             const __m512 x = _mm512_set1_ps(a[m]);
-#pragma GCC unroll 3
-            for (int n = 0; n < N; ++n) sum.at[m][n] = _mm512_fmadd_ps(x, right[n], sum.at[m][n]);
+            at[m][0] = _mm512_fmadd_ps(x, b0, at[m][0]);
+            at[m][1] = _mm512_fmadd_ps(x, b1, at[m][1]);
         }
     }
-    return sum;
-}
-
-template <int N>
-TARGET_AVX512 INLINE void add_sums(const Sums512<N>& sum, float* c, int64_t ldc) {
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows512; ++m)
-#pragma GCC unroll 3
-        for (int n = 0; n < N; ++n) {
-            float* out = c + m * ldc + 16 * n;
-            _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), sum.at[m][n]));
+    // One fused multiply-add per row; prefetches 32 bytes per row.
+    TARGET_AVX512 INLINE void dot(const float* a, const float* b, int n_rows, const char* ahead) {
+        int t = 0;
+        for (; t + 4 <= n_rows; t += 4, a += 4 * kPanel512, b += 4 * kPanel512) {
+            _mm_prefetch(ahead + 32 * t, _MM_HINT_T1);
+            _mm_prefetch(ahead + 32 * t + 64, _MM_HINT_T1);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) step(a + i * kPanel512, b + i * kPanel512);
         }
-}
-
-// Rows i .. i+7, columns 0 .. 16 N - 1 of the panel's product.
-template <int N>
-TARGET_AVX512 void strip_avx512(const float* a, const float* b, int n_rows, float* c, int64_t ldc) {
-    add_sums<N>(dot_avx512<N>(a, b, n_rows), c, ldc);
-}
-
-// The same in steps of 32 rows, each packed as 16 even and 16 odd ones.
-template <int N>
-TARGET_AVX512 void strip_steps_avx512(const float* a, const float* b, int n_rows, float* c, int64_t ldc) {
-    constexpr int kHalf = kStep / 2 * kPlainPanel;
-    alignas(64) float even[kRows512][16 * N];
-    for (int t = 0; t < n_rows; t += kStep, a += 2 * kHalf, b += 2 * kHalf) {
-        const Sums512<N> first = dot_avx512<N>(a, b, kStep / 2);
-#pragma GCC unroll 8
-        for (int m = 0; m < kRows512; ++m)
-#pragma GCC unroll 3
-            for (int n = 0; n < N; ++n) _mm512_store_ps(even[m] + 16 * n, first.at[m][n]);
-        Sums512<N> odd = dot_avx512<N>(a + kHalf, b + kHalf, kStep / 2);
-#pragma GCC unroll 8
-        for (int m = 0; m < kRows512; ++m)
-#pragma GCC unroll 3
-            for (int n = 0; n < N; ++n) odd.at[m][n] = _mm512_add_ps(_mm512_load_ps(even[m] + 16 * n), odd.at[m][n]);
-        add_sums<N>(odd, c, ldc);
+        for (; t < n_rows; ++t, a += kPanel512, b += kPanel512) step(a, b);
     }
-}
+};
 
-using Strip512 = void (*)(const float* a, const float* b, int n_rows, float* c, int64_t ldc);
-
-INLINE void multiply_in_strips(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower,
-                               Strip512 one, Strip512 two, Strip512 three) {
-    const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
-    for (int i = 0; i < kPlainPanel; i += kRows512) {
-        const int columns = lower ? i + kRows512 : kPlainPanel;
-        const Strip512 strip = columns <= 16 ? one : columns <= 32 ? two : three;
-        strip(a + i, b, n_rows, c + i * ldc, ldc);
-    }
-}
-
-void multiply_avx512(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
-    multiply_in_strips(left, right, n_rows, c, ldc, lower, strip_avx512<1>, strip_avx512<2>, strip_avx512<3>);
-}
-
-TARGET_AVX512
-void multiply_steps_avx512(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
-    const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
-    alignas(64) float sums[kPlainPanel * kPlainPanel] = {};
-    for (int first = 0; first < n_rows; first += kSubBlock)
-        multiply_in_strips(a + first * kPlainPanel, b + first * kPlainPanel, std::min(kSubBlock, n_rows - first), sums,
-                           kPlainPanel, lower, strip_steps_avx512<1>, strip_steps_avx512<2>, strip_steps_avx512<3>);
-    for (int i = 0; i < kPlainPanel; ++i)
-        for (int j = 0; j < kPlainPanel; ++j) c[i * ldc + j] += sums[i * kPlainPanel + j];
+template <bool steps>
+TARGET_AVX512 void multiply_avx512(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower,
+                              const void* ahead) {
+    const auto add = [](const float* a, const float* b, int n, float* sums, const char* next) TARGET_AVX512 {
+        Sums512 sum;
+        if (!steps) {
+            sum.load(sums, kPanel512);
+            sum.dot(a, b, n, next);
+            sum.store(sums, kPanel512);
+            return;
+        }
+        constexpr int kHalf = kStep / 2;
+        alignas(64) float even[kRows512 * kPanel512];
+        for (int t = 0; t < n; t += kStep) {
+            sum.clear();
+            sum.dot(a + t * kPanel512, b + t * kPanel512, kHalf, next + t * 32);
+            sum.store(even, kPanel512);
+            sum.clear();
+            sum.dot(a + (t + kHalf) * kPanel512, b + (t + kHalf) * kPanel512, kHalf, next + (t + kHalf) * 32);
+            sum.add(even, kPanel512);
+            sum.add(sums, kPanel512);
+            sum.store(sums, kPanel512);
+        }
+    };
+    multiply_in_parts<kPanel512, kRows512, kPanel512>(left, right, n_rows, c, ldc, lower, ahead, add);
 }
 
 #endif  // SPARSIFY_X86
@@ -453,6 +458,9 @@ void multiply_steps_avx512(const void* left, const void* right, int n_rows, floa
 // -------------------------------------------------------------------------------------------- AVX512-BF16
 
 #define TARGET_BF16 TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+
+constexpr int kPairPanel = 48;
+constexpr int kPairRows = 8;  // of the register tile: 8 x 3 sums and 3 of the right operand: 27 of 32 registers
 
 // 16 columns of two rows, interleaved: dword j = (row0[j], row1[j]), the pair that vdpbf16ps and tdpbf16ps sum.
 TARGET("avx512f,avx512bw,avx512dq,avx512vl")
@@ -465,34 +473,34 @@ inline __m512i interleave(const uint16_t* row0, const uint16_t* row1) {
 TARGET("avx512f,avx512bw,avx512dq,avx512vl")
 void pack_pairs(const void* const* rows, int n_rows, int columns, void*, void* packed) {
     uint32_t* out = static_cast<uint32_t*>(packed);
-    Widened<uint16_t> widened(columns, kPlainPanel);
-    for (int t = 0; t < n_rows; t += 2, out += kPlainPanel) {
+    Widened<uint16_t> widened(columns, kPairPanel);
+    for (int t = 0; t < n_rows; t += 2, out += kPairPanel) {
         const uint16_t* row0 = widened.get(rows[t], 0);
         const uint16_t* row1 = widened.get(rows[t + 1], 1);
-        for (int j = 0; j < kPlainPanel; j += 16) _mm512_storeu_si512(out + j, interleave(row0 + j, row1 + j));
+        for (int j = 0; j < kPairPanel; j += 16) _mm512_storeu_si512(out + j, interleave(row0 + j, row1 + j));
     }
 }
 
 template <int N>
 TARGET_BF16 void strip_bf16(const uint32_t* a, const uint32_t* b, int n_rows, float* c, int64_t ldc) {
-    __m512 sum[kRows512][N];
+    __m512 sum[kPairRows][N];
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows512; ++m)
+    for (int m = 0; m < kPairRows; ++m)
 #pragma GCC unroll 3
         for (int n = 0; n < N; ++n) sum[m][n] = _mm512_setzero_ps();
-    for (int t = 0; t < n_rows; t += 2, a += kPlainPanel, b += kPlainPanel) {
+    for (int t = 0; t < n_rows; t += 2, a += kPairPanel, b += kPairPanel) {
         __m512bh right[N];
 #pragma GCC unroll 3
         for (int n = 0; n < N; ++n) right[n] = (__m512bh)_mm512_loadu_si512(b + 16 * n);
 #pragma GCC unroll 8
-        for (int m = 0; m < kRows512; ++m) {
+        for (int m = 0; m < kPairRows; ++m) {
             const __m512bh x = (__m512bh)_mm512_set1_epi32(int(a[m]));
 #pragma GCC unroll 3
             for (int n = 0; n < N; ++n) sum[m][n] = _mm512_dpbf16_ps(sum[m][n], x, right[n]);
         }
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows512; ++m)
+    for (int m = 0; m < kPairRows; ++m)
 #pragma GCC unroll 3
         for (int n = 0; n < N; ++n) {
             float* out = c + m * ldc + 16 * n;
@@ -500,11 +508,11 @@ TARGET_BF16 void strip_bf16(const uint32_t* a, const uint32_t* b, int n_rows, fl
         }
 }
 
-void multiply_bf16(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower) {
+void multiply_bf16(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower, const void*) {
     const uint32_t* a = static_cast<const uint32_t*>(left);
     const uint32_t* b = static_cast<const uint32_t*>(right);
-    for (int i = 0; i < kPlainPanel; i += kRows512) {
-        const int columns = lower ? i + kRows512 : kPlainPanel;
+    for (int i = 0; i < kPairPanel; i += kPairRows) {
+        const int columns = lower ? i + kPairRows : kPairPanel;
         if (columns <= 16) strip_bf16<1>(a + i, b, n_rows, c + i * ldc, ldc);
         else if (columns <= 32) strip_bf16<2>(a + i, b, n_rows, c + i * ldc, ldc);
         else strip_bf16<3>(a + i, b, n_rows, c + i * ldc, ldc);
@@ -585,7 +593,7 @@ void pack_amx(const void* const* rows, int n_rows, int columns, void* left, void
     }
 }
 
-TARGET_AMX void multiply_amx(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool) {
+TARGET_AMX void multiply_amx(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool, const void*) {
     const uint32_t* a = static_cast<const uint32_t*>(left);
     const uint32_t* b = static_cast<const uint32_t*>(right);
     _tile_zero(0);
@@ -719,7 +727,7 @@ int accumulate(const Kernel& kernel, const Rows& left, const Rows& right, int64_
     const Packed& lhs = lower && !kernel.left_differs ? rhs : own_lhs;  // one packed copy serves as both operands
 
     // Tiles of C: big ones reread the packed operands less often, small ones share out better among the threads.
-    const int64_t panels_wide = 384 / kernel.panel, panels_narrow = 96 / kernel.panel;
+    const int64_t panels_wide = kernel.wide / kernel.panel, panels_narrow = 96 / kernel.panel;
     const bool wide = std::min(lhs.panels, rhs.panels) >= 4 * panels_wide;
     const int64_t edge = wide ? panels_wide : panels_narrow;
     const int64_t tile_rows = divide_up(lhs.panels, edge), tile_columns = divide_up(rhs.panels, edge);
@@ -781,10 +789,13 @@ int accumulate(const Kernel& kernel, const Rows& left, const Rows& right, int64_
                 std::memset(sums, 0, size_t(size * size) * sizeof(float));
                 for (int64_t block = 0; block < blocks; ++block)
                     for (int64_t q = column; q < column_end; ++q)
-                        for (int64_t p = lower ? std::max(row, q) : row; p < row_end; ++p)
+                        for (int64_t p = lower ? std::max(row, q) : row; p < row_end; ++p) {
+                            const void* ahead = p + 1 < row_end ? lhs.at(p + 1, block)
+                                                : q + 1 < column_end ? rhs.at(q + 1, block) : rhs.at(column, block + 1);
                             kernel.multiply(lhs.at(p, block), rhs.at(q, block), rows_of(block),
-                                         sums + (p - row) * kernel.panel * size + (q - column) * kernel.panel, size,
-                                         lower && p == q);
+                                            sums + (p - row) * kernel.panel * size + (q - column) * kernel.panel, size,
+                                            lower && p == q, ahead);
+                        }
                 const int64_t i0 = row * kernel.panel, j0 = column * kernel.panel;
                 const int64_t i1 = std::min(row_end * kernel.panel, left.columns);
                 for (int64_t i = i0; i < i1; ++i) {
@@ -826,27 +837,30 @@ bool has_level(int level) {
 
 // Fused multiply-adds, whatever the order: of the fastest level up to `level` that has nothing else.
 Kernel fused_kernel(int level, const Order& order) {
-    const bool steps = order.name == kTiles;
-    Pack pack = pack_plain;
-    Multiply multiply = steps ? multiply_steps_plain : multiply_plain;
+    const bool steps = order.name == kTiles, arranges = order.name != kFloat32;
 #if SPARSIFY_X86
-    if (level >= kAvx512) pack = pack_avx512, multiply = steps ? multiply_steps_avx512 : multiply_avx512;
-    else if (level >= kAvx2) pack = pack_avx2, multiply = steps ? multiply_steps_avx2 : multiply_avx2;
+    if (level >= kAvx512)
+        return {order, kPanel512, 192, 4, false, arranges, {pack_avx512, pack_float32<kPanel512>},
+                steps ? multiply_avx512<true> : multiply_avx512<false>, nothing, nothing};
+    if (level >= kAvx2)
+        return {order, kPlainPanel, 192, 4, false, arranges, {pack_avx2, pack_float32<kPlainPanel>},
+                steps ? multiply_avx2<true> : multiply_avx2<false>, nothing, nothing};
 #endif
-    return {order, kPlainPanel, 4, false, order.name != kFloat32, {pack, pack_float32}, multiply, nothing, nothing};
+    return {order, kPlainPanel, 192, 4, false, arranges, {pack_plain, pack_float32<kPlainPanel>},
+            steps ? multiply_plain<true> : multiply_plain<false>, nothing, nothing};
 }
 
 // The instructions that an order is named after, which take bf16 only. `multiply` is null where this build lacks them.
 Kernel native_kernel(const Order& order) {
 #if SPARSIFY_COMPILES_AMX
     if (order.name == kTiles)
-        return {order, kAmxPanel, 2, true, false, {pack_amx, nullptr}, multiply_amx, enter_amx, leave_amx};
+        return {order, kAmxPanel, 384, 2, true, false, {pack_amx, nullptr}, multiply_amx, enter_amx, leave_amx};
 #endif
 #if SPARSIFY_COMPILES_AVX512BF16
     if (order.name == kPairs)
-        return {order, kPlainPanel, 2, false, false, {pack_pairs, nullptr}, multiply_bf16, nothing, nothing};
+        return {order, kPairPanel, 384, 2, false, false, {pack_pairs, nullptr}, multiply_bf16, nothing, nothing};
 #endif
-    return {order, 0, 0, false, false, {nullptr, nullptr}, nullptr, nothing, nothing};
+    return {order, 0, 0, 0, false, false, {nullptr, nullptr}, nullptr, nothing, nothing};
 }
 
 // Whether the instructions of this processor sum as the order says: 32 x 32 sums of 64 products of any size, many of

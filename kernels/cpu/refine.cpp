@@ -7,18 +7,13 @@
 // one lost, in both orders. The best candidate is taken when it is better than what is there, so e never rises.
 //
 // A panel holds one input per row and one output per column, as in sweep.cpp: outputs do not depend on each other, each
-// thread takes chunks of them, and the result is the same to the last bit for any number of threads.
+// thread takes chunks of them, and the result is the same to the last bit for any number of threads and at every level.
+#include "exact.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE inline __attribute__((always_inline))
 
 namespace {
 
@@ -93,7 +88,7 @@ INLINE void choose_two(const Panel& p, int i, const float* W, int64_t ldw, const
         }
 }
 
-CLONES void refine_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
+INLINE void refine_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
                          const uint8_t* keep, int64_t ldk, int n) {
     float next[4][kChunk], change[4][kChunk], unit[kChunk];
     for (int c = 0; c < n; c++) unit[c] = scale ? scale[c] : 1.0f;
@@ -127,19 +122,47 @@ CLONES void refine_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_
     }
 }
 
+using RefineChunk = void (*)(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
+                             int64_t ldk, int n);
+
+void refine_portable(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
+                     int64_t ldk, int n) {
+    refine_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
+}
+
+#if SPARSIFY_X86
+
+TARGET_AVX2
+void refine_avx2(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
+                 int64_t ldk, int n) {
+    refine_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
+}
+
+TARGET_AVX512
+void refine_avx512(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
+                   int64_t ldk, int n) {
+    refine_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
+}
+
+constexpr RefineChunk kRefines[] = {refine_portable, refine_avx2, refine_avx512};
+#else
+constexpr RefineChunk kRefines[] = {refine_portable};
+#endif
+
 }  // namespace
 
 // W, G: [size, outputs], weights and half gradient, both changed; H: [size, size]; scale: [outputs], or null for weights
-// without a grid; keep: bool [size, outputs] or null.
+// without a grid; keep: bool [size, outputs] or null. level: as compilation_of takes it.
 extern "C" void sparsify_refine_panel(float* W, int64_t ldw, float* G, int64_t ldg, const float* H, int64_t ldh, int size,
                                       int64_t outputs, const float* scale, float low, float high, const uint8_t* keep,
-                                      int64_t ldk, int select, int to_bf16, int threads) {
+                                      int64_t ldk, int select, int to_bf16, int threads, int level) {
     const Panel panel{H, ldh, size, low, high, scale != nullptr, to_bf16 != 0, select != 0};
+    const RefineChunk refine = kRefines[sparsify::compilation_of(level)];
     const int64_t chunks = (outputs + kChunk - 1) / kChunk;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t c = chunk * kChunk;
         const int n = static_cast<int>(std::min<int64_t>(kChunk, outputs - c));
-        refine_chunk(panel, W + c, ldw, G + c, ldg, scale ? scale + c : nullptr, keep ? keep + c : nullptr, ldk, n);
+        refine(panel, W + c, ldw, G + c, ldg, scale ? scale + c : nullptr, keep ? keep + c : nullptr, ldk, n);
     }
 }

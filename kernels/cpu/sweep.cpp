@@ -3,17 +3,13 @@
 //
 // A panel holds one input per row and one output per column. Outputs do not depend on each other, so each thread takes
 // chunks of them, small enough that a chunk of the whole panel stays in the L1 cache; the result is the same to the last
-// bit for any number of threads. The compiler vectorises the loops over a chunk for the instruction sets named below.
+// bit for any number of threads and at every level. The compiler vectorises the loops over a chunk.
+#include "exact.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define CLONES
-#endif
 
 namespace {
 
@@ -29,7 +25,7 @@ struct Span {
     bool to_bf16;            // without codes: store kept values as bf16
 };
 
-float round_to_bf16(float x) {
+INLINE float round_to_bf16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
@@ -38,8 +34,7 @@ float round_to_bf16(float x) {
 }
 
 // Keep two of four: rank by (w / d)^2, earlier inputs first among equals. kept: [4][kChunk].
-inline __attribute__((always_inline)) void select_two(const float* P, int64_t ldp, const float* U, int64_t ldu, int i,
-                                                      uint8_t* kept, int n) {
+INLINE void select_two(const float* P, int64_t ldp, const float* U, int64_t ldu, int i, uint8_t* kept, int n) {
     float loss[4][kChunk];
     for (int j = 0; j < 4; j++) {
         const float d = U[(i + j) * (ldu + 1)];
@@ -54,7 +49,7 @@ inline __attribute__((always_inline)) void select_two(const float* P, int64_t ld
         }
 }
 
-CLONES void sweep_chunk(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
+INLINE void sweep_chunk(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
                         int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n) {
     uint8_t kept[4 * kChunk];
     float error[kChunk], stored[kChunk];
@@ -96,22 +91,50 @@ CLONES void sweep_chunk(const Span& s, float* P, int64_t ldp, float* E, int64_t 
     }
 }
 
+using SweepChunk = void (*)(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
+                            int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n);
+
+void sweep_portable(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
+                    int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n) {
+    sweep_chunk(s, P, ldp, E, lde, scale, lds, codes, ldc, keep, ldk, n);
+}
+
+#if SPARSIFY_X86
+
+TARGET_AVX2
+void sweep_avx2(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
+                int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n) {
+    sweep_chunk(s, P, ldp, E, lde, scale, lds, codes, ldc, keep, ldk, n);
+}
+
+TARGET_AVX512
+void sweep_avx512(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
+                  int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n) {
+    sweep_chunk(s, P, ldp, E, lde, scale, lds, codes, ldc, keep, ldk, n);
+}
+
+constexpr SweepChunk kSweeps[] = {sweep_portable, sweep_avx2, sweep_avx512};
+#else
+constexpr SweepChunk kSweeps[] = {sweep_portable};
+#endif
+
 }  // namespace
 
 // P, E: [panel, outputs]; U: [panel, panel]; scale: [last - first, outputs], or one row when lds is 0; codes: int8
 // [panel, outputs] or null; keep: bool [panel, outputs] or null. Rows first ... last - 1 of P become what is stored,
-// those of E the errors that whoever calls spreads over the inputs after the panel.
+// those of E the errors that whoever calls spreads over the inputs after the panel. level: as compilation_of takes it.
 extern "C" void sparsify_sweep_span(float* P, int64_t ldp, float* E, int64_t lde, const float* U, int64_t ldu, int panel,
                                     int first, int last, int64_t outputs, const float* scale, int64_t lds, float low,
                                     float high, int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int select,
-                                    int to_bf16, int threads) {
+                                    int to_bf16, int threads, int level) {
     const Span span{U, ldu, panel, first, last, low, high, select != 0, to_bf16 != 0};
+    const SweepChunk sweep = kSweeps[sparsify::compilation_of(level)];
     const int64_t chunks = (outputs + kChunk - 1) / kChunk;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t c = chunk * kChunk;
         const int n = static_cast<int>(std::min<int64_t>(kChunk, outputs - c));
-        sweep_chunk(span, P + c, ldp, E + c, lde, scale ? scale + c : nullptr, lds, codes ? codes + c : nullptr, ldc,
-                    keep ? keep + c : nullptr, ldk, n);
+        sweep(span, P + c, ldp, E + c, lde, scale ? scale + c : nullptr, lds, codes ? codes + c : nullptr, ldc,
+              keep ? keep + c : nullptr, ldk, n);
     }
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsify.passes.quantize.grid import Grid
 from sparsify.passes.ways import faster_way
+from sparsify.processor import kernel_level
 
 FORCE = "SPARSIFY_REFINE"
 PANEL = 64
@@ -119,7 +120,7 @@ def visit_panel(
         W.shape[0], _int64(W.shape[1]), _pointer(scale),
         ctypes.c_float(grid.low if grid else 0), ctypes.c_float(grid.high if grid else 0),
         _pointer(keep), _int64(keep.stride(0) if keep is not None else 0),
-        int(select), int(store == torch.bfloat16), torch.get_num_threads(),
+        int(select), int(store == torch.bfloat16), torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsify.passes.prune.sparsegpt import sparsegpt_select
 from sparsify.passes.quantize.grid import Grid
 from sparsify.passes.ways import faster_way
+from sparsify.processor import kernel_level
 
 FORCE = "SPARSIFY_SWEEP"
 
@@ -112,7 +113,7 @@ def _in_native(
         ctypes.c_float(grid.low if grid else 0), ctypes.c_float(grid.high if grid else 0),
         _pointer(codes), _int64(codes.stride(0) if codes is not None else 0),
         _pointer(keep), _int64(keep.stride(0) if keep is not None else 0),
-        int(select is not None), int(store == torch.bfloat16), torch.get_num_threads(),
+        int(select is not None), int(store == torch.bfloat16), torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
 
 
