@@ -26,6 +26,13 @@
 #define SPARSIFY_COMPILES_AVX512BF16 0
 #endif
 
+// The VEX form of VNNI came with GCC 11 and Clang 12.
+#if SPARSIFY_X86 && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define SPARSIFY_COMPILES_AVXVNNI 1
+#else
+#define SPARSIFY_COMPILES_AVXVNNI 0
+#endif
+
 #if SPARSIFY_COMPILES_AMX && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -36,6 +43,7 @@ namespace sparsify {
 struct CpuFeatures {
     bool intel = false;
     bool avx2 = false;         // AVX2 and FMA
+    bool avx_vnni = false;     // VNNI on 256 bits, without AVX-512; implies avx2
     bool avx512 = false;       // F, BW, DQ, VL
     bool avx512_vnni = false;  // each of the following implies avx512
     bool avx512_vbmi = false;
@@ -66,7 +74,10 @@ inline CpuFeatures detect_cpu() {
     cpu.avx512_vbmi = cpu.avx512 && (c >> 1 & 1);
     cpu.amx_bf16 = cpu.avx512 && saves_tiles && (d >> 22 & 1) && (d >> 24 & 1);
     cpu.amx_int8 = cpu.avx512 && saves_tiles && (d >> 25 & 1) && (d >> 24 & 1);
-    if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.avx512_bf16 = cpu.avx512 && (a >> 5 & 1);
+    if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+        cpu.avx_vnni = cpu.avx2 && (a >> 4 & 1);
+        cpu.avx512_bf16 = cpu.avx512 && (a >> 5 & 1);
+    }
 #endif
     return cpu;
 }
