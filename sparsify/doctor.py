@@ -30,6 +30,7 @@ from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
 from sparsify.native import find_compiler, known_kernels, open_library
 from sparsify.native_cuda import find_nvcc
+from sparsify.processor import FORCE, available_levels, cpu_flags, forced_level, other_variables
 from sparsify.progress import progress_bar
 
 # ok: works. note: absent or slower, and nothing needs it here. missing: some command will not work. broken: it harms.
@@ -271,15 +272,6 @@ def plugin_findings(environment: Mapping[str, str]) -> list[Finding]:
 # ----------------------------------------------------------------------------------------------------------- machine
 
 
-def cpu_flags(cpuinfo: str) -> frozenset[str]:
-    """The feature flags of the first core in the text of /proc/cpuinfo (x86: flags, Arm: Features)."""
-    for line in cpuinfo.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip().lower() in ("flags", "features"):
-            return frozenset(value.split())
-    return frozenset()
-
-
 def cpu_features(machine: str, flags: frozenset[str]) -> dict[str, bool]:
     """Which of the features that matter here this processor has."""
     known = CPU_FEATURES.get({"amd64": "x86_64", "arm64": "aarch64"}.get(machine.lower(), machine.lower()), {})
@@ -303,7 +295,28 @@ def cpu_findings() -> list[Finding]:
         findings.append(Finding("cpu", "not on this CPU", "note", ", ".join(lacks)))
     if features.get("AVX2") is False:
         findings.append(Finding("cpu", "AVX2", "missing", "vLLM does not run on this CPU; compiling and eval do"))
-    return findings
+    return [*findings, level_finding(os.environ)]
+
+
+def level_finding(environment: Mapping[str, str]) -> Finding:
+    """The level of our kernels and, where one is forced, what keeps torch's own libraries to it as well."""
+    fastest = available_levels()[-1]
+    try:
+        forced = forced_level()
+    except SparsifyError as error:
+        return Finding("cpu", "level of kernels", "broken", str(error), f"unset {FORCE}")
+    if forced is None:
+        return Finding("cpu", "level of kernels", "ok", f"{fastest}, the fastest here; {FORCE} forces another")
+    if forced not in available_levels():
+        detail = f"{FORCE}={forced}: this processor lacks it; the fastest here is {fastest}"
+        return Finding("cpu", "level of kernels", "broken", detail, f"unset {FORCE}")
+    others = {} if forced == fastest else other_variables(forced)
+    unset = {name: value for name, value in others.items() if environment.get(name, "").lower() != value.lower()}
+    if not unset:
+        return Finding("cpu", "level of kernels", "ok", f"{forced}, forced by {FORCE}")
+    detail = f"{forced}, forced by {FORCE}; torch still computes with all that this processor has"
+    fix = "export " + " ".join(f"{name}={value}" for name, value in unset.items())
+    return Finding("cpu", "level of kernels", "note", detail, fix)
 
 
 def thread_findings(environment: Mapping[str, str]) -> list[Finding]:

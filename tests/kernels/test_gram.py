@@ -1,14 +1,15 @@
 """X'X and A'B at every instruction set, against integers summed exactly and against float64."""
 
 import ctypes
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparsify import native
+from sparsify import native, processor
 from sparsify.errors import SparsifyError
-from sparsify.passes.gram import FORCE, LEVELS, cross, gram
+from sparsify.passes.gram import FORCE, LEVELS, ORDERS, cross, gram, native_order, summation_order
 from tests.levels import need
 
 PATHS = ("torch", *LEVELS)
@@ -115,15 +116,16 @@ def test_is_symmetric(path: str) -> None:
     assert torch.allclose(H, H.t(), rtol=0, atol=1e-3 if path == "torch" else 0)
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float32", "float32"), ("float32", "bfloat16")])
 @pytest.mark.parametrize("level", LEVELS)
 def test_bits_depend_neither_on_threads_nor_on_micro_batches(
-    level: str, kernel: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+    level: str, dtypes: tuple[str, str], kernel: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need(level, kernel.sparsify_gram_level(LEVELS.index(level)) >= 0)
     monkeypatch.setenv(FORCE, level)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2500, 300, generator=generator).bfloat16()
-    y = torch.randn(2500, 130, generator=generator).bfloat16()
+    x = torch.randn(2500, 300, generator=generator).to(getattr(torch, dtypes[0]))
+    y = torch.randn(2500, 130, generator=generator).to(getattr(torch, dtypes[1]))
     before = torch.get_num_threads()
     results = []
     try:
@@ -161,10 +163,12 @@ def test_c_interface_stays_in_its_triangle_and_checks_its_arguments(kernel: ctyp
     pointers = (ctypes.c_void_p * 1)(x.data_ptr())
     rows, strides = (ctypes.c_int64 * 1)(50), (ctypes.c_int64 * 1)(20)
 
-    def call(k: int = 20, stride: int = 64, threads: int = 1, level: int = -1) -> int:
+    def call(k: int = 20, stride: int = 64, threads: int = 1, level: int = 0, wide: int = 0, order: int = 0) -> int:
         count, h = ctypes.c_int64(1), ctypes.c_void_p(buffer.data_ptr())
-        wide = ctypes.c_int64
-        return int(kernel.sparsify_gram(pointers, rows, strides, count, wide(k), h, wide(stride), threads, level))
+        long = ctypes.c_int64
+        return int(kernel.sparsify_gram(
+            pointers, rows, strides, count, long(k), wide, h, long(stride), threads, level, order
+        ))  # fmt: skip
 
     assert call() == 0
     inside = torch.zeros(22, 64, dtype=torch.bool)
@@ -176,10 +180,11 @@ def test_c_interface_stays_in_its_triangle_and_checks_its_arguments(kernel: ctyp
     rows[0] = -1
     assert call() == 1
     rows[0] = 50
-    assert call(level=9) == 2
+    assert call(level=9) == 2 and call(level=-1) == 2
+    assert call(order=3) == 1 and call(order=-1) == 1 and call(wide=1, order=1) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_other_types_are_summed_in_float32(dtype: torch.dtype) -> None:
     x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = product([x], [x])
@@ -187,6 +192,148 @@ def test_other_types_are_summed_in_float32(dtype: torch.dtype) -> None:
     assert torch.allclose(cross([x], [x[:, :9]]).double(), expected[:, :9], rtol=1e-5, atol=1e-3)
     mixed = cross([x], [x.bfloat16()])
     assert torch.allclose(mixed.double(), product([x], [x.bfloat16()]), rtol=1e-5, atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------- summation orders
+
+
+def rounded(x: Fraction, flushes: bool) -> Fraction:
+    """x as a float32: the nearest, the even one of two. flushes: zero where that is below the normal numbers."""
+    if x == 0:
+        return x
+    exponent = abs(x.numerator).bit_length() - x.denominator.bit_length()
+    if abs(x) < Fraction(2) ** exponent:
+        exponent -= 1
+    normal = round(x / Fraction(2) ** (exponent - 23)) * Fraction(2) ** (exponent - 23)
+    if abs(normal) >= Fraction(2) ** -126:
+        return normal
+    return Fraction(0) if flushes else round(x * 2**149) * Fraction(1, 2**149)
+
+
+def reference(order: str, a: Tensor, b: Tensor) -> float:
+    """a'b of two columns in an order of summation, in exact fractions that are rounded where the order rounds."""
+    flushes = order != "float32"
+
+    def add(x: Fraction, y: Fraction) -> Fraction:
+        return rounded(x + y, flushes)
+
+    def sum_of(rows: list[int]) -> Fraction:
+        total = Fraction(0)
+        for t in rows:
+            total = add(total, left[t] * right[t])
+        return total
+
+    left, right = ([rounded(Fraction(v), flushes) for v in column.double().tolist()] for column in (a, b))
+    tokens, out = len(left), Fraction(0)
+    for first in range(0, tokens, 1024):
+        chunk, last = Fraction(0), min(first + 1024, tokens)
+        for start in range(first, last, 1024 if order == "amx" else 256):
+            rows = list(range(start, min(start + (1024 if order == "amx" else 256), last)))
+            if order == "amx":
+                total = Fraction(0)
+                for step in (rows[i : i + 32] for i in range(0, len(rows), 32)):
+                    total = add(total, add(sum_of(step[::2]), sum_of(step[1::2])))
+            elif order == "avx512bf16":
+                total = sum_of([t for i in range(0, len(rows), 2) for t in rows[i : i + 2][::-1]])
+            else:
+                total = sum_of(rows)
+            chunk = add(chunk, total)
+        out = add(out, chunk)
+    return float(out)
+
+
+def hard_columns(tokens: int, k: int, dtype: torch.dtype, scale: int, seed: int) -> Tensor:
+    """Numbers of many sizes around 2^scale, of which many cancel."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(scale - 6, scale + 7, (tokens, k), generator=generator).double()
+    return (torch.randn(tokens, k, generator=generator).double() * sizes.exp2()).to(dtype)
+
+
+@pytest.mark.parametrize("scale", [0, -64])  # -64: products are around the smallest normal number
+@pytest.mark.parametrize(("order", "dtype"), [*((o, torch.bfloat16) for o in ORDERS[:3]), ("float32", torch.float32)])
+def test_every_level_gives_the_bits_of_the_order(path: str, order: str, dtype: torch.dtype, scale: int) -> None:
+    if path == "torch":
+        pytest.skip("PyTorch has an order of its own")
+    for tokens in (3, 67, 1379):
+        x, y = hard_columns(tokens, 3, dtype, scale, 1), hard_columns(tokens, 2, dtype, scale, 2)
+        y[-1] = -x[-1, :2]  # so that whole sums cancel, too
+        expected = torch.tensor([[reference(order, x[:, i], y[:, j]) for j in range(2)] for i in range(3)])
+        with summation_order(order):
+            assert torch.equal(cross([x], [y]).double(), expected.double())
+            H = gram([x])
+        assert torch.equal(H[:2, :2].double(), torch.tensor(
+            [[reference(order, x[:, i], x[:, j]) for j in range(2)] for i in range(2)], dtype=torch.float64
+        ))  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ORDERS[:3])
+def test_all_levels_agree_in_an_order(order: str, kernel: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wider and longer than the exact reference can go."""
+    x, y = hard_columns(2300, 195, torch.bfloat16, 0, 3), hard_columns(2300, 101, torch.bfloat16, 0, 4)
+    found = {}
+    for number, level in enumerate(LEVELS):
+        if kernel.sparsify_gram_level(number) >= 0:
+            monkeypatch.setenv(FORCE, level)
+            with summation_order(order):
+                found[level] = gram([x]), cross([x], [y])
+    for level, (H, C) in found.items():
+        assert torch.equal(H, found["portable"][0]) and torch.equal(C, found["portable"][1]), level
+
+
+def test_denormals_are_kept_or_flushed_as_the_order_says_whatever_the_caller_set(kernel: ctypes.CDLL) -> None:
+    x = torch.full((2, 2), 2.0**-70).bfloat16()
+    before = {}
+    for flush in (False, True):
+        if not torch.set_flush_denormal(flush):
+            pytest.skip("this processor always flushes denormals, or never")
+        for order in ORDERS[:3]:
+            with summation_order(order):
+                bits = gram([x]).view(torch.int32).tolist()
+            assert before.setdefault(order, bits) == bits
+    torch.set_flush_denormal(False)
+    assert before["float32"] != [[0, 0], [0, 0]] and before["amx"] == before["avx512bf16"] == [[0, 0], [0, 0]]
+
+
+def test_float32_inputs_have_one_order(kernel: ctypes.CDLL) -> None:
+    x = torch.randn(600, 40, generator=torch.Generator().manual_seed(0))
+    plain = cross([x], [x.bfloat16()])
+    with summation_order("amx"):
+        assert torch.equal(cross([x], [x.bfloat16()]), plain)
+        assert torch.equal(
+            gram([x[:300], x[300:].bfloat16()]), gram([torch.cat([x[:300], x[300:].bfloat16().float()])])
+        )
+    assert native_order(torch.float32) == "float32"
+
+
+def test_the_order_is_that_of_the_level(kernel: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = hard_columns(700, 30, torch.bfloat16, 0, 5)
+    for number, level in enumerate(LEVELS):
+        if kernel.sparsify_gram_level(number) >= 0:
+            monkeypatch.setenv(FORCE, level)
+            order = native_order(torch.bfloat16)
+            assert order in ("float32", level)
+            with summation_order(order):
+                expected = gram([x])
+            assert torch.equal(gram([x]), expected)
+    monkeypatch.setenv(FORCE, "torch")
+    assert native_order(torch.bfloat16) == "torch"
+    monkeypatch.delenv(FORCE)
+    for level in processor.available_levels():
+        monkeypatch.setenv(processor.FORCE, level)
+        assert native_order(torch.bfloat16) in ("float32", level)
+    monkeypatch.setenv(processor.FORCE, "avx2")
+    if "avx2" in processor.available_levels():
+        assert native_order(torch.bfloat16) == "float32"
+
+
+def test_an_order_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SparsifyError, match="unknown order of summation 'neon'"), summation_order("neon"):
+        pass
+    monkeypatch.setenv(FORCE, "torch")
+    with summation_order("amx"), pytest.raises(SparsifyError, match="'amx' need the native kernel"):
+        gram([integers(4, 6)])
+    with summation_order("torch"):
+        assert torch.equal(gram([integers(4, 6)]).double(), product([integers(4, 6)], [integers(4, 6)]))
 
 
 def test_float32_precision_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from sparsify import native
+from sparsify import native, processor
 from sparsify.errors import SparsifyError
 from sparsify.model.linear import is_two_four
 from sparsify.passes.compress import Scheme, Statistics, compress
@@ -137,6 +137,19 @@ def test_both_ways_decide_alike(problem, monkeypatch):
         results.append(rows)
     same = (results[0] == results[1]).float().mean()
     assert same > 0.995  # sums in another order: a rare tie may fall the other way
+
+
+@pytest.mark.parametrize(("bits", "select"), [(4, True), (4, False), (16, True), (16, False)])
+def test_native_result_does_not_depend_on_the_level(problem, monkeypatch, bits, select):
+    W, factors = problem
+    grid = Grid(bits, 64) if bits < 16 else None
+    swept = column_sweep(W, factors.inverse, grid, None, sparsegpt_select if select else None)
+    found = {}
+    for level in processor.available_levels():
+        monkeypatch.setenv(processor.FORCE, level)
+        found[level] = refine(swept.weight, W, factors.damped, 2, scale=swept.scale, grid=grid, select=select).weight
+    for level, weight in found.items():
+        assert torch.equal(weight, found["portable"]), level
 
 
 def test_inputs_that_are_always_zero(problem):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsify import native
+from sparsify import native, processor
 from sparsify.errors import NumericalError, SparsifyError
 from sparsify.model.linear import is_two_four
 from sparsify.passes.compress import Scheme, Statistics, activation_order, compress
@@ -236,6 +236,40 @@ def test_native_result_does_not_depend_on_threads(problem, way):
     finally:
         torch.set_num_threads(before)
     assert way == "torch" or torch.equal(*results)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("masked", ["no", "given", "selected"])
+def test_native_result_does_not_depend_on_the_level(problem, way, monkeypatch, bits, masked):
+    """Errors travel here, so that a product added without being rounded first would show."""
+    W, X, H = problem
+    U = factor(H, DAMPING, "t").inverse
+    W = W.repeat(9, 1)
+    keep = keep_two_of_four(W) if masked == "given" else None
+    select = sparsegpt_select if masked == "selected" else None
+    found = {}
+    for level in processor.available_levels():
+        monkeypatch.setenv(processor.FORCE, level)
+        found[level] = column_sweep(W, U, Grid(bits, 64) if bits < 16 else None, keep, select).weight
+    for level, weight in found.items():
+        assert torch.equal(weight, found["portable"]), level
+
+
+def test_native_arithmetic_rounds_each_product(way):
+    """The bits that the paper's loop has when every step of it is rounded on its own."""
+    if way == "torch":
+        pytest.skip("PyTorch's addr may use fused multiply-adds")
+    generator = torch.Generator().manual_seed(7)
+    W = torch.randn(5, 24, generator=generator)
+    U = (torch.randn(24, 24, generator=generator) * 0.1).triu(1) + torch.rand(24, generator=generator).add(0.5).diag()
+    rows = W.t().numpy().copy()
+    for i in range(24):
+        stored = torch.from_numpy(rows[i]).bfloat16().float().numpy()
+        error = (rows[i] - stored) / U[i, i].numpy()
+        rows[i] = stored
+        for j in range(i + 1, 24):
+            rows[j] = rows[j] - U[i, j].numpy() * error
+    assert torch.equal(column_sweep(W, U, None).weight, torch.from_numpy(rows).t())
 
 
 def test_an_unknown_way_is_refused(problem, monkeypatch):
