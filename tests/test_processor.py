@@ -32,8 +32,8 @@ IN_CPP = {
         ("avx2 fma avx_vnni", ("portable", "avx2", "avxvnni")),
         ("avx2 fma avx512f avx512bw avx512dq avx512vl avx512_vnni", ("portable", "avx2", "avx512")),
         ("avx2 fma avx512f avx512bw avx512dq avx512vl avx512_bf16", ("portable", "avx2", "avx512")),  # without VBMI
-        (" ".join({*NEEDED["avx512bf16"]}), ("portable", "avx2", "avx512", "avx512bf16")),
-        (" ".join({*NEEDED["amx"], "avx_vnni"}), LEVELS),
+        (" ".join(sorted(NEEDED["avx512bf16"])), ("portable", "avx2", "avx512", "avx512bf16")),
+        (" ".join(sorted({*NEEDED["amx"], "avx_vnni"})), LEVELS),
         ("asimd asimddp bf16", ("portable",)),
     ],
 )
