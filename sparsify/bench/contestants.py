@@ -176,6 +176,8 @@ def vllm_linear(n: int, k: int, group_size: int, copies: int, int8: bool = False
             group_size=group_size,
             zero_points=False,
         )
+        # Linux ends a process that uses AMX without having asked for it, and this class does not ask.
+        torch.cpu._init_amx()
         works, reason = CPUWNA16LinearKernel.can_implement(config)
         if not works:
             raise PeerMissing("refuses this shape", reason)
