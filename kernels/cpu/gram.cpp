@@ -276,6 +276,7 @@ TARGET_AVX2 void pack_avx2(const void* const* rows, int n_rows, int columns, voi
     float* out = static_cast<float*>(packed);
     Widened<uint16_t> widened(columns, kPlainPanel);
     for (int t = 0; t < n_rows; ++t, out += kPlainPanel) {
+        _mm_prefetch(static_cast<const uint16_t*>(rows[t]) + 64, _MM_HINT_T0);  // of the panels that follow
         const uint16_t* row = widened.get(rows[t], 0);
         for (int j = 0; j < kPlainPanel; j += 8) {
             const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + j)));
@@ -369,6 +370,7 @@ TARGET_AVX512 void pack_avx512(const void* const* rows, int n_rows, int columns,
     float* out = static_cast<float*>(packed);
     Widened<uint16_t> widened(columns, kPanel512);
     for (int t = 0; t < n_rows; ++t, out += kPanel512) {
+        _mm_prefetch(static_cast<const uint16_t*>(rows[t]) + 64, _MM_HINT_T0);  // of the panels that follow
         const uint16_t* row = widened.get(rows[t], 0);
         for (int j = 0; j < kPanel512; j += 16) {
             const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + j)));
