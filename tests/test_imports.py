@@ -17,9 +17,9 @@ from packaging.utils import canonicalize_name
 
 # A module may import from those above it, never from those below.
 ORDER = (
-    "errors", "files", "processor", "threads", "distributed", "progress", "native", "native_cuda", "emulation", "recipe",
-    "model", "data", "passes", "formats", "compiler", "runtime", "evaluation", "bench", "report", "demo", "doctor",
-    "kernel_builds", "cli", "__main__",
+    "errors", "failure", "files", "processor", "threads", "distributed", "compute", "progress", "native", "native_cuda",
+    "emulation", "recipe", "model", "data", "passes", "formats", "compiler", "runtime", "evaluation", "bench", "report",
+    "demo", "doctor", "kernel_builds", "cli", "__main__",
 )  # fmt: skip
 
 # The runtime is loaded by every vLLM worker and by transformers: it may know the format and nothing of the compiler.

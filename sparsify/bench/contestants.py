@@ -164,9 +164,12 @@ def vllm_linear(n: int, k: int, group_size: int, copies: int, int8: bool = False
         raise PeerMissing("not installed", "vLLM is not installed")
     with _environment("VLLM_CPU_INT4_W4A8", "1" if int8 else "0"), _environment("VLLM_LOGGING_LEVEL", "WARNING"):
         hold_vllm_down()
-        from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
-        from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
-        from vllm.scalar_type import scalar_types
+        try:
+            from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+            from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
+            from vllm.scalar_type import scalar_types
+        except ImportError as error:
+            raise PeerMissing("vLLM lacks it", f"this vLLM has no such kernel: {error}") from None
 
         config = MPLinearLayerConfig(
             full_weight_shape=(k, n),
