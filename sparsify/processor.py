@@ -32,7 +32,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
 }
 
 # How the libraries that torch computes with are kept from anything above a level. AMX is the last: nothing to keep from.
-_OTHERS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+OTHER_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _VALUES = {
     "portable": ("default", "SSE41", "SSE4_2"),
     "avx2": ("avx2", "AVX2", "AVX2"),
@@ -90,7 +90,7 @@ def kernel_level() -> int:
 
 def other_variables(level: str) -> dict[str, str]:
     """The environment that keeps torch's own libraries to a level; they read it when they are loaded."""
-    return dict(zip(_OTHERS, _VALUES[level], strict=True)) if level in _VALUES else {}
+    return dict(zip(OTHER_VARIABLES, _VALUES[level], strict=True)) if level in _VALUES else {}
 
 
 def _grants_amx() -> bool:

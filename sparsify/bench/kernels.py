@@ -37,7 +37,7 @@ from sparsify.bench.result import duration, size
 from sparsify.bench.shapes import Linear, distinct, model_shape, parse_shape
 from sparsify.errors import NumericalError, SparsifyError
 from sparsify.formats import ModuleScheme
-from sparsify.processor import LEVELS, forced_level
+from sparsify.processor import LEVELS, OTHER_VARIABLES, forced_level
 from sparsify.progress import progress_bar
 from sparsify.runtime.backends import BACKENDS
 
@@ -48,7 +48,6 @@ CHECKED_ROWS = 3
 BURSTS = 3
 LONG_CALL = 5.0  # seconds: a call that takes longer is timed once
 MOST_SECONDS = 20.0  # of one contestant's turns with one number of rows; slow ones get fewer
-OTHER_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # of torch's own libraries
 Clock = Callable[[], float]
 
 
