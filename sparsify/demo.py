@@ -27,7 +27,7 @@ from sparsify.bench import (
 )
 from sparsify.bench.peaks import arithmetic_peak
 from sparsify.bench.result import failures
-from sparsify.compiler.operations import in_words
+from sparsify.compiler.operations import SOLVER, in_words
 from sparsify.compiler.plan import make_plan
 from sparsify.compiler.run import apply
 from sparsify.compute import choose
@@ -55,32 +55,46 @@ PEAK_SECONDS = 0.5  # that the peak is looked for
 class CompileCost:
     """The compile step against what the machine could do.
 
-    operations: by part, counted from the plan;  dtype: in which most of them are;  peak: operations per second of `threads`
-    threads in that type, measured right after the step; None where the probe could not be built
+    operations: by part, counted from the plan;  dtype: of the model's own products; the solver's are in float32
+    peaks: operations per second of `threads` threads by type, measured right after the step; empty where the probe could
+    not be built
     """
 
     seconds: float
     operations: dict[str, int]
     dtype: str
     threads: int
-    peak: float | None
+    peaks: dict[str, float]
+
+    @property
+    def by_type(self) -> dict[str, int]:
+        """Operations by the type that they are computed in."""
+        solver = sum(count for part, count in self.operations.items() if part in SOLVER)
+        total = sum(self.operations.values())
+        if self.dtype == "float32":
+            return {"float32": total}
+        return {self.dtype: total - solver, "float32": solver}
 
     @property
     def ratio(self) -> float | None:
-        """Seconds taken to those of the same operations at 80% of the peak."""
-        if not self.peak:
+        """Seconds taken to those of the same operations at 80% of the peaks."""
+        if not self.peaks:
             return None
-        return self.seconds * ATTAINABLE * self.peak / sum(self.operations.values())
+        return self.seconds * ATTAINABLE / sum(count / self.peaks[kind] for kind, count in self.by_type.items())
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "total_operations": sum(self.operations.values()), "ratio": self.ratio}
 
     def sentence(self) -> str:
-        said = f"compile: {self.seconds:.0f} s for {in_words(sum(self.operations.values()))} in {self.dtype}"
-        if self.peak is None or self.ratio is None:
+        work = " and ".join(f"{in_words(count)} in {kind}" for kind, count in self.by_type.items())
+        said = f"compile: {self.seconds:.0f} s for {work}"
+        if self.ratio is None:
             return f"{said}; the machine's peak could not be measured"
-        rate = f"{self.peak / 1e9:.0f} GFLOP/s on {self.threads} threads"
-        return f"{said}, {self.ratio:.2f} times as long as at {ATTAINABLE:.0%} of the {rate} measured just now"
+        rates = " and ".join(f"{rate / 1e9:.0f}" for rate in self.peaks.values())
+        return (
+            f"{said}, {self.ratio:.2f} times as long as at {ATTAINABLE:.0%} of the {rates} GFLOP/s on {self.threads} threads "
+            "measured just now"
+        )
 
 
 @dataclass(frozen=True)
@@ -237,11 +251,12 @@ def compile_with_cost(recipe: Recipe, output: Path, quiet: bool = False) -> Comp
         return None
     dtype = str(plan.model.dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
+    kinds = dict.fromkeys((dtype, "float32"))
     try:
-        peak = arithmetic_peak(dtype, threads, PEAK_SECONDS)
+        peaks = {kind: arithmetic_peak(kind, threads, PEAK_SECONDS) for kind in kinds}
     except SparsifyError:
-        peak = None
-    return CompileCost(seconds, operations, dtype, threads, peak)
+        peaks = {}
+    return CompileCost(seconds, operations, dtype, threads, peaks)
 
 
 @contextmanager

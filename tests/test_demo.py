@@ -76,7 +76,7 @@ def test_a_model_that_cannot_run_is_a_row(steps, monkeypatch, tmp_path, capsys):
     told = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert [row["failure"] is None for row in told["bench"]["models"]] == [True, False, True]
     assert set(told["steps"]) == {"unpack", "compile", "export", "accuracy", "speed"}
-    assert told["compile"]["total_operations"] == 40 * 10**12 and told["compile"]["peak"] == 100e9
+    assert told["compile"]["total_operations"] == 40 * 10**12 and told["compile"]["peaks"] == {"float32": 100e9}
     assert told["dtype"] in ("float32", "bfloat16") and f"({told['dtype']})" in shown
 
 
@@ -100,10 +100,15 @@ def test_without_the_dense_model_there_are_no_ratios(steps, monkeypatch, tmp_pat
 
 
 def test_cost_is_held_against_the_peak():
-    cost = demo.CompileCost(seconds=300, operations=OPERATIONS, dtype="float32", threads=2, peak=200e9)
+    cost = demo.CompileCost(seconds=300, operations=OPERATIONS, dtype="float32", threads=2, peaks={"float32": 200e9})
     assert cost.ratio == pytest.approx(300 / (40e12 / (0.8 * 200e9))) == pytest.approx(1.2)
     assert "300 s for 40 TFLOP in float32, 1.20 times as long as at 80% of the 200 GFLOP/s" in cost.sentence()
-    unknown = demo.CompileCost(300, OPERATIONS, "float32", 2, None)
+    mixed = demo.CompileCost(
+        3, {"walk": 8 * 10**12, "sweep": 10**12}, "bfloat16", 2, {"bfloat16": 8e12, "float32": 1e12}
+    )
+    assert mixed.ratio == pytest.approx(3 * 0.8 / 2), "the solver is held against the float32 peak"
+    assert "8 TFLOP in bfloat16 and 1 TFLOP in float32" in mixed.sentence()
+    unknown = demo.CompileCost(300, OPERATIONS, "float32", 2, {})
     assert unknown.ratio is None and "could not be measured" in unknown.sentence()
 
 

@@ -11,6 +11,7 @@
 #include "exact.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -18,7 +19,13 @@
 namespace {
 
 constexpr int kChunk = 64;  // outputs
-constexpr float kNever = 3e38f;
+constexpr auto kAll = [] {
+    std::array<uint8_t, kChunk> ones{};
+    for (auto& one : ones) one = 1;
+    return ones;
+}();
+
+enum class Store { kGrid, kBf16, kFloat };
 
 // What does not change from chunk to chunk. Rows of W, G and keep are inputs of the panel.
 struct Panel {
@@ -26,9 +33,8 @@ struct Panel {
     int64_t ldh;
     int size;
     float low, high;  // of the codes
-    bool grid;        // else bf16 values, or float32 ones
-    bool to_bf16;
-    bool select;      // choose two of four here; else stay inside `keep`, or change every input when there is none
+    Store store;
+    bool select;  // choose two of four here; else stay inside `keep`, or change every input when there is none
 };
 
 INLINE float round_to_bf16(float x) {
@@ -39,12 +45,15 @@ INLINE float round_to_bf16(float x) {
     return x;
 }
 
-INLINE float stored(const Panel& p, float x, float unit) {
-    if (p.grid) return std::min(std::max(std::rint(x / unit), p.low), p.high) * unit;
-    return p.to_bf16 ? round_to_bf16(x) : x;
+// The loops over outputs below have no branch, or compilers would not vectorise them.
+template <Store S>
+INLINE float stored(float x, float unit, float low, float high) {
+    if (S == Store::kGrid) return std::min(std::max(std::rint(x / unit), low), high) * unit;
+    return S == Store::kBf16 ? round_to_bf16(x) : x;
 }
 
 // Inputs i ... i + 3 of a chunk: the best two of four. unit: the scale of each output. next: [4][kChunk], the new weights.
+template <Store S>
 INLINE void choose_two(const Panel& p, int i, const float* W, int64_t ldw, const float* G, int64_t ldg, const float* unit,
                        float next[4][kChunk], int n) {
     float A[4][4], b[4][kChunk], best[kChunk], first[kChunk], second[kChunk];
@@ -66,13 +75,15 @@ INLINE void choose_two(const Panel& p, int i, const float* W, int64_t ldw, const
             const float det = A[r][r] * A[s][s] - A[r][s] * A[r][s];
             const bool regular = det > 1e-6f * A[r][r] * A[s][s];
             if (A[s][s] <= 0) continue;
-            const float over_det = regular ? 1 / det : 0, over_s = 1 / A[s][s], over_r = A[r][r] > 0 ? 1 / A[r][r] : 0;
-            const float cross = A[r][s], ar = A[r][r], as = A[s][s];
+            // x = (own b_r - cross b_s) over: the minimum over both, or over r alone where s says the same as r
+            const float own = regular ? A[s][s] : 1, other = regular ? A[r][s] : 0;
+            const float over = regular ? 1 / det : A[r][r] > 0 ? 1 / A[r][r] : 0, over_s = 1 / A[s][s];
+            const float cross = A[r][s], ar = A[r][r], as = A[s][s], low = p.low, high = p.high;
             const int32_t number = 4 * r + s;
             for (int c = 0; c < n; c++) {
-                const float x = regular ? (as * b[r][c] - cross * b[s][c]) * over_det : b[r][c] * over_r;
-                const float v = stored(p, x, unit[c]);
-                const float u = stored(p, (b[s][c] - cross * v) * over_s, unit[c]);
+                const float x = (own * b[r][c] - other * b[s][c]) * over;
+                const float v = stored<S>(x, unit[c], low, high);
+                const float u = stored<S>((b[s][c] - cross * v) * over_s, unit[c], low, high);
                 const float e = v * (ar * v + 2 * (cross * u - b[r][c])) + u * (as * u - 2 * b[s][c]);
                 const bool better = e < best[c];
                 best[c] = better ? e : best[c];
@@ -83,28 +94,40 @@ INLINE void choose_two(const Panel& p, int i, const float* W, int64_t ldw, const
         }
     for (int r = 0; r < 4; r++)
         for (int c = 0; c < n; c++) {
-            const float chosen = support[c] >> 2 == r ? first[c] : (support[c] & 3) == r ? second[c] : 0.0f;
-            next[r][c] = support[c] < 0 ? W[(i + r) * ldw + c] : chosen;
+            const float now = W[(i + r) * ldw + c], one = first[c], two = second[c];
+            const float chosen = support[c] >> 2 == r ? one : (support[c] & 3) == r ? two : 0.0f;
+            next[r][c] = support[c] < 0 ? now : chosen;
         }
 }
 
-INLINE void refine_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
+// One row of the half gradient after `Step` inputs changed: g += H[j, i ... i + Step) change, one product after the other.
+template <int Step>
+INLINE void repair(const float* h, const float change[4][kChunk], float* g, int n) {
+    for (int c = 0; c < n; c++) {
+        float sum = g[c];
+        for (int r = 0; r < Step; r++) sum += h[r] * change[r][c];
+        g[c] = sum;
+    }
+}
+
+template <Store S>
+INLINE void refine_rows(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
                          const uint8_t* keep, int64_t ldk, int n) {
     float next[4][kChunk], change[4][kChunk], unit[kChunk];
     for (int c = 0; c < n; c++) unit[c] = scale ? scale[c] : 1.0f;
     const int step = p.select ? 4 : 1;
     for (int i = 0; i < p.size; i += step) {
         if (p.select) {
-            choose_two(p, i, W, ldw, G, ldg, unit, next, n);
+            choose_two<S>(p, i, W, ldw, G, ldg, unit, next, n);
         } else {
             const float h = p.H[i * (p.ldh + 1)];
-            const float over = h > 0 ? 1 / h : 0;
+            const float over = h > 0 ? 1 / h : 0, low = p.low, high = p.high;
+            const uint8_t* free = keep ? keep + i * ldk : kAll.data();
             for (int c = 0; c < n; c++) {
                 const float now = W[i * ldw + c], g = G[i * ldg + c];
-                const float better = stored(p, now - g * over, unit[c]);
+                const float better = stored<S>(now - g * over, unit[c], low, high);
                 const float gain = (better - now) * (h * (better - now) + 2 * g);  // how e changes
-                const bool free = !keep || keep[i * ldk + c];
-                next[0][c] = free && gain < 0 ? better : now;
+                next[0][c] = (free[c] != 0) & (gain < 0) ? better : now;
             }
         }
         for (int r = 0; r < step; r++)
@@ -112,14 +135,19 @@ INLINE void refine_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_
                 change[r][c] = next[r][c] - W[(i + r) * ldw + c];
                 W[(i + r) * ldw + c] = next[r][c];
             }
-        for (int j = 0; j < p.size; j++) {
-            float* g = G + j * ldg;
-            for (int r = 0; r < step; r++) {
-                const float h = p.H[j * p.ldh + i + r];
-                for (int c = 0; c < n; c++) g[c] += h * change[r][c];
-            }
+        if (p.select) {
+            for (int j = 0; j < p.size; j++) repair<4>(p.H + j * p.ldh + i, change, G + j * ldg, n);
+        } else {
+            for (int j = 0; j < p.size; j++) repair<1>(p.H + j * p.ldh + i, change, G + j * ldg, n);
         }
     }
+}
+
+INLINE void refine_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
+                         const uint8_t* keep, int64_t ldk, int n) {
+    if (p.store == Store::kGrid) return refine_rows<Store::kGrid>(p, W, ldw, G, ldg, scale, keep, ldk, n);
+    if (p.store == Store::kBf16) return refine_rows<Store::kBf16>(p, W, ldw, G, ldg, scale, keep, ldk, n);
+    refine_rows<Store::kFloat>(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
 using RefineChunk = void (*)(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
@@ -156,7 +184,8 @@ constexpr RefineChunk kRefines[] = {refine_portable};
 extern "C" void sparsify_refine_panel(float* W, int64_t ldw, float* G, int64_t ldg, const float* H, int64_t ldh, int size,
                                       int64_t outputs, const float* scale, float low, float high, const uint8_t* keep,
                                       int64_t ldk, int select, int to_bf16, int threads, int level) {
-    const Panel panel{H, ldh, size, low, high, scale != nullptr, to_bf16 != 0, select != 0};
+    const Store store = scale ? Store::kGrid : to_bf16 ? Store::kBf16 : Store::kFloat;
+    const Panel panel{H, ldh, size, low, high, store, select != 0};
     const RefineChunk refine = kRefines[sparsify::compilation_of(level)];
     const int64_t chunks = (outputs + kChunk - 1) / kChunk;
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -218,12 +218,9 @@ def remarks(options: KernelOptions) -> list[str]:
     forced = forced_level()
     if forced in (None, LEVELS[-1]):
         return []
-    found = []
     if any(peer.startswith("torch") for peer in options.peers) and not all(map(os.environ.get, OTHER_VARIABLES)):
-        found.append(f"torch is not held to {forced}: {', '.join(OTHER_VARIABLES)} do that (see sparsify doctor)")
-    if {"wna16", "w4a8"} & set(options.peers):
-        found.append(f"vLLM cannot be held to {forced}: its kernels use what the processor has")
-    return found
+        return [f"torch is not held to {forced}: {', '.join(OTHER_VARIABLES)} do that (see sparsify doctor)"]
+    return []
 
 
 def check(options: KernelOptions) -> None:

@@ -37,7 +37,7 @@ def test_ready_recipes_are_found_by_name_and_say_what_they_are() -> None:
 def test_the_ready_recipes_do_what_their_names_say() -> None:
     quickstart, joint = load_recipe("quickstart"), load_recipe("2of4-w4a16")
     assert quickstart.model == "embedded:smollm2-135m-instruct"
-    assert (quickstart.calibration.samples, quickstart.calibration.sequence_length) == (32, 256)
+    assert (quickstart.calibration.samples, quickstart.calibration.sequence_length) == (64, 128)
     for recipe in (quickstart, joint):
         assert recipe.prune is not None and recipe.quantize is not None
         assert recipe.quantize.method == "gptq"
