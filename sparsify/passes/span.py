@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from sparsify.passes.prune.sparsegpt import sparsegpt_select
-from sparsify.passes.quantize.grid import Grid
+from sparsify.passes.quantize.grid import SHRINK, Grid, search_scale
 from sparsify.passes.ways import faster_way
 from sparsify.processor import kernel_level
 
 FORCE = "SPARSIFY_SWEEP"
+MOST = 128  # inputs of a group whose scale is searched natively
+DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of float32's mantissa
 
 Select = Callable[[Tensor, Tensor], Tensor]
 """(quad [4, N], d [4]) -> bool [4, N], the two weights to keep of each group of 4; d is the diagonal of U there."""
@@ -115,6 +117,39 @@ def _in_native(
         _pointer(keep), _int64(keep.stride(0) if keep is not None else 0),
         int(select is not None), int(store == torch.bfloat16), torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
+
+
+def group_scale(rows: Tensor, d: Tensor, grid: Grid, keep: Tensor | None, select: Select | None) -> Tensor:
+    """The scale of one group for every output, for the weights that will probably stay: those of `keep`, or those that
+    `select` would keep of the weights as they are.
+
+    rows: float32 [G, N], the group's inputs; d: [G], the diagonal of U there; keep: bool [G, N] or None.
+    Returns float32 [N]. The ways differ in the order of sums only.
+    """
+    native_fits = select in (None, sparsegpt_select) and rows.shape[0] <= MOST and rows.stride(1) == 1
+    way = faster_way(FORCE, "cpu/sweep", rows.device) if native_fits else None
+    if isinstance(way, ctypes.CDLL):
+        return _search_natively(way, rows, d, grid, keep, select)
+    if keep is None and select is not None:
+        keep = torch.cat([select(rows[j : j + 4], d[j : j + 4]) for j in range(0, rows.shape[0], 4)])
+    return search_scale(rows, grid, keep, d)
+
+
+def _search_natively(
+    library: ctypes.CDLL, rows: Tensor, d: Tensor, grid: Grid, keep: Tensor | None, select: Select | None
+) -> Tensor:
+    stored = torch.finfo(grid.dtype)
+    ratios = torch.tensor(SHRINK if grid.search else (1.0,), dtype=torch.float32)
+    keep, d = keep.contiguous() if keep is not None else None, d.contiguous()
+    weight, found = d**-2, torch.empty(rows.shape[1])
+    library.sparsify_search_scale(
+        _pointer(rows), _int64(rows.stride(0)), rows.shape[0], _int64(rows.shape[1]), _pointer(d), _pointer(weight),
+        _pointer(ratios), len(ratios), ctypes.c_float(grid.low), ctypes.c_float(grid.high), DROPPED_BITS[grid.dtype],
+        ctypes.c_float(stored.tiny), ctypes.c_float(stored.max),
+        _pointer(keep), _int64(keep.stride(0) if keep is not None else 0), int(keep is None and select is not None),
+        _pointer(found), torch.get_num_threads(), kernel_level(),
+    )  # fmt: skip
+    return found
 
 
 _int64 = ctypes.c_int64

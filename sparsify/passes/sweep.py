@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsify.passes.quantize.grid import Grid, search_scale
-from sparsify.passes.span import Panel, Select, sweep_span
+from sparsify.passes.quantize.grid import Grid
+from sparsify.passes.span import Panel, Select, group_scale, sweep_span
 
 PANEL = 128
 
@@ -92,19 +92,8 @@ def column_sweep(
 def _group_scale(panel: Panel, first: int, grid: Grid, select: Select | None) -> Tensor:
     """The scale of the group that begins at input `first` of a panel, from the weights as they are now. Returns [N]."""
     ahead = slice(first, first + grid.group_size)
-    rows, d = panel.rows[ahead], panel.U.diagonal()[ahead]
     keep = panel.keep[ahead] if panel.keep is not None else None
-    return search_scale(rows, grid, _likely_kept(rows, d, keep, select), d)
-
-
-def _likely_kept(rows: Tensor, d: Tensor, keep: Tensor | None, select: Select | None) -> Tensor | None:
-    """The mask of a scale group before its sweep: the given one, or what `select` would keep of the weights as they are.
-
-    rows: [G, N]; d: [G]; keep: bool [G, N] or None. Returns bool [G, N] or None when nothing is pruned.
-    """
-    if keep is not None or select is None:
-        return keep
-    return torch.cat([select(rows[j : j + 4], d[j : j + 4]) for j in range(0, rows.shape[0], 4)])
+    return group_scale(panel.rows[ahead], panel.U.diagonal()[ahead], grid, keep, select)
 
 
 def _fixed_scales(
@@ -112,10 +101,8 @@ def _fixed_scales(
 ) -> Tensor:
     """Scales [K/G, N] chosen from the weights before the sweep."""
     d = U.diagonal() if order is None else U.diagonal()[torch.argsort(order)]
-    rows, kept_rows = W.t(), keep.t() if keep is not None else None
-    scales = []
-    for first in range(0, W.shape[1], grid.group_size):
-        ahead = slice(first, first + grid.group_size)
-        mask = _likely_kept(rows[ahead], d[ahead], kept_rows[ahead] if kept_rows is not None else None, select)
-        scales.append(search_scale(rows[ahead], grid, mask, d[ahead]))
-    return torch.stack(scales)
+    rows, kept_rows = W.t().contiguous(), keep.t() if keep is not None else None
+    groups = (slice(first, first + grid.group_size) for first in range(0, W.shape[1], grid.group_size))
+    return torch.stack(
+        [group_scale(rows[g], d[g], grid, kept_rows[g] if kept_rows is not None else None, select) for g in groups]
+    )

@@ -10,7 +10,8 @@ from sparsify.passes.compress import Scheme, Statistics, activation_order, compr
 from sparsify.passes.hessian import corrected_target, factor, relative_error
 from sparsify.passes.prune.magnitude import keep_two_of_four
 from sparsify.passes.prune.sparsegpt import sparsegpt_select
-from sparsify.passes.quantize.grid import Grid, search_scale
+from sparsify.passes.quantize.grid import SHRINK, Grid, search_scale
+from sparsify.passes.span import group_scale
 from sparsify.passes.sweep import column_sweep
 
 N, K, TOKENS, DAMPING = 24, 256, 700, 0.01  # two panels, so lazy updates are crossed
@@ -185,6 +186,39 @@ def test_scale_search_is_the_best_of_its_candidates():
         return ((rows / s).round().clamp(-8, 7) * s - rows).square().sum(0)
 
     assert (error(scale) <= error(plain)).all() and (error(scale) < error(plain)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", ["none", "given", "chosen"])
+def test_the_scale_of_a_group_is_the_best_candidate_in_fp64(dtype, mask):
+    """By brute force over all clipping ratios, in each way and for groups of every size; float16 overflows in one output."""
+    generator = torch.Generator().manual_seed(7)
+    for size, outputs in ((32, 70), (64, 1100), (128, 3), (256, 70)):
+        rows = torch.randn(size, outputs, generator=generator)
+        rows[:, 1], rows[:, 2] = 0, rows[:, 2] * 1e-15  # a removed output, and one that float16 cannot scale
+        d = torch.rand(size, generator=generator) + 0.5
+        keep = keep_two_of_four(rows.t()).t() if mask == "given" else None
+        select = sparsegpt_select if mask == "chosen" else None
+        found = group_scale(rows, d, Grid(4, size, dtype), keep, select)
+        if select is not None:
+            keep = torch.cat([select(rows[j : j + 4], d[j : j + 4]) for j in range(0, size, 4)])
+        masked = rows if keep is None else rows * keep
+        full = masked.abs().amax(0) / 7.5
+        candidates = torch.stack([(full * ratio).to(dtype).float() for ratio in SHRINK]).clamp(
+            min=torch.finfo(dtype).tiny
+        )
+
+        def error(scale, masked=masked, d=d):
+            code = (masked / scale).round().clamp(-8, 7).double()
+            return ((code * scale.double() - masked.double()) / d[:, None].double()).square().sum(0)
+
+        assert (found == candidates).any(0).all(), "a scale as it is stored"
+        least = torch.stack([error(scale) for scale in candidates]).amin(0)
+        assert (error(found) <= least * (1 + 1e-5)).all()
+        plain = group_scale(rows, d, Grid(4, size, dtype, search=False), keep, None)
+        assert torch.equal(plain, candidates[0])
+    huge = torch.full((32, 1), 1e38)
+    assert group_scale(huge, torch.ones(32), Grid(4, 32, dtype), None, None).isinf().all() == (dtype == torch.float16)
 
 
 def test_all_zero_rows_and_dead_inputs_stay_finite():
