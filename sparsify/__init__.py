@@ -4,7 +4,7 @@ Importing this package is cheap on purpose: every module is imported by whoever 
 with transformers, so that `from_pretrained` loads sparse24 checkpoints.
 """
 
-from sparsify.runtime.lazy import register_with_transformers
+from sparsify.runtime.import_hook import register_with_transformers
 
 __version__ = "0.1.0"
 

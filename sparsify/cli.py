@@ -76,7 +76,7 @@ ONE_PROCESS_HELP = "vLLM's scheduler and worker in one process, so that neither 
 
 
 def apply(args: argparse.Namespace) -> Outcome:
-    from sparsify.compiler.run import apply
+    from sparsify.compiler.apply import apply
     from sparsify.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.set, args.model)
@@ -144,14 +144,14 @@ def first_comment(text: str) -> str:
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
-    from sparsify.formats.inspection import inspect, render
+    from sparsify.formats.inspect import inspect, render
 
     result = inspect(args.directory, quiet=args.quiet)
     return Outcome(result.to_json(), [render(result)])
 
 
 def export(args: argparse.Namespace) -> Outcome:
-    from sparsify.compiler.export import export
+    from sparsify.compiler.dense_weights import export
 
     written = export(
         args.source, args.format, args.output, args.head, args.head_group_size, args.quiet, args.calibration
@@ -287,8 +287,8 @@ def serve(args: argparse.Namespace) -> Outcome:
 
 
 def build_kernels(args: argparse.Namespace) -> Outcome:
-    from sparsify.kernel_builds import build_all, table
-    from sparsify.native_cuda import parse_archs
+    from sparsify.native.build_cuda import parse_archs
+    from sparsify.native.builds import build_all, table
 
     archs = parse_archs(args.arch) if args.arch else ()
     builds = build_all(args.kernels, archs)
@@ -297,7 +297,7 @@ def build_kernels(args: argparse.Namespace) -> Outcome:
 
 
 def list_kernels(args: argparse.Namespace) -> Outcome:
-    from sparsify.kernel_builds import list_all, table
+    from sparsify.native.builds import list_all, table
 
     builds = list_all()
     return Outcome({"kernels": [build.to_json() for build in builds]}, [table(builds)])
@@ -322,7 +322,7 @@ def check_kernels(args: argparse.Namespace) -> Outcome:
 
 def inspect_kernels(args: argparse.Namespace) -> Outcome:
     from sparsify.bench.sass import LIMITS, inspect, markdown, table
-    from sparsify.native_cuda import parse_archs
+    from sparsify.native.build_cuda import parse_archs
 
     result = inspect(parse_archs(args.arch) if args.arch else tuple(LIMITS))
     return Outcome(result.to_json(), [markdown(result) if args.markdown else table(result)])
@@ -589,7 +589,7 @@ def command_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--cold", action="store_true", help="cycle through copies of the weights that exceed the cache"
     )
-    command.add_argument("--rounds", type=int, default=5, metavar="N", help="turns per contestant (default 5)")
+    command.add_argument("--rounds", type=int, default=5, metavar="N", help="turns per baseline (default 5)")
     command.add_argument("--no-peaks", action="store_true", help="do not measure the machine's peaks (saves 10 s)")
 
     command = add(

@@ -27,16 +27,16 @@ from sparsify.bench import (
 )
 from sparsify.bench.peaks import arithmetic_peak
 from sparsify.bench.result import failures
+from sparsify.compiler.apply import apply
+from sparsify.compiler.convert import export
 from sparsify.compiler.operations import SOLVER, in_words
 from sparsify.compiler.plan import make_plan
-from sparsify.compiler.run import apply
 from sparsify.compute import choose
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import EvaluationResult, evaluate_all
 from sparsify.evaluation.result import number
 from sparsify.failure import foot
 from sparsify.files import write_json
-from sparsify.formats.export import export
 from sparsify.recipe import Recipe, load_recipe
 from sparsify.report import report_on
 

@@ -28,8 +28,8 @@ from sparsify import threads
 from sparsify.bench.machine import GIB, cpu_model, memory_bytes, usable_cores
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
-from sparsify.native import find_compiler, known_kernels, open_library
-from sparsify.native_cuda import find_nvcc
+from sparsify.native.build import find_compiler, known_kernels, open_library
+from sparsify.native.build_cuda import find_nvcc
 from sparsify.processor import FORCE, available_levels, cpu_flags, forced_level, other_variables
 from sparsify.progress import progress_bar
 

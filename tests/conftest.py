@@ -22,12 +22,12 @@ LONGEST = (
     "kernels/test_sparse24.py",
     "end_to_end/test_vllm_serving.py",
     "runtime/test_triton.py",
-    "compiler/test_train.py",
-    "compiler/test_depth.py",
-    "passes/recover/test_lora.py",
+    "compiler/test_run_training.py",
+    "compiler/test_shorten.py",
+    "training/test_lora.py",
     "runtime/test_transformers.py",
-    "compiler/test_run.py",
-    "compiler/test_head.py",
+    "compiler/test_apply.py",
+    "compiler/test_output_head.py",
     "kernels/test_emulated_sparse24.py",
     "bench/test_worker.py",
     "end_to_end/test_depth_serving.py",
@@ -78,7 +78,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
     """Ends with the instruction sets that this run did not execute. The reports of all processes that ran tests are here."""
-    from tests.levels import not_executed
+    from tests.helpers.levels import not_executed
 
     yield
     skipped = terminalreporter.getreports("skipped")

@@ -139,7 +139,7 @@ def test_a_run_keeps_its_type(monkeypatch):
 
 def test_importing_measures_nothing(tmp_path):
     code = (
-        "import sparsify, sparsify.compute as c, sparsify.cli, sparsify.compiler.run\n"
+        "import sparsify, sparsify.compute as c, sparsify.cli, sparsify.compiler.apply\n"
         "assert not c._known, 'measured at import'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

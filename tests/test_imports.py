@@ -17,13 +17,13 @@ from packaging.utils import canonicalize_name
 
 # A module may import from those above it, never from those below.
 ORDER = (
-    "errors", "failure", "files", "processor", "threads", "distributed", "compute", "progress", "native", "native_cuda",
-    "emulation", "recipe", "model", "data", "passes", "formats", "compiler", "runtime", "evaluation", "bench", "report",
-    "demo", "doctor", "kernel_builds", "cli", "__main__",
+    "errors", "failure", "files", "units", "processor", "threads", "distributed", "compute", "progress", "native", "recipe",
+    "model", "data", "formats", "solver", "training", "depth", "compiler", "runtime", "evaluation", "bench", "report",
+    "demo", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 # The runtime is loaded by every vLLM worker and by transformers: it may know the format and nothing of the compiler.
-RUNTIME_MAY_IMPORT = ("errors", "processor", "files", "native", "native_cuda", "model.linear", "formats", "runtime")
+RUNTIME_MAY_IMPORT = ("errors", "processor", "files", "native", "model.linear", "formats", "runtime")
 
 # What must be importable without the heavy packages, and why.
 HEAVY = ("torch", "transformers", "vllm", "numpy", "pydantic", "rich")
@@ -84,13 +84,13 @@ def test_no_module_imports_from_below(repository: Path) -> None:
     ("source", "module", "is_package", "bad"),
     [
         ("from sparsify.cli import main", "sparsify.recipe.schema", False, True),
-        ("def f():\n    import sparsify.compiler.run", "sparsify.passes.sweep", False, True),
+        ("def f():\n    import sparsify.compiler.apply", "sparsify.solver.column_sweep", False, True),
         ("from sparsify import bench", "sparsify.evaluation", True, True),
-        ("from ..compiler import run", "sparsify.passes.sweep", False, True),
-        ("from . import sweep\nfrom .prune import wanda", "sparsify.passes", True, False),
-        ("from sparsify.progress import progress", "sparsify.runtime.hf", False, True),
-        ("from sparsify.model.blocks import find", "sparsify.runtime.hf", False, True),
-        ("from sparsify.model.linear import LinearWeights", "sparsify.runtime.hf", False, False),
+        ("from ..compiler import run", "sparsify.solver.column_sweep", False, True),
+        ("from . import sweep\nfrom .prune import wanda", "sparsify.solver", True, False),
+        ("from sparsify.progress import progress", "sparsify.runtime.hf_quantizer", False, True),
+        ("from sparsify.model.decoder import find", "sparsify.runtime.hf_quantizer", False, True),
+        ("from sparsify.model.linear import LinearWeights", "sparsify.runtime.hf_quantizer", False, False),
         ("from sparsify import __version__\nimport torch", "sparsify.recipe.schema", False, False),
     ],
 )
@@ -123,7 +123,7 @@ NEEDS_EXTRA: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparsify.runtime.vllm_plugin": ("vllm", VLLM),  # vLLM loads it
     "sparsify.bench.worker": ("vllm", VLLM),  # a process that sparsify.bench.run starts
     "sparsify.bench.vllm_cli": ("vllm", VLLM),  # a process that sparsify.bench.run starts
-    "sparsify.passes.triton_panels": ("triton", ("cuda",)),
+    "sparsify.solver.triton_sweep": ("triton", ("cuda",)),
     "sparsify.runtime.backends.triton": ("triton", ("cuda",)),
     "sparsify.runtime.backends.triton_kernels": ("triton", ("cuda",)),
     "sparsify.runtime.backends.triton_compile": ("triton", ("cuda",)),
@@ -131,11 +131,11 @@ NEEDS_EXTRA: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 # Modules that look whether the package is there before any import of it, theirs or that of a module they load.
 ASK_FIRST: dict[str, str] = {
-    "sparsify.passes.ways": "triton",
+    "sparsify.solver.dispatch": "triton",
     "sparsify.runtime.backends.triton": "triton",
 }
 # Rows of a table, which a package makes and which say why they are not there; the command does not need it.
-ROWS = {"sparsify.bench.contestants", "sparsify.bench.gpu_kernels"}
+ROWS = {"sparsify.bench.baselines", "sparsify.bench.gpu_kernels"}
 # (who, whom): imports for names that need no package; what needs one runs in a process of its own.
 NAMES_ONLY = {("sparsify.bench.machine", "sparsify.bench.vllm_cli"), ("sparsify.bench.run", "sparsify.bench.vllm_cli")}
 
@@ -349,7 +349,7 @@ def test_modules_load_with_the_dependencies_alone(repository: Path, house: dict[
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [
-        "sparsify.passes.recover.lora: the lora pass needs peft: pip install 'sparsify-24[train]'"
+        "sparsify.training.lora: the lora pass needs peft: pip install 'sparsify-24[train]'"
     ]
 
 

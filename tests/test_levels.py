@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sparsify.processor import FORCE, LEVELS
-from tests import levels
-from tests.levels import need, not_executed
+from tests.helpers import levels
+from tests.helpers.levels import need, not_executed
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_run_ends_with_what_it_did_not_execute(processes: int, repository: Pat
     """With this repository's conftest, in one process and in several; the forced level makes it the same on every machine."""
     few = tmp_path / "test_few.py"
     few.write_text(
-        "import pytest\nfrom tests.levels import need\n"
+        "import pytest\nfrom tests.helpers.levels import need\n"
         f"@pytest.fixture(params={LEVELS[1:]!r})\ndef level(request):\n    need(request.param, True)\n"
         "def test_one(level):\n    pass\ndef test_another(level):\n    pass\n"
     )

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsify import doctor, native, processor
+from sparsify import doctor, processor
 from sparsify.errors import SparsifyError
+from sparsify.native import build
 from sparsify.processor import FORCE, LEVELS, NEEDED
 
 # What detect_cpu (kernels/cpu/cpu_features.h) has to find for a level; AMX is asked for, too.
@@ -43,14 +44,14 @@ def test_levels_of_a_processor(flags: str, expected: tuple[str, ...]) -> None:
 
 
 def test_python_and_the_kernels_find_the_same_levels(tmp_path: Path) -> None:
-    compiler = native.find_compiler()
+    compiler = build.find_compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
     source, program = tmp_path / "levels.cpp", tmp_path / "levels"
     lines = [f'if ({condition}) std::puts("{name}");' for name, condition in IN_CPP.items()]
     body = "using namespace sparsify; const CpuFeatures cpu = detect_cpu(); (void)cpu; " + " ".join(lines)
     source.write_text(f'#include <cstdio>\n#include "cpu_features.h"\nint main() {{ {body} }}\n')
-    folder = native.kernels_directory() / "cpu"
+    folder = build.kernels_directory() / "cpu"
     subprocess.run([*compiler.command, "-std=c++17", f"-I{folder}", str(source), "-o", str(program)], check=True)
     found = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.split()
     assert processor.available_levels() == tuple(found)
@@ -101,7 +102,7 @@ def test_the_doctor_says_what_else_to_set(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.skipif(processor.available_levels()[-1] == "amx", reason="this processor has every level")
 def test_a_level_that_is_not_here_is_not_found_by_the_kernel_either() -> None:
-    library = native.load("cpu/gram")
+    library = build.load("cpu/gram")
     if library is None:
         pytest.skip("no C++ compiler")
     assert isinstance(library, ctypes.CDLL)

@@ -223,7 +223,7 @@ def test_duration(seconds: float, shown: str) -> None:
 
 def test_a_command_without_a_terminal(tmp_path: Path) -> None:
     """Through a pipe: lines on stderr, the result alone on stdout; --quiet leaves the result alone."""
-    from tests.tiny import save_tiny
+    from tests.helpers.tiny import save_tiny
 
     source = save_tiny(tmp_path / "model")
     command = [sys.executable, "-m", "sparsify", "export", str(source), "--format", "dense", "--output"]

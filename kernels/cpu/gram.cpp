@@ -55,7 +55,7 @@ constexpr int kStep = 32;        // rows of one tdpbf16ps
 // As sparsify/processor.py counts them. AVX-VNNI multiplies integers: here it is AVX2.
 enum Level { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Bf16 = 4, kAmx = 5 };
 enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2, kOutOfMemory = 3 };
-// As sparsify/passes/gram.py counts them.
+// As sparsify/solver/gram.py counts them.
 enum OrderName { kFloat32 = 0, kPairs = 1, kTiles = 2 };
 
 struct Order {

@@ -3,7 +3,7 @@
 Three parts: every back end that serves is compared with float64 over a sweep of shapes, types and layouts (and the CUDA
 kernel in each of its tile shapes); then everything is timed by replaying CUDA graphs; then a table. A product is timed
 over as many copies of the weights as exceed the second-level cache twice, so that weights come from memory, as they do
-in a model. Contestants take turns, so that a slow spell of the machine hits them all; a time is the median.
+in a model. Baselines take turns, so that a slow spell of the machine hits them all; a time is the median.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from sparsify.bench.contestants import random_tensors
+from sparsify.bench.baselines import random_tensors
 from sparsify.bench.shapes import Linear, parse_shape
-from sparsify.emulation import Sparse24
 from sparsify.errors import SparsifyError
 from sparsify.files import atomic_write, read_json
 from sparsify.formats import ModuleScheme, get_format
+from sparsify.native.emulator import Sparse24
 from sparsify.progress import describe, progress_bar
-from sparsify.runtime.backends import BACKENDS, Backend, crossovers, cuda, known_backends
+from sparsify.runtime.backends import BACKENDS, Backend, cuda, known_backends, measured_choice
 from sparsify.runtime.op import sparse24_linear
 
 LINEARS = (
@@ -105,7 +105,7 @@ class Correctness:
 
 @dataclass(frozen=True)
 class Row:
-    """Microseconds of every contestant on one linear with M rows, and of the CUDA kernel in each of its configurations."""
+    """Microseconds of every baseline on one linear with M rows, and of the CUDA kernel in each of its configurations."""
 
     linear: str
     n: int
@@ -120,7 +120,7 @@ class Row:
 
 @dataclass
 class Timed:
-    """What was measured of one linear with one number of rows, by contestant: microseconds and bytes; configs as in Row."""
+    """What was measured of one linear with one number of rows, by baseline: microseconds and bytes; configs as in Row."""
 
     microseconds: dict[str, float] = field(default_factory=dict)
     nbytes: dict[str, int] = field(default_factory=dict)
@@ -469,7 +469,7 @@ Call = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class GpuContestant:
+class GpuBaseline:
     """A linear in some number of copies. calls: one per copy, x: [M, K] -> [M, N]; nbytes: of one copy's weights."""
 
     name: str
@@ -487,40 +487,38 @@ def time_linear(
     deadline: float,
     report: GpuReport,
 ) -> None:
-    """Add the times of some contestants on one linear to `timed`."""
+    """Add the times of some baselines on one linear to `timed`."""
     cache = report.gpu["l2_bytes"]
-    contestants = []
+    baselines = []
     for backend in backends:
         for bits in BITS.get(backend.name, (4,)):
-            contestants += note_or(ours(backend, linear, bits, options.group_size, cache, device), report)
+            baselines += note_or(ours(backend, linear, bits, options.group_size, cache, device), report)
     if peers:
-        contestants.append(dense(linear, cache, device))
-        contestants += note_or(marlin(linear, options.group_size, cache, device), report)
+        baselines.append(dense(linear, cache, device))
+        baselines += note_or(marlin(linear, options.group_size, cache, device), report)
     for m in options.rows:
         x = activations(m, linear.k, linear.n, torch.bfloat16, device, False, False)[0]
         found = timed.setdefault((linear, m), Timed())
         graphs = []
-        for contestant in contestants:
+        for baseline in baselines:
             if time.monotonic() > deadline:
-                note = (
-                    f"out of time ({options.seconds:.0f} s): some {contestant.name} was left out; give --seconds more"
-                )
+                note = f"out of time ({options.seconds:.0f} s): some {baseline.name} was left out; give --seconds more"
                 if note not in report.notes:
                     report.notes.append(note)
                 continue
-            if contestant.name == "cuda":
+            if baseline.name == "cuda":
                 for name, index in cuda_configs().items():
                     with forced_config(index):
-                        microseconds = time_calls([(contestant, x)], device, report, rounds=1)
+                        microseconds = time_calls([(baseline, x)], device, report, rounds=1)
                     if microseconds:
                         found.configs[name] = microseconds["cuda"]
-            graphs.append((contestant, x))
-            found.nbytes[contestant.name] = contestant.nbytes + (m * linear.k + m * linear.n) * 2
+            graphs.append((baseline, x))
+            found.nbytes[baseline.name] = baseline.nbytes + (m * linear.k + m * linear.n) * 2
         found.microseconds.update(time_calls(graphs, device, report))
 
 
-def note_or(made: GpuContestant | str, report: GpuReport) -> list[GpuContestant]:
-    """A contestant as a list of one; or a note that says why there is none."""
+def note_or(made: GpuBaseline | str, report: GpuReport) -> list[GpuBaseline]:
+    """A baseline as a list of one; or a note that says why there is none."""
     if isinstance(made, str):
         if made not in report.notes:
             report.notes.append(made)
@@ -529,28 +527,28 @@ def note_or(made: GpuContestant | str, report: GpuReport) -> list[GpuContestant]
 
 
 def time_calls(
-    contestants: Sequence[tuple[GpuContestant, Tensor]], device: torch.device, report: GpuReport, rounds: int = ROUNDS
+    baselines: Sequence[tuple[GpuBaseline, Tensor]], device: torch.device, report: GpuReport, rounds: int = ROUNDS
 ) -> dict[str, float]:
-    """Microseconds per call by contestant: the median over the replays of all turns."""
+    """Microseconds per call by baseline: the median over the replays of all turns."""
     graphs = {}
     turns: dict[str, list[float]] = {}
-    for contestant, x in contestants:
+    for baseline, x in baselines:
         try:
-            alone = seconds_of_one(contestant.calls[0], x, device)
+            alone = seconds_of_one(baseline.calls[0], x, device)
             if alone > SLOW_SECONDS:  # a graph saves nothing here
-                turns[contestant.name] = [alone]
+                turns[baseline.name] = [alone]
                 continue
             # once over all copies, unless that takes long: then activations fill the cache and fewer copies do
-            most = max(GRAPH_CALLS, len(contestant.calls))
+            most = max(GRAPH_CALLS, len(baseline.calls))
             count = max(2, min(most, math.ceil(GRAPH_SECONDS / alone)))
-            calls = [contestant.calls[i % len(contestant.calls)] for i in range(count)]
+            calls = [baseline.calls[i % len(baseline.calls)] for i in range(count)]
             graph = captured(partial(run_all, calls, x), device)
             one = replay_seconds(graph, 1, device)[0]
         except Exception as error:  # one that fails must not end the others
-            report.notes.append(f"{contestant.name} with M {x.shape[0]}: {summary(error)}")
+            report.notes.append(f"{baseline.name} with M {x.shape[0]}: {summary(error)}")
             continue
-        graphs[contestant.name] = (graph, count, max(3, min(100, int(REPLAY_SECONDS / max(one, 1e-7)))))
-        turns[contestant.name] = []
+        graphs[baseline.name] = (graph, count, max(3, min(100, int(REPLAY_SECONDS / max(one, 1e-7)))))
+        turns[baseline.name] = []
     for _ in range(rounds):
         for name, (graph, count, replays) in graphs.items():
             turns[name] += [seconds / count for seconds in replay_seconds(graph, replays, device)]
@@ -609,7 +607,7 @@ def copies_of(nbytes: int, cache: int) -> int:
 
 def ours(
     backend: Backend, linear: Linear, bits: Literal[4, 16], group_size: int, cache: int, device: torch.device
-) -> GpuContestant | str:
+) -> GpuBaseline | str:
     """The op with one back end, in bfloat16. A text says why it does not serve this linear."""
     scheme = ModuleScheme(bits, linear.k if bits == 16 else group_size, "2:4", (linear.n, linear.k))
     if reason := backend.supports(scheme, device, torch.bfloat16):
@@ -622,7 +620,7 @@ def ours(
     def call(weights: list[Tensor]) -> Call:
         return lambda x: sparse24_linear(x, weights, None, scheme, backend.name)
 
-    return GpuContestant(label(backend.name, bits), [call(weights) for weights in prepared], nbytes)
+    return GpuBaseline(label(backend.name, bits), [call(weights) for weights in prepared], nbytes)
 
 
 def label(backend: str, bits: int) -> str:
@@ -630,7 +628,7 @@ def label(backend: str, bits: int) -> str:
     return backend if bits == 4 else f"{backend} {bits}-bit"
 
 
-def dense(linear: Linear, cache: int, device: torch.device) -> GpuContestant:
+def dense(linear: Linear, cache: int, device: torch.device) -> GpuBaseline:
     """torch's own dense linear in bfloat16."""
     weight = torch.empty(linear.n, linear.k, dtype=torch.bfloat16, device=device).normal_(0, 0.02)
     nbytes = weight.numel() * 2
@@ -639,10 +637,10 @@ def dense(linear: Linear, cache: int, device: torch.device) -> GpuContestant:
     def call(weight: Tensor) -> Call:
         return lambda x: torch.nn.functional.linear(x, weight)
 
-    return GpuContestant(DENSE, [call(weight) for weight in weights], nbytes)
+    return GpuBaseline(DENSE, [call(weight) for weight in weights], nbytes)
 
 
-def marlin(linear: Linear, group_size: int, cache: int, device: torch.device) -> GpuContestant | str:
+def marlin(linear: Linear, group_size: int, cache: int, device: torch.device) -> GpuBaseline | str:
     """vLLM's dense 4-bit Marlin kernel, packed and called by vLLM's own functions; or why it cannot be had here."""
     try:
         from vllm import _custom_ops as ops
@@ -685,7 +683,7 @@ def marlin(linear: Linear, group_size: int, cache: int, device: torch.device) ->
         def call(w: Tensor, s: Tensor) -> Call:
             return lambda x: product(x, w, s)
 
-        return GpuContestant(MARLIN, [call(w, s) for w, s in copies], nbytes)
+        return GpuBaseline(MARLIN, [call(w, s) for w, s in copies], nbytes)
     except Exception as error:
         return f"{MARLIN}: this vLLM differs from the one this was written for ({summary(error)})"
 
@@ -747,7 +745,7 @@ def make_rows(
 
 
 def merge_times(report: GpuReport, file: Path) -> None:
-    """Put the measured times into the file that `runtime/backends/crossovers.py` reads, in place of older ones of the same
+    """Put the measured times into the file that `runtime/backends/measured_choice.py` reads, in place of older ones of the same
     product and beside all others."""
     names: dict[str, tuple[str, Literal[4, 16]]] = {
         label(name, bits): (name, bits) for name in known_backends() for bits in BITS.get(name, (4,))
@@ -758,7 +756,7 @@ def merge_times(report: GpuReport, file: Path) -> None:
         for shown, microseconds in row.microseconds.items():
             if shown in names:
                 name, bits = names[shown]
-                kind = kinds.setdefault(crossovers.kind(ModuleScheme(bits, 64, "2:4", (row.n, row.k))), {})
+                kind = kinds.setdefault(measured_choice.kind(ModuleScheme(bits, 64, "2:4", (row.n, row.k))), {})
                 kind.setdefault(f"{row.n}x{row.k}", {}).setdefault(name, {})[str(row.m)] = microseconds
     atomic_write(file, json.dumps(everything, indent=1, sort_keys=True) + "\n")
 

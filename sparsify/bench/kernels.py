@@ -1,8 +1,8 @@
 """`sparsify bench kernels`: one linear at a time, ours against PyTorch's, vLLM's and llama.cpp's, beside what the machine
 can do.
 
-The contestants take turns (A B C A B C ...), so that a slow spell of the machine hits them all. One turn is a few bursts
-of calls, of which the fastest counts; a contestant's time is the median over its turns. The machine's peaks are looked at
+The baselines take turns (A B C A B C ...), so that a slow spell of the machine hits them all. One turn is a few bursts
+of calls, of which the fastest counts; a baseline's time is the median over its turns. The machine's peaks are looked at
 before and after every round: each turn of ours is set beside the better of its two neighbours. A peer that cannot be
 measured is named with the reason, and the others go on.
 """
@@ -28,8 +28,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from sparsify.bench import contestants
-from sparsify.bench.contestants import OURS, PEERS, Contestant
+from sparsify.bench import baselines
+from sparsify.bench.baselines import OURS, PEERS, Baseline
 from sparsify.bench.machine import describe_machine, installed_versions, recorded_environment
 from sparsify.bench.missing import Absence, absence
 from sparsify.bench.peaks import Glance, Meter, Peaks, cache_bytes
@@ -47,7 +47,7 @@ UNKNOWN_L3 = 64 * 2**20  # what --cold exceeds where the size of the last cache 
 CHECKED_ROWS = 3
 BURSTS = 3
 LONG_CALL = 5.0  # seconds: a call that takes longer is timed once
-MOST_SECONDS = 20.0  # of one contestant's turns with one number of rows; slow ones get fewer
+MOST_SECONDS = 20.0  # of one baseline's turns with one number of rows; slow ones get fewer
 Clock = Callable[[], float]
 
 
@@ -56,8 +56,8 @@ class KernelOptions:
     """What to measure and how.
 
     rows: M, the tokens multiplied at once. bits, group_size (0: one scale per output), pattern, dtype: of our linear.
-    peers: keys of `contestants.PEERS`. cold: every call uses another copy of the weights, which together exceed the
-    last cache. rounds: turns per contestant; seconds: how long one burst of calls takes at least.
+    peers: keys of `baselines.PEERS`. cold: every call uses another copy of the weights, which together exceed the
+    last cache. rounds: turns per baseline; seconds: how long one burst of calls takes at least.
     """
 
     rows: Sequence[int] = ROWS
@@ -75,13 +75,13 @@ class KernelOptions:
 
 @dataclass(frozen=True)
 class Timing:
-    """One contestant on one shape with one number of rows.
+    """One baseline on one shape with one number of rows.
 
     seconds: median over turns of the fastest burst, per call. nbytes: of the weights of one call.
     bandwidth: nbytes per second; arithmetic: 2 N K M operations per second, as if the weights were dense.
     """
 
-    contestant: str
+    baseline: str
     detail: str
     seconds: float
     turns: list[float]
@@ -179,7 +179,7 @@ def bench_kernels(linears: Sequence[Linear], options: KernelOptions | None = Non
             field_, absent = line_up(linear, options, l3)
             absences += absent
             backends += [c.detail for c in field_ if c.name == OURS and c.detail not in backends]
-            peers.update({contestant.name: contestant.detail for contestant in field_[1:]})
+            peers.update({baseline.name: baseline.detail for baseline in field_[1:]})
             for m in options.rows:
                 bar.describe(f"{linear.label}, M {m}")
                 row, absent = measure_row(linear, m, field_, options, meter, l3)
@@ -235,7 +235,7 @@ def check(options: KernelOptions) -> None:
         raise SparsifyError("--rounds takes a positive number")
 
 
-def line_up(linear: Linear, options: KernelOptions, l3: int | None) -> tuple[list[Contestant], list[Absence]]:
+def line_up(linear: Linear, options: KernelOptions, l3: int | None) -> tuple[list[Baseline], list[Absence]]:
     """Ours first, then the peers that can be had; and why others cannot."""
     n, k = linear.n, linear.k
     group = k if options.bits == 16 or not options.group_size else options.group_size
@@ -247,12 +247,12 @@ def line_up(linear: Linear, options: KernelOptions, l3: int | None) -> tuple[lis
         return max(2, -int(-wanted // (n * k * bits_per_weight / 8)) + 1) if options.cold else 1
 
     bits = options.bits * (0.5 if options.pattern == "2:4" else 1) + (1 if options.pattern == "2:4" else 0)
-    mine = contestants.ours(scheme, DTYPES[options.dtype], copies(bits))
+    mine = baselines.ours(scheme, DTYPES[options.dtype], copies(bits))
     check_product(mine, linear)
     field_, absences = [mine], []
     for key in options.peers:
         try:
-            peer = contestants.peer(key, n, k, group if options.bits != 16 else 64, copies(contestants.BITS[key]))
+            peer = baselines.peer(key, n, k, group if options.bits != 16 else 64, copies(baselines.BITS[key]))
             check_product(peer, linear)
         except Exception as error:  # whatever another software raises: the comparison goes on without it
             absences.append(absence(PEERS[key], error, linear.label))
@@ -273,23 +273,23 @@ def everywhere(absences: Sequence[Absence], linears: Sequence[Linear]) -> list[A
     return found
 
 
-def check_product(contestant: Contestant, linear: Linear) -> None:
+def check_product(baseline: Baseline, linear: Linear) -> None:
     """A fast wrong product is worth nothing: compare the first outputs with float64."""
     generator = torch.Generator().manual_seed(7)
-    x = torch.empty(CHECKED_ROWS, linear.k).normal_(generator=generator).to(contestant.dtype)
-    error = contestants.error_of(contestant, x)
-    if not error <= contestant.tolerance:
-        name = f"{contestant.name} ({contestant.detail})" if contestant.detail else contestant.name
+    x = torch.empty(CHECKED_ROWS, linear.k).normal_(generator=generator).to(baseline.dtype)
+    error = baselines.error_of(baseline, x)
+    if not error <= baseline.tolerance:
+        name = f"{baseline.name} ({baseline.detail})" if baseline.detail else baseline.name
         raise NumericalError(
             f"{name} multiplies {linear.label} wrongly: relative error {error:.2g}, expected at most "
-            f"{contestant.tolerance:.2g}; its speed means nothing"
+            f"{baseline.tolerance:.2g}; its speed means nothing"
         )
 
 
 def measure_row(
     linear: Linear,
     m: int,
-    field_: Sequence[Contestant],
+    field_: Sequence[Baseline],
     options: KernelOptions,
     meter: Meter | None,
     l3: int | None,
@@ -297,7 +297,7 @@ def measure_row(
     """One shape with M rows, and the peers that cannot multiply that many."""
     generator = torch.Generator().manual_seed(m)
     source = torch.empty(m, linear.k).normal_(generator=generator)
-    inputs = {contestant.dtype: source.to(contestant.dtype) for contestant in field_}
+    inputs = {baseline.dtype: source.to(baseline.dtype) for baseline in field_}
     running, first, absences = first_calls(field_, inputs, f"{linear.label}, {m} rows")
     glances: list[Glance] = []
     kind = "float32" if options.dtype == "float32" else "bfloat16"
@@ -312,37 +312,37 @@ def measure_row(
 
 
 def first_calls(
-    field_: Sequence[Contestant], inputs: Mapping[torch.dtype, Tensor], where: str, clock: Clock = time.perf_counter
-) -> tuple[list[Contestant], list[float], list[Absence]]:
-    """The contestants whose first call works, its seconds, and why others do not. It allocates and faults pages in."""
+    field_: Sequence[Baseline], inputs: Mapping[torch.dtype, Tensor], where: str, clock: Clock = time.perf_counter
+) -> tuple[list[Baseline], list[float], list[Absence]]:
+    """The baselines whose first call works, its seconds, and why others do not. It allocates and faults pages in."""
     running, seconds, absences = [], [], []
-    for contestant in field_:
+    for baseline in field_:
         begin = clock()
         try:
-            contestant.calls[0](inputs[contestant.dtype])
+            baseline.calls[0](inputs[baseline.dtype])
         except Exception as error:
-            if contestant.name == OURS:
+            if baseline.name == OURS:
                 raise
-            absences.append(absence(contestant.name, error, where))
+            absences.append(absence(baseline.name, error, where))
             continue
-        running.append(contestant)
+        running.append(baseline)
         seconds.append(clock() - begin)
     return running, seconds, absences
 
 
 def take_turns(
-    field_: Sequence[Contestant],
+    field_: Sequence[Baseline],
     inputs: Mapping[torch.dtype, Tensor],
     options: KernelOptions,
     first: Sequence[float],
     between: Callable[[], None] = lambda: None,
     clock: Clock = time.perf_counter,
 ) -> list[list[float]]:
-    """Seconds per call: one list per contestant with one value per turn, that of the turn's fastest burst.
+    """Seconds per call: one list per baseline with one value per turn, that of the turn's fastest burst.
 
     first: seconds of the first calls. between: called before, between and after the rounds.
     """
-    copies = [cycle(contestant.calls) for contestant in field_]
+    copies = [cycle(baseline.calls) for baseline in field_]
 
     def burst(index: int, count: int) -> float:
         x, weights = inputs[field_[index].dtype], copies[index]
@@ -374,26 +374,26 @@ def take_turns(
     return turns
 
 
-def exceeds_cache(contestant: Contestant, l3: int | None) -> bool | None:
+def exceeds_cache(baseline: Baseline, l3: int | None) -> bool | None:
     """Whether its copies together are larger than the last cache; None where its size is not known."""
-    return None if l3 is None else contestant.nbytes * len(contestant.calls) > l3
+    return None if l3 is None else baseline.nbytes * len(baseline.calls) > l3
 
 
 def make_row(
     linear: Linear,
     m: int,
-    field_: Sequence[Contestant],
+    field_: Sequence[Baseline],
     turns: Sequence[Sequence[float]],
     glances: Sequence[Glance],
     l3: int | None,
 ) -> KernelRow:
     """turns: what `take_turns` returned. glances: one more than rounds, or none."""
     timings = []
-    for contestant, times in zip(field_, turns, strict=True):
+    for baseline, times in zip(field_, turns, strict=True):
         seconds = max(median(times), 1e-12)
-        bandwidth, arithmetic = contestant.nbytes / seconds, 2 * linear.n * linear.k * m / seconds
+        bandwidth, arithmetic = baseline.nbytes / seconds, 2 * linear.n * linear.k * m / seconds
         timings.append(
-            Timing(contestant.name, contestant.detail, seconds, list(times), contestant.nbytes, bandwidth, arithmetic)
+            Timing(baseline.name, baseline.detail, seconds, list(times), baseline.nbytes, bandwidth, arithmetic)
         )
     mine = timings[0]
     bandwidth_share = arithmetic_share = None
@@ -408,7 +408,7 @@ def make_row(
         ]
         bandwidth_share = mine.nbytes / median(read)
         arithmetic_share = 2 * linear.n * linear.k * m / median(multiplied)
-    ratios = {timing.contestant: timing.seconds / mine.seconds for timing in timings[1:]}
+    ratios = {timing.baseline: timing.seconds / mine.seconds for timing in timings[1:]}
     exceeds = exceeds_cache(field_[0], l3)
     return KernelRow(linear, m, ratios, timings, exceeds, bandwidth_share, arithmetic_share, list(glances))
 

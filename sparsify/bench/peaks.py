@@ -17,9 +17,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sparsify import native
 from sparsify.bench.machine import memory_bytes
 from sparsify.errors import SparsifyError
+from sparsify.native import build
 from sparsify.processor import LEVELS, forced_level
 
 KERNEL = "cpu/peaks"
@@ -78,7 +78,7 @@ class Probes:
     """The C interface of kernels/cpu/peaks.cpp; SparsifyError when it cannot be built here."""
 
     def __init__(self) -> None:
-        self.library = native.open_library(KERNEL)
+        self.library = build.open_library(KERNEL)
 
     def levels(self) -> list[int]:
         """Numbers of the instruction sets that this machine can run and SPARSIFY_CPU_LEVEL allows, ascending.

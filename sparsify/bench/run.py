@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from sparsify.bench import vllm_cli
-from sparsify.bench.imitation import ENGINE_ARGUMENTS, PREFIX, is_imitation, parse_imitation
+from sparsify.bench.dummy_model import ENGINE_ARGUMENTS, PREFIX, is_dummy, parse_dummy
 from sparsify.bench.machine import (
     BIND,
     ONE_PROCESS,
@@ -47,7 +47,7 @@ from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.failure import Failure, failure_of
 from sparsify.files import read_json, write_json
 from sparsify.model.checkpoint import open_checkpoint
-from sparsify.native import build_ahead
+from sparsify.native.build import build_ahead
 from sparsify.progress import Task, progress_bar, silenced
 from sparsify.runtime.backends.cpu import INT8_VARIABLE
 
@@ -286,8 +286,8 @@ def open_targets(
         label = labels[i] if labels else label or model_name(text)
         if any(label == other.label for other in targets):
             raise SparsifyError(f"two models are called {label}: name them, as in {label}-2={text}")
-        if is_imitation(text):
-            model = parse_imitation(text)
+        if is_dummy(text):
+            model = parse_dummy(text)
             assert scratch is not None, "a model that consists of its shape needs a place for its config.json"
             directory = model.write(scratch / str(i))
             targets.append(Target(label, directory, f"{model.format}, random", model.nbytes(), ENGINE_ARGUMENTS))

@@ -20,8 +20,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from sparsify import emulation, native, native_cuda
 from sparsify.errors import MissingDependency, SparsifyError
+from sparsify.native import build, build_cuda, emulator
 
 KERNEL = "cuda/sparse24"
 REGISTERS = 65536  # of a multiprocessor, of all these architectures; a warp takes them in pieces of 256
@@ -90,9 +90,9 @@ def inspect(archs: Sequence[int] = tuple(LIMITS)) -> Inspection:
     """Compile the kernel for some architectures and read what came out. Takes about half a minute for each."""
     if unknown := [arch for arch in archs if arch not in LIMITS]:
         raise SparsifyError(f"--arch {unknown[0]}: limits are known for {', '.join(map(str, LIMITS))}")
-    nvcc = native_cuda.find_nvcc()
+    nvcc = build_cuda.find_nvcc()
     if nvcc is None:
-        raise MissingDependency(f"no CUDA compiler found: {native_cuda.GET_NVCC}")
+        raise MissingDependency(f"no CUDA compiler found: {build_cuda.GET_NVCC}")
     resources = Resources()
     dumper = find_cuobjdump(nvcc)
     notes = [] if dumper else ["no cuobjdump (pip install nvidia-cuda-cuobjdump): instructions were not counted"]
@@ -109,7 +109,7 @@ class Resources:
     """Names, threads and shared memory of the tile shapes, from the kernel's own constants (sparse24_resources.h)."""
 
     def __init__(self) -> None:
-        self.c = emulation.Sparse24().c  # for the processor: it needs no GPU and compiles in seconds
+        self.c = emulator.Sparse24().c  # for the processor: it needs no GPU and compiles in seconds
         self.names = [self.c.sparse24_cuda_config_name(i).decode() for i in range(self.c.sparse24_cuda_config_count())]
 
     def threads(self, config: int) -> int:
@@ -119,22 +119,22 @@ class Resources:
         return int(self.c.sparse24_cuda_config_shared_bytes(config, int(group32)))
 
 
-def compile_for(nvcc: native_cuda.Nvcc, dumper: str | None, arch: int) -> tuple[str, str | None]:
+def compile_for(nvcc: build_cuda.Nvcc, dumper: str | None, arch: int) -> tuple[str, str | None]:
     """What ptxas says about every kernel, and the machine code, for one architecture."""
-    source = native.kernels_directory() / f"{KERNEL}.cu"
+    source = build.kernels_directory() / f"{KERNEL}.cu"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         command = [*nvcc.command, "-O3", "-std=c++17", "-cubin", f"-arch=sm_{arch}", "-Xptxas", "-v"]
         run = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
         if run.returncode:
-            raise native.NativeBuildError(f"nvcc {nvcc.version} refuses {source.name}: {run.stderr.strip()[:400]}")
+            raise build.NativeBuildError(f"nvcc {nvcc.version} refuses {source.name}: {run.stderr.strip()[:400]}")
         if dumper is None:
             return run.stderr, None
         dump = subprocess.run([dumper, "-sass", str(cubin)], capture_output=True, text=True, check=True)
         return run.stderr, dump.stdout
 
 
-def find_cuobjdump(nvcc: native_cuda.Nvcc) -> str | None:
+def find_cuobjdump(nvcc: build_cuda.Nvcc) -> str | None:
     """On the search path, beside nvcc, or in a wheel of NVIDIA's or Triton's."""
     beside = [Path(shutil.which(nvcc.command[0]) or nvcc.command[0]).resolve().parent]
     for package, pattern in (("nvidia", "*/bin"), ("triton", "backends/nvidia/bin")):

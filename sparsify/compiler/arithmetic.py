@@ -27,7 +27,7 @@ from sparsify.compute import FORCE, TYPES, Choice
 from sparsify.distributed import device
 from sparsify.errors import CheckpointError
 from sparsify.files import read_json, write_json
-from sparsify.passes.gram import native_order, summation_order
+from sparsify.solver.gram import native_order, summation_order
 
 if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan

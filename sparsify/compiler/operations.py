@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparsify.passes.compress import Scheme
-from sparsify.passes.head import ROWS
-from sparsify.passes.prune.alps import ITERATIONS
-from sparsify.passes.quantize.grid import SHRINK
-from sparsify.passes.refine import PANEL
 from sparsify.recipe.schema import SelfText
 from sparsify.recipe.sources import SELF
+from sparsify.solver.coordinate_descent import PANEL
+from sparsify.solver.grid import SHRINK
+from sparsify.solver.head_quantization import ROWS
+from sparsify.solver.masks.alps import ITERATIONS
+from sparsify.solver.solve import Scheme
 
 if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan, Planned

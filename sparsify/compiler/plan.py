@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from sparsify.compiler.depth import SEARCHED_ROWS, PlannedDepth, plan_depth
 from sparsify.compiler.operations import SOLVER, count_operations, in_words
-from sparsify.compiler.training import PlannedTraining, Shortened, plan_training
+from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
+from sparsify.compiler.shorten import SEARCHED_ROWS, PlannedDepth, plan_depth
 from sparsify.compute import Choice, for_model, for_precision, rates
 from sparsify.distributed import device
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.directory import CompressedCheckpoint, open_compressed
-from sparsify.model.blocks import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
-from sparsify.model.head import OutputHead, find_head
+from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
 from sparsify.model.linear import LinearWeights
-from sparsify.passes.compress import Scheme
-from sparsify.passes.head import head_problem, head_scheme
+from sparsify.model.output_head import OutputHead, find_head
 from sparsify.recipe import Depth, Prune, Quantize, Recipe, ignored_by
 from sparsify.recipe.sources import SELF, sources_in_words
+from sparsify.solver.head_quantization import head_problem, head_scheme
+from sparsify.solver.solve import Scheme
 
 OVERHEAD = 2.5  # a walk takes so many times as long as its products alone would
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

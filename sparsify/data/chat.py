@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.data.records import RECORD_FILES, file_records, hub_records
+from sparsify.data.files import RECORD_FILES, file_records, hub_records
 from sparsify.errors import CalibrationError, MissingDependency
 from sparsify.recipe import Columns
 from sparsify.recipe.sources import parse_source

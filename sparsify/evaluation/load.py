@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sparsify.errors import CheckpointError
-from sparsify.model.blocks import without_bars
 from sparsify.model.checkpoint import open_checkpoint
+from sparsify.model.decoder import without_bars
 from sparsify.progress import stage
 
 

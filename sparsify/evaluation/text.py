@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.data import calibration_tokens
+from sparsify.data.calibration import calibration_tokens
 from sparsify.errors import SparsifyError
 from sparsify.evaluation.score import chunked
 from sparsify.recipe.schema import Calibration

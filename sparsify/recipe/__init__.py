@@ -8,11 +8,11 @@ from pydantic import ValidationError
 
 from sparsify.errors import RecipeError
 from sparsify.recipe import llmcompressor
+from sparsify.recipe.builtin import ready_recipes
 from sparsify.recipe.document import Document, dump, parse
 from sparsify.recipe.explain import explain
 from sparsify.recipe.overrides import override
 from sparsify.recipe.patterns import ignored_by
-from sparsify.recipe.ready import ready_recipes
 from sparsify.recipe.schema import (
     PASSES,
     Calibration,
@@ -33,7 +33,7 @@ from sparsify.recipe.schema import (
     Tune,
     head_format_problem,
 )
-from sparsify.recipe.words import closest
+from sparsify.recipe.wording import closest
 
 __all__ = [
     "Calibration",

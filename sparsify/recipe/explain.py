@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 from sparsify.errors import RecipeError
 from sparsify.recipe.document import Document, KeyPath
 from sparsify.recipe.schema import PASSES, Recipe, problem_path
-from sparsify.recipe.words import closest, either, is_number, shown
+from sparsify.recipe.wording import closest, either, is_number, shown
 
 _TYPES = {
     "int_type": "a whole number",

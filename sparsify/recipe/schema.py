@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from sparsify.recipe.document import KeyPath
 from sparsify.recipe.sources import SELF, same_text, shares, source_problem
-from sparsify.recipe.words import closest
+from sparsify.recipe.wording import closest
 
 
 def refuse(message: str, *path: str | int) -> PydanticCustomError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsify.report import words
+from sparsify import units
 from sparsify.report.figures import heat_edges, heat_step
 from sparsify.report.svg import Drawing, every
 
@@ -77,7 +77,7 @@ def depth_facts(depth: Mapping[str, Any]) -> list[tuple[str, str]]:
     before, after = depth["parameters"]["before"], depth["parameters"]["after"]
     found = [
         ("layers", f"{depth['layers_before']} → {depth['layers_after']}"),
-        ("parameters", f"{words.count(before)} → {words.count(after)} ({after / before:.0%})"),
+        ("parameters", f"{units.count(before)} → {units.count(after)} ({after / before:.0%})"),
         ("weights read per token", f"{depth['speedup_estimate']:.2f} times fewer"),
     ]
     halves = sum(None in layer for layer in depth["layers"])

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from sparsify import units
 from sparsify.recipe.sources import SELF, sources_in_words
-from sparsify.report import svg, words
+from sparsify.report import svg
 from sparsify.report.depth import block_map, depth_facts, removal_strip
 from sparsify.report.figures import (
     EMBEDDINGS,
@@ -34,7 +35,7 @@ HALF, THIRD = 416, 284  # width of a picture in one of two or three columns
 # ratio, title, the absolute value beside it
 PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("decode", "Decoding", lambda row: f"{row['latency']['decode_tokens_per_second']:.1f} tok/s"),
-    ("ttft", "First token", lambda row: words.duration(row["latency"]["ttft"])),
+    ("ttft", "First token", lambda row: units.duration(row["latency"]["ttft"])),
     ("throughput", "Throughput", lambda row: f"{row['throughput']['output_tokens_per_second']:.1f} tok/s"),
 )
 
@@ -133,7 +134,7 @@ def header(
         shorter = f"{depth['layers_before']} decoder layers became {depth['layers_after']}"
         said = f"{shorter}, and {said}" if layers else shorter
     if seconds := metrics.get("seconds"):
-        said += f" in {words.span(seconds)}"
+        said += f" in {units.span(seconds)}"
     return (
         f'<header class="top"><div class="brand">{svg.emblem()}<span>sparsify</span></div>'
         f'<h1>{esc(model_name(metrics))}</h1><p class="lead">{esc(said)}.</p><ul class="chips">{chips}</ul>'
@@ -181,8 +182,8 @@ def headline(
     given, kind = metrics.get("sizes") or {}, export_format_of(metrics)
     dense, compressed = given.get("dense_bytes"), given.get("compressed_bytes")
     if dense and compressed:
-        changed = f"smaller: {words.size(dense)} → {words.size(compressed)}"
-        cards.append(card("Size on disk", words.ratio(dense / compressed), changed))
+        changed = f"smaller: {units.size(dense)} → {units.size(compressed)}"
+        cards.append(card("Size on disk", units.ratio(dense / compressed), changed))
     else:
         cards.append(card("Size on disk", None, "not recorded"))
     bits = bits_per_weight(layers, metrics)
@@ -195,14 +196,14 @@ def headline(
         cards.append(card("Perplexity", None, row["failure"]["reason"]))
     elif row and row.get("dense_perplexity"):
         before, after = row["dense_perplexity"], row.get("perplexity")
-        cards.append(card("Perplexity", words.number(after), f"dense {words.number(before)}, on {text_of(row)}"))
+        cards.append(card("Perplexity", units.number(after), f"dense {units.number(before)}, on {text_of(row)}"))
     elif row:
-        cards.append(card("Perplexity", words.number(row.get("perplexity")), f"on {text_of(row)}"))
+        cards.append(card("Perplexity", units.number(row.get("perplexity")), f"on {text_of(row)}"))
     else:
         cards.append(card("Perplexity", None, "sparsify eval measures it"))
     agreement = row.get("top1_agreement") if row else None
     if agreement is not None:
-        cards.append(card("Top-1 agreement", words.percent(agreement), "same next token as the dense model"))
+        cards.append(card("Top-1 agreement", units.percent(agreement), "same next token as the dense model"))
     else:
         cards.append(card("Top-1 agreement", None, "sparsify eval --dense measures it"))
     cards.append(speed_card(bench, kind))
@@ -219,7 +220,7 @@ def speed_card(bench: Mapping[str, Any] | None, kind: str) -> str:
         failed = row.get("failure") or models[0].get("failure")
         return card("Tokens per second", None, failed["reason"] if failed else "sparsify bench measures it")
     mine, base = tokens_per_second(row, key), tokens_per_second(models[0], key)
-    return card("Tokens per second", words.ratio(row["ratios"][key]), f"{what} in vLLM, {base:.1f} → {mine:.1f} tok/s")
+    return card("Tokens per second", units.ratio(row["ratios"][key]), f"{what} in vLLM, {base:.1f} → {mine:.1f} tok/s")
 
 
 def tokens_per_second(row: Mapping[str, Any], key: str) -> float:
@@ -251,7 +252,7 @@ def accuracy(metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]])
     entries = []
     if first.get("dense_perplexity"):
         before = float(first["dense_perplexity"])
-        entries.append(svg.Bar("dense", before, words.number(before), "dense"))
+        entries.append(svg.Bar("dense", before, units.number(before), "dense"))
     scored = [row for row in evaluated if not row.get("failure")]
     finite = [float(row["perplexity"]) for row in scored if row.get("perplexity") is not None]
     roof = max(finite + [bar.value for bar in entries] + [1.0])
@@ -261,12 +262,12 @@ def accuracy(metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]])
             entries.append(svg.Bar(label, 0.0, failed["short"], colour(row, metrics)))
             continue
         drawn = roof if value is None else float(value)
-        entries.append(svg.Bar(label, drawn, words.number(value), colour(row, metrics)))
+        entries.append(svg.Bar(label, drawn, units.number(value), colour(row, metrics)))
     where = "text the dense model sampled itself" if own else esc(first.get("text") or "the given text")
     body = f"<p class='note'>On {where}: {int(first['tokens']):,} tokens, chunks of {first['sequence_length']}.</p>"
     body += "<h3>Perplexity, lower is better</h3>" + figure(lambda w: svg.bars(entries, w, "Perplexity"), wide=HALF)
     agreements = [
-        svg.Bar(label, float(row["top1_agreement"]), words.percent(row["top1_agreement"]), colour(row, metrics))
+        svg.Bar(label, float(row["top1_agreement"]), units.percent(row["top1_agreement"]), colour(row, metrics))
         for label, row in zip(labels, evaluated, strict=True)
         if row.get("top1_agreement") is not None
     ]
@@ -274,7 +275,7 @@ def accuracy(metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]])
         body += "<h3>Same next token as the dense model</h3>"
         body += figure(lambda w: svg.bars(agreements, w, "Top-1 agreement", full=1.0), wide=HALF)
         divergences = "; ".join(
-            f"{esc(label)} {words.number(row['kl'], 3)}"
+            f"{esc(label)} {units.number(row['kl'], 3)}"
             for label, row in zip(labels, evaluated, strict=True)
             if row.get("kl") is not None
         )
@@ -315,10 +316,10 @@ def size(metrics: Mapping[str, Any]) -> str:
     rows = []
     for name in parts:
         before, after = (stack.get(name, 0) for _, stack in stacks)
-        factor = words.ratio(before / after) if after and before != after else "same" if before == after else "–"
-        rows.append([esc(name), words.size(before), words.size(after), factor])
+        factor = units.ratio(before / after) if after and before != after else "same" if before == after else "–"
+        rows.append([esc(name), units.size(before), units.size(after), factor])
     before, after = (sum(stack.values()) for _, stack in stacks)
-    rows.append(["total", words.size(before), words.size(after), words.ratio(before / after)])
+    rows.append(["total", units.size(before), units.size(after), units.ratio(before / after)])
     head = [("", ""), *((label, "") for label, _ in stacks), ("smaller", "")]
     note = "<p class='note'>Bytes of all tensors; tokenizer and configuration are not counted."
     if EMBEDDINGS in parts and stacks[1][1][EMBEDDINGS] > after / 2:
@@ -360,7 +361,7 @@ def bar(model: Mapping[str, Any], key: str, written: Callable[[Mapping[str, Any]
     name = str(model["model"])
     if failed := model.get("failure"):
         return svg.Bar(name, 0.0, failed["short"], css)
-    return svg.Bar(name, float(model["ratios"][key]), words.ratio(model["ratios"][key]), css, aside=written(model))
+    return svg.Bar(name, float(model["ratios"][key]), units.ratio(model["ratios"][key]), css, aside=written(model))
 
 
 def answers(bench: Mapping[str, Any]) -> str:
@@ -391,11 +392,11 @@ def speed_table(models: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for m in models:
         ratios = m["ratios"]
-        row = [esc(m["model"]), _pair(ratios["size"], words.size(m["nbytes"]))]
+        row = [esc(m["model"]), _pair(ratios["size"], units.size(m["nbytes"]))]
         if times := m.get("latency"):
             row.append(_pair(ratios.get("decode"), f"{times['decode_tokens_per_second']:.1f} tok/s"))
-            row.append(_pair(ratios.get("ttft"), words.duration(times["ttft"])))
-            row.append(_pair(ratios.get("decode"), words.duration(times["itl"])))
+            row.append(_pair(ratios.get("ttft"), units.duration(times["ttft"])))
+            row.append(_pair(ratios.get("decode"), units.duration(times["itl"])))
         if rates := m.get("throughput"):
             row.append(_pair(ratios.get("throughput"), f"{rates['output_tokens_per_second']:.1f} tok/s"))
         if failed := m.get("failure"):
@@ -405,7 +406,7 @@ def speed_table(models: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _pair(ratio: float | None, absolute: str) -> str:
-    return esc(absolute) if ratio is None else f'{words.ratio(ratio)} <span class="sub">{esc(absolute)}</span>'
+    return esc(absolute) if ratio is None else f'{units.ratio(ratio)} <span class="sub">{esc(absolute)}</span>'
 
 
 def workload(bench: Mapping[str, Any]) -> str:
@@ -451,7 +452,7 @@ def training_section(metrics: Mapping[str, Any]) -> str:
         first, last = note["first"], note["last"]
         entries = [
             ("steps", f"{note['steps']:,}"),
-            ("tokens", f"{words.count(note['tokens'])} of {note['rows']:,} rows"),
+            ("tokens", f"{units.count(note['tokens'])} of {note['rows']:,} rows"),
             ("teacher", f"<code>{esc(note['teacher'])}</code>" if note.get("teacher") else "none"),
         ]
         entries += [(name.replace("_", " "), f"{first[name]:.4g} → {last[name]:.4g}") for name in first if name in last]
@@ -491,19 +492,19 @@ def kind_table(layers: Sequence[Layer], output_head: Layer | None = None) -> str
     rows = []
     for kind in kinds:
         shapes = ", ".join(f"{n} × {k}" for n, k in kind.shapes[:2]) + (" …" if len(kind.shapes) > 2 else "")
-        mean = words.error(kind.mean_error)
+        mean = units.error(kind.mean_error)
         if kind.mean_error is not None:
             mean = svg.mini_bar(kind.mean_error / roof, f"mean error {mean}") + mean
         worst = "–"
         if kind.worst is not None:
-            worst = f'{words.error(kind.worst.relative_error)} <span class="sub">block {kind.worst.block}</span>'
+            worst = f'{units.error(kind.worst.relative_error)} <span class="sub">block {kind.worst.block}</span>'
         rows.append([
-            esc(names[kind.kind]), str(kind.count), shapes, words.count(kind.weights),
-            ", ".join(map(str, kind.bits)), words.percent(kind.sparsity), mean, worst,
+            esc(names[kind.kind]), str(kind.count), shapes, units.count(kind.weights),
+            ", ".join(map(str, kind.bits)), units.percent(kind.sparsity), mean, worst,
         ])  # fmt: skip
     if output_head is not None:
         n, k = output_head.shape
-        name, weights = f'{esc(output_head.kind)} <span class="sub">output head</span>', words.count(n * k)
+        name, weights = f'{esc(output_head.kind)} <span class="sub">output head</span>', units.count(n * k)
         rows.append([name, "1", f"{n} × {k}", weights, str(output_head.bits), "–", "–", "–"])
     head = [("linear", ""), ("count", ""), ("shape", ""), ("weights", ""), ("bits", ""), ("zeros", "")]
     return "<h3>By kind of linear</h3>" + table([*head, ("mean error", ""), ("worst", "")], rows, "Linears by kind")
@@ -513,7 +514,7 @@ def full_table(layers: Sequence[Layer]) -> str:
     rows = [
         [
             f"<code>{esc(layer.module)}</code>", f"{layer.shape[0]} × {layer.shape[1]}", str(layer.bits),
-            str(layer.group_size or "–"), words.percent(layer.sparsity), words.error(layer.relative_error),
+            str(layer.group_size or "–"), units.percent(layer.sparsity), units.error(layer.relative_error),
         ]
         for layer in layers
     ]  # fmt: skip
@@ -566,9 +567,9 @@ def method(metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]], b
         size = f"{calibration.get('samples')} × {calibration.get('sequence_length')} tokens"
         entries.append(("calibration", f"{named}, {esc(size)}"))
     if seconds := metrics.get("seconds"):
-        entries.append(("compiling took", words.span(seconds)))
+        entries.append(("compiling took", units.span(seconds)))
     if peak := metrics.get("peak_memory_bytes"):
-        entries.append(("peak memory", words.size(peak)))
+        entries.append(("peak memory", units.size(peak)))
     machine = (bench or {}).get("machine") or {}
     if machine:
         described = f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('memory_gib')} GiB"

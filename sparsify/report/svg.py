@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from sparsify.report import words
+from sparsify import units
 from sparsify.report.figures import Layer, errors_by_block, heat_edges, heat_step, short_kinds
 
 WIDE, NARROW = 914, 330
@@ -94,8 +94,8 @@ def heat_map(layers: Sequence[Layer], width: float) -> str:
     gap = 2 if cell > 8 else min(1, cell / 5)
     label = (
         f"Heat map of the relative error of {len(measured)} linears: {len(names)} kinds in {len(blocks)} blocks, "
-        f"from {words.error(min((x.relative_error or 0 for x in measured), default=None))} "
-        f"to {words.error(max((x.relative_error or 0 for x in measured), default=None))}"
+        f"from {units.error(min((x.relative_error or 0 for x in measured), default=None))} "
+        f"to {units.error(max((x.relative_error or 0 for x in measured), default=None))}"
     )
     drawing = Drawing(width, len(names) * row + axis + legend, label)
     rows = {kind: i for i, kind in enumerate(names)}
@@ -103,9 +103,9 @@ def heat_map(layers: Sequence[Layer], width: float) -> str:
     for kind, i in rows.items():
         drawing.text(left - 10, i * row + 16, clip(names[kind], left), "label", "end")
     for layer in layers:
-        described = f"block {layer.block}, {names[layer.kind]}: error {words.error(layer.relative_error)}"
+        described = f"block {layer.block}, {names[layer.kind]}: error {units.error(layer.relative_error)}"
         if layer.sparsity is not None:
-            described += f", {words.percent(layer.sparsity)} zeros"
+            described += f", {units.percent(layer.sparsity)} zeros"
         described += f", {layer.bits} bits\n{layer.module} {layer.shape[0]} × {layer.shape[1]}"
         step = "none" if layer.relative_error is None else f"h{_colour(heat_step(layer.relative_error, edges), edges)}"
         drawing.rect(
@@ -130,10 +130,10 @@ def _colour(step: int, edges: Sequence[float]) -> int:
 def _legend(drawing: Drawing, edges: Sequence[float], x: float, y: float, width: float) -> None:
     step = width / max(len(edges), 1)
     for i, edge in enumerate(edges):
-        drawing.rect(x + i * step, y, step - 2, 10, f"h{_colour(i, edges)}", f"up to {words.error(edge)}", radius=2)
+        drawing.rect(x + i * step, y, step - 2, 10, f"h{_colour(i, edges)}", f"up to {units.error(edge)}", radius=2)
         # From the worst down, so that the end of the scale is labelled also where only every second label fits.
         if step > 44 or (len(edges) - 1 - i) % 2 == 0:
-            drawing.text(x + (i + 1) * step - 2, y + 25, words.error(edge), "tick", "end")
+            drawing.text(x + (i + 1) * step - 2, y + 25, units.error(edge), "tick", "end")
     drawing.text(x - 10, y + 9, "error up to", "tick", "end")
 
 
@@ -153,18 +153,18 @@ def depth_chart(layers: Sequence[Layer], width: float) -> str:
     worst = max(blocks, key=lambda entry: entry[2])
     drawing = Drawing(
         width, height,
-        f"Relative error by depth: the mean of a block is highest in block {worst[0]} with {words.error(worst[2])}",
+        f"Relative error by depth: the mean of a block is highest in block {worst[0]} with {units.error(worst[2])}",
     )  # fmt: skip
     for tick in ticks:
         y = at(first, tick)[1]
         drawing.line(left, y, width, y, "grid")
-        drawing.text(left - 8, y + 4, words.error(tick), "tick", "end")
+        drawing.text(left - 8, y + 4, units.error(tick), "tick", "end")
     drawing.path(
         [at(b, high) for b, _, _, high in blocks] + [at(b, low) for b, low, _, _ in reversed(blocks)], "band", True
     )
     drawing.path([at(b, middle) for b, _, middle, _ in blocks], "curve")
     for block, low, middle, high in blocks:
-        described = f"block {block}: mean {words.error(middle)}, from {words.error(low)} to {words.error(high)}"
+        described = f"block {block}: mean {units.error(middle)}, from {units.error(low)} to {units.error(high)}"
         drawing.circle(*at(block, middle), 3.5, "dot", described)
     stride = every(last - first + 1, width - left)
     for block, *_ in blocks:
@@ -213,9 +213,9 @@ def stacked_bars(bars: Sequence[tuple[str, Mapping[str, int]]], width: float) ->
     parts = list(dict.fromkeys(name for _, stack in bars for name in stack))
     totals = [sum(stack.values()) for _, stack in bars]
     left = gutter([label for label, _ in bars], width * 0.3)
-    room = width - left - max(len(words.size(total)) for total in totals) * BOLD_CHARACTER - 10
+    room = width - left - max(len(units.size(total)) for total in totals) * BOLD_CHARACTER - 10
     row, bar = 44, 28
-    described = "; ".join(f"{label} {words.size(total)}" for (label, _), total in zip(bars, totals, strict=True))
+    described = "; ".join(f"{label} {units.size(total)}" for (label, _), total in zip(bars, totals, strict=True))
     drawing = Drawing(width, len(bars) * row + 6, f"Size on disk by part: {described}")
     for i, (label, stack) in enumerate(bars):
         y, x = i * row + 4, left
@@ -224,13 +224,13 @@ def stacked_bars(bars: Sequence[tuple[str, Mapping[str, int]]], width: float) ->
             extent = nbytes / max(max(totals), 1) * room
             share = nbytes / max(totals[i], 1)
             if extent:
-                title = f"{label}, {name}: {words.size(nbytes)} ({share:.0%})"
+                title = f"{label}, {name}: {units.size(nbytes)} ({share:.0%})"
                 drawing.rect(x, y, max(extent - 1.5, 0.8), bar, f"part{parts.index(name)}", title, radius=3)
-            inside = words.size(nbytes)
+            inside = units.size(nbytes)
             if extent > len(inside) * CHARACTER + 14:
                 drawing.text(x + extent / 2, y + bar / 2 + 4, inside, f"on{parts.index(name)}", "middle")
             x += extent
-        drawing.text(x + 8, y + bar / 2 + 4, words.size(totals[i]), "value")
+        drawing.text(x + 8, y + bar / 2 + 4, units.size(totals[i]), "value")
     return drawing.render()
 
 

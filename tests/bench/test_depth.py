@@ -8,7 +8,7 @@ import sparsify.cli as cli
 from sparsify.bench.depth import DROPS, METHODS, DepthOptions, compare_depth, recipe_of, table
 from sparsify.errors import SparsifyError
 from sparsify.recipe import parse_recipe
-from tests.tiny import save_tiny, tiny_text
+from tests.helpers.tiny import save_tiny, tiny_text
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsify.bench import ggml
-from sparsify.bench.contestants import error_of, llama_blocks, llama_dense, llama_linear
+from sparsify.bench.baselines import error_of, llama_blocks, llama_dense, llama_linear
 from sparsify.bench.ggml import FORMATS, Ggml, Variant, Weight, base_library, find, level_of, suitable
 from sparsify.bench.missing import PeerMissing
 from sparsify.processor import FORCE, LEVELS
@@ -188,16 +188,16 @@ def test_what_ggml_packs_is_near_what_was_given(kind: str) -> None:
 def test_the_contestant(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FORCE, raising=False)
     library(None, threads=1)
-    contestant = llama_linear(64, 128, copies=2, kind=kind)
-    assert contestant.name == f"llama.cpp {kind.upper()}" and contestant.detail
-    assert contestant.nbytes == 64 * 128 // 32 * FORMATS[kind][1]
+    baseline = llama_linear(64, 128, copies=2, kind=kind)
+    assert baseline.name == f"llama.cpp {kind.upper()}" and baseline.detail
+    assert baseline.nbytes == 64 * 128 // 32 * FORMATS[kind][1]
     for m in (1, 9, 1):
         x = torch.randn(m, 128, generator=torch.Generator().manual_seed(m))
-        assert 0 < error_of(contestant, x) <= contestant.tolerance
-        first = contestant.calls[0](x).clone()
-        assert torch.equal(first, contestant.calls[1](x))
-    assert contestant.rest is not None
-    contestant.rest()
+        assert 0 < error_of(baseline, x) <= baseline.tolerance
+        first = baseline.calls[0](x).clone()
+        assert torch.equal(first, baseline.calls[1](x))
+    assert baseline.rest is not None
+    baseline.rest()
     with pytest.raises(PeerMissing, match="do not divide 100 inputs"):
         llama_linear(64, 100, copies=1, kind=kind)
 

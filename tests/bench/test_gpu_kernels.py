@@ -20,7 +20,7 @@ from sparsify.bench.gpu_kernels import CheckOptions, check_backend, errors, floa
 from sparsify.bench.shapes import Linear
 from sparsify.errors import MissingDependency
 from sparsify.formats import ModuleScheme, get_format
-from sparsify.runtime.backends import crossovers, cuda, get_backend
+from sparsify.runtime.backends import cuda, get_backend, measured_choice
 from sparsify.runtime.backends.cuda import Cuda
 from tests.runtime.test_cuda import SM_COUNT, library  # noqa: F401
 
@@ -44,11 +44,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu(library: ctypes.CDLL, small: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # noqa: F811
     """A GPU that multiplies on the processor, in the times of a table."""
 
-    def time_calls(contestants: Any, device: torch.device, report: Any, rounds: int = 3) -> dict[str, float]:
-        for contestant, x in contestants:
-            products = [call(x) for call in contestant.calls]
+    def time_calls(baselines: Any, device: torch.device, report: Any, rounds: int = 3) -> dict[str, float]:
+        for baseline, x in baselines:
+            products = [call(x) for call in baseline.calls]
             assert len(products) > 1 and all(torch.equal(y, products[0]) for y in products), "copies of one weight"
-        return {contestant.name: MICROSECONDS[contestant.name] * (1 + x.shape[0]) / 2 for contestant, x in contestants}
+        return {baseline.name: MICROSECONDS[baseline.name] * (1 + x.shape[0]) / 2 for baseline, x in baselines}
 
     with cuda.emulated(library, SM_COUNT):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -172,7 +172,7 @@ def test_times_are_merged_for_the_choice_of_back_ends(gpu: None, tmp_path: Path)
     assert json.loads(file.read_text())["Test GPU"] == kept
     times = merged["Test GPU"]["2:4 4-bit"]
     times["64x128"]["triton"] = {"1": 5, "3": 9}
-    assert crossovers.fastest_of(times, ["cuda", "triton"], (64, 128)) == "triton"
+    assert measured_choice.fastest_of(times, ["cuda", "triton"], (64, 128)) == "triton"
 
 
 def test_command(gpu: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_command(gpu: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 
 class InTheEmulator:
-    """What check_emulated calls of emulation.Sparse24, by a dense product."""
+    """What check_emulated calls of emulator.Sparse24, by a dense product."""
 
     c = SimpleNamespace(sparse24_cuda_rounds_weights=lambda *shape: 0)
     wrong = 1.0

@@ -1,4 +1,4 @@
-"""`sparsify bench kernels`: shapes, contestants that multiply correctly, and arithmetic on made-up times."""
+"""`sparsify bench kernels`: shapes, baselines that multiply correctly, and arithmetic on made-up times."""
 
 import json
 import sys
@@ -17,8 +17,8 @@ from torch import Tensor
 
 import sparsify.bench.kernels as kernels
 from sparsify import cli
-from sparsify.bench import contestants
-from sparsify.bench.contestants import PEERS, Contestant, error_of, ours, random_tensors, torch_linear, vllm_linear
+from sparsify.bench import baselines
+from sparsify.bench.baselines import PEERS, Baseline, error_of, ours, random_tensors, torch_linear, vllm_linear
 from sparsify.bench.kernels import (
     KernelOptions,
     bench_kernels,
@@ -39,14 +39,14 @@ from sparsify.errors import NumericalError, SparsifyError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.sparse24 import checked_tensors
 from sparsify.processor import FORCE
-from tests.tiny import save_tiny
+from tests.helpers.tiny import save_tiny
 
 SHAPE = Linear("down", 64, 128)
 PEAKS = Peaks(2, 10**6, 40e9, 80e9, 500e9, "avx512", 4000e9, "amx")
 
 
 class Clock:
-    """Time that only the contestants spend."""
+    """Time that only the baselines spend."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -55,8 +55,8 @@ class Clock:
         return self.now
 
 
-def fake(name: str, nbytes: int, calls: list[Callable[[Tensor], Tensor]]) -> Contestant:
-    return Contestant(name, calls, nbytes, torch.float32, torch.zeros(1, 128).double(), 1e-6)
+def fake(name: str, nbytes: int, calls: list[Callable[[Tensor], Tensor]]) -> Baseline:
+    return Baseline(name, calls, nbytes, torch.float32, torch.zeros(1, 128).double(), 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------- shapes
@@ -100,7 +100,7 @@ def test_head_size_defaults_to_a_share_of_the_hidden_size() -> None:
     assert (shape.head_dim, shape.kv_heads, shape.tied) == (16, 4, False)
 
 
-# ------------------------------------------------------------------------------------------------------ contestants
+# ------------------------------------------------------------------------------------------------------ baselines
 
 SCHEMES = [
     ModuleScheme(bits, group, pattern, (96, 128))
@@ -117,13 +117,13 @@ def test_our_linear_is_valid_and_right(scheme: ModuleScheme, dtype: torch.dtype)
     checked_tensors("x", tensors, scheme)
     linear = get_format("sparse24").decode("x", tensors, scheme).validate("x")
     assert linear.dense(torch.float32).std() > 0
-    contestant = ours(scheme, dtype, copies=2, seed=3)
-    assert contestant.nbytes == sum(t.numel() * t.element_size() for t in tensors.values())
+    baseline = ours(scheme, dtype, copies=2, seed=3)
+    assert baseline.nbytes == sum(t.numel() * t.element_size() for t in tensors.values())
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = x.double() @ linear.dense(torch.float32).double().t()
-    for call in contestant.calls:
-        assert (call(x).double() - exact).abs().max() <= contestant.tolerance * exact.abs().max()
-    assert error_of(contestant, x) <= contestant.tolerance
+    for call in baseline.calls:
+        assert (call(x).double() - exact).abs().max() <= baseline.tolerance * exact.abs().max()
+    assert error_of(baseline, x) <= baseline.tolerance
 
 
 def test_every_valid_position_occurs() -> None:
@@ -134,11 +134,11 @@ def test_every_valid_position_occurs() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_peers_are_right(dtype: torch.dtype) -> None:
     x = torch.randn(9, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
-    contestant = torch_linear(64, 128, copies=3, dtype=dtype)
-    assert contestant.nbytes == 64 * 128 * dtype.itemsize and len(contestant.calls) == 3
-    assert contestant.name == ("torch bf16" if dtype == torch.bfloat16 else "torch fp32")
-    assert error_of(contestant, x) <= contestant.tolerance
-    assert torch.equal(contestant.calls[0](x), contestant.calls[2](x))
+    baseline = torch_linear(64, 128, copies=3, dtype=dtype)
+    assert baseline.nbytes == 64 * 128 * dtype.itemsize and len(baseline.calls) == 3
+    assert baseline.name == ("torch bf16" if dtype == torch.bfloat16 else "torch fp32")
+    assert error_of(baseline, x) <= baseline.tolerance
+    assert torch.equal(baseline.calls[0](x), baseline.calls[2](x))
 
 
 @pytest.mark.e2e
@@ -151,14 +151,14 @@ def test_vllm_is_prepared_as_vllm_prepares_it(group_size: int, needs_vllm: None)
         vllm_linear(30, 128, 64, 1)
     if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         pytest.skip("this vLLM has no cpu_gemm_wna16: its builds for processors below AVX-512 do not")
-    contestant = vllm_linear(96, 128, group_size, copies=2)
+    baseline = vllm_linear(96, 128, group_size, copies=2)
     x = torch.randn(9, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert error_of(contestant, x) <= contestant.tolerance
-    assert torch.equal(contestant.calls[0](x), contestant.calls[1](x))
+    assert error_of(baseline, x) <= baseline.tolerance
+    assert torch.equal(baseline.calls[0](x), baseline.calls[1](x))
 
 
 def test_peers_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsify.bench.contestants.find_spec", lambda name: None)
+    monkeypatch.setattr("sparsify.bench.baselines.find_spec", lambda name: None)
     monkeypatch.setattr("sparsify.bench.ggml.find_spec", lambda name: None)
     monkeypatch.delenv("SPARSIFY_LLAMA_CPP", raising=False)
     field, absences = line_up(SHAPE, KernelOptions(), None)
@@ -187,10 +187,10 @@ def test_cold_copies_exceed_the_cache() -> None:
         both = ("torch", "torch-fp32")
         field, _ = line_up(SHAPE, KernelOptions(bits=bits, pattern=pattern, cold=True, peers=both), 100_000)
         assert len(field) == 3
-        for contestant in field:
-            assert 200_000 <= contestant.nbytes * len(contestant.calls) <= 300_000
+        for baseline in field:
+            assert 200_000 <= baseline.nbytes * len(baseline.calls) <= 300_000
     field, _ = line_up(SHAPE, KernelOptions(peers=("torch",)), 100_000)
-    assert [len(contestant.calls) for contestant in field] == [1, 1]
+    assert [len(baseline.calls) for baseline in field] == [1, 1]
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
@@ -219,17 +219,17 @@ def test_contestants_take_turns_and_slow_spells_do_not_count() -> None:
     rounds = "".join(name[0] for name in order[4:]).strip("|").split("|")
     assert len(rounds) == 9 and all(turn.startswith("aaa") and turn.count("b") % 3 == 0 for turn in rounds)
     assert [name for name in order[5:] if name.startswith("a")][:4] == ["a2", "a1", "a2", "a1"]
-    # as many turns as the time of one contestant allows: 6 s while it was slow
+    # as many turns as the time of one baseline allows: 6 s while it was slow
     assert [len(times) for times in turns] == [9, 3] and turns[1][-1] == pytest.approx(0.2)
 
 
 def test_a_call_of_many_seconds_is_timed_once() -> None:
     calls, rested = [], []
-    contestant = replace(fake("a", 1, [lambda x: calls.append(1) or x]), rest=lambda: rested.append(1))
+    baseline = replace(fake("a", 1, [lambda x: calls.append(1) or x]), rest=lambda: rested.append(1))
     inputs = {torch.float32: torch.zeros(1, 128)}
-    assert take_turns([contestant], inputs, KernelOptions(rounds=2), [40.0]) == [[40.0]]
+    assert take_turns([baseline], inputs, KernelOptions(rounds=2), [40.0]) == [[40.0]]
     assert not calls and len(rested) == 2
-    assert len(take_turns([contestant], inputs, KernelOptions(rounds=2, seconds=0), [1e-3])[0]) == 2
+    assert len(take_turns([baseline], inputs, KernelOptions(rounds=2, seconds=0), [1e-3])[0]) == 2
 
 
 def test_the_input_is_what_was_asked_for() -> None:
@@ -357,7 +357,7 @@ def vllm_below_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
         module = ModuleType(name)
         module.__dict__.update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("sparsify.bench.contestants.find_spec", lambda name: name)
+    monkeypatch.setattr("sparsify.bench.baselines.find_spec", lambda name: name)
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -406,13 +406,13 @@ def test_whatever_a_peer_raises_the_others_go_on(
             raise error
         return right.calls[0](x)
 
-    def peer(wanted: str, n: int, k: int, group_size: int, copies: int) -> Contestant:
+    def peer(wanted: str, n: int, k: int, group_size: int, copies: int) -> Baseline:
         if wanted == key and when == "made":
             raise error
         return replace(right, name=PEERS[wanted], calls=[fails if wanted == key else right.calls[0]])
 
     right = torch_linear(64, 128, 1)
-    monkeypatch.setattr(contestants, "peer", peer)
+    monkeypatch.setattr(baselines, "peer", peer)
     options = KernelOptions(rows=(2, 5), peers=tuple(PEERS), rounds=1, seconds=0, quiet=True)
     result = bench_kernels([SHAPE], options)
     others = [name for name in PEERS.values() if name != PEERS[key]]
@@ -429,14 +429,14 @@ def test_whatever_a_peer_raises_the_others_go_on(
 def test_a_peer_that_multiplies_wrongly_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     right = torch_linear(64, 128, 1)
     wrong = replace(right, calls=[lambda x: right.calls[0](x) * 1.5])
-    monkeypatch.setattr(contestants, "peer", lambda *_: wrong)
+    monkeypatch.setattr(baselines, "peer", lambda *_: wrong)
     field, (absent,) = line_up(SHAPE, KernelOptions(peers=("torch",)), None)
     assert len(field) == 1 and absent.why == "wrong product" and "multiplies down 64x128 wrongly" in absent.reason
 
 
 def test_ours_must_work(monkeypatch: pytest.MonkeyPatch, no_peaks: None) -> None:
     right = torch_linear(64, 128, 1)
-    monkeypatch.setattr(contestants, "ours", lambda *_: replace(right, name="sparsify", calls=[lacks_op]))
+    monkeypatch.setattr(baselines, "ours", lambda *_: replace(right, name="sparsify", calls=[lacks_op]))
     with pytest.raises(AttributeError):
         bench_kernels([SHAPE], KernelOptions(peers=(), quiet=True))
 
@@ -466,7 +466,7 @@ def test_a_level_that_peers_do_not_keep_is_said(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_table_is_readable_at_120_columns(no_peaks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = torch_linear(64, 128, 1)
-    monkeypatch.setattr(contestants, "peer", lambda key, *_: replace(right, name=PEERS[key]))
+    monkeypatch.setattr(baselines, "peer", lambda key, *_: replace(right, name=PEERS[key]))
     result = bench_kernels([SHAPE], KernelOptions(rows=(2048,), rounds=1, seconds=0, quiet=True))
     large = [replace(row, linear=Linear("gate_up", 28672, 4096)) for row in result.rows]
     for row in large:

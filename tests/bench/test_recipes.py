@@ -7,7 +7,7 @@ import pytest
 from sparsify.bench.recipes import compare_recipes, contenders, table
 from sparsify.errors import RecipeError, SparsifyError
 from sparsify.evaluation import evaluate
-from tests.tiny import save_tiny, tiny_text
+from tests.helpers.tiny import save_tiny, tiny_text
 
 RECIPE = """
 version: 1

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsify import native_cuda
 from sparsify.bench import sass
 from sparsify.bench.sass import LIMITS, Resources, config_of, count_instructions, occupancy, read
 from sparsify.errors import SparsifyError
+from sparsify.native import build_cuda
 
 NAMES = [
     "1x32 outputs, 1x8 tokens a warp; warps 1x1x8; 4 stages",
@@ -102,7 +102,7 @@ def test_tile_shapes_are_known_by_their_arguments() -> None:
 
 def test_a_table_shows_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sass, "Resources", Known)
-    monkeypatch.setattr(native_cuda, "find_nvcc", lambda: native_cuda.Nvcc(("nvcc",), "13.0.88"))
+    monkeypatch.setattr(build_cuda, "find_nvcc", lambda: build_cuda.Nvcc(("nvcc",), "13.0.88"))
     monkeypatch.setattr(sass, "compile_for", lambda nvcc, dumper, arch: (SAID, None))
     monkeypatch.setattr(sass, "find_cuobjdump", lambda nvcc: None)
     result = sass.inspect([86, 90])
@@ -121,4 +121,4 @@ def test_cuobjdump_is_found_beside_nvcc(tmp_path: Path, monkeypatch: pytest.Monk
     nvcc = tmp_path / "nvcc"
     nvcc.touch(0o755)
     monkeypatch.setattr(shutil, "which", lambda name: str(nvcc) if name.endswith("nvcc") else None)
-    assert sass.find_cuobjdump(native_cuda.Nvcc((str(nvcc),), "13")) == str(tmp_path / "cuobjdump")
+    assert sass.find_cuobjdump(build_cuda.Nvcc((str(nvcc),), "13")) == str(tmp_path / "cuobjdump")

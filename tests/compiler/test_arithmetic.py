@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import sparsify.compiler.run as run
+import sparsify.compiler.apply as run
+from sparsify.compiler.apply import apply
 from sparsify.compiler.arithmetic import RECORD
 from sparsify.compiler.plan import make_plan
-from sparsify.compiler.run import apply
 from sparsify.errors import CheckpointError
 from sparsify.formats.directory import partial_directory
 from sparsify.processor import available_levels
 from sparsify.recipe import parse_recipe
-from tests.tiny import save_tiny, tiny_text
+from tests.helpers.tiny import save_tiny, tiny_text
 
 SOLVED = """
 version: 1

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import sparsify.compiler.run as run
-from sparsify.compiler.run import apply
+import sparsify.compiler.apply as run
+from sparsify.compiler.apply import apply
 from sparsify.distributed import share
 from sparsify.errors import SparsifyError
 from sparsify.formats.directory import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
-from tests.tiny import save_tiny, tiny_text
+from tests.helpers.tiny import save_tiny, tiny_text
 
 CALIBRATED = """
 version: 1

@@ -5,18 +5,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-import sparsify.passes.refine as refine_pass
+import sparsify.solver.coordinate_descent as refine_pass
 from sparsify import compute
 from sparsify.compiler.operations import CHOOSE_TWO, EIGEN, groups_of, in_words, solving
 from sparsify.compiler.plan import make_plan
-from sparsify.model.blocks import find_groups, open_blocks
-from sparsify.model.walk import Walk
-from sparsify.passes.compress import Scheme
-from sparsify.passes.hessian import corrected_target, factor, relative_error
-from sparsify.passes.prune.alps import alps_mask
-from sparsify.passes.quantize.grid import Grid
+from sparsify.model.decoder import find_groups, open_blocks
+from sparsify.model.sequential import Walk
 from sparsify.recipe import parse_recipe
-from tests.tiny import FAMILIES, save_tiny
+from sparsify.solver.grid import Grid
+from sparsify.solver.hessian import corrected_target, factor, relative_error
+from sparsify.solver.masks.alps import alps_mask
+from sparsify.solver.solve import Scheme
+from tests.helpers.tiny import FAMILIES, save_tiny
 
 RECIPE = """
 version: 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify.data import calibration_tokens, check_sources
+from sparsify.data.calibration import calibration_tokens, check_sources
 from sparsify.errors import CalibrationError, MissingDependency
 from sparsify.recipe import Calibration
 
@@ -57,8 +57,8 @@ def test_only_the_needed_start_of_a_huge_text_is_read(
     path, text = tmp_path / "a.txt", "\n".join(SENTENCES * 50)
     path.write_text(text)
     whole = calibration_tokens(spec(f"file:{path}"), tokenizer)
-    monkeypatch.setattr("sparsify.data.LEAST_CHARACTERS", 100)
-    monkeypatch.setattr("sparsify.data.CHARACTERS_PER_TOKEN", 8)
+    monkeypatch.setattr("sparsify.data.calibration.LEAST_CHARACTERS", 100)
+    monkeypatch.setattr("sparsify.data.calibration.CHARACTERS_PER_TOKEN", 8)
     seen: list[str] = []
 
     class Spy:

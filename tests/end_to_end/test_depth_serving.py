@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.compiler.run import apply
+from sparsify.compiler.apply import apply
 from sparsify.formats.directory import open_compressed
 from sparsify.recipe import parse_recipe
-from tests.compressed import make_dense
 from tests.end_to_end.engine import BFLOAT16_NOISE, assert_follows, serve
-from tests.tiny import tiny_text
+from tests.helpers.compressed import make_dense
+from tests.helpers.tiny import tiny_text
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("needs_vllm")]
 

@@ -12,13 +12,13 @@ import pytest
 
 from sparsify.bench import BenchOptions, ThroughputWorkload, throughput
 from sparsify.bench.vllm_cli import CPU_BUILD, installed_as
-from sparsify.compiler.export import export
+from sparsify.compiler.dense_weights import export
 from sparsify.formats import ModuleScheme
 from sparsify.formats.directory import open_compressed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.processor import FORCE, available_levels, other_variables
-from tests.compressed import MIXED, compress, make_dense
 from tests.end_to_end.engine import BFLOAT16_NOISE, Answers, assert_follows, assert_same, serve
+from tests.helpers.compressed import MIXED, compress, make_dense
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("needs_vllm")]
 

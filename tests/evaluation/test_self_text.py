@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparsify.data import calibration_tokens
+from sparsify.data.calibration import calibration_tokens
 from sparsify.evaluation import evaluate
 from sparsify.evaluation.text import self_chunks
 from sparsify.recipe.schema import Calibration
@@ -42,5 +42,5 @@ def test_never_the_calibration_text():
 def test_cache_is_used(tmp_path, monkeypatch):
     model, tokenizer = make_model(0), make_tokenizer()
     first = self_chunks(model, tokenizer, 24, 2, tmp_path, quiet=True)
-    monkeypatch.setattr("sparsify.data.generate.sample_rows", lambda *a, **k: pytest.fail("sampled again"))
+    monkeypatch.setattr("sparsify.data.self_generated.sample.sample_rows", lambda *a, **k: pytest.fail("sampled again"))
     assert torch.equal(self_chunks(model, tokenizer, 24, 2, tmp_path, quiet=True), first)

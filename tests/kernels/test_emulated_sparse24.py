@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify import native
-from sparsify.emulation import FLAGS, EmulatorError, Sparse24
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
-from tests.linears import Linear, make
+from sparsify.native import build
+from sparsify.native.emulator import FLAGS, EmulatorError, Sparse24
+from tests.helpers.linears import Linear, make
 
 BF16, F16 = torch.bfloat16, torch.float16
 UNIT = {BF16: 2.0**-8, F16: 2.0**-11}  # half the distance of neighbours relative to a number
-SOURCE = native.kernels_directory() / "cuda" / "sparse24.cu"
+SOURCE = build.kernels_directory() / "cuda" / "sparse24.cu"
 ROWS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 100, 128, 130)  # 15: no divisor of the number of shapes
 # Within the contract (multiples of 64), beyond every tile: N of one to five 64s, K of one stage to many, whole and not.
 SHAPES = ((64, 64), (192, 320), (128, 192), (320, 448), (256, 640), (64, 1088), (192, 128), (448, 256))

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.emulation import FLAGS, Emulated, EmulatorError, Memory, build
 from sparsify.files import cache_directory
+from sparsify.native.emulator import FLAGS, Emulated, EmulatorError, Memory, build
 
 SOURCE = Path(__file__).with_name("emulator_primitives.cu")
 BF16, F16, F32, I32 = torch.bfloat16, torch.float16, torch.float32, torch.int32

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify import native, processor
+from sparsify import processor
 from sparsify.errors import SparsifyError
-from sparsify.passes.gram import FORCE, LEVELS, ORDERS, cross, gram, native_order, summation_order
-from tests.levels import need
+from sparsify.native import build
+from sparsify.solver.gram import FORCE, LEVELS, ORDERS, cross, gram, native_order, summation_order
+from tests.helpers.levels import need
 
 PATHS = ("torch", *LEVELS)
 
@@ -19,7 +20,7 @@ PATHS = ("torch", *LEVELS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each implementation that this machine can run, forced."""
     if request.param != "torch":
-        library = native.load("cpu/gram")
+        library = build.load("cpu/gram")
         if library is None:
             pytest.skip("no C++ compiler")
         need(request.param, library.sparsify_gram_level(LEVELS.index(request.param)) >= 0)
@@ -29,7 +30,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.fixture
 def kernel() -> ctypes.CDLL:
-    library = native.load("cpu/gram")
+    library = build.load("cpu/gram")
     if library is None:
         pytest.skip("no C++ compiler")
     return library

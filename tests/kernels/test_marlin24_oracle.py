@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.emulation import FLAGS, Emulated, EmulatorError, Memory, Sparse24, build
 from sparsify.files import cache_directory
 from sparsify.formats import ModuleScheme, get_format
+from sparsify.native.emulator import FLAGS, Emulated, EmulatorError, Memory, Sparse24, build
 from tests.formats.test_marlin24 import PACKED, linear_of
 
 SOURCE = Path(__file__).with_name("marlin24_fragments.cu")

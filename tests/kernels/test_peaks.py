@@ -20,7 +20,7 @@ from sparsify.bench.peaks import (
 )
 from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.processor import FORCE, LEVELS
-from tests.levels import need
+from tests.helpers.levels import need
 
 # multiply-adds of one instruction times the accumulators that it keeps busy
 STEP = {

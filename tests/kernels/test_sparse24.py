@@ -24,14 +24,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify import native
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
+from sparsify.native import build
 from sparsify.processor import FORCE, LEVELS
 from sparsify.runtime.backends import cpu
 from sparsify.runtime.backends.cpu import TYPES, Cpu
-from tests.levels import need, ruled_out
-from tests.linears import Linear, Made, make
+from tests.helpers.levels import need, ruled_out
+from tests.helpers.linears import Linear, Made, make
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # Half the distance of neighbours relative to a number, and the least magnitude that is certain to survive (bf16 products
@@ -111,7 +111,7 @@ class Kernel:
 
 @pytest.fixture(scope="session")
 def kernel() -> Kernel:
-    library = native.load("cpu/sparse24")
+    library = build.load("cpu/sparse24")
     if library is None:
         pytest.skip("no C++ compiler")
     return Kernel(library)
@@ -947,7 +947,7 @@ def compiled_once(driver: Path, compiler: str, flags: list[str]) -> Path:
 
 
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    found = native.find_compiler()
+    found = build.find_compiler()
     if found is None:
         pytest.skip("no C++ compiler")
     compiler = found.command[0]
@@ -999,9 +999,9 @@ print("cpu:", get_backend("cpu").reason_unavailable())
 @pytest.mark.parametrize("obstacle", ["switched off", "no compiler"])
 def test_without_kernels_the_reference_serves_and_it_is_said_why(obstacle: str, tmp_path: Path) -> None:
     environment = os.environ | {"SPARSIFY_CACHE": str(tmp_path)}
-    for name in ("SPARSIFY_BACKEND", "CXX", native.DISABLE):
+    for name in ("SPARSIFY_BACKEND", "CXX", build.DISABLE):
         environment.pop(name, None)
-    environment |= {native.DISABLE: "0"} if obstacle == "switched off" else {"PATH": str(tmp_path)}
+    environment |= {build.DISABLE: "0"} if obstacle == "switched off" else {"PATH": str(tmp_path)}
     command = [sys.executable, "-c", FIRST_USE]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "chosen reference" in run.stdout

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from sparsify.errors import CheckpointError, MissingDependency
 from sparsify.model import checkpoint as module
 from sparsify.model.checkpoint import open_checkpoint
-from tests.tiny import save_tiny
+from tests.helpers.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_damage_is_named(directory, tmp_path, change, message):
 
 
 def test_an_unknown_architecture_is_named(directory, tmp_path):
-    from sparsify.model.blocks import open_blocks
+    from sparsify.model.decoder import open_blocks
 
     def change(d):
         config = json.loads((d / "config.json").read_text())

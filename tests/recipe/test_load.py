@@ -8,7 +8,7 @@ import pytest
 
 from sparsify.errors import RecipeError
 from sparsify.recipe import Head, ignored_by, load_recipe, parse_recipe, ready_recipes
-from sparsify.recipe.ready import recipe_directories
+from sparsify.recipe.builtin import recipe_directories
 
 ROOT = Path(__file__).parents[2]
 TEXT = "version: 1\npasses:\n  - prune:\n      method: sparsegpt\n"

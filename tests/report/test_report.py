@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparsify import units
 from sparsify.errors import CheckpointError
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.report import render_page, report_on, size_parts, svg, words, write_report
+from sparsify.report import render_page, report_on, size_parts, svg, write_report
 from sparsify.report.figures import (
     bits_per_weight,
     by_kind,
@@ -288,12 +289,12 @@ def test_nice_ticks(ceiling, ticks):
 
 
 def test_words():
-    assert [words.size(n) for n in (12, 70_272, 43_192_624, 269_030_016, 1.6e10)] == [
+    assert [units.size(n) for n in (12, 70_272, 43_192_624, 269_030_016, 1.6e10)] == [
         "12 B", "70.3 kB", "43.2 MB", "269 MB", "16 GB",
     ]  # fmt: skip
-    assert [words.error(e) for e in (0.1234, 0.0001, 1e-7, 0, None)] == ["12.3%", "0.01%", "1.0e-05%", "0%", "–"]
-    assert [words.span(s) for s in (4.21, 59, 60, 152.3, 7300)] == ["4.2 s", "59 s", "1 min", "2 min 32 s", "2 h 1 min"]
-    assert words.number(None) == "∞" and words.number(1e9) == "1.0e+09" and words.percent(0.5) == "50.0%"
+    assert [units.error(e) for e in (0.1234, 0.0001, 1e-7, 0, None)] == ["12.3%", "0.01%", "1.0e-05%", "0%", "–"]
+    assert [units.span(s) for s in (4.21, 59, 60, 152.3, 7300)] == ["4.2 s", "59 s", "1 min", "2 min 32 s", "2 h 1 min"]
+    assert units.number(None) == "∞" and units.number(1e9) == "1.0e+09" and units.percent(0.5) == "50.0%"
 
 
 def test_one_block_and_many_blocks():

@@ -3,7 +3,7 @@
 import pytest
 
 from sparsify.runtime.backends import ENVIRONMENT_VARIABLE, get_backend
-from tests.agreement import Agree, bits, close
+from tests.helpers.agreement import Agree, bits, close
 
 
 @pytest.fixture(params=["reference", "cpu"])

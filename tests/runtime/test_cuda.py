@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify import native
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
-from sparsify.runtime.backends import choose_backend, crossovers, cuda, get_backend
+from sparsify.native import build
+from sparsify.runtime.backends import choose_backend, cuda, get_backend, measured_choice
 from sparsify.runtime.backends.cuda import Cuda
 from sparsify.runtime.op import sparse24_linear
 from tests.runtime.test_op import on_disk
@@ -28,7 +28,7 @@ SM_COUNT = 7
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = native.find_compiler()
+    compiler = build.find_compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
     built = tmp_path_factory.mktemp("stand-in") / "stand_in.so"
@@ -54,6 +54,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch, library: ctypes.CDLL) -> None:
     """A machine with an A100, as far as back ends look before they touch a tensor."""
     monkeypatch.setattr(cuda, "_gpus", lambda: [GPU])
     monkeypatch.setattr(cuda, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr("sparsify.native.build_cuda.archs_at_hand", lambda: (80,))
     cuda.connect(library, cuda._op(), None, [(SM_COUNT, 0)])
     monkeypatch.setattr(cuda, "_loaded", lambda: library)
 
@@ -98,9 +99,10 @@ def test_a_missing_kernel_is_told_and_others_serve(
     """Neither nvcc nor a ready build: a line in the log, and the next back end."""
     monkeypatch.setattr(cuda, "_gpus", lambda: [GPU])
     monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr("sparsify.native_cuda.find_nvcc", lambda: None)
-    monkeypatch.setattr("sparsify.native_cuda.ready_builds", lambda name: [])
-    monkeypatch.setattr(crossovers, "_gpu_name", lambda device: "a GPU that nobody measured")
+    monkeypatch.setattr("sparsify.native.build_cuda.archs_at_hand", lambda: (90,))
+    monkeypatch.setattr("sparsify.native.build_cuda.find_nvcc", lambda: None)
+    monkeypatch.setattr("sparsify.native.build_cuda.ready_builds", lambda name: [])
+    monkeypatch.setattr(measured_choice, "_gpu_name", lambda device: "a GPU that nobody measured")
     cuda._loaded.cache_clear()
     try:
         assert "log says why" in (Cuda().reason_unavailable() or "")
@@ -111,7 +113,7 @@ def test_a_missing_kernel_is_told_and_others_serve(
 
 
 def test_it_comes_before_the_others_and_can_be_forced_away(ampere: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossovers, "_gpu_name", lambda device: "a GPU that nobody measured")
+    monkeypatch.setattr(measured_choice, "_gpu_name", lambda device: "a GPU that nobody measured")
     assert choose_backend(SCHEME, GPU, torch.bfloat16).name == "cuda"
     monkeypatch.setenv("SPARSIFY_BACKEND", "reference")
     assert choose_backend(SCHEME, GPU, torch.bfloat16).name == "reference"
@@ -124,8 +126,8 @@ def test_measured_times_decide(ampere: None, monkeypatch: pytest.MonkeyPatch) ->
     slow = {"1": 9.0, "16": 9.0}
     fast = {"1": 5.0, "16": 8.0, "4096": 900.0}  # prompts do not outweigh decoding
     table = {"G": {"2:4 4-bit": {"256x256": {"cuda": slow | {"4096": 100.0}, "reference": fast}}}}
-    monkeypatch.setattr(crossovers, "_measured", lambda: table)
-    monkeypatch.setattr(crossovers, "_gpu_name", lambda device: "G")
+    monkeypatch.setattr(measured_choice, "_measured", lambda: table)
+    monkeypatch.setattr(measured_choice, "_gpu_name", lambda device: "G")
     assert choose_backend(SCHEME, GPU, torch.bfloat16).name == "reference"
     table["G"]["2:4 4-bit"]["256x256"]["cuda"] = {"1": 4.0, "16": 7.0}
     assert choose_backend(SCHEME, GPU, torch.bfloat16).name == "cuda"
@@ -143,17 +145,17 @@ def test_measured_times_decide(ampere: None, monkeypatch: pytest.MonkeyPatch) ->
         ({"4096x4096": {"a": {"1": 1.0}, "b": {"1": 2.0}}, "200x300": {"a": {"1": 2.0}, "b": {"1": 1.0}}}, "b"),
     ],
 )
-def test_nearest_measured_shape(times: crossovers.Times, expected: str | None) -> None:
-    assert crossovers.fastest_of(times, ["a", "b"], (128, 256)) == expected
+def test_nearest_measured_shape(times: measured_choice.Times, expected: str | None) -> None:
+    assert measured_choice.fastest_of(times, ["a", "b"], (128, 256)) == expected
 
 
 def test_times_in_the_repository_can_be_read() -> None:
-    crossovers._measured.cache_clear()
-    for kinds in crossovers._measured().values():
+    measured_choice._measured.cache_clear()
+    for kinds in measured_choice._measured().values():
         for times in kinds.values():
             assert times
             for shape, backends in times.items():
-                crossovers._shape(shape)
+                measured_choice._shape(shape)
                 assert all(microseconds > 0 for rows in backends.values() for microseconds in rows.values())
 
 

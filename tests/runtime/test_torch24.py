@@ -14,7 +14,7 @@ from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
 from sparsify.formats import ModuleScheme
-from sparsify.runtime.backends import choose_backend, crossovers, cuda, torch24, triton
+from sparsify.runtime.backends import choose_backend, cuda, measured_choice, torch24, triton
 from sparsify.runtime.backends.torch24 import Torch24
 from sparsify.runtime.op import sparse24_linear
 from tests.runtime.test_op import on_disk
@@ -30,7 +30,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch24, "_has_cusparselt", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(crossovers, "_gpu_name", lambda device: "a GPU that nobody measured")
+    monkeypatch.setattr(measured_choice, "_gpu_name", lambda device: "a GPU that nobody measured")
     monkeypatch.setattr(cuda, "_gpus", lambda: [])
 
 

@@ -17,8 +17,8 @@ import sparsify  # noqa: F401  what a user has to write
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.formats.directory import open_compressed
 from sparsify.runtime.module import Sparse24Linear
-from tests.agreement import Agree
-from tests.compressed import MIXED, compress, make_dense
+from tests.helpers.agreement import Agree
+from tests.helpers.compressed import MIXED, compress, make_dense
 
 FAMILIES = ["llama", "qwen2", "phi3", "opt", "gpt_neox"]
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
@@ -208,7 +208,7 @@ def test_files_of_another_model_are_refused(llama: Path, tmp_path: Path) -> None
 
 
 def test_dense_models_are_not_compressed_on_the_fly(llama: Path) -> None:
-    from sparsify.runtime.hf import Sparse24QuantizationConfig
+    from sparsify.runtime.hf_quantizer import Sparse24QuantizationConfig
 
     wish = Sparse24QuantizationConfig(version=1, bits=4, group_size=64)
     with pytest.raises(ValueError, match="pre-quantized"):

@@ -19,7 +19,7 @@ from sparsify.runtime.backends import triton as backend
 from sparsify.runtime.backends import triton_tuning as tuning
 from sparsify.runtime.backends.triton_tuning import Config
 from sparsify.runtime.op import sparse24_linear
-from tests.floats import hard_bits, is_nan, to_bfloat16
+from tests.helpers.floats import hard_bits, is_nan, to_bfloat16
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 
@@ -141,7 +141,7 @@ def test_decodes_to_the_dense_weights_of_the_reference(interpreter: ModuleType, 
 
 def test_bfloat16_is_rounded_and_widened_bit_by_bit(interpreter: ModuleType) -> None:
     """On integers, so that no processor's way with denormals or NaN can show or hide anything."""
-    from tests import triton_probes
+    from tests.helpers import triton_probes
 
     bits = hard_bits()
     numbers = torch.tensor(bits, dtype=torch.uint32).view(torch.float32)

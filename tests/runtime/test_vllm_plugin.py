@@ -31,8 +31,8 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
-from sparsify.compiler.export import export
-from sparsify.compiler.run import apply
+from sparsify.compiler.apply import apply
+from sparsify.compiler.dense_weights import export
 from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.directory import open_compressed
@@ -41,10 +41,10 @@ from sparsify.recipe import parse_recipe
 from sparsify.runtime import vllm_plugin
 from sparsify.runtime.backends import cuda
 from sparsify.runtime.vllm_plugin import Sparse24Config, Sparse24LinearMethod
-from tests.agreement import Agree
-from tests.compressed import round_linear
+from tests.helpers.agreement import Agree
+from tests.helpers.compressed import round_linear
+from tests.helpers.tiny import save_tiny
 from tests.runtime.test_cuda import SM_COUNT, library  # noqa: F401
-from tests.tiny import save_tiny
 
 K = 256
 MAGNITUDE = """

@@ -1,6 +1,6 @@
 """The back ends of `sparsify::sparse24_linear`, one per file, fastest first.
 
-Where several serve a linear on a GPU, measured times decide (`crossovers.py`), and the order of `BACKENDS` where there
+Where several serve a linear on a GPU, measured times decide (`measured_choice.py`), and the order of `BACKENDS` where there
 are none.
 
 A back end turns the tensors of a checkpoint into its own layout once, at load time (`prepare`), and multiplies with
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
-from sparsify.runtime.backends import crossovers
+from sparsify.runtime.backends import measured_choice
 from sparsify.runtime.backends.cpu import Cpu
 from sparsify.runtime.backends.cuda import Cuda
 from sparsify.runtime.backends.reference import Reference
@@ -86,7 +86,9 @@ def choose_backend(scheme: ModuleScheme, device: torch.device, dtype: torch.dtyp
         if forced or device.type == "cpu":  # one order holds for every processor, and the reference need not be asked
             break
     if serving:
-        measured = crossovers.fastest([backend.name for backend in serving], scheme, device) if serving[1:] else None
+        measured = (
+            measured_choice.fastest([backend.name for backend in serving], scheme, device) if serving[1:] else None
+        )
         return get_backend(measured) if measured else serving[0]
     n, k = scheme.shape
     what = f"a {scheme.pattern} {scheme.bits}-bit linear [{n}, {k}] on {device} with {dtype}"

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sparsify import native
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
+from sparsify.native import build
 from sparsify.processor import FORCE, LEVELS, forced_level
 
 INT8_VARIABLE = "SPARSIFY_CPU_INT8"  # set to 1: all but the fewest rows are multiplied in int8
@@ -30,8 +30,8 @@ class Cpu:
     name = "cpu"
 
     def reason_unavailable(self) -> str | None:
-        if os.environ.get(native.DISABLE) == "0":
-            return f"native kernels are switched off by {native.DISABLE}=0"
+        if os.environ.get(build.DISABLE) == "0":
+            return f"native kernels are switched off by {build.DISABLE}=0"
         return None if _library() else "its kernels cannot be built here (the log says why; `sparsify doctor` shows it)"
 
     def describe(self) -> str:
@@ -73,7 +73,7 @@ class Cpu:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The kernels, with the op registered and pointing at them; None after a line in the log that says what is missing."""
-    library, op = native.load("cpu/sparse24"), native.load("cpu/sparse24_torch")
+    library, op = build.load("cpu/sparse24"), build.load("cpu/sparse24_torch")
     if library is None or op is None:
         return None
     int64, int32, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p

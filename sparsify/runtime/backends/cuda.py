@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsify import native, native_cuda
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
+from sparsify.native import build, build_cuda
 
 KERNEL, OP = "cuda/sparse24", "cuda/sparse24_torch"
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -41,15 +41,15 @@ class Cuda:
     name = "cuda"
 
     def reason_unavailable(self) -> str | None:
-        if os.environ.get(native.DISABLE) == "0":
-            return f"native kernels are switched off by {native.DISABLE}=0"
+        if os.environ.get(build.DISABLE) == "0":
+            return f"native kernels are switched off by {build.DISABLE}=0"
         if not _gpus():
             return "it needs an NVIDIA GPU that torch can use, from Ampere (sm_80) on"
         return None if _library() else "its kernel cannot be had here (the log says why)"
 
     def describe(self) -> str:
         """The architectures that the kernel was loaded for."""
-        return ", ".join(f"sm_{arch}" for arch in archs_at_hand())
+        return ", ".join(f"sm_{arch}" for arch in build_cuda.archs_at_hand())
 
     def supports(self, scheme: ModuleScheme, device: torch.device, dtype: torch.dtype) -> str | None:
         if problem := _device_problem(device):
@@ -142,11 +142,6 @@ def kernel_rounds_weights(
     return bool(asked(m, n, k, scheme.group_size, TYPES[dtype], TYPES[scale_dtype], config))
 
 
-def archs_at_hand() -> tuple[int, ...]:
-    """The architectures of the GPUs here that have 2:4 tensor cores: (80, 90)."""
-    return tuple(sorted({major * 10 + minor for major, minor in map(_capability, _gpus()) if major >= 8}))
-
-
 def _gpus() -> list[torch.device]:
     """Every NVIDIA GPU that torch can use and that has 2:4 tensor cores."""
     if torch.version.hip or not torch.cuda.is_available():
@@ -190,7 +185,7 @@ def _current_stream_function() -> int:
 
 
 def _op() -> ctypes.CDLL:
-    return native.open_library(OP)
+    return build.open_library(OP)
 
 
 def _required() -> ctypes.CDLL:
@@ -226,7 +221,7 @@ def _library() -> ctypes.CDLL | None:
 def _loaded() -> ctypes.CDLL | None:
     """The kernels, with the op registered and pointing at them; None after a line in the log that says what is missing."""
     try:
-        library, op = native_cuda.open_library(KERNEL, archs_at_hand()), _op()
+        library, op = build_cuda.open_library(KERNEL, build_cuda.archs_at_hand()), _op()
         connect(library, op, _current_stream_function(), _devices())
     except SparsifyError as error:
         logger.warning("kernel %s: %s", KERNEL, error)

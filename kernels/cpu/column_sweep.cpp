@@ -1,0 +1,254 @@
+// The inner loop of the column sweep (SparseGPT, GPTQ, both): for each input of a span, decide what every output keeps of
+// it, and let the inputs that follow in the panel repair the error.
+//
+// A panel holds one input per row and one output per column. Outputs do not depend on each other, so each thread takes
+// chunks of them, small enough that a chunk of the whole panel stays in the L1 cache; the result is the same to the last
+// bit for any number of threads and at every level. The compiler vectorises the loops over a chunk.
+#include "exact.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace {
+
+constexpr int kChunk = 64;      // outputs: 128 inputs x 64 outputs x 4 bytes fill 32 KiB
+constexpr int kMaxGroup = 128;  // inputs per scale that search_chunk takes: MOST in sparsify/solver/span.py
+constexpr auto kAll = [] {
+    std::array<uint8_t, kChunk> ones{};
+    for (auto& one : ones) one = 1;
+    return ones;
+}();
+
+// What does not change from chunk to chunk. Rows of P, E, codes, keep and (unless shared) scale are inputs of the panel.
+struct Span {
+    const float* U;  // [panel, panel], row i says how inputs i + 1, ... repair an error at i
+    int64_t ldu;
+    int panel, first, last;  // the span is inputs first ... last - 1
+    float low, high;         // of the codes
+    bool select;             // decide 2:4 here: keep the two of four whose removal costs most
+    bool to_bf16;            // without codes: store kept values as bf16
+};
+
+INLINE float round_to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// Keep two of four: rank by (w / d)^2, earlier inputs first among equals. P: the four rows; d: that of input j at j * step.
+// kept: [4][kChunk].
+INLINE void select_two(const float* P, int64_t ldp, const float* d, int64_t step, uint8_t* kept, int n) {
+    float loss[4][kChunk];
+    for (int j = 0; j < 4; j++) {
+        const float by = d[j * step];
+        const float* p = P + j * ldp;
+        for (int c = 0; c < n; c++) loss[j][c] = (p[c] / by) * (p[c] / by);
+    }
+    for (int j = 0; j < 4; j++)
+        for (int c = 0; c < n; c++) {
+            int ahead = 0;
+            for (int k = 0; k < 4; k++) ahead += k < j ? loss[k][c] >= loss[j][c] : loss[k][c] > loss[j][c];
+            kept[j * kChunk + c] = ahead < 2;
+        }
+}
+
+INLINE void sweep_chunk(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
+                        int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n) {
+    uint8_t kept[4 * kChunk];
+    float error[kChunk], stored[kChunk];
+    for (int i = s.first; i < s.last; i++) {
+        float* p = P + i * ldp;
+        const float d = s.U[i * (s.ldu + 1)];
+        const uint8_t* stays = keep ? keep + i * ldk : nullptr;
+        if (s.select) {
+            const int of_four = (i - s.first) % 4;
+            if (of_four == 0) select_two(p, ldp, s.U + i * (s.ldu + 1), s.ldu + 1, kept, n);
+            stays = kept + of_four * kChunk;
+        }
+        if (codes) {
+            const float* unit = scale + (i - s.first) * lds;
+            int8_t* q = codes + i * ldc;
+            for (int c = 0; c < n; c++) {
+                float code = std::min(std::max(std::rint(p[c] / unit[c]), s.low), s.high);
+                if (stays) code = stays[c] ? code : 0.0f;
+                q[c] = static_cast<int8_t>(code);
+                stored[c] = code * unit[c];
+            }
+        } else {
+            for (int c = 0; c < n; c++) {
+                const float value = s.to_bf16 ? round_to_bf16(p[c]) : p[c];
+                stored[c] = !stays || stays[c] ? value : 0.0f;
+            }
+        }
+        float* e = E + i * lde;
+        for (int c = 0; c < n; c++) {
+            error[c] = (p[c] - stored[c]) / d;
+            e[c] = error[c];
+            p[c] = stored[c];
+        }
+        for (int j = i + 1; j < s.panel; j++) {
+            const float u = s.U[i * s.ldu + j];
+            float* later = P + j * ldp;
+            for (int c = 0; c < n; c++) later[c] -= u * error[c];
+        }
+    }
+}
+
+// The scale of one group of inputs for every output: of the clipping ratios the one with the least weighed error, the first
+// among equals. Scales are tried as they are stored, rounded to `drop` bits fewer than float32 has.
+struct Search {
+    int size;  // inputs of the group
+    const float* ratios;
+    int tries;
+    const float* weight;  // [size], what an error at each input costs
+    float low, high;
+    int drop;
+    float smallest, largest;  // positive scales that can be stored
+};
+
+INLINE float round_to(float x, int drop) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t half = (1u << drop) >> 1, odd = (bits >> drop) & (drop > 0);
+    bits = (bits + half - (drop > 0) + odd) & ~((1u << drop) - 1u);
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+// d: [size], the diagonal of U, by which `select` chooses two of four; else the mask is `keep`, or nothing is pruned.
+// found: [n], the scales.
+INLINE void search_chunk(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep, int64_t ldk,
+                         int select, float* found, int n) {
+    float most[kChunk], least[kChunk], best[kChunk], scale[kChunk], total[kChunk];
+    uint8_t kept[4 * kChunk];
+    alignas(64) float rows[kMaxGroup * kChunk];
+    for (int c = 0; c < n; c++) most[c] = 0;
+    for (int i = 0; i < s.size; i++) {
+        const float* p = P + i * ldp;
+        float* row = rows + i * kChunk;
+        if (select && i % 4 == 0) select_two(P + i * ldp, ldp, d + i, 1, kept, n);
+        const uint8_t* stays = select ? kept + i % 4 * kChunk : keep ? keep + i * ldk : kAll.data();
+        for (int c = 0; c < n; c++) {
+            const float value = p[c];
+            row[c] = stays[c] ? value : 0.0f;
+        }
+        for (int c = 0; c < n; c++) most[c] = std::max(most[c], std::fabs(row[c]));
+    }
+    for (int c = 0; c < n; c++) most[c] /= s.high + 0.5f;
+    for (int t = 0; t < s.tries; t++) {
+        const float ratio = s.ratios[t], low = s.low, high = s.high, largest = s.largest, smallest = s.smallest;
+        const int drop = s.drop;
+        for (int c = 0; c < n; c++) {
+            const float rounded = std::max(round_to(most[c] * ratio, drop), smallest);
+            scale[c] = rounded > largest ? std::numeric_limits<float>::infinity() : rounded;
+            total[c] = 0;
+        }
+        for (int i = 0; i < s.size; i++) {
+            const float* row = rows + i * kChunk;
+            const float weight = s.weight[i];
+            for (int c = 0; c < n; c++) {
+                const float error = std::min(std::max(std::rint(row[c] / scale[c]), low), high) * scale[c] - row[c];
+                total[c] += error * error * weight;
+            }
+        }
+        for (int c = 0; c < n; c++) {
+            const float now = total[c], tried = scale[c];
+            const bool better = (t == 0) | (now < least[c]);
+            least[c] = better ? now : least[c];
+            best[c] = better ? tried : best[c];
+        }
+    }
+    for (int c = 0; c < n; c++) found[c] = best[c];
+}
+
+using SweepChunk = void (*)(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
+                            int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n);
+
+void sweep_portable(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
+                    int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n) {
+    sweep_chunk(s, P, ldp, E, lde, scale, lds, codes, ldc, keep, ldk, n);
+}
+
+using SearchChunk = void (*)(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep, int64_t ldk,
+                             int select, float* found, int n);
+
+void search_portable(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep, int64_t ldk,
+                     int select, float* found, int n) {
+    search_chunk(s, P, ldp, d, keep, ldk, select, found, n);
+}
+
+#if SPARSIFY_X86
+
+TARGET_AVX2
+void sweep_avx2(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
+                int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n) {
+    sweep_chunk(s, P, ldp, E, lde, scale, lds, codes, ldc, keep, ldk, n);
+}
+
+TARGET_AVX512
+void sweep_avx512(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
+                  int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n) {
+    sweep_chunk(s, P, ldp, E, lde, scale, lds, codes, ldc, keep, ldk, n);
+}
+
+TARGET_AVX2
+void search_avx2(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep, int64_t ldk, int select,
+                 float* found, int n) {
+    search_chunk(s, P, ldp, d, keep, ldk, select, found, n);
+}
+
+TARGET_AVX512
+void search_avx512(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep, int64_t ldk, int select,
+                   float* found, int n) {
+    search_chunk(s, P, ldp, d, keep, ldk, select, found, n);
+}
+
+constexpr SweepChunk kSweeps[] = {sweep_portable, sweep_avx2, sweep_avx512};
+constexpr SearchChunk kSearches[] = {search_portable, search_avx2, search_avx512};
+#else
+constexpr SweepChunk kSweeps[] = {sweep_portable};
+constexpr SearchChunk kSearches[] = {search_portable};
+#endif
+
+}  // namespace
+
+// P, E: [panel, outputs]; U: [panel, panel]; scale: [last - first, outputs], or one row when lds is 0; codes: int8
+// [panel, outputs] or null; keep: bool [panel, outputs] or null. Rows first ... last - 1 of P become what is stored,
+// those of E the errors that whoever calls spreads over the inputs after the panel. level: as compilation_of takes it.
+extern "C" void sparsify_sweep_span(float* P, int64_t ldp, float* E, int64_t lde, const float* U, int64_t ldu, int panel,
+                                    int first, int last, int64_t outputs, const float* scale, int64_t lds, float low,
+                                    float high, int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int select,
+                                    int to_bf16, int threads, int level) {
+    const Span span{U, ldu, panel, first, last, low, high, select != 0, to_bf16 != 0};
+    const SweepChunk sweep = kSweeps[sparsify::compilation_of(level)];
+    const int64_t chunks = (outputs + kChunk - 1) / kChunk;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t c = chunk * kChunk;
+        const int n = static_cast<int>(std::min<int64_t>(kChunk, outputs - c));
+        sweep(span, P + c, ldp, E + c, lde, scale ? scale + c : nullptr, lds, codes ? codes + c : nullptr, ldc,
+              keep ? keep + c : nullptr, ldk, n);
+    }
+}
+
+// P: [size, outputs], the inputs of one group; d, weight: [size]; keep: bool [size, outputs] or null. found: [outputs].
+extern "C" void sparsify_search_scale(const float* P, int64_t ldp, int size, int64_t outputs, const float* d,
+                                      const float* weight, const float* ratios, int tries, float low, float high, int drop,
+                                      float smallest, float largest, const uint8_t* keep, int64_t ldk, int select,
+                                      float* found, int threads, int level) {
+    const Search settings{size, ratios, tries, weight, low, high, drop, smallest, largest};
+    const SearchChunk search = kSearches[sparsify::compilation_of(level)];
+    const int64_t chunks = (outputs + kChunk - 1) / kChunk;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t c = chunk * kChunk;
+        const int n = static_cast<int>(std::min<int64_t>(kChunk, outputs - c));
+        search(settings, P + c, ldp, d, keep ? keep + c : nullptr, ldk, select, found + c, n);
+    }
+}

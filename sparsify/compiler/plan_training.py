@@ -1,0 +1,110 @@
+"""What the training passes of a recipe will do: steps, tokens, teacher, all checked before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify.errors import CheckpointError
+from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.recipe import Distill, Finetune, Recipe
+from sparsify.training.distill import check_same_language
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """What a depth pass left of a model, for those who learn from the whole one.
+
+    layers: of the whole model; teacher_blocks: for each layer that is left, the layer of the whole model whose output its
+    own should be
+    """
+
+    layers: int
+    teacher_blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """One training pass. steps, tokens: None where they depend on data that is not read yet; teacher: None without one.
+
+    teacher_blocks: the teacher's layers whose outputs are compared with the student's, when it has more of them
+    """
+
+    settings: Distill | Finetune
+    steps: int | None
+    tokens: int | None
+    teacher: Checkpoint | None
+    teacher_blocks: tuple[int, ...] | None = None
+
+    def describe(self) -> str:
+        """`distill: 488 steps of 8 x 512 tokens (2.0M) of self, teacher embedded:..., quantization in the loop`"""
+        settings = self.settings
+        batch = f"{settings.batch_size} x {settings.sequence_length}"
+        if isinstance(settings, Distill):
+            assert self.tokens is not None
+            text = settings.source or "the calibration source"
+            what = f"{self.steps} steps of {batch} tokens ({short(self.tokens)}) of {text}"
+        else:
+            times = "once" if settings.epochs == 1 else f"{settings.epochs} times"
+            what = f"{settings.data} {times}, {settings.batch_size} conversations of at most {settings.sequence_length} tokens a step"
+        teacher = "" if self.teacher is None else f", teacher {self.teacher.spec}"
+        return f"{settings.kind}: {what}{teacher}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.settings.kind,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "teacher": None if self.teacher is None else self.teacher.spec,
+        }
+
+
+def short(count: int) -> str:
+    """2000000 as 2.0M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def plan_training(recipe: Recipe, model: Checkpoint, shortened: Shortened | None = None) -> tuple[PlannedTraining, ...]:
+    """The training passes of a recipe for a model, dense or compressed. CheckpointError for a teacher that cannot teach it."""
+    return tuple(_planned(settings, model, shortened) for settings in recipe.training)
+
+
+def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shortened | None) -> PlannedTraining:
+    spec = settings.teacher
+    if isinstance(settings, Distill) and settings.needs_teacher and spec is None:
+        spec = model.spec  # a recipe that compresses starts from the dense model
+    teacher = None
+    if spec is not None:
+        teacher = model if spec == model.spec else open_checkpoint(spec)
+        if "quantization_config" in teacher.config:
+            raise CheckpointError(f"teacher {spec} is compressed itself; name the dense model")
+        layers = None if shortened is None else shortened.layers
+        check_same_language(model.config, teacher.config, spec, settings.weights.feature > 0, layers)
+        _check_tokenizers(model, teacher)
+    blocks = None if teacher is None or shortened is None else shortened.teacher_blocks
+    if isinstance(settings, Distill):
+        per_step = settings.batch_size * settings.sequence_length
+        steps = settings.tokens // per_step
+        return PlannedTraining(settings, steps, steps * per_step, teacher, blocks)
+    return PlannedTraining(settings, None, None, teacher, blocks)
+
+
+def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Vocabularies of one size may still be different languages."""
+    if student.directory == teacher.directory:
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        one, other = (AutoTokenizer.from_pretrained(c.directory).get_vocab() for c in (student, teacher))
+    except (OSError, ValueError):
+        return  # a checkpoint without a tokenizer says nothing about its tokens; the text will need one and say so
+    if one != other:
+        token = next(token for token in one if one[token] != other.get(token)) if set(one) - set(other) or one else "?"
+        raise CheckpointError(
+            f"teacher {teacher.spec} has another vocabulary than the student (token {one.get(token)} is {token!r} to the "
+            "student); take the dense model it was made from"
+        )

@@ -1,0 +1,1 @@
+"""Text that the model writes itself, for calibration without any data set."""

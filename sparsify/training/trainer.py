@@ -1,0 +1,424 @@
+"""The transformers Trainer, for models whose masks are fixed: own loss, own checkpoints, exact resume, FSDP2.
+
+A checkpoint appears whole or not at all. It holds the trained parameters, the optimiser, the losses so far and where in
+the data the run is; not the masks, which belong to the compressed model that training started from and are verified
+against it after every save.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from sparsify.distributed import processes
+from sparsify.errors import CheckpointError, MissingDependency, NumericalError
+from sparsify.files import publish, read_json, write_json
+from sparsify.progress import Task, progress_bar
+from sparsify.recipe import Distill, Finetune
+from sparsify.training.loss_monitor import WINDOW, LossWatch
+from sparsify.training.qat_linear import TrainableLinear
+from sparsify.training.student import Student
+
+PARAMETERS = "parameters.safetensors"
+WATCH = "losses.json"
+PREFIX = "checkpoint-"  # the Trainer's own
+KEPT = 2  # checkpoints on disk at a time
+BETAS = (0.9, 0.95)
+GRADIENT_NORM = 1.0
+WIDE = 120  # columns from which the progress bar has room for the parts of the loss
+WINDOW_BATCHES = 16  # batches whose rows are sorted by length together
+
+
+def _by_length(window: Tensor, lengths: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Batches of rows of similar length, in random order. window: int64, rows in the order drawn, whole batches."""
+    batches = window[lengths[window].argsort(stable=True)].reshape(-1, batch_size)
+    return batches[torch.randperm(len(batches), generator=generator)].reshape(-1)
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """The rows of all steps, in the order they are trained on. Each epoch is a permutation of its own, drawn from the seed.
+
+    The order is a table and not a sampler's state, so a resumed run goes on with the same rows. Rows of unequal lengths
+    are sorted within a few batches, whose own order is drawn again: less is padding, and each batch is still a random one.
+
+    lengths: of the rows, or None when all are equal
+    """
+
+    def __init__(self, rows: Any, steps: int, batch_size: int, seed: int, lengths: Tensor | None = None):
+        self.rows = rows
+        generator = torch.Generator().manual_seed(seed)
+        wanted = steps * batch_size
+        epochs = [torch.randperm(len(rows), generator=generator) for _ in range(-(-wanted // len(rows)))]
+        self.order = torch.cat(epochs)[:wanted]
+        if lengths is not None:
+            windows = self.order.split(WINDOW_BATCHES * batch_size)
+            self.order = torch.cat([_by_length(w, lengths, batch_size, generator) for w in windows])
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(self.order[index])
+        return {"row": row, **self.rows[row]}
+
+
+def train(
+    student: Student,
+    groups: Mapping[str, list[nn.Parameter]],
+    linears: Mapping[str, TrainableLinear],
+    rows: Any,
+    collate: Any,
+    settings: Distill | Finetune,
+    steps: int,
+    directory: Path,
+    teacher: Any = None,
+    quiet: bool = False,
+) -> LossWatch:
+    """Train `student` for so many steps, going on from the last checkpoint in `directory` when there is one.
+
+    groups: parameters by kind (weights, scales, norms); linears: by name, whose masks must not change;
+    rows: a sequence of mappings; collate: makes a batch with input_ids, labels (and keep) of several;
+    teacher: called with a batch, gives the Lesson. Returns the losses of all steps.
+    """
+    discard_unfinished(directory)
+    last = last_checkpoint(directory)
+    done = 0 if last is None else step_of(last)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows]) if isinstance(rows, list) else None
+    order = Rows(rows, steps, settings.batch_size, settings.seed, lengths)
+    with hushed(), progress_bar(describe(settings, None), steps, completed=done, quiet=quiet) as bar:
+        trainer = DistillTrainer(student, groups, linears, order, collate, settings, steps, directory, teacher)
+        trainer.show_on(bar)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    for linear in linears.values():
+        linear.release()
+    return trainer.watch
+
+
+class DistillTrainer(Trainer):
+    """A Trainer whose model is a `Student`."""
+
+    def __init__(
+        self,
+        student: Student,
+        groups: Mapping[str, list[nn.Parameter]],
+        linears: Mapping[str, TrainableLinear],
+        rows: Rows,
+        collate: Any,
+        settings: Distill | Finetune,
+        steps: int,
+        directory: Path,
+        teacher: Any,
+    ):
+        self.linears, self.settings, self.directory, self.teacher = linears, settings, directory, teacher
+        self.groups = groups
+        self.sizes = {kind: [root_mean_square(p) for p in parameters] for kind, parameters in groups.items()}
+        self.watch = LossWatch(max(1, min(WINDOW, math.ceil(settings.warmup * steps))))
+        masks: dict[str, Any] = {name: linear.mask for name, linear in linears.items()}
+        self.masks: dict[str, Tensor] = {name: mask.clone() for name, mask in masks.items() if mask is not None}
+        self._sums: dict[str, Tensor] = {}
+        self._saving_to: Path | None = None
+        super().__init__(
+            model=student,
+            args=arguments(student, settings, steps, directory),
+            data_collator=collate,
+            train_dataset=rows,
+            callbacks=board(settings.tensorboard),
+        )
+        self.remove_callback(PrinterCallback)
+        # the loss comes divided by the tokens of the whole step, so the Trainer must neither divide nor average again
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.held = self.args.world_size == 1
+
+    def show_on(self, bar: Task) -> None:
+        self.add_callback(_Show(bar, self))
+
+    # ------------------------------------------------------------------------------------------------------------ step
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW whose step is relative to the size of each tensor, without decay: nothing says that weights should be small."""
+        created: torch.optim.Optimizer | None = getattr(self, "optimizer", None)
+        if created is None:
+            created = torch.optim.AdamW(
+                [
+                    {"params": [parameter], "lr": self._rate(kind) * size, "kind": kind, "size": size}
+                    for kind, parameters in self.groups.items()
+                    for parameter, size in zip(parameters, self.sizes[kind], strict=True)
+                ],
+                betas=BETAS,
+                weight_decay=0.0,
+                fused=True,
+            )
+            self.optimizer = created
+        return created
+
+    def _rate(self, kind: str) -> float:
+        rates = {"scales": self.settings.scale_learning_rate, "norms": self.settings.norm_learning_rate}
+        return rates.get(kind, self.settings.learning_rate)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self.held:
+            for linear in self.linears.values():
+                if not linear.holds:
+                    linear.hold(self.model.dtype)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            for linear in self.linears.values():
+                linear.release()
+            self._end_of_step()
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        lesson = None if self.teacher is None else self.teacher(inputs)
+        outputs = model(
+            inputs["input_ids"], inputs["labels"], num_items_in_batch, lesson=lesson, keep=inputs.get("keep")
+        )
+        for name, value in outputs.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+        loss = (
+            outputs["loss"] * self.accelerator.num_processes
+        )  # gradients are averaged over processes, and this is a share
+        return (loss, outputs) if return_outputs else loss
+
+    def _end_of_step(self) -> None:
+        """Stop before the optimiser makes anything of a loss that is no number or has gone astray."""
+        sums = {name: self.accelerator.reduce(value, "sum").item() for name, value in self._sums.items()}
+        self._sums = {}
+        problem = self.watch.add(sums)
+        if problem is None:
+            return
+        step = self.state.global_step + 1
+        kept = last_checkpoint(self.directory)
+        where = (
+            f"the state after step {step_of(kept)} is kept in {kept}"
+            if kept is not None
+            else f"no step was saved; the compressed model is kept in {self.directory.parent}"
+        )
+        raise NumericalError(
+            f"{self.settings.kind}: training diverged at step {step} of {self.state.max_steps}: {problem}; {where}. "
+            f"Go on from there with --resume and a lower rate: --set passes.{self.settings.kind}.learning_rate="
+            f"{self.settings.learning_rate / 3:.1g}"
+        )
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving_to or self.directory)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer writes aside; the checkpoint gets its name when it is complete and its masks are right."""
+        if not self.watch.good and self.state.global_step < self.state.max_steps:
+            return
+        self.verify_masks()
+        aside = self.directory / "saving"
+        name = f"{PREFIX}{self.state.global_step}"
+        self._saving_to = aside
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_to = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_json(aside / name / WATCH, self.watch.to_json())
+            publish(aside / name, self.directory / name)
+            for old in checkpoints(self.directory)[:-KEPT]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Only what is trained: everything else is where training started from."""
+        assert output_dir is not None
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        state = self.model.state_dict() if state_dict is None else state_dict
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        save_file({name: state[name].contiguous() for name in sorted(trained)}, Path(output_dir) / PARAMETERS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_parameters(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As saved, but at the rates of the recipe: going on with a lower one is how to get past a divergence."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self.watch = LossWatch.from_json(read_json(Path(checkpoint) / WATCH))
+        scheduler: Any = self.lr_scheduler
+        scheduler.base_lrs = [self._rate(group["kind"]) * group["size"] for group in self.optimizer.param_groups]
+        for group, base, shape in zip(
+            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["initial_lr"], group["lr"] = base, base * shape(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Whoever listens, TensorBoard for one, gets the parts of the loss beside the whole."""
+        parts = self.watch.losses[-1] if "loss" in logs and self.watch.losses else {}
+        super().log({**logs, **parts}, *args, **kwargs)
+
+    def verify_masks(self) -> None:
+        """NumericalError when a linear's mask is not the one training began with, or keeps other than two of four."""
+        for name, mask in self.masks.items():
+            now: Tensor = self.linears[name].mask  # type: ignore[assignment]
+            if not torch.equal(now, mask) or not bool((mask.reshape(-1, 4).sum(1) == 2).all()):
+                raise NumericalError(
+                    f"{name}: its mask changed in training, which is a bug in sparsify; nothing was saved"
+                )
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # the Trainer would guess from the shape of a model it does not know
+
+
+class _Show(TrainerCallback):
+    """Moves the progress bar and tells what the losses are."""
+
+    def __init__(self, bar: Task, trainer: DistillTrainer):
+        self.bar, self.trainer = bar, trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.advance()
+        self.bar.describe(describe(self.trainer.settings, self.trainer.watch))
+
+
+def describe(settings: Distill | Finetune, watch: LossWatch | None, columns: int | None = None) -> str:
+    """The progress bar's text: `distill: loss 1.234`, on a wide terminal with the parts of it that count."""
+    if watch is None or not watch.losses:
+        return settings.kind
+    said = f"{settings.kind}: loss {watch.smoothed:.4g}"
+    if (columns or shutil.get_terminal_size().columns) < WIDE:
+        return said
+    weights = settings.weights.model_dump()
+    parts = [f"{name} {value:.3g}" for name, value in watch.losses[-1].items() if weights.get(name)]
+    return f"{said} ({', '.join(parts)})" if len(parts) > 1 else said
+
+
+def arguments(student: Student, settings: Distill | Finetune, steps: int, directory: Path) -> TrainingArguments:
+    """What the Trainer is told. Under torchrun with several processes FSDP2 shards parameters, gradients and optimiser.
+
+    On CPUs accelerate leaves FSDP aside and every process keeps all of them.
+    """
+    among = processes()
+    micro = min(settings.micro_batch_size or settings.batch_size, max(1, settings.batch_size // among))
+    if settings.batch_size % (micro * among):
+        raise CheckpointError(
+            f"{settings.kind}: batch_size {settings.batch_size} does not divide into {among} processes of {micro} rows; "
+            f"choose a multiple of {micro * among}"
+        )
+    sharding: dict[str, Any] = {}
+    if among > 1:
+        blocks = sorted({type(block).__name__ for block in student.outputs.blocks})
+        sharding = {
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "reshard_after_forward": True,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "transformer_layer_cls_to_wrap": blocks,
+                "state_dict_type": "FULL_STATE_DICT",
+            },
+        }
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // (micro * among),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        warmup_steps=math.ceil(settings.warmup * steps),
+        max_grad_norm=GRADIENT_NORM,
+        train_sampling_strategy="sequential",  # Rows is in order already
+        save_strategy="steps",
+        save_steps=settings.save_every or max(1, steps // 10),
+        logging_strategy="steps",
+        logging_steps=1 if settings.tensorboard else max(1, steps // 10),
+        logging_nan_inf_filter=False,
+        seed=settings.seed % 2**32,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=not (settings.weights.logits or settings.weights.cross_entropy),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        **sharding,
+    )
+
+
+@torch.no_grad()
+def root_mean_square(parameter: Tensor) -> float:
+    """Over what is not zero: pruned weights do not count. 1 for a tensor of zeros, such as a new bias."""
+    kept = int(parameter.count_nonzero())
+    return math.sqrt(float(parameter.float().square().sum()) / kept) if kept else 1.0
+
+
+def board(directory: str | None) -> list[TrainerCallback]:
+    """TensorBoard, when the recipe names a directory for it."""
+    if directory is None:
+        return []
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingDependency("tensorboard in the recipe needs a package: pip install 'sparsify-24[train]'") from None
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(directory))]
+
+
+# ---------------------------------------------------------------------------------------------- checkpoint directories
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints of a training directory, oldest first."""
+    return sorted((p for p in directory.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()), key=step_of)
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    return next(reversed(checkpoints(directory)), None)
+
+
+def discard_unfinished(directory: Path) -> None:
+    """What a killed run was writing."""
+    shutil.rmtree(directory / "saving", ignore_errors=True)
+
+
+def load_parameters(model: nn.Module, checkpoint: Path) -> None:
+    """Put the trained parameters of a checkpoint into the student they belong to."""
+    state = load_file(checkpoint / PARAMETERS)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if set(state) != set(trained) or any(state[name].shape != p.shape for name, p in trained.items()):
+        raise CheckpointError(
+            f"{checkpoint} belongs to another training; remove {checkpoint.parent} to train again from the start"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state[name])
+
+
+@contextmanager
+def hushed() -> Any:
+    """The Trainer sets the verbosity of transformers for the whole process; give it back."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

@@ -1,0 +1,184 @@
+"""Coordinate descent against brute force in fp64: the best of a group, the exact error, never worse than before."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from sparsify import processor
+from sparsify.errors import SparsifyError
+from sparsify.model.linear import is_two_four
+from sparsify.native import build
+from sparsify.solver.column_sweep import column_sweep
+from sparsify.solver.coordinate_descent import refine, visit_panel
+from sparsify.solver.gptq import gptq
+from sparsify.solver.grid import Grid
+from sparsify.solver.hessian import factor, relative_error
+from sparsify.solver.masks.magnitude import magnitude_mask
+from sparsify.solver.masks.sparsegpt import sparsegpt_select
+from sparsify.solver.solve import Scheme, Statistics, compress
+
+N, K, TOKENS = 70, 128, 500  # outputs: more than one chunk of the native loop, and a ragged one
+
+
+@pytest.fixture(autouse=True, params=["torch", "native"])
+def way(request, monkeypatch):
+    """Every test runs on both ways."""
+    if request.param == "native" and build.load("cpu/coordinate_descent") is None:
+        pytest.skip("the native refinement needs a C++ compiler")
+    monkeypatch.setenv("SPARSIFY_REFINE", request.param)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def problem():
+    generator = torch.Generator().manual_seed(5)
+    mixing = torch.randn(K, K, generator=generator) / K**0.5 + torch.eye(K)
+    X = torch.randn(TOKENS, K, generator=generator) @ mixing * torch.rand(K, generator=generator).add(0.2)
+    W = torch.randn(N, K, generator=generator)
+    return W, factor(X.t() @ X / TOKENS, 0.01, "x")
+
+
+def error(W, target, H):
+    difference = (W - target).double()
+    return ((difference @ H.double()) * difference).sum(1)
+
+
+def test_one_group_becomes_its_best_support(problem):
+    """With float32 values and four inputs, the result is the exact optimum: all six supports, solved in fp64."""
+    target, factors = problem
+    H, target = factors.damped[:4, :4].contiguous(), target[:, :4].contiguous()
+    found = refine(torch.zeros_like(target), target, H, 1, select=True, store=torch.float32).weight
+    best = torch.full((N,), torch.inf, dtype=torch.float64)
+    for pair in combinations(range(4), 2):
+        s = list(pair)
+        values = torch.linalg.solve(H.double()[s][:, s], (H.double() @ target.double().t())[s]).t()
+        candidate = torch.zeros(N, 4, dtype=torch.float64)
+        candidate[:, s] = values
+        best = torch.minimum(best, error(candidate, target, H))
+    assert is_two_four(found)
+    torch.testing.assert_close(error(found, target, H), best, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_each_sweep_lowers_the_error_of_every_output(problem, group_size):
+    W, factors = problem
+    grid = Grid(4, group_size)
+    swept = gptq(W, factors.inverse, grid, None, sparsegpt_select)
+    before = error(swept.weight, W, factors.damped)
+    for sweeps in (1, 2, 6):
+        refined = refine(swept.weight, W, factors.damped, sweeps, scale=swept.scale, grid=grid, select=True)
+        after = error(refined.weight, W, factors.damped)
+        assert (after <= before * (1 + 1e-5)).all() and after.sum() < 0.97 * before.sum()
+        before = after
+        assert is_two_four(refined.codes) and refined.codes.min() >= -8 and refined.codes.max() <= 7
+        stored = refined.codes.float() * refined.scale.float().repeat_interleave(group_size, 1)
+        assert torch.equal(stored, refined.weight)  # what is evaluated is what is stored
+
+
+def test_no_single_group_can_be_bettered_at_the_end(problem):
+    """A fixed point: no other support and no other values of any one group have a smaller error, by brute force."""
+    W, factors = problem
+    H = factors.damped
+    swept = column_sweep(W, factors.inverse, None, select=sparsegpt_select, store=torch.float32)
+    found = refine(swept.weight, W, H, 60, select=True, store=torch.float32).weight.double()
+    now = error(found, W, H)
+    for start in range(0, K, 4):
+        rest = found.clone()
+        rest[:, start : start + 4] = 0
+        b = ((W.double() - rest) @ H.double())[:, start : start + 4]
+        for pair in combinations(range(4), 2):
+            s = [start + i for i in pair]
+            candidate = rest.clone()
+            candidate[:, s] = torch.linalg.solve(H.double()[s][:, s], b[:, list(pair)].t()).t()
+            assert (error(candidate, W, H) > now * (1 - 1e-4)).all()
+
+
+def test_a_given_mask_is_kept(problem):
+    W, factors = problem
+    keep, grid = magnitude_mask(W), Grid(4, 32)
+    swept = gptq(W, factors.inverse, grid, keep)
+    refined = refine(swept.weight, W, factors.damped, 3, scale=swept.scale, grid=grid, keep=keep)
+    assert not refined.codes[~keep].any()
+    assert error(refined.weight, W, factors.damped).sum() < 0.99 * error(swept.weight, W, factors.damped).sum()
+
+
+def test_dense_codes_at_a_fixed_point(problem):
+    """Without a mask: no code can move by one step and gain."""
+    W, factors = problem
+    H, grid = factors.damped, Grid(4, 128)
+    swept = gptq(W, factors.inverse, grid)
+    refined = refine(swept.weight, W, H, 30, scale=swept.scale, grid=grid)
+    now = error(refined.weight, W, H)
+    unit = refined.scale.float()
+    for step in (-1, 1):
+        moved = refined.codes + step
+        gradient = (refined.weight - W).double() @ H.double()
+        change = step * unit.double()
+        gain = 2 * gradient * change + change**2 * H.diagonal().double()
+        allowed = (moved >= -8) & (moved <= 7)
+        assert (gain[allowed] > -1e-4 * now.max()).all()
+
+
+def test_both_ways_decide_alike(problem, monkeypatch):
+    W, factors = problem
+    grid = Grid(4, 64)
+    swept = gptq(W, factors.inverse, grid, None, sparsegpt_select)
+    results = []
+    for way in ("torch", "native"):
+        if way == "native" and build.load("cpu/coordinate_descent") is None:
+            pytest.skip("the native refinement needs a C++ compiler")
+        monkeypatch.setenv("SPARSIFY_REFINE", way)
+        rows = swept.weight.t().contiguous()
+        gradient = factors.damped @ (rows - W.t())
+        visit_panel(
+            rows[:64], gradient[:64].clone(), factors.damped[:64, :64].contiguous(), swept.scale[:, 0].float().contiguous(),
+            grid, None, True, torch.bfloat16,
+        )  # fmt: skip
+        results.append(rows)
+    same = (results[0] == results[1]).float().mean()
+    assert same > 0.995  # sums in another order: a rare tie may fall the other way
+
+
+@pytest.mark.parametrize(("bits", "select"), [(4, True), (4, False), (16, True), (16, False)])
+def test_native_result_does_not_depend_on_the_level(problem, monkeypatch, bits, select):
+    W, factors = problem
+    grid = Grid(bits, 64) if bits < 16 else None
+    swept = column_sweep(W, factors.inverse, grid, None, sparsegpt_select if select else None)
+    found = {}
+    for level in processor.available_levels():
+        monkeypatch.setenv(processor.FORCE, level)
+        found[level] = refine(swept.weight, W, factors.damped, 2, scale=swept.scale, grid=grid, select=select).weight
+    for level, weight in found.items():
+        assert torch.equal(weight, found["portable"]), level
+
+
+def test_inputs_that_are_always_zero(problem):
+    W, _ = problem
+    X = torch.randn(300, K, generator=torch.Generator().manual_seed(1))
+    X[:, 4:8] = 0
+    scheme = Scheme("sparsegpt", "gptq", bits=4, group_size=32, refine=3)
+    linears, errors = compress({"a": W}, scheme, Statistics(X.t() @ X / 300))
+    assert not linears["a"].codes[:, 4:8].any() and 0 < errors["a"] < 1
+
+
+@pytest.mark.parametrize("quantize", ["gptq", None])
+def test_compress_refines_what_it_exports(problem, quantize):
+    W, _ = problem
+    X = torch.randn(300, K, generator=torch.Generator().manual_seed(2)) @ torch.randn(K, K) / K**0.5
+    statistics = Statistics(X.t() @ X / 300)
+    errors = []
+    for sweeps in (0, 4):
+        bits, group = (4, 32) if quantize else (16, 0)
+        scheme = Scheme("sparsegpt", quantize, bits=bits, group_size=group, refine=sweeps)
+        linears, found = compress({"a": W}, scheme, statistics)
+        assert found["a"] == pytest.approx(relative_error(W, linears["a"].dense(torch.float32), statistics.H))
+        errors.append(found["a"])
+    assert errors[1] < 0.97 * errors[0]
+
+
+def test_an_unknown_way_is_refused(problem, monkeypatch):
+    W, factors = problem
+    monkeypatch.setenv("SPARSIFY_REFINE", "numpy")
+    with pytest.raises(SparsifyError, match="SPARSIFY_REFINE=numpy is unknown; choose torch, native or triton"):
+        refine(W, W, factors.damped, 1, select=True)
