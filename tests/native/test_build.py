@@ -89,7 +89,7 @@ def test_many_processes_build_once(sources: Path, tmp_path: Path) -> None:
     compiler, log = counting_compiler(tmp_path)
     code = (
         "import pathlib, sys; from sparsify.native import build; "
-        "native.kernels_directory = lambda: pathlib.Path(sys.argv[1]); print(build.load('cpu/tiny').answer())"
+        "build.kernels_directory = lambda: pathlib.Path(sys.argv[1]); print(build.load('cpu/tiny').answer())"
     )
     command = [sys.executable, "-c", code, str(sources.parent)]
     environment = os.environ | {"CXX": compiler}
