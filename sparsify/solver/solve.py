@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsify.distributed import gathered, processes, share
 from sparsify.errors import NumericalError
 from sparsify.model.linear import LinearWeights
+from sparsify.recipe.methods import PRUNE, needs_of
 from sparsify.solver import masks as pruning
 from sparsify.solver.column_sweep import column_sweep
 from sparsify.solver.coordinate_descent import refine
@@ -24,13 +25,13 @@ from sparsify.solver.rtn import round_to_nearest
 class Scheme:
     """What is to become of a linear.
 
-    prune:      name in `passes.prune.METHODS`, or None to keep it dense
+    prune:      name in `solver.masks.METHODS`, or None to keep it dense
     quantize:   "rtn", "gptq", or None to keep 16 bits
     bits, group_size: of the quantization grid; group_size 0 means one scale per output channel
     damping:    added to the Hessian's diagonal, relative to its mean
-    correction: alpha of the dense-target correction; 0 aims at the original weights
+    error_propagation: alpha of QEP, how far the target moves toward the dense outputs; 0 aims at the original weights
     activation_order: sweep the inputs of largest second moment first
-    refine:     passes of coordinate descent after the sweep
+    coordinate_descent: passes of it after the sweep
     dtype:      how scales and 16-bit values are stored
     """
 
@@ -39,21 +40,20 @@ class Scheme:
     bits: int = 16
     group_size: int = 0
     damping: float = 0.01
-    correction: float = 0.0
+    error_propagation: float = 0.0
     activation_order: bool = False
     scale_search: bool = True
-    refine: int = 0
+    coordinate_descent: int = 0
     dtype: torch.dtype = torch.bfloat16
 
     @property
     def sweeps(self) -> bool:
         """Whether weights are repaired by the column sweep, which needs the whole Hessian."""
-        return self.quantize == "gptq" or (self.prune is not None and pruning.METHODS[self.prune].solves)
+        return needs_of(self.prune, self.quantize).sweep
 
     @property
     def needs_data(self) -> bool:
-        pruned = self.prune is not None and pruning.METHODS[self.prune].needs_data
-        return self.sweeps or pruned or self.correction > 0
+        return needs_of(self.prune, self.quantize).data or self.error_propagation > 0
 
     def grid(self, in_features: int) -> Grid | None:
         if self.quantize is None:
@@ -147,16 +147,17 @@ def _stacked(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str
     if not W.any():
         return _nothing(W, grid, pattern, scheme.dtype)
     factors: Factors | None = None
-    if statistics is not None and (scheme.sweeps or scheme.correction > 0):
+    if statistics is not None and (scheme.sweeps or scheme.error_propagation > 0):
         factors = factor(statistics.H, scheme.damping, name)
-        if statistics.C is not None and scheme.correction > 0:
-            W = corrected_target(W, statistics.C, factors, scheme.correction)
+        if statistics.C is not None and scheme.error_propagation > 0:
+            W = corrected_target(W, statistics.C, factors, scheme.error_propagation)
         W = W.masked_fill(factors.dead, 0)
     method = pruning.METHODS[scheme.prune] if scheme.prune else None
-    H = factors.damped if factors and method and method.solves else statistics.H if statistics else None
+    solves = scheme.prune is not None and PRUNE[scheme.prune].hessian
+    H = factors.damped if factors and solves else statistics.H if statistics else None
     keep = method.mask(W, H) if method and method.mask else None
     select = method.select if method else None
-    swaps = method is not None and method.solves
+    swaps = scheme.prune is not None and PRUNE[scheme.prune].sweep
     if scheme.sweeps:
         assert factors is not None and statistics is not None
         order, U = None, factors.inverse
@@ -166,12 +167,14 @@ def _stacked(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str
         if grid is not None and scheme.quantize == "gptq":
             swept = gptq(W, U, grid, keep, select, order)
             refined = refine(
-                swept.weight, W, factors.damped, scheme.refine,
+                swept.weight, W, factors.damped, scheme.coordinate_descent,
                 scale=swept.scale, grid=grid, keep=keep, select=swaps,
             )  # fmt: skip
             return LinearWeights(grid.bits, pattern, grid.group_size, codes=refined.codes, scale=refined.scale)
         swept = column_sweep(W, U, None, keep=keep, select=select, order=order, store=scheme.dtype)
-        W = refine(swept.weight, W, factors.damped, scheme.refine, keep=keep, select=swaps, store=scheme.dtype).weight
+        W = refine(
+            swept.weight, W, factors.damped, scheme.coordinate_descent, keep=keep, select=swaps, store=scheme.dtype
+        ).weight
     elif keep is not None:
         W = W * keep
     if grid is None:
