@@ -1,5 +1,6 @@
 """The house rules about imports: data flows one way, light modules stay light, and what is imported is declared."""
 
+import argparse
 import ast
 import re
 import subprocess
@@ -15,10 +16,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sparsify.cli.parser import command_parser
+
 # A module may import from those above it, never from those below.
 ORDER = (
-    "errors", "failure", "files", "units", "processor", "threads", "distributed", "compute", "progress", "native", "recipe",
-    "model", "data", "formats", "solver", "training", "depth", "compiler", "runtime", "evaluation", "bench", "report",
+    "_version", "errors", "failure", "files", "units", "processor", "threads", "distributed", "compute", "progress", "native",
+    "recipe", "model", "data", "formats", "solver", "training", "depth", "compiler", "runtime", "evaluation", "bench", "report",
     "demo", "doctor", "cli", "__main__",
 )  # fmt: skip
 
@@ -109,7 +112,7 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
 
 # ------------------------------------------------------------------------------------------ packages that may be absent
 
-# What each handler of sparsify.cli may import beyond the dependencies: extras, of each group one. All that is not named
+# What each handler in sparsify.cli may import beyond the dependencies: extras, of each group one. All that is not named
 # works with `pip install sparsify-24`.
 VLLM = ("cpu", "cuda")
 COMMAND_NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -238,8 +241,16 @@ def reached(start: Imports, house: dict[str, Imports]) -> dict[str, str]:
 
 
 def handlers(repository: Path) -> dict[str, Imports]:
-    """Handler of a command -> what it imports itself, with the functions of sparsify.cli that it calls."""
-    tree = ast.parse((repository / "sparsify" / "cli.py").read_text(encoding="utf-8"))
+    """Handler of a command -> what it imports itself, with the functions of its module that it calls."""
+    found: dict[str, Imports] = {}
+    for path in (repository / "sparsify" / "cli").glob("*.py"):
+        more = handlers_in(ast.parse(path.read_text(encoding="utf-8")), f"sparsify.cli.{path.stem}")
+        assert not found.keys() & more.keys(), "two handlers of one name"
+        found |= more
+    return found
+
+
+def handlers_in(tree: ast.Module, module: str) -> dict[str, Imports]:
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
 
     def with_called(name: str, seen: set[str]) -> set[str]:
@@ -253,7 +264,7 @@ def handlers(repository: Path) -> dict[str, Imports]:
     commands = [name for name, node in functions.items() if node.returns and ast.unparse(node.returns) == "Outcome"]
     # `from x import apply` shadows a handler of the same name, so a call of it is no call of the handler.
     return {
-        name: imports_of([functions[one] for one in with_called(name, set()) - (set(commands) - {name})], "sparsify.cli", False)
+        name: imports_of([functions[one] for one in with_called(name, set()) - (set(commands) - {name})], module, False)
         for name in commands
     }  # fmt: skip
 
@@ -281,6 +292,18 @@ def test_nothing_stale_in_the_tables(house: dict[str, Imports], repository: Path
     for module, package in ASK_FIRST.items():
         assert f'find_spec("{package}")' in sources[module].read_text(), f"{module} does not look for {package}"
     assert set(COMMAND_NEEDS) <= set(handlers(repository))
+
+
+def test_every_command_has_a_handler_whose_imports_are_followed(repository: Path) -> None:
+    def registered(parser: argparse.ArgumentParser) -> Iterator[str]:
+        if handler := parser.get_default("handler"):
+            yield handler.__name__
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    yield from registered(command)
+
+    assert set(registered(command_parser())) == set(handlers(repository))
 
 
 def test_absence_is_told_with_the_extra_that_brings_the_package(

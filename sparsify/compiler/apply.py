@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sparsify import __version__
+from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed, summing
 from sparsify.compiler.model_card import head_in_words, head_note, model_card, shown_perplexity, training_in_words
 from sparsify.compiler.plan import Plan, PlannedHead, make_plan

@@ -28,9 +28,9 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-import sparsify
+from sparsify._version import __version__
 from sparsify.errors import MissingDependency, SparsifyError
-from sparsify.files import cache_directory
+from sparsify.files import PACKAGE, cache_directory
 from sparsify.progress import duration, say
 from sparsify.threads import usable_cores
 
@@ -58,8 +58,7 @@ class Compiler:
 
 def kernels_directory() -> Path:
     """The kernel sources: inside an installed package, else at the root of the source tree."""
-    package = Path(__file__).resolve().parents[1]
-    for candidate in (package / "_kernels", package.parent / "kernels"):
+    for candidate in (PACKAGE / "_kernels", PACKAGE.parent / "kernels"):
         if candidate.is_dir():
             return candidate
     raise MissingDependency(
@@ -221,7 +220,7 @@ def _source_key(source: Path, openmp: Path | None) -> str:
     texts = [part for file in (source, *headers) for part in (file.name, file.read_bytes())]
     runtime = openmp.name if openmp else ""
     release = metadata.version("torch") if torch_flags(source) else ""
-    return digest(sparsify.__version__, platform.machine(), runtime, release, *FLAGS, *texts)
+    return digest(__version__, platform.machine(), runtime, release, *FLAGS, *texts)
 
 
 def _short(folder: Path) -> str:

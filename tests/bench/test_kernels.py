@@ -35,6 +35,7 @@ from sparsify.bench.kernels import (
 from sparsify.bench.missing import Absence, PeerMissing
 from sparsify.bench.peaks import Glance, Peaks
 from sparsify.bench.shapes import BUILT_IN, Linear, model_shape, parse_shape, shape_of_config
+from sparsify.cli.bench_kernels import kernel_options
 from sparsify.errors import NumericalError, SparsifyError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.sparse24 import checked_tensors
@@ -506,7 +507,7 @@ def test_the_command(no_peaks: None, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_defaults_of_the_command_are_those_of_the_options() -> None:
     args = cli.parse(["bench", "kernels", *BUILT_IN])
-    options = cli.kernel_options(args)
+    options = kernel_options(args)
     for field in fields(KernelOptions):
         assert getattr(options, field.name) == field.default, field.name
     assert args.models == list(BUILT_IN)
