@@ -138,7 +138,7 @@ ASK_FIRST: dict[str, str] = {
     "sparsify.runtime.backends.triton": "triton",
 }
 # Rows of a table, which a package makes and which say why they are not there; the command does not need it.
-ROWS = {"sparsify.bench.baselines", "sparsify.bench.gpu_kernels"}
+ROWS = {"sparsify.bench.baselines", "sparsify.bench.marlin"}
 # (who, whom): imports for names that need no package; what needs one runs in a process of its own.
 NAMES_ONLY = {("sparsify.bench.machine", "sparsify.bench.vllm_cli"), ("sparsify.bench.run", "sparsify.bench.vllm_cli")}
 

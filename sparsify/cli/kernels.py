@@ -34,7 +34,8 @@ def add_build_kernels(kernels: Commands) -> None:
 
 
 def check_kernels(args: argparse.Namespace) -> Outcome:
-    from sparsify.bench.gpu_kernels import check_here, tables
+    from sparsify.bench.gpu_kernels import check_here
+    from sparsify.bench.gpu_report import tables
 
     report = check_here(
         gpu=args.gpu,
