@@ -127,7 +127,7 @@ NEEDS_EXTRA: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparsify.bench.worker": ("vllm", VLLM),  # a process that sparsify.bench.run starts
     "sparsify.bench.vllm_cli": ("vllm", VLLM),  # a process that sparsify.bench.run starts
     "sparsify.solver.triton_sweep": ("triton", ("cuda",)),
-    "sparsify.runtime.backends.triton": ("triton", ("cuda",)),
+    "sparsify.runtime.backends.triton_launch": ("triton", ("cuda",)),
     "sparsify.runtime.backends.triton_kernels": ("triton", ("cuda",)),
     "sparsify.runtime.backends.triton_compile": ("triton", ("cuda",)),
     "sparsify.runtime.backends.triton_tuning": ("triton", ("cuda",)),
@@ -192,6 +192,55 @@ def house(repository: Path) -> dict[str, Imports]:
         module: imports_of([ast.parse(path.read_text(encoding="utf-8"))], module, path.name == "__init__.py")
         for module, path in modules(repository)
     }
+
+
+def import_cycles(house: dict[str, Imports]) -> list[list[str]]:
+    """Groups of modules each of which imports the others, directly or not, anywhere in it."""
+    edges = {module: {target for name in every_import(imports) if (target := module_of(name, house)) and target != module}
+             for module, imports in house.items()}  # fmt: skip
+
+    @cache
+    def reachable(start: str) -> frozenset[str]:
+        seen: set[str] = set()
+        queue = [start]
+        while queue:
+            more = edges[queue.pop()] - seen
+            seen |= more
+            queue += more
+        return frozenset(seen)
+
+    cycles = {frozenset(other for other in reachable(one) if one in reachable(other)) for one in house}
+    return sorted(sorted(cycle) for cycle in cycles if cycle)
+
+
+def every_import(imports: Imports) -> set[str]:
+    return imports.needed | {name for name, _ in imports.handled}
+
+
+def module_of(name: str, house: dict[str, Imports]) -> str | None:
+    """The module of ours that a dotted name is, or is defined in. The packages around it do not count as imported by it."""
+    parts = name.split(".")
+    names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((found for found in names if found in house), None)
+
+
+def test_no_import_cycles(house: dict[str, Imports]) -> None:
+    assert import_cycles(house) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "cycles"),
+    [
+        ({"p": "", "p.a": "from p import b", "p.b": "def f():\n    from p.a import g"}, [["p.a", "p.b"]]),
+        ({"p": "from p.a import f", "p.a": "import p.b", "p.b": "from p import __version__"}, [["p", "p.a", "p.b"]]),
+        ({"p": "from p.a import f", "p.a": "from p.b import g", "p.b": "import os"}, []),
+        ({"p": "", "p.a": "if TYPE_CHECKING:\n    from p.b import T", "p.b": "from p.a import f"}, []),
+        ({"p": "", "p.a": "try:\n    from p import b\nexcept ImportError:\n    pass", "p.b": "import p.a"}, [["p.a", "p.b"]]),
+    ],
+)  # fmt: skip
+def test_how_cycles_are_found(sources: dict[str, str], cycles: list[list[str]]) -> None:
+    house = {module: imports_of([ast.parse(source)], module, module == "p") for module, source in sources.items()}
+    assert import_cycles(house) == cycles
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +414,7 @@ def test_modules_load_with_the_dependencies_alone(repository: Path, house: dict[
     }
     optional |= {package for package, _ in NEEDS_EXTRA.values()} | {"gguf", "tensorboard", "compressed_tensors"}
     assert {"peft", "datasets", "pyarrow", "vllm", "triton"} <= optional
-    lazy = {"sparsify.runtime.backends.triton", "sparsify.bench.vllm_cli", "sparsify.bench.worker"}
+    lazy = {"sparsify.runtime.backends.triton_launch", "sparsify.bench.vllm_cli", "sparsify.bench.worker"}
     plain = sorted(house.keys() - (NEEDS_EXTRA.keys() - lazy) - {"sparsify.__main__"})
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT, ",".join(sorted(optional)), *plain], capture_output=True, text=True, check=False
