@@ -124,8 +124,8 @@ COMMAND_NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
 # Modules that import such a package as they are loaded or run: the extras of which each brings it, and who sees to it.
 NEEDS_EXTRA: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparsify.runtime.vllm_plugin": ("vllm", VLLM),  # vLLM loads it
-    "sparsify.bench.worker": ("vllm", VLLM),  # a process that sparsify.bench.run starts
-    "sparsify.bench.vllm_cli": ("vllm", VLLM),  # a process that sparsify.bench.run starts
+    "sparsify.bench.worker": ("vllm", VLLM),  # a process that engine_process starts
+    "sparsify.bench.vllm_cli": ("vllm", VLLM),  # a process that sparsify.bench.serving becomes
     "sparsify.solver.triton_sweep": ("triton", ("cuda",)),
     "sparsify.runtime.backends.triton_launch": ("triton", ("cuda",)),
     "sparsify.runtime.backends.triton_kernels": ("triton", ("cuda",)),
@@ -140,7 +140,7 @@ ASK_FIRST: dict[str, str] = {
 # Rows of a table, which a package makes and which say why they are not there; the command does not need it.
 ROWS = {"sparsify.bench.baselines", "sparsify.bench.marlin"}
 # (who, whom): imports for names that need no package; what needs one runs in a process of its own.
-NAMES_ONLY = {("sparsify.bench.machine", "sparsify.bench.vllm_cli"), ("sparsify.bench.run", "sparsify.bench.vllm_cli")}
+NAMES_ONLY = {(f"sparsify.bench.{who}", "sparsify.bench.vllm_cli") for who in ("machine", "run", "engine_setup")}
 
 
 @dataclass(frozen=True)
