@@ -157,10 +157,12 @@ def table(report: Report) -> Table:
 
 
 def python_findings() -> list[Finding]:
+    """The interpreter that runs."""
     return [Finding("python", "Python", "ok", f"{platform.python_version()} at {sys.executable}")]
 
 
 def installed(name: str) -> str | None:
+    """The version of a package, None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -217,6 +219,7 @@ def embedded_model_finding() -> Finding:
 
 
 def optional_findings() -> list[Finding]:
+    """Packages that single commands need."""
     findings = []
     for name, extra, use in (
         ("compressed-tensors", "cpu", "loading pack-quantized checkpoints in transformers"),
@@ -287,6 +290,7 @@ def cpu_features(machine: str, flags: frozenset[str]) -> dict[str, bool]:
 
 
 def cpu_findings() -> list[Finding]:
+    """The processor, its features, and the level of our kernels."""
     flags = cpu_flags()
     size = f"{usable_cores()} cores, {memory_bytes() / GIB:.0f} GiB"
     findings = [Finding("cpu", cpu_name(), "ok", size)]
@@ -352,6 +356,7 @@ def thread_findings(environment: Mapping[str, str]) -> list[Finding]:
 
 
 def gpu_findings() -> list[Finding]:
+    """The GPUs that torch can use, and whether they have 2:4 tensor cores."""
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as error:

@@ -169,6 +169,7 @@ def serving_here(only: Sequence[str], report: GpuReport) -> list[Backend]:
 
 
 def current_gpu() -> torch.device:
+    """The GPU that torch uses in this thread."""
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -83,6 +83,7 @@ class GpuReport:
 
 
 def write(report: GpuReport, output: Path | None) -> None:
+    """Write the report as JSON, where an output was asked for."""
     if output is not None:
         output.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
 

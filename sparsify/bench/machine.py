@@ -159,7 +159,7 @@ def serving_environment(overrides: Mapping[str, str] | None = None) -> dict[str,
 
     What the caller or the user's shell sets wins, an empty LD_PRELOAD too; the rest are defaults that let vLLM start on
     any CPU: a cache that fits in memory beside the model (vLLM takes most of the memory otherwise), its own core binding,
-    the libraries that it wants preloaded, threads that do not spin for long (of Intel's runtime vLLM sees to that
+    the libraries that it wants preloaded, threads that do not spin for long (vLLM configures that of Intel's runtime
     itself), no usage reports; and where SPARSIFY_CPU_LEVEL forces a level, what keeps torch's libraries to it. The number
     of threads that this command chose for itself is not passed on.
     """

@@ -41,7 +41,7 @@ class BenchOptions:
     environment: variables that override the defaults and the shell's
     timeout:     seconds that one model may take in one round
     prompts:     users' turns that every model also answers, outside the timings
-    threads:     "auto", "all" or a list of cores, as `thread_binding` takes it; None for what the environment says
+    threads:     "auto", "all" or a list of cores, as `thread_binding` takes it; None for what the environment sets
     best_threads: measure every model with auto and with all, and report each at its own best
     one_process: scheduler and worker in one process, see `one_process_environment`
     int8:        compressed linears in int8 where a CPU multiplies several tokens at once (SPARSIFY_CPU_INT8)

@@ -113,5 +113,6 @@ def explain(error: BaseException, args: argparse.Namespace, argv: Sequence[str])
 
 
 def at_file(error: BaseException) -> str:
+    """The file that an error names, in brackets behind a space, or nothing."""
     name = getattr(error, "filename", None)
     return f" ({name})" if name else ""

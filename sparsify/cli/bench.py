@@ -26,6 +26,7 @@ MODELS_HELP = (
 
 
 def bench(args: argparse.Namespace) -> Outcome:
+    """Run `bench latency` and `bench throughput`."""
     from sparsify.bench import BenchOptions, LatencyWorkload, ThroughputWorkload, latency, table, throughput
 
     options = BenchOptions(
@@ -50,6 +51,7 @@ def bench(args: argparse.Namespace) -> Outcome:
 
 
 def add_bench(commands: Commands) -> None:
+    """Register `bench` and its benchmarks."""
     benchmarks = commands.add_parser(
         "bench",
         help="measure latency or throughput in vLLM, several models in one run; or single linears",

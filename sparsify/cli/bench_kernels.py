@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 
 def bench_kernels(args: argparse.Namespace) -> Outcome:
+    """Run `bench kernels`."""
     from sparsify.bench.kernels import bench_kernels, linears_of, table
 
     result = bench_kernels(linears_of(args.models, args.shape), kernel_options(args))
@@ -40,6 +41,7 @@ def group_size(text: str) -> int:
 
 
 def add_bench_kernels(benchmarks: Commands) -> None:
+    """Register `bench kernels`."""
     command = add_command(
         benchmarks, "kernels", bench_kernels,
         "time of single linears: ours, torch's, vLLM's, llama.cpp's, beside the machine's peaks",
@@ -89,6 +91,7 @@ def add_bench_kernels(benchmarks: Commands) -> None:
 
 
 def bench_roofline(args: argparse.Namespace) -> Outcome:
+    """Run `bench roofline`."""
     from sparsify.bench.roofline import roofline, table
 
     result = roofline(args.gpu, args.model, args.batch, args.context, args.prompt, args.group_size)
@@ -96,6 +99,7 @@ def bench_roofline(args: argparse.Namespace) -> Outcome:
 
 
 def add_bench_roofline(benchmarks: Commands) -> None:
+    """Register `bench roofline`."""
     command = add_command(
         benchmarks, "roofline", bench_roofline,
         "estimate decoding and prompt time on a GPU that is not at hand: dense bf16, dense INT4, 2:4 INT4",

@@ -12,6 +12,7 @@ DEPTH_DROPS = ("10%", "20%", "30%", "50%")
 
 
 def bench_recipes(args: argparse.Namespace) -> Outcome:
+    """Run `bench recipes`."""
     from sparsify.bench.recipes import compare_recipes, table
 
     results = compare_recipes(
@@ -28,6 +29,7 @@ def bench_recipes(args: argparse.Namespace) -> Outcome:
 
 
 def add_bench_recipes(benchmarks: Commands) -> None:
+    """Register `bench recipes`."""
     command = add_command(
         benchmarks, "recipes", bench_recipes, "apply several recipes to one model; accuracy, time and memory of each",
         IS_QUIET, SHOWS_JSON,
@@ -58,6 +60,7 @@ def add_bench_recipes(benchmarks: Commands) -> None:
 
 
 def bench_depth(args: argparse.Namespace) -> Outcome:
+    """Run `bench depth`."""
     from sparsify.bench.depth import DepthOptions, compare_depth, table
 
     options = DepthOptions(
@@ -76,6 +79,7 @@ def bench_depth(args: argparse.Namespace) -> Outcome:
 
 
 def add_bench_depth(benchmarks: Commands) -> None:
+    """Register `bench depth`."""
     command = add_command(
         benchmarks, "depth", bench_depth, "depth methods at several shares of the layers, before and after healing",
         IS_QUIET, SHOWS_JSON,

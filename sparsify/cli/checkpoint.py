@@ -7,6 +7,7 @@ from sparsify.cli.command import IS_QUIET, SHOWS_JSON, Commands, Outcome, add_co
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
+    """Run `inspect`."""
     from sparsify.formats.inspect import inspect, render
 
     result = inspect(args.directory, quiet=args.quiet)
@@ -14,6 +15,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
 
 
 def add_inspect(commands: Commands) -> None:
+    """Register `inspect`."""
     command = add_command(
         commands, "inspect", inspect, "show sparsity, 2:4 validity, bits and bytes of every tensor",
         IS_QUIET, SHOWS_JSON,
@@ -23,6 +25,7 @@ def add_inspect(commands: Commands) -> None:
 
 
 def export(args: argparse.Namespace) -> Outcome:
+    """Run `export`."""
     from sparsify.compiler.dense_weights import export
 
     written = export(
@@ -38,6 +41,7 @@ def export(args: argparse.Namespace) -> Outcome:
 
 
 def add_export(commands: Commands) -> None:
+    """Register `export`."""
     command = add_command(
         commands, "export", export, "write a checkpoint in another format",
         IS_QUIET, SHOWS_JSON,
@@ -70,6 +74,7 @@ def add_export(commands: Commands) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> Outcome:
+    """Run `eval`."""
     from sparsify.evaluation import evaluate, table
 
     result = evaluate(
@@ -84,6 +89,7 @@ def evaluate(args: argparse.Namespace) -> Outcome:
 
 
 def add_evaluate(commands: Commands) -> None:
+    """Register `eval`."""
     command = add_command(
         commands, "eval", evaluate, "measure perplexity, and the distance from the dense model",
         IS_QUIET, SHOWS_JSON,
@@ -102,6 +108,7 @@ def add_evaluate(commands: Commands) -> None:
 
 
 def report(args: argparse.Namespace) -> Outcome:
+    """Run `report`."""
     from sparsify.files import read_json
     from sparsify.report import report_on
 
@@ -111,6 +118,7 @@ def report(args: argparse.Namespace) -> Outcome:
 
 
 def add_report(commands: Commands) -> None:
+    """Register `report`."""
     command = add_command(
         commands, "report", report, "draw a self-contained HTML page about a checkpoint: layers, sizes, accuracy, speed",
         IS_QUIET, SHOWS_JSON,

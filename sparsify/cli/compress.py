@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def apply(args: argparse.Namespace) -> Outcome:
+    """Run `apply`."""
     from sparsify.compiler.apply import apply
     from sparsify.recipe import load_recipe
 
@@ -51,6 +52,7 @@ def named_model(model: str | None) -> str:
 
 
 def add_apply(commands: Commands) -> None:
+    """Register `apply`."""
     command = add_command(
         commands, "apply", apply, "apply a recipe to a model and write the checkpoint",
         TAKES_RECIPE, IS_QUIET, SHOWS_JSON,
@@ -72,6 +74,7 @@ def add_apply(commands: Commands) -> None:
 
 
 def plan(args: argparse.Namespace) -> Outcome:
+    """Run `plan`."""
     from sparsify.compiler.plan import make_plan
     from sparsify.recipe import load_recipe
 
@@ -81,6 +84,7 @@ def plan(args: argparse.Namespace) -> Outcome:
 
 
 def add_plan(commands: Commands) -> None:
+    """Register `plan`."""
     add_command(
         commands, "plan", plan, "show what a recipe will do to a model, without doing it",
         TAKES_RECIPE, IS_QUIET, SHOWS_JSON,
@@ -89,6 +93,7 @@ def add_plan(commands: Commands) -> None:
 
 
 def recipes(args: argparse.Namespace) -> Outcome:
+    """Run `recipes`."""
     from rich.table import Table
 
     from sparsify.recipe import ready_recipes
@@ -102,10 +107,11 @@ def recipes(args: argparse.Namespace) -> Outcome:
 
 
 def first_comment(text: str) -> str:
-    """The sentence a recipe begins with; the line before it tells editors where the schema is."""
+    """The sentence a recipe begins with; the line before it is for editors and names the schema."""
     lines = (line.lstrip("#").strip() for line in text.splitlines() if line.startswith("#"))
     return next((line for line in lines if line and not line.startswith("yaml-language-server")), "")
 
 
 def add_recipes(commands: Commands) -> None:
+    """Register `recipes`."""
     add_command(commands, "recipes", recipes, "list the built-in recipes", SHOWS_JSON)

@@ -6,6 +6,7 @@ from sparsify.cli.command import FAILED, IS_QUIET, SHOWS_JSON, Commands, Outcome
 
 
 def demo(args: argparse.Namespace) -> Outcome:
+    """Run `demo`."""
     from sparsify.demo import run_demo
 
     result = run_demo(args.output, quiet=args.quiet)
@@ -13,6 +14,7 @@ def demo(args: argparse.Namespace) -> Outcome:
 
 
 def add_demo(commands: Commands) -> None:
+    """Register `demo`."""
     command = add_command(
         commands, "demo", demo, "compile, serve and compare a small embedded model",
         IS_QUIET, SHOWS_JSON,

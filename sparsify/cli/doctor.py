@@ -6,6 +6,7 @@ from sparsify.cli.command import FAILED, IS_QUIET, SHOWS_JSON, Commands, Outcome
 
 
 def doctor(args: argparse.Namespace) -> Outcome:
+    """Run `doctor`."""
     from sparsify.doctor import examine, table
 
     report = examine()
@@ -13,6 +14,7 @@ def doctor(args: argparse.Namespace) -> Outcome:
 
 
 def add_doctor(commands: Commands) -> None:
+    """Register `doctor`."""
     add_command(
         commands, "doctor", doctor, "say what is installed, what this machine can run, and what is missing",
         IS_QUIET, SHOWS_JSON,

@@ -6,6 +6,7 @@ from sparsify.cli.command import FAILED, IS_QUIET, SHOWS_JSON, Commands, Outcome
 
 
 def build_kernels(args: argparse.Namespace) -> Outcome:
+    """Run `kernels build`."""
     from sparsify.native.build_cuda import parse_archs
     from sparsify.native.builds import build_all, table
 
@@ -16,6 +17,7 @@ def build_kernels(args: argparse.Namespace) -> Outcome:
 
 
 def add_build_kernels(kernels: Commands) -> None:
+    """Register `kernels build`."""
     command = add_command(
         kernels, "build", build_kernels, "compile the native kernels into the cache",
         IS_QUIET, SHOWS_JSON,
@@ -34,6 +36,7 @@ def add_build_kernels(kernels: Commands) -> None:
 
 
 def check_kernels(args: argparse.Namespace) -> Outcome:
+    """Run `kernels check`."""
     from sparsify.bench.gpu_kernels import check_here
     from sparsify.bench.gpu_report import tables
 
@@ -52,6 +55,7 @@ def check_kernels(args: argparse.Namespace) -> Outcome:
 
 
 def add_check_kernels(kernels: Commands) -> None:
+    """Register `kernels check`."""
     command = add_command(
         kernels, "check", check_kernels, "are the kernels right, and on a GPU how fast: the first command to run on a new one",
         IS_QUIET, SHOWS_JSON,
@@ -85,6 +89,7 @@ def add_check_kernels(kernels: Commands) -> None:
 
 
 def inspect_kernels(args: argparse.Namespace) -> Outcome:
+    """Run `kernels inspect`."""
     from sparsify.bench.sass import LIMITS, inspect, markdown, table
     from sparsify.native.build_cuda import parse_archs
 
@@ -93,6 +98,7 @@ def inspect_kernels(args: argparse.Namespace) -> Outcome:
 
 
 def add_inspect_kernels(kernels: Commands) -> None:
+    """Register `kernels inspect`."""
     command = add_command(
         kernels, "inspect", inspect_kernels,
         "what nvcc made of the CUDA kernel: registers, spills, shared memory, occupancy, sparse tensor core instructions",
@@ -104,6 +110,7 @@ def add_inspect_kernels(kernels: Commands) -> None:
 
 
 def list_kernels(args: argparse.Namespace) -> Outcome:
+    """Run `kernels list`."""
     from sparsify.native.builds import list_all, table
 
     builds = list_all()
@@ -111,10 +118,12 @@ def list_kernels(args: argparse.Namespace) -> Outcome:
 
 
 def add_list_kernels(kernels: Commands) -> None:
+    """Register `kernels list`."""
     add_command(kernels, "list", list_kernels, "show the native kernels and where they were built", SHOWS_JSON)
 
 
 def add_kernels(commands: Commands) -> None:
+    """Register `kernels` and its commands."""
     kernels = commands.add_parser(
         "kernels",
         help="build the native kernels ahead of time, list them, check them",

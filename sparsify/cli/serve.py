@@ -15,6 +15,7 @@ ONE_PROCESS_HELP = "vLLM's scheduler and worker in one process, so that neither 
 
 
 def serve(args: argparse.Namespace) -> Outcome:
+    """Run `serve`."""
     from sparsify.bench import serve
 
     serve(args.directory, args.vllm_args, args.threads, args.one_process, args.int8)
@@ -22,6 +23,7 @@ def serve(args: argparse.Namespace) -> Outcome:
 
 
 def add_serve(commands: Commands) -> None:
+    """Register `serve`."""
     command = add_command(
         commands, "serve", serve, "serve a checkpoint with vLLM's OpenAI-compatible server",
         shown=("sparsify serve out/smollm2", "sparsify serve out/smollm2 -- --port 8001 --max-model-len 2048"),

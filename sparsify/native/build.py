@@ -116,7 +116,7 @@ def torch_flags(source: Path) -> list[str]:
 def build(name: str) -> Path:
     """The shared library of a kernel, compiled now unless the cache has it. Safe in many processes at once.
 
-    Raises MissingDependency without a compiler, NativeBuildError with what the compiler said.
+    Raises MissingDependency without a compiler, NativeBuildError with the compiler's output.
     """
     source = kernels_directory() / f"{name}.cpp"
     if not source.is_file():
@@ -146,7 +146,7 @@ def compile_once(
 ) -> None:
     """Run a compiler unless `library` is there already. Safe in many processes at once: a lock, then a rename.
 
-    It takes a minute, so it is said on stderr (`sparsify.progress`), also that another process is at it.
+    It takes a minute, so stderr shows it (`sparsify.progress`), also while another process builds it.
     command: everything but the output; version: of the compiler, for its error message; seconds: the most it may take.
     """
     if library.exists():
@@ -233,7 +233,7 @@ def _short(folder: Path) -> str:
 def _locked(path: Path, waiting: str) -> Iterator[None]:
     """Hold an exclusive lock; on file systems without locks nothing but some time is lost, because the rename is atomic.
 
-    waiting: said when another process holds it
+    waiting: shown when another process holds it
     """
     with open(path, "w") as file:
         try:

@@ -111,7 +111,7 @@ def build(name: str, archs: Sequence[int]) -> Path:
     """The shared library of a kernel for all of `archs`, compiled now unless the cache has it.
 
     A ready build that holds more architectures than asked for serves too, and so does one by another nvcc where this
-    machine has none. Raises MissingDependency without nvcc, NativeBuildError with what the compiler said.
+    machine has none. Raises MissingDependency without nvcc, NativeBuildError with the compiler's output.
     """
     source = cxx.kernels_directory() / f"{name}.cu"
     if not source.is_file():

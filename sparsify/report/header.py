@@ -128,6 +128,7 @@ def headline(
 
 
 def speed_card(bench: Mapping[str, Any] | None, kind: str) -> Card:
+    """How many times as many tokens per second as the first model, in decoding or else in throughput."""
     models = (bench or {}).get("models") or []
     row = subject(models[1:], kind)
     if not row:
@@ -141,10 +142,12 @@ def speed_card(bench: Mapping[str, Any] | None, kind: str) -> Card:
 
 
 def tokens_per_second(row: Mapping[str, Any], key: str) -> float:
+    """Of one row of a benchmark. key: `decode` or `throughput`."""
     if key == "decode":
         return float(row["latency"]["decode_tokens_per_second"])
     return float(row["throughput"]["output_tokens_per_second"])
 
 
 def text_of(row: Mapping[str, Any]) -> str:
+    """What a model was scored on, in words."""
     return "its own samples" if row.get("text_source") == "self" else str(row.get("text") or "the given text")

@@ -80,6 +80,7 @@ def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def colour(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """The CSS class of a model's bars."""
     if row.get("format") == export_format_of(metrics):
         return "ours"
     return "dense" if row.get("format") == "dense" else "third"
@@ -165,6 +166,7 @@ def speed_table(models: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def ratio_cell(ratio: float | None, absolute: str) -> str | Cell:
+    """A ratio with the absolute value beside it, or the value alone."""
     return absolute if ratio is None else Cell(units.ratio(ratio), sub=absolute)
 
 
@@ -209,6 +211,7 @@ def method(
 
 
 def method_facts(metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]], bench: Mapping[str, Any]) -> Facts:
+    """Model, calibration, machine, versions and environment of the figures."""
     facts: Facts = [("base model", [Cell(str(metrics.get("base_model") or "unknown"), code=True)])]
     if calibration := metrics.get("calibration"):
         source = sources_in_words(calibration)

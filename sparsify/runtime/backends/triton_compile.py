@@ -128,6 +128,7 @@ def compile_all(targets: tuple[str, ...] = TARGETS) -> Iterator[Resources]:
 
 
 def main(arguments: list[str]) -> Any:
+    """Print the resources of every kernel for these targets, or for all."""
     for resources in compile_all(tuple(arguments) or TARGETS):
         print(json.dumps(asdict(resources)), flush=True)
 
