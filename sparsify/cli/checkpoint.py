@@ -26,7 +26,7 @@ def add_inspect(commands: Commands) -> None:
 
 def export(args: argparse.Namespace) -> Outcome:
     """Run `export`."""
-    from sparsify.compiler.dense_weights import export
+    from sparsify.compiler.convert import export
 
     written = export(
         args.source, args.format, args.output, args.head, args.head_group_size, args.quiet, args.calibration

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.recipe.schema import SelfText
 from sparsify.recipe.sources import SELF
-from sparsify.solver.coordinate_descent import PANEL
+from sparsify.solver.coordinate_descent import BLOCKSIZE
 from sparsify.solver.grid import SHRINK
 from sparsify.solver.head_quantization import ROWS
 from sparsify.solver.masks.alps import ITERATIONS
@@ -58,7 +58,7 @@ def count_operations(plan: Plan) -> dict[str, int]:
     walk = 0.0
     if plan.needs_data:
         walk = _forward(plan, tokens)
-        parts["walk"] = share * walk * (2 if plan.needs_twin else 1)
+        parts["walk"] = share * walk * (2 if plan.needs_dense_reference else 1)
     for group in groups_of(plan):
         schemes = [scheme for _, scheme in group.members]
         if any(scheme.needs_data for scheme in schemes):
@@ -103,7 +103,7 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
     if scheme.sweeps and scheme.refine:
         choice = CHOOSE_TWO if scheme.prune is not None else CHOOSE_ONE
         group = 0 if grid is None else grid.group_size
-        scales = 2 * weights * (group if group <= 2 * PANEL else PANEL)  # H @ codes inside every group
+        scales = 2 * weights * (group if group <= 2 * BLOCKSIZE else BLOCKSIZE)  # H @ codes inside every group
         parts["refine"] = 2 * weights * k + scheme.refine * (2 * weights * k + choice * weights + scales)
     if scheme.needs_data and measured:
         parts["errors"] = 4 * weights * k  # (W - What) H and W H
