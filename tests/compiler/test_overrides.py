@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from sparsify.compiler.dense_weights import export
+from sparsify.compiler.convert import export
 from transformers import AutoModelForCausalLM
 
 import sparsify  # noqa: F401  registers sparse24 with transformers
