@@ -40,7 +40,9 @@ def recipe_reference() -> str:
         (kind,) = entry["properties"]
         definition = schema["$defs"][entry["properties"][kind]["$ref"].rpartition("/")[2]]
         parts += [f"## Pass `{kind}`", entry.get("description", ""), settings(definition)]
-    passes = {e["properties"][k]["$ref"] for e in schema["properties"]["passes"]["items"]["oneOf"] for k in e["properties"]}
+    passes = {
+        e["properties"][k]["$ref"] for e in schema["properties"]["passes"]["items"]["oneOf"] for k in e["properties"]
+    }
     for name, definition in schema["$defs"].items():
         if f"#/$defs/{name}" not in passes and definition.get("properties"):
             parts += [f"## `{name}`", definition.get("description", ""), settings(definition)]
@@ -83,11 +85,8 @@ def kind_of(node: dict[str, Any]) -> str:
 
 
 def limits(node: dict[str, Any]) -> str:
-    said = [
-        f"{sign} {node[key]:g}"
-        for key, sign in (("minimum", "at least"), ("exclusiveMinimum", "above"), ("maximum", "at most"), ("exclusiveMaximum", "below"))
-        if key in node and abs(node[key]) < 2**53
-    ]  # fmt: skip
+    signs = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    said = [f"{sign} {node[key]:g}" for key, sign in signs.items() if key in node and abs(node[key]) < 2**53]
     return f" {', '.join(said)}" if said else ""
 
 
@@ -125,11 +124,17 @@ def commands(parser: argparse.ArgumentParser, about: str) -> Iterator[tuple[argp
 def described(parser: argparse.ArgumentParser, about: str) -> Iterator[str]:
     yield f"## {parser.prog}"
     yield (about[:1].upper() + about[1:] + ".").replace("%%", "%").replace("<", "&lt;")
-    rows = [(name_of(action), action) for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help"]
+    rows = [
+        (name_of(action), action)
+        for action in parser._actions
+        if action.help != argparse.SUPPRESS and action.dest != "help"
+    ]
     if rows:
         lines = ["| argument | meaning |", "| --- | --- |"]
         yield "\n".join(lines + [f"| {cell(name)} | {cell(meaning(action))} |" for name, action in rows])
-    if examples := re.findall(r"^ +(\S.*?)(?: {3,}.*)?$", (parser.epilog or "").partition("examples:")[2], re.MULTILINE):
+    if examples := re.findall(
+        r"^ +(\S.*?)(?: {3,}.*)?$", (parser.epilog or "").partition("examples:")[2], re.MULTILINE
+    ):
         yield "```bash\n" + "\n".join(examples) + "\n```"
 
 
@@ -174,7 +179,9 @@ def included(name: str, place: str) -> str:
         said, target = found.groups()
         if re.match(r"[a-z]+:|#", target):
             return found[0]
-        return f"[{said}]({posixpath.relpath(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)), here)})"
+        return (
+            f"[{said}]({posixpath.relpath(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)), here)})"
+        )
 
     return LINK.sub(moved, (ROOT / name).read_text(encoding="utf-8"))
 
