@@ -5,6 +5,9 @@ Called in every process that is going to import vLLM, before it does. What vLLM'
 
 from __future__ import annotations
 
+import os
+
+from sparsify.files import cache_directory
 from sparsify.processor import LEVELS, forced_level
 
 # What vLLM asks torch.cpu, and the lowest level at which the answer may be yes.
@@ -18,10 +21,15 @@ QUESTIONS = {
 
 
 def hold_vllm_down() -> None:
-    """Makes vLLM take this processor for one of the level that SPARSIFY_CPU_LEVEL names; without it nothing changes."""
+    """Makes vLLM take this processor for one of the level that SPARSIFY_CPU_LEVEL names; without it nothing changes.
+
+    What torch.compile made for another level must not be used again: Inductor does not tell them apart, and a kernel made
+    for AVX-512 then gives wrong indices. So each forced level has a cache of its own.
+    """
     forced = forced_level()
     if forced is None:
         return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor" / forced))
     import torch
 
     for question, level in QUESTIONS.items():

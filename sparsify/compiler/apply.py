@@ -28,13 +28,11 @@ from sparsify.data.calibration import calibration_tokens
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.distributed import (
     device,
-    gathered,
     is_main,
     join,
     main_first,
     processes,
     rank,
-    sum_over_all,
     wait_for_all,
 )
 from sparsify.errors import CheckpointError, SparsifyError
@@ -47,9 +45,9 @@ from sparsify.model.sequential import BlockVisit, GroupVisit, Walk
 from sparsify.native.build import build_ahead
 from sparsify.progress import Task, progress, progress_bar, quietly, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
-from sparsify.solver.gram import cross, gram
 from sparsify.solver.head_quantization import SolvedHead, solve_head
-from sparsify.solver.solve import Scheme, Statistics, compress
+from sparsify.solver.hessian import HessianAccumulator
+from sparsify.solver.solve import Scheme, solve_layer
 from sparsify.training.block_tuning import BlockTuning, Sample, tune_block
 
 METRICS = "metrics.json"
@@ -340,8 +338,7 @@ def _walk(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _Note
             bar.advance()
         if head is not None:
             bar.describe(head.head.module)
-            inputs = walk.head_inputs()
-            solved = _solve_head(plan, head, _per_token(gram(inputs), inputs))
+            solved = _solve_head(plan, head, HessianAccumulator().add(walk.head_inputs()).mean().H)
             if is_main():
                 _outer(plan, writer, notes, solved)
             bar.advance()
@@ -423,7 +420,7 @@ def _stream(plan: Plan, writer: CheckpointWriter, finished: set[str], notes: _No
                 for name, scheme in plan.schemes.items():
                     planned = plan.linears[name]
                     if planned.block == index:
-                        new |= compress({name: plan.checkpoint.tensor(planned.source)}, scheme, None)[0]
+                        new |= solve_layer({name: plan.checkpoint.tensor(planned.source)}, scheme, None)[0]
                 notes.write(index, _layer_notes(index, new, {}), {})
                 writer.write_part(_part(index), *_block_tensors(plan, index, new))
             bar.describe(plan.model.blocks[index])
@@ -447,11 +444,6 @@ def _outer(plan: Plan, writer: CheckpointWriter, notes: _Notes, solved: SolvedHe
     writer.write_part(OUTER, linears, {name: _stored(plan, plan.checkpoint.tensor(name)) for name in names})
 
 
-def _per_token(product: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    """A sum over the tokens of this process, in place, as the mean over those of all. inputs: [tokens, K] each."""
-    return sum_over_all(product).div_(sum(gathered(sum(x.shape[0] for x in inputs))))
-
-
 class _Rewriting:
     """What the walk calls at every group: accumulate the statistics, solve, remember the errors."""
 
@@ -462,11 +454,10 @@ class _Rewriting:
 
     def __call__(self, visit: GroupVisit) -> dict[str, LinearWeights]:
         self.bar.describe(f"{visit.names[0]}{' ...' if len(visit.names) > 1 else ''}")
-        H = _per_token(gram(visit.inputs), visit.inputs)
-        C = _per_token(cross(visit.dense_inputs, visit.inputs), visit.inputs) if visit.dense_inputs else None
+        statistics = HessianAccumulator().add(visit.inputs, visit.dense_inputs).mean()
         new: dict[str, LinearWeights] = {}
         for scheme, weights in self._by_scheme(visit).items():
-            part, errors = compress(weights, scheme, Statistics(H, C), together=True)
+            part, errors = solve_layer(weights, scheme, statistics, together=True)
             new |= part
             self.errors |= errors
         return new

@@ -25,7 +25,7 @@ from sparsify.model.decoder import head_input
 from sparsify.model.sequential import TOKENS_PER_MICRO_BATCH
 from sparsify.progress import progress, stage
 from sparsify.recipe import Calibration, Head, dump_recipe, parse_recipe
-from sparsify.solver.gram import gram
+from sparsify.solver.hessian import HessianAccumulator
 
 DEFAULT_GROUP_SIZE = 64
 
@@ -99,12 +99,11 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
         key=writer_key(checkpoint, dtype),
         quiet=quiet,
     )
-    H: Tensor | None = None
+    hessian = HessianAccumulator()
     rows = tokens.to(model.device).split(max(1, TOKENS_PER_MICRO_BATCH // tokens.shape[1]))
     for part in progress(rows, "Reading text", total=len(rows), quiet=quiet):
-        H = gram([head_input(model, part).flatten(0, 1)], H)
-    assert H is not None
-    return H.div_(tokens.numel())
+        hessian.add([head_input(model, part).flatten(0, 1)])
+    return hessian.mean().H
 
 
 def _describe(

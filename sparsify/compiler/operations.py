@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.recipe.schema import SelfText
 from sparsify.recipe.sources import SELF
-from sparsify.solver.coordinate_descent import PANEL
+from sparsify.solver.coordinate_descent import BLOCKSIZE
 from sparsify.solver.grid import SHRINK
 from sparsify.solver.head_quantization import ROWS
 from sparsify.solver.masks.alps import ITERATIONS
@@ -103,7 +103,7 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
     if scheme.sweeps and scheme.refine:
         choice = CHOOSE_TWO if scheme.prune is not None else CHOOSE_ONE
         group = 0 if grid is None else grid.group_size
-        scales = 2 * weights * (group if group <= 2 * PANEL else PANEL)  # H @ codes inside every group
+        scales = 2 * weights * (group if group <= 2 * BLOCKSIZE else BLOCKSIZE)  # H @ codes inside every group
         parts["refine"] = 2 * weights * k + scheme.refine * (2 * weights * k + choice * weights + scales)
     if scheme.needs_data and measured:
         parts["errors"] = 4 * weights * k  # (W - What) H and W H

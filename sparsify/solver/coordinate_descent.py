@@ -1,151 +1,133 @@
 """Coordinate descent on the exact layer error, after the column sweep: masks, codes and scales together.
 
-The sweep decides each input once, not knowing what becomes of the later ones. Here every group of four inputs is decided
+The sweep decides each column once, not knowing what becomes of the later ones. Here every group of four columns is decided
 again, given all other weights as they are stored: the best support of two (a swap of the mask, where one helps), its
 values, and from time to time each scale. Every step lowers e = (w - t)' H (w - t), so the result is never worse than the
 sweep's. Cyclic descent on codes is that of QuantEase (arXiv 2309.01885), exchanges of the support that of ALPS
 (arXiv 2406.07831, section 3); here one step does both.
+
+W is held transposed, [K, N], as in `column_sweep.py`.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import permutations
 
 import torch
 from torch import Tensor
 
-from sparsify.processor import kernel_level
-from sparsify.solver.dispatch import faster_way
+from sparsify.solver.column_sweep import Solved
+from sparsify.solver.dispatch import kernel_for
 from sparsify.solver.grid import Grid
 
 FORCE = "SPARSIFY_REFINE"
-PANEL = 64
-
-
-@dataclass(frozen=True)
-class Refined:
-    """weight: [N, K] float32 as it will be stored; codes int8 [N, K] and scale [N, K/G] with a grid, else None."""
-
-    weight: Tensor
-    codes: Tensor | None
-    scale: Tensor | None
+BLOCKSIZE = 64
 
 
 @torch.no_grad()
-def refine(
-    W: Tensor,
+def coordinate_descent(
+    solved: Solved,
     target: Tensor,
     H: Tensor,
-    sweeps: int,
+    passes: int,
     *,
-    scale: Tensor | None = None,
     grid: Grid | None = None,
-    keep: Tensor | None = None,
-    select: bool = False,
+    mask: Tensor | None = None,
+    two_four: bool = False,
     store: torch.dtype = torch.bfloat16,
-) -> Refined:
-    """Lower sum_n (W - target)_n' H (W - target)_n, visiting every input `sweeps` times.
+) -> Solved:
+    """Lower sum_n (W - target)_n' H (W - target)_n, visiting every column `passes` times.
 
-    W:      [N, K] float32, stored weights: on the grid when there is one, at most two of four when `select`
+    solved: W [N, K], with its scales on `grid` when there is one, at most two of four when `two_four`
     target: [N, K] float32
     H:      [K, K] float32, the damped Hessian
-    scale:  [N, K/G], of W on `grid`
-    keep:   bool [N, K], which weights may differ from zero; None for all
-    select: choose the two of every four instead
-    SPARSIFY_REFINE=torch, native or triton forces one of the three ways.
+    mask:   bool [N, K], which weights may differ from zero; None for all
+    two_four: choose the two of every four instead
+    store:  type of the stored values where there is no grid
+    SPARSIFY_REFINE=torch, native or triton forces the kernel.
     """
-    rows = W.t().clone(memory_format=torch.contiguous_format)
-    kept = keep.t().contiguous() if keep is not None else None
-    units = scale.float().t().contiguous() if scale is not None else None  # [K/G, N]
-    group = grid.group_size if grid is not None else PANEL
-    size = group if group <= 2 * PANEL else PANEL
-    G = H @ (rows - target.t())
-    for _ in range(sweeps):
-        for start in range(0, rows.shape[0], size):
-            inside = slice(start, min(start + size, rows.shape[0]))
-            unit = units[start // group] if units is not None else None
-            before = rows[inside].clone()
-            mask = kept[inside] if kept is not None else None
-            H_inside, G_inside = H[inside, inside].contiguous(), G[inside].clone()
-            visit_panel(rows[inside], G_inside, H_inside, unit, grid, mask, select, store)
+    if not passes:
+        return solved
+    W = solved.weight.t().clone(memory_format=torch.contiguous_format)
+    mask = mask.t().contiguous() if mask is not None else None
+    scales = solved.scale.float().t().contiguous() if solved.scale is not None else None  # [K/G, N]
+    group = grid.group_size if grid is not None else BLOCKSIZE
+    size = group if group <= 2 * BLOCKSIZE else BLOCKSIZE
+    G = H @ (W - target.t())  # half the gradient of e
+    for _ in range(passes):
+        for start in range(0, W.shape[0], size):
+            columns = slice(start, min(start + size, W.shape[0]))
+            unit = scales[start // group] if scales is not None else None
+            before = W[columns].clone()
+            kept = mask[columns] if mask is not None else None
+            H_block, G_block = H[columns, columns].contiguous(), G[columns].clone()
+            visit_block(W[columns], G_block, H_block, unit, grid, kept, two_four, store)
             if unit is not None and grid is not None and group == size:
-                _refit_scale(rows[inside], G_inside, H_inside, unit, grid)
-            G.addmm_(H[:, inside], rows[inside] - before)
-        if units is not None and grid is not None and group != size:
-            for index, unit in enumerate(units):
-                inside = slice(index * group, (index + 1) * group)
-                before = rows[inside].clone()
-                _refit_scale(rows[inside], G[inside], H[inside, inside], unit, grid)
-                G.addmm_(H[:, inside], rows[inside] - before)
-    if units is None or grid is None:
-        return Refined(rows.t().contiguous(), None, None)
-    codes = (rows / units.repeat_interleave(group, 0)).round_().to(torch.int8)
-    return Refined(rows.t().contiguous(), codes.t().contiguous(), units.t().contiguous().to(grid.dtype))
+                _refit_scale(W[columns], G_block, H_block, unit, grid)
+            G.addmm_(H[:, columns], W[columns] - before)
+        if scales is not None and grid is not None and group != size:
+            for index, unit in enumerate(scales):
+                columns = slice(index * group, (index + 1) * group)
+                before = W[columns].clone()
+                _refit_scale(W[columns], G[columns], H[columns, columns], unit, grid)
+                G.addmm_(H[:, columns], W[columns] - before)
+    if scales is None or grid is None:
+        return Solved(W.t().contiguous())
+    codes = (W / scales.repeat_interleave(group, 0)).round_().to(torch.int8)
+    return Solved(W.t().contiguous(), codes.t().contiguous(), scales.t().contiguous().to(grid.dtype))
 
 
-def _refit_scale(rows: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> None:
-    """Move the scales of one group to their least-squares values, codes fixed. Changes rows and unit in place.
+def _refit_scale(W: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> None:
+    """Move the scales of one group to their least-squares values, codes fixed. Changes W and unit in place.
 
-    rows, G: [G, N], weights and half gradient; H: [G, G]; unit: [N].
+    W, G: [G, N], weights and half gradient; H: [G, G]; unit: [N].
     """
-    codes = (rows / unit).round_()
+    codes = (W / unit).round_()
     curvature = (codes * (H @ codes)).sum(0)
     slope = (codes * G).sum(0)
     best = (unit - slope / curvature.clamp(min=1e-30)).to(grid.dtype).float()
     step = best - unit
     helps = (best > torch.finfo(grid.dtype).tiny) & (step * (2 * slope + step * curvature) < 0)
     unit.copy_(torch.where(helps, best, unit))
-    torch.mul(codes, unit, out=rows)
+    torch.mul(codes, unit, out=W)
 
 
-def visit_panel(
+def visit_block(
     W: Tensor, G: Tensor, H: Tensor, scale: Tensor | None, grid: Grid | None,
-    keep: Tensor | None, select: bool, store: torch.dtype,
+    mask: Tensor | None, two_four: bool, store: torch.dtype,
 ) -> None:  # fmt: skip
-    """Decide every input of a panel once. W, keep: [B, N]; G: [B, N] half gradient; H: [B, B]; scale: [N]. Changes W and G."""
+    """Decide every column of a block once. W, mask: [B, N]; G: [B, N] half gradient; H: [B, B]; scale: [N]. Changes W and G."""
     known = grid is not None or store in (torch.bfloat16, torch.float32)
-    way = faster_way(FORCE, "cpu/coordinate_descent", W.device) if known else None
-    if way is None:
-        _in_torch(W, G, H, scale, grid, keep, select, store)
-        return
-    if not isinstance(way, ctypes.CDLL):
-        way.refine_panel(W, G, H, scale, grid, keep, select, store)
-        return
-    assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, G, H, keep) if t is not None)
-    way.sparsify_refine_panel(
-        _pointer(W), _int64(W.stride(0)), _pointer(G), _int64(G.stride(0)), _pointer(H), _int64(H.stride(0)),
-        W.shape[0], _int64(W.shape[1]), _pointer(scale),
-        ctypes.c_float(grid.low if grid else 0), ctypes.c_float(grid.high if grid else 0),
-        _pointer(keep), _int64(keep.stride(0) if keep is not None else 0),
-        int(select), int(store == torch.bfloat16), torch.get_num_threads(), kernel_level(),
-    )  # fmt: skip
+    kernel = kernel_for(FORCE, "cpu/coordinate_descent", W.device) if known else None
+    if kernel is None:
+        _decide_columns(W, G, H, scale, grid, mask, two_four, store)
+    else:
+        kernel.visit_block(W, G, H, scale, grid, mask, two_four, store)
 
 
-def _in_torch(
+def _decide_columns(
     W: Tensor, G: Tensor, H: Tensor, scale: Tensor | None, grid: Grid | None,
-    keep: Tensor | None, select: bool, store: torch.dtype,
+    mask: Tensor | None, two_four: bool, store: torch.dtype,
 ) -> None:  # fmt: skip
     def stored(x: Tensor) -> Tensor:
         if grid is None or scale is None:
             return x.to(store).float()
         return (x / scale).round_().clamp_(grid.low, grid.high).mul_(scale)
 
-    step = 4 if select else 1
+    step = 4 if two_four else 1
     scalars = H.cpu()  # a branch on a number that lies on a GPU would wait for all the work before it
     for i in range(0, W.shape[0], step):
-        of_four = slice(i, i + step)
-        before = W[of_four].clone()
-        if select:
-            W[of_four] = _best_two(before, G[of_four], H[of_four, of_four], scalars[of_four, of_four], stored)
+        here = slice(i, i + step)
+        before = W[here].clone()
+        if two_four:
+            W[here] = _best_two(before, G[here], H[here, here], scalars[here, here], stored)
         elif (curvature := scalars[i, i]) > 0:
             new = stored(before[0] - G[i] / curvature)
             change = new - before[0]
             better = change * (curvature * change + 2 * G[i]) < 0
-            W[i] = torch.where(better if keep is None else better & keep[i], new, before[0])
-        G.addmm_(H[:, of_four], W[of_four] - before)
+            W[i] = torch.where(better if mask is None else better & mask[i], new, before[0])
+        G.addmm_(H[:, here], W[here] - before)
 
 
 def _best_two(v: Tensor, g: Tensor, H: Tensor, A: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
@@ -168,10 +150,3 @@ def _best_two(v: Tensor, g: Tensor, H: Tensor, A: Tensor, stored: Callable[[Tens
         better = error < least
         best, least = torch.where(better, new, best), torch.where(better, error, least)
     return best
-
-
-_int64 = ctypes.c_int64
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

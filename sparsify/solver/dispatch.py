@@ -1,8 +1,7 @@
-"""Which way an inner loop runs: in PyTorch, where it reads like the paper; in C++ on a CPU; in Triton on a GPU."""
+"""Which kernel runs an inner loop: PyTorch, where it reads like the paper; C++ on a CPU; Triton on a GPU."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 from functools import cache
@@ -14,25 +13,31 @@ import torch
 from sparsify.errors import SparsifyError
 from sparsify.native import build
 
-WAYS = ("torch", "native", "triton")
+KERNELS = ("torch", "native", "triton")
 
 
-def faster_way(variable: str, source: str, device: torch.device) -> ctypes.CDLL | ModuleType | None:
-    """The C++ library of `source` for tensors in main memory, `triton_sweep` for those of a GPU, None for PyTorch.
+def kernel_for(variable: str, source: str, device: torch.device) -> ModuleType | None:
+    """`native_sweep` for tensors in main memory, `triton_sweep` for those of a GPU, None for PyTorch.
 
-    variable: of the environment, forces one of WAYS; source: as `build.load` takes it
+    variable: of the environment, forces one of KERNELS; source: the native kernel, as `build.load` takes it.
+    Raises SparsifyError where the forced kernel is unknown or cannot be had.
     """
     forced = os.environ.get(variable, "")
-    if forced not in ("", *WAYS):
-        raise SparsifyError(f"{variable}={forced} is unknown; choose {', '.join(WAYS[:-1])} or {WAYS[-1]}")
+    if forced not in ("", *KERNELS):
+        raise SparsifyError(f"{variable}={forced} is unknown; choose {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
     if forced == "triton" or (not forced and device.type == "cuda"):
         return _triton(forced == "triton")
     if forced == "torch" or device.type != "cpu":
         return None
-    library = build.load(source)
-    if library is None and forced:
-        raise SparsifyError(f"{variable}=native needs the native kernel, which cannot be had here; the log says why")
-    return library
+    if build.load(source) is None:
+        if forced:
+            raise SparsifyError(
+                f"{variable}=native needs the native kernel, which cannot be had here; the log says why"
+            )
+        return None
+    from sparsify.solver import native_sweep
+
+    return native_sweep
 
 
 @cache

@@ -56,3 +56,15 @@ def search_scale(rows: Tensor, grid: Grid, kept: Tensor | None, d: Tensor | None
             better = total < best_error
             best, best_error = torch.where(better, scale, best), torch.minimum(total, best_error)
     return best
+
+
+def round_to_nearest(W: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Every weight to the closest point of its grid; no data is needed, and zeros stay zeros, so a mask survives.
+
+    W: [N, K] float32. Returns codes int8 [N, K] and scale [N, K/G].
+    """
+    n, k = W.shape
+    groups = W.reshape(n * (k // grid.group_size), grid.group_size)
+    scale = search_scale(groups.t(), grid, None, None)
+    codes = (groups / scale[:, None]).round_().clamp_(grid.low, grid.high).to(torch.int8)
+    return codes.reshape(n, k), scale.reshape(n, k // grid.group_size).to(grid.dtype)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparsify.model.linear import LinearWeights
 from sparsify.recipe import Head
-from sparsify.solver.solve import Scheme, Statistics, compress
+from sparsify.solver.hessian import Statistics
+from sparsify.solver.solve import Scheme, solve_layer
 
 ROWS = 16384  # outputs rounded at once: a vocabulary of 262144 in float32 would be gigabytes, several times over
 GROUP_SIZES = (128, 64, 32)
@@ -64,7 +65,7 @@ def quantize_head(module: str, weight: Tensor, scheme: Scheme, H: Tensor | None 
     """As `solve_head`, unmeasured. Rows do not depend on each other, so the pieces give what the whole would."""
     statistics, together = (None, False) if H is None else (Statistics(H), True)
     split = weight.split(ROWS)
-    pieces = [compress({module: rows}, scheme, statistics, together, measure=False)[0][module] for rows in split]
+    pieces = [solve_layer({module: rows}, scheme, statistics, together, measure=False)[0][module] for rows in split]
     codes = [piece.codes for piece in pieces if piece.codes is not None]
     scales = [piece.scale for piece in pieces if piece.scale is not None]
     first = pieces[0]

@@ -1,4 +1,4 @@
-"""Prune and quantize the linears that read one tensor, on one Hessian, as one stacked matrix."""
+"""The layer-wise solve: prune and quantize the linears that read one tensor, on one Hessian, as one stacked matrix."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from torch import Tensor
 from sparsify.distributed import gathered, processes, share
 from sparsify.errors import NumericalError
 from sparsify.model.linear import LinearWeights
-from sparsify.solver import masks as pruning
+from sparsify.solver import masks
 from sparsify.solver.column_sweep import column_sweep
-from sparsify.solver.coordinate_descent import refine
-from sparsify.solver.gptq import gptq
-from sparsify.solver.grid import Grid
-from sparsify.solver.hessian import Factors, corrected_target, factor, relative_error
-from sparsify.solver.rtn import round_to_nearest
+from sparsify.solver.coordinate_descent import coordinate_descent
+from sparsify.solver.grid import Grid, round_to_nearest
+from sparsify.solver.hessian import Factors, Statistics, factor, propagated_target, relative_error
 
 
 @dataclass(frozen=True)
@@ -48,11 +46,11 @@ class Scheme:
     @property
     def sweeps(self) -> bool:
         """Whether weights are repaired by the column sweep, which needs the whole Hessian."""
-        return self.quantize == "gptq" or (self.prune is not None and pruning.METHODS[self.prune].solves)
+        return self.quantize == "gptq" or (self.prune is not None and masks.METHODS[self.prune].solves)
 
     @property
     def needs_data(self) -> bool:
-        pruned = self.prune is not None and pruning.METHODS[self.prune].needs_data
+        pruned = self.prune is not None and masks.METHODS[self.prune].needs_data
         return self.sweeps or pruned or self.correction > 0
 
     def grid(self, in_features: int) -> Grid | None:
@@ -70,16 +68,8 @@ class Scheme:
         return None
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """What the calibration tokens say about one group of linears: H = X'X / tokens and C = Xd'X / tokens, float32 [K, K]."""
-
-    H: Tensor
-    C: Tensor | None = None
-
-
 @torch.no_grad()
-def compress(
+def solve_layer(
     weights: Mapping[str, Tensor],
     scheme: Scheme,
     statistics: Statistics | None,
@@ -91,37 +81,89 @@ def compress(
     together: all processes call this with the same arguments; each solves its share of the outputs, which do not depend
     on each other, and all get the whole.
     Returns the compressed linears, and their relative output error on the calibration tokens (empty without data, and
-    without `measure`: it costs two products with H).
+    without `measure`: it costs two products with H). Raises NumericalError for NaN or Inf in a weight or in the Hessian.
     """
-    names = list(weights)
-    for name in names:
-        if not torch.isfinite(weights[name]).all():
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
             raise NumericalError(
                 f"{name}: its dense weight holds NaN or Inf; the model itself is damaged, get it again"
             )
-    rows = [weights[name].shape[0] for name in names]
-    original = torch.cat([weights[name].float() for name in names])
-    together = together and original.shape[0] >= processes()
-    mine = share(original.shape[0]) if together else slice(None)
-    compressed = _stacked(original[mine], scheme, statistics, ", ".join(names))
-    compressed = _joined(gathered(compressed), original.device) if together else compressed
-    parts: dict[str, LinearWeights] = {}
+    W = torch.cat([weight.float() for weight in weights.values()])
+    together = together and W.shape[0] >= processes()
+    mine = share(W.shape[0]) if together else slice(None)
+    solved = _solve(W[mine], scheme, statistics, ", ".join(weights))
+    solved = _joined(gathered(solved), W.device) if together else solved
+    linears: dict[str, LinearWeights] = {}
     errors: dict[str, float] = {}
     start = 0
-    for name, n in zip(names, rows, strict=True):
-        piece = slice(start, start + n)
-        parts[name] = LinearWeights(
-            bits=compressed.bits,
-            pattern=compressed.pattern,
-            group_size=compressed.group_size,
-            codes=_rows(compressed.codes, piece),
-            scale=_rows(compressed.scale, piece),
-            values=_rows(compressed.values, piece),
+    for name, weight in weights.items():
+        outputs = slice(start, start + weight.shape[0])
+        linears[name] = replace(
+            solved,
+            codes=_outputs(solved.codes, outputs),
+            scale=_outputs(solved.scale, outputs),
+            values=_outputs(solved.values, outputs),
         ).validate(name)
         if statistics is not None and measure:
-            errors[name] = relative_error(original[piece], parts[name].dense(torch.float32), statistics.H)
-        start += n
-    return parts, errors
+            errors[name] = relative_error(W[outputs], linears[name].dense(torch.float32), statistics.H)
+        start = outputs.stop
+    return linears, errors
+
+
+def _solve(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str) -> LinearWeights:
+    """W: [N, K] float32, stacked. In this order: error propagation, mask, column sweep, coordinate descent; or rounding."""
+    k = W.shape[1]
+    grid = scheme.grid(k)
+    pattern = "2:4" if scheme.prune else "dense"
+    if not W.any():
+        return _removed(W, grid, pattern, scheme.dtype)
+    factors: Factors | None = None
+    if statistics is not None and (scheme.sweeps or scheme.correction > 0):
+        factors = factor(statistics.H, scheme.damping, name)
+        if statistics.C is not None and scheme.correction > 0:
+            W = propagated_target(W, statistics.C, factors, scheme.correction)
+        W = W.masked_fill(factors.dead, 0)
+    method = masks.METHODS[scheme.prune] if scheme.prune else None
+    H = factors.damped if factors and method and method.solves else statistics.H if statistics else None
+    mask = method.mask(W, H) if method and method.mask else None
+    select = method.select if method else None
+    if scheme.sweeps:
+        assert factors is not None and statistics is not None
+        order, U = None, factors.inverse_cholesky
+        if scheme.activation_order:
+            order = activation_order(statistics.H, 4 if select else 1)
+            U = factor(statistics.H[order][:, order], scheme.damping, name).inverse_cholesky
+        swept_to = grid if scheme.quantize == "gptq" else None
+        solved = column_sweep(W, U, swept_to, mask, select, order, scheme.dtype)
+        solved = coordinate_descent(
+            solved, W, factors.damped, scheme.refine,
+            grid=swept_to, mask=mask, two_four=method is not None and method.solves, store=scheme.dtype,
+        )  # fmt: skip
+        if swept_to is not None:
+            return LinearWeights(swept_to.bits, pattern, swept_to.group_size, codes=solved.codes, scale=solved.scale)
+        W = solved.weight
+    elif mask is not None:
+        W = W * mask
+    if grid is None:
+        return LinearWeights(16, pattern, k, values=W.to(scheme.dtype))
+    codes, scale = round_to_nearest(W, grid)
+    return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale)
+
+
+def _removed(W: Tensor, grid: Grid | None, pattern: str, dtype: torch.dtype) -> LinearWeights:
+    """The linear of a removed sublayer, W: [N, K] all zero: it has nothing to solve, and its inputs may be zero as well."""
+    n, k = W.shape
+    if grid is None:
+        return LinearWeights(16, pattern, k, values=W.to(dtype))
+    scale = torch.ones(n, k // grid.group_size, dtype=dtype, device=W.device)
+    return LinearWeights(grid.bits, pattern, grid.group_size, codes=W.to(torch.int8), scale=scale)
+
+
+def activation_order(H: Tensor, unit: int) -> Tensor:
+    """Columns by falling second moment, moved in units of so many neighbours. H: [K, K]. Returns int64 [K]."""
+    moment = H.diagonal().reshape(-1, unit).sum(1)
+    units = torch.argsort(moment, dim=0, descending=True, stable=True)
+    return (units[:, None] * unit + torch.arange(unit, device=H.device)).reshape(-1)
 
 
 def _joined(parts: Sequence[LinearWeights], device: torch.device) -> LinearWeights:
@@ -135,62 +177,5 @@ def _joined(parts: Sequence[LinearWeights], device: torch.device) -> LinearWeigh
     return replace(parts[0], codes=codes, scale=scale, values=values)
 
 
-def _rows(tensor: Tensor | None, piece: slice) -> Tensor | None:
-    return None if tensor is None else tensor[piece].clone()
-
-
-def _stacked(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str) -> LinearWeights:
-    """W: [N, K] float32, the stacked weights. Follows the recipe's order: correct, prune, quantize; fused where both sweep."""
-    k = W.shape[1]
-    grid = scheme.grid(k)
-    pattern = "2:4" if scheme.prune else "dense"
-    if not W.any():
-        return _nothing(W, grid, pattern, scheme.dtype)
-    factors: Factors | None = None
-    if statistics is not None and (scheme.sweeps or scheme.correction > 0):
-        factors = factor(statistics.H, scheme.damping, name)
-        if statistics.C is not None and scheme.correction > 0:
-            W = corrected_target(W, statistics.C, factors, scheme.correction)
-        W = W.masked_fill(factors.dead, 0)
-    method = pruning.METHODS[scheme.prune] if scheme.prune else None
-    H = factors.damped if factors and method and method.solves else statistics.H if statistics else None
-    keep = method.mask(W, H) if method and method.mask else None
-    select = method.select if method else None
-    swaps = method is not None and method.solves
-    if scheme.sweeps:
-        assert factors is not None and statistics is not None
-        order, U = None, factors.inverse
-        if scheme.activation_order:
-            order = activation_order(statistics.H, 4 if select else 1)
-            U = factor(statistics.H[order][:, order], scheme.damping, name).inverse
-        if grid is not None and scheme.quantize == "gptq":
-            swept = gptq(W, U, grid, keep, select, order)
-            refined = refine(
-                swept.weight, W, factors.damped, scheme.refine,
-                scale=swept.scale, grid=grid, keep=keep, select=swaps,
-            )  # fmt: skip
-            return LinearWeights(grid.bits, pattern, grid.group_size, codes=refined.codes, scale=refined.scale)
-        swept = column_sweep(W, U, None, keep=keep, select=select, order=order, store=scheme.dtype)
-        W = refine(swept.weight, W, factors.damped, scheme.refine, keep=keep, select=swaps, store=scheme.dtype).weight
-    elif keep is not None:
-        W = W * keep
-    if grid is None:
-        return LinearWeights(16, pattern, k, values=W.to(scheme.dtype))
-    codes, scale = round_to_nearest(W, grid)
-    return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale)
-
-
-def _nothing(W: Tensor, grid: Grid | None, pattern: str, dtype: torch.dtype) -> LinearWeights:
-    """The linear of a removed sublayer, W: [N, K] all zero: it has nothing to solve, and its inputs may be zero as well."""
-    n, k = W.shape
-    if grid is None:
-        return LinearWeights(16, pattern, k, values=W.to(dtype))
-    scale = torch.ones(n, k // grid.group_size, dtype=dtype, device=W.device)
-    return LinearWeights(grid.bits, pattern, grid.group_size, codes=W.to(torch.int8), scale=scale)
-
-
-def activation_order(H: Tensor, unit: int) -> Tensor:
-    """Inputs by falling second moment, moved in units of so many neighbours. H: [K, K]. Returns int64 [K]."""
-    moment = H.diagonal().reshape(-1, unit).sum(1)
-    units = torch.argsort(moment, dim=0, descending=True, stable=True)
-    return (units[:, None] * unit + torch.arange(unit, device=H.device)).reshape(-1)
+def _outputs(tensor: Tensor | None, outputs: slice) -> Tensor | None:
+    return None if tensor is None else tensor[outputs].clone()

@@ -1,4 +1,4 @@
-"""The inner loops of the column sweep and of its refinement on a GPU, in Triton: what `sweep.cpp` and `refine.cpp` are on a CPU.
+"""The inner loops of the column sweep and of coordinate descent on a GPU, in Triton: what `native_sweep.py` is on a CPU.
 
 PyTorch would launch a handful of kernels per input of a linear, and a hundred per group of four that is refined: time to start
 kernels, not to run them. Here one launch takes a whole panel. A program holds the panel for BLOCK outputs in registers, one
@@ -211,36 +211,36 @@ def refine(
     tl.store(G + r[:, None] * ld_g + n[None, :], g, mask=held)
 
 
-def sweep_panel(
-    rows: Tensor, errors: Tensor, U: Tensor, codes: Tensor | None, keep: Tensor | None, first: int, last: int,
+def sweep_block(
+    W: Tensor, errors: Tensor, U: Tensor, codes: Tensor | None, mask: Tensor | None, first: int, last: int,
     grid: Grid | None, scale: Tensor | None, select: bool, store: torch.dtype,
 ) -> None:  # fmt: skip
-    """The arguments of `span.sweep_span`, on a GPU. Where one is missing, Triton gets another tensor, which it never reads."""
-    size, outputs = rows.shape
+    """As `column_sweep.sweep_block`, on a GPU. Where a tensor is missing, Triton gets another one, which it never reads."""
+    size, outputs = W.shape
     scale = None if scale is None else scale.contiguous()
-    keep = None if keep is None else keep.contiguous().view(torch.uint8)
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
     sweep[_programs(outputs)](
-        rows, errors, U, rows if scale is None else scale, rows if codes is None else codes, rows if keep is None else keep,
+        W, errors, U, W if scale is None else scale, W if codes is None else codes, W if mask is None else mask,
         outputs, size, first, last, float(grid.low if grid else 0), float(grid.high if grid else 0),
-        rows.stride(0), errors.stride(0), U.stride(0), 0 if scale is None or scale.shape[0] == 1 else scale.stride(0),
-        0 if codes is None else codes.stride(0), 0 if keep is None else keep.stride(0),
-        GRID=grid is not None, KEEP=keep is not None, SELECT=select, TO_BF16=store == torch.bfloat16,
+        W.stride(0), errors.stride(0), U.stride(0), 0 if scale is None or scale.shape[0] == 1 else scale.stride(0),
+        0 if codes is None else codes.stride(0), 0 if mask is None else mask.stride(0),
+        GRID=grid is not None, KEEP=mask is not None, SELECT=select, TO_BF16=store == torch.bfloat16,
         PANEL=_panel(size), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 
-def refine_panel(
+def visit_block(
     W: Tensor, G: Tensor, H: Tensor, scale: Tensor | None, grid: Grid | None,
-    keep: Tensor | None, select: bool, store: torch.dtype,
+    mask: Tensor | None, two_four: bool, store: torch.dtype,
 ) -> None:  # fmt: skip
-    """The arguments of `refine.visit_panel`, on a GPU."""
+    """As `coordinate_descent.visit_block`, on a GPU."""
     size, outputs = W.shape
-    keep = None if keep is None else keep.contiguous().view(torch.uint8)
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
     refine[_programs(outputs)](
-        W, G, H, W if scale is None else scale, W if keep is None else keep, outputs, size,
+        W, G, H, W if scale is None else scale, W if mask is None else mask, outputs, size,
         float(grid.low if grid else 0), float(grid.high if grid else 0),
-        W.stride(0), G.stride(0), H.stride(0), 0 if keep is None else keep.stride(0),
-        GRID=grid is not None and scale is not None, KEEP=keep is not None, SELECT=select, TO_BF16=store == torch.bfloat16,
+        W.stride(0), G.stride(0), H.stride(0), 0 if mask is None else mask.stride(0),
+        GRID=grid is not None and scale is not None, KEEP=mask is not None, SELECT=two_four, TO_BF16=store == torch.bfloat16,
         PANEL=_panel(size), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 

@@ -11,20 +11,33 @@ from sparsify.bench.vllm_level import QUESTIONS
 from sparsify.processor import FORCE, other_variables
 
 ASK = """
-import sys, torch
+import os, sys, torch
 for name in {names}:
     setattr(torch.cpu, name, lambda: True)
 import sparsify.bench.worker
 print(*(int(getattr(torch.cpu, name)()) for name in {names}))
+print(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
 """
 
 
 def answers(level: str | None) -> list[int]:
-    environment = {k: v for k, v in os.environ.items() if k != FORCE}
+    return [int(answer) for answer in seen(level)[0].split()]
+
+
+def seen(level: str | None) -> tuple[str, str]:
+    """What a process that imports vLLM's worker is told, and where torch.compile keeps its kernels there."""
+    environment = {k: v for k, v in os.environ.items() if k not in (FORCE, "TORCHINDUCTOR_CACHE_DIR")}
     environment |= {} if level is None else {FORCE: level}
     script = ASK.format(names=list(QUESTIONS))
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    return [int(answer) for answer in run.stdout.split()]
+    told, _, cache = run.stdout.partition("\n")
+    return told, cache.strip()
+
+
+def test_compiled_kernels_of_a_level_are_not_used_at_another() -> None:
+    """Inductor finds a kernel by its graph, whatever the level: one made for AVX-512 gave wrong indices at AVX2."""
+    caches = [seen(level)[1] for level in (None, "avx2", "avx512")]
+    assert len(set(caches)) == 3 and caches[0] == "" and caches[1].endswith("avx2")
 
 
 def test_vllm_sees_the_forced_level() -> None:

@@ -12,8 +12,9 @@ from sparsify.compiler.plan import make_plan
 from sparsify.model.decoder import find_groups, open_blocks
 from sparsify.model.sequential import Walk
 from sparsify.recipe import parse_recipe
+from sparsify.solver.column_sweep import Solved
 from sparsify.solver.grid import Grid
-from sparsify.solver.hessian import corrected_target, factor, relative_error
+from sparsify.solver.hessian import factor, propagated_target, relative_error
 from sparsify.solver.masks.alps import alps_mask
 from sparsify.solver.solve import Scheme
 from tests.helpers.tiny import FAMILIES, save_tiny
@@ -69,13 +70,13 @@ def test_products_of_the_solver(problem, monkeypatch):
     assert solving(N, K, scheme())["masks"] - EIGEN * K**3 == sum(masks.values())
     errors = counted(lambda: relative_error(W, W / 2, H))
     assert solving(N, K, scheme())["errors"] == sum(errors.values())
-    corrected = counted(lambda: corrected_target(W, H, factors, 0.5))
+    corrected = counted(lambda: propagated_target(W, H, factors, 0.5))
     more = solving(N, K, scheme(correction=0.5))["sweep"] - solving(N, K, scheme())["sweep"]
     assert more == 2 * sum(corrected.values())  # PyTorch counts the product and not the two triangular solves
-    monkeypatch.setattr(refine_pass, "visit_panel", lambda *arguments: None)
+    monkeypatch.setattr(refine_pass, "visit_block", lambda *arguments: None)
     grid = Grid(4, G)
     scale = torch.full((N, K // G), 0.1).bfloat16()
-    refined = counted(lambda: refine_pass.refine(W, W, H, 3, scale=scale, grid=grid, select=True))
+    refined = counted(lambda: refine_pass.coordinate_descent(Solved(W, scale=scale), W, H, 3, grid=grid, two_four=True))
     updates = 3 * 2 * N * K * K  # `addmm_`, which PyTorch does not count in place
     assert solving(N, K, scheme())["refine"] - 3 * CHOOSE_TWO * N * K == sum(refined.values()) + updates
 

@@ -7,13 +7,12 @@ from sparsify import processor
 from sparsify.errors import NumericalError, SparsifyError
 from sparsify.model.linear import is_two_four
 from sparsify.native import build
-from sparsify.solver.column_sweep import column_sweep
+from sparsify.solver.column_sweep import column_sweep, group_scale
 from sparsify.solver.grid import SHRINK, Grid, search_scale
-from sparsify.solver.hessian import corrected_target, factor, relative_error
+from sparsify.solver.hessian import Statistics, factor, propagated_target, relative_error
 from sparsify.solver.masks.magnitude import keep_two_of_four
 from sparsify.solver.masks.sparsegpt import sparsegpt_select
-from sparsify.solver.solve import Scheme, Statistics, activation_order, compress
-from sparsify.solver.span import group_scale
+from sparsify.solver.solve import Scheme, activation_order, solve_layer
 
 N, K, TOKENS, DAMPING = 24, 256, 700, 0.01  # two panels, so lazy updates are crossed
 
@@ -78,7 +77,9 @@ def keep_by_cost(weights, costs):
 
 def test_sparsegpt_is_the_paper_formula(problem):
     W, X, H = problem
-    got = column_sweep(W, factor(H, DAMPING, "t").inverse, None, select=sparsegpt_select, store=torch.float32).weight
+    got = column_sweep(
+        W, factor(H, DAMPING, "t").inverse_cholesky, None, select=sparsegpt_select, store=torch.float32
+    ).weight
     expected = reference_sweep(W, H, keep_by_cost, lambda j, w: w[:, j])
     assert is_two_four(got)
     same_mask = ((got != 0) == (expected != 0)).float().mean()
@@ -91,7 +92,7 @@ def test_sparsegpt_is_the_paper_formula(problem):
 def test_gptq_is_the_paper_formula(problem):
     W, X, H = problem
     grid = Grid(4, K, torch.float32)
-    swept = column_sweep(W, factor(H, DAMPING, "t").inverse, grid)
+    swept = column_sweep(W, factor(H, DAMPING, "t").inverse_cholesky, grid)
     scale = swept.scale[:, 0].double()
     expected = reference_sweep(W, H, None, lambda j, w: (w[:, j] / scale).round().clamp(-8, 7) * scale)
     agreement = (swept.weight.double() - expected).abs().lt(1e-6).float().mean()
@@ -104,7 +105,7 @@ def test_gptq_is_the_paper_formula(problem):
 def test_joint_sweep_is_the_formula_with_mask_and_code(problem):
     W, X, H = problem
     grid = Grid(4, K, torch.float32)
-    swept = column_sweep(W, factor(H, DAMPING, "t").inverse, grid, select=sparsegpt_select)
+    swept = column_sweep(W, factor(H, DAMPING, "t").inverse_cholesky, grid, select=sparsegpt_select)
     scale = swept.scale[:, 0].double()
     expected = reference_sweep(W, H, keep_by_cost, lambda j, w: (w[:, j] / scale).round().clamp(-8, 7) * scale)
     assert is_two_four(swept.codes)
@@ -121,7 +122,7 @@ def test_sweep_beats_what_it_improves_on(problem):
         ("wanda+gptq", "wanda", "gptq"), ("sparsegpt+rtn", "sparsegpt", "rtn"),
     ):  # fmt: skip
         scheme = Scheme(prune, quantize, bits=4 if quantize else 16, group_size=64 if quantize else 0)
-        parts, found = compress({"m": W}, scheme, Statistics(H))
+        parts, found = solve_layer({"m": W}, scheme, Statistics(H))
         # the reported error is the true one on the tokens themselves
         direct = (X @ (W - parts["m"].dense(torch.float32)).t()).square().sum() / (X @ W.t()).square().sum()
         assert found["m"] == pytest.approx(float(direct), rel=1e-3)
@@ -137,13 +138,13 @@ def test_correction_is_least_squares_to_the_dense_outputs(problem):
     W, X, H = problem
     Xd = X + 0.3 * torch.randn(X.shape, generator=torch.Generator().manual_seed(9))
     factors = factor(H, DAMPING, "t")
-    got = corrected_target(W, Xd.t() @ X / TOKENS, factors, 1.0)
+    got = propagated_target(W, Xd.t() @ X / TOKENS, factors, 1.0)
     # minimise ||Xd W' - X V'||^2 / tokens + ridge ||V - W||^2 as one stacked least-squares problem in fp64
     A = torch.cat([X.double() / TOKENS**0.5, factors.ridge**0.5 * torch.eye(K, dtype=torch.float64)])
     B = torch.cat([Xd.double() @ W.double().t() / TOKENS**0.5, factors.ridge**0.5 * W.double().t()])
     expected = torch.linalg.lstsq(A, B).solution.t()
     torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
-    half = corrected_target(W, Xd.t() @ X / TOKENS, factors, 0.5)
+    half = propagated_target(W, Xd.t() @ X / TOKENS, factors, 0.5)
     torch.testing.assert_close(half.double(), (W.double() + expected) / 2, rtol=1e-3, atol=1e-3)
 
 
@@ -154,7 +155,7 @@ def test_correction_is_least_squares_to_the_dense_outputs(problem):
 def test_every_grid_decodes_to_the_swept_weights(problem, bits, group, order, prune):
     W, X, H = problem
     scheme = Scheme(prune, "gptq", bits, group, activation_order=order)
-    parts, errors = compress({"a": W[:10], "b": W[10:]}, scheme, Statistics(H))
+    parts, errors = solve_layer({"a": W[:10], "b": W[10:]}, scheme, Statistics(H))
     joined = torch.cat([parts["a"].codes, parts["b"].codes])
     assert joined.shape == W.shape and parts["a"].scale.shape == (10, K // (group or K))
     assert parts["a"].scale.dtype == torch.bfloat16
@@ -173,7 +174,7 @@ def test_activation_order_keeps_the_columns_in_place(problem):
 def test_given_mask_is_never_left(problem):
     W, X, H = problem
     keep = keep_two_of_four(torch.rand(N, K, generator=torch.Generator().manual_seed(1)))
-    swept = column_sweep(W, factor(H, DAMPING, "t").inverse, Grid(4, 64), keep=keep)
+    swept = column_sweep(W, factor(H, DAMPING, "t").inverse_cholesky, Grid(4, 64), mask=keep)
     assert not swept.codes[~keep].any()
 
 
@@ -227,7 +228,7 @@ def test_all_zero_rows_and_dead_inputs_stay_finite():
     H[:8, :8] = torch.eye(8)
     W = torch.randn(4, K, generator=torch.Generator().manual_seed(2))
     W[1] = 0
-    parts, _ = compress({"m": W}, Scheme("sparsegpt", "gptq", 4, 64), Statistics(H))
+    parts, _ = solve_layer({"m": W}, Scheme("sparsegpt", "gptq", 4, 64), Statistics(H))
     weight = parts["m"].dense(torch.float32)
     assert torch.isfinite(weight).all() and not weight[1].any() and not weight[:, 8:].any()
 
@@ -261,7 +262,7 @@ def test_both_inner_loops_agree_to_the_bit_where_nothing_is_passed_on(monkeypatc
 
 def test_native_result_does_not_depend_on_threads(problem, way):
     W, X, H = problem
-    U = factor(H, DAMPING, "t").inverse
+    U = factor(H, DAMPING, "t").inverse_cholesky
     W = W.repeat(9, 1)
     before, results = torch.get_num_threads(), []
     try:
@@ -278,7 +279,7 @@ def test_native_result_does_not_depend_on_threads(problem, way):
 def test_native_result_does_not_depend_on_the_level(problem, way, monkeypatch, bits, masked):
     """Errors travel here, so that a product added without being rounded first would show."""
     W, X, H = problem
-    U = factor(H, DAMPING, "t").inverse
+    U = factor(H, DAMPING, "t").inverse_cholesky
     W = W.repeat(9, 1)
     keep = keep_two_of_four(W) if masked == "given" else None
     select = sparsegpt_select if masked == "selected" else None

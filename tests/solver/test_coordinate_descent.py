@@ -9,14 +9,13 @@ from sparsify import processor
 from sparsify.errors import SparsifyError
 from sparsify.model.linear import is_two_four
 from sparsify.native import build
-from sparsify.solver.column_sweep import column_sweep
-from sparsify.solver.coordinate_descent import refine, visit_panel
-from sparsify.solver.gptq import gptq
+from sparsify.solver.column_sweep import Solved, column_sweep
+from sparsify.solver.coordinate_descent import coordinate_descent, visit_block
 from sparsify.solver.grid import Grid
-from sparsify.solver.hessian import factor, relative_error
+from sparsify.solver.hessian import Statistics, factor, relative_error
 from sparsify.solver.masks.magnitude import magnitude_mask
 from sparsify.solver.masks.sparsegpt import sparsegpt_select
-from sparsify.solver.solve import Scheme, Statistics, compress
+from sparsify.solver.solve import Scheme, solve_layer
 
 N, K, TOKENS = 70, 128, 500  # outputs: more than one chunk of the native loop, and a ragged one
 
@@ -48,7 +47,9 @@ def test_one_group_becomes_its_best_support(problem):
     """With float32 values and four inputs, the result is the exact optimum: all six supports, solved in fp64."""
     target, factors = problem
     H, target = factors.damped[:4, :4].contiguous(), target[:, :4].contiguous()
-    found = refine(torch.zeros_like(target), target, H, 1, select=True, store=torch.float32).weight
+    found = coordinate_descent(
+        Solved(torch.zeros_like(target)), target, H, 1, two_four=True, store=torch.float32
+    ).weight
     best = torch.full((N,), torch.inf, dtype=torch.float64)
     for pair in combinations(range(4), 2):
         s = list(pair)
@@ -64,10 +65,10 @@ def test_one_group_becomes_its_best_support(problem):
 def test_each_sweep_lowers_the_error_of_every_output(problem, group_size):
     W, factors = problem
     grid = Grid(4, group_size)
-    swept = gptq(W, factors.inverse, grid, None, sparsegpt_select)
+    swept = column_sweep(W, factors.inverse_cholesky, grid, None, sparsegpt_select)
     before = error(swept.weight, W, factors.damped)
     for sweeps in (1, 2, 6):
-        refined = refine(swept.weight, W, factors.damped, sweeps, scale=swept.scale, grid=grid, select=True)
+        refined = coordinate_descent(swept, W, factors.damped, sweeps, grid=grid, two_four=True)
         after = error(refined.weight, W, factors.damped)
         assert (after <= before * (1 + 1e-5)).all() and after.sum() < 0.97 * before.sum()
         before = after
@@ -80,8 +81,8 @@ def test_no_single_group_can_be_bettered_at_the_end(problem):
     """A fixed point: no other support and no other values of any one group have a smaller error, by brute force."""
     W, factors = problem
     H = factors.damped
-    swept = column_sweep(W, factors.inverse, None, select=sparsegpt_select, store=torch.float32)
-    found = refine(swept.weight, W, H, 60, select=True, store=torch.float32).weight.double()
+    swept = column_sweep(W, factors.inverse_cholesky, None, select=sparsegpt_select, store=torch.float32)
+    found = coordinate_descent(swept, W, H, 60, two_four=True, store=torch.float32).weight.double()
     now = error(found, W, H)
     for start in range(0, K, 4):
         rest = found.clone()
@@ -97,8 +98,8 @@ def test_no_single_group_can_be_bettered_at_the_end(problem):
 def test_a_given_mask_is_kept(problem):
     W, factors = problem
     keep, grid = magnitude_mask(W), Grid(4, 32)
-    swept = gptq(W, factors.inverse, grid, keep)
-    refined = refine(swept.weight, W, factors.damped, 3, scale=swept.scale, grid=grid, keep=keep)
+    swept = column_sweep(W, factors.inverse_cholesky, grid, keep)
+    refined = coordinate_descent(swept, W, factors.damped, 3, grid=grid, mask=keep)
     assert not refined.codes[~keep].any()
     assert error(refined.weight, W, factors.damped).sum() < 0.99 * error(swept.weight, W, factors.damped).sum()
 
@@ -107,8 +108,8 @@ def test_dense_codes_at_a_fixed_point(problem):
     """Without a mask: no code can move by one step and gain."""
     W, factors = problem
     H, grid = factors.damped, Grid(4, 128)
-    swept = gptq(W, factors.inverse, grid)
-    refined = refine(swept.weight, W, H, 30, scale=swept.scale, grid=grid)
+    swept = column_sweep(W, factors.inverse_cholesky, grid)
+    refined = coordinate_descent(swept, W, H, 30, grid=grid)
     now = error(refined.weight, W, H)
     unit = refined.scale.float()
     for step in (-1, 1):
@@ -123,7 +124,7 @@ def test_dense_codes_at_a_fixed_point(problem):
 def test_both_ways_decide_alike(problem, monkeypatch):
     W, factors = problem
     grid = Grid(4, 64)
-    swept = gptq(W, factors.inverse, grid, None, sparsegpt_select)
+    swept = column_sweep(W, factors.inverse_cholesky, grid, None, sparsegpt_select)
     results = []
     for way in ("torch", "native"):
         if way == "native" and build.load("cpu/coordinate_descent") is None:
@@ -131,7 +132,7 @@ def test_both_ways_decide_alike(problem, monkeypatch):
         monkeypatch.setenv("SPARSIFY_REFINE", way)
         rows = swept.weight.t().contiguous()
         gradient = factors.damped @ (rows - W.t())
-        visit_panel(
+        visit_block(
             rows[:64], gradient[:64].clone(), factors.damped[:64, :64].contiguous(), swept.scale[:, 0].float().contiguous(),
             grid, None, True, torch.bfloat16,
         )  # fmt: skip
@@ -144,11 +145,11 @@ def test_both_ways_decide_alike(problem, monkeypatch):
 def test_native_result_does_not_depend_on_the_level(problem, monkeypatch, bits, select):
     W, factors = problem
     grid = Grid(bits, 64) if bits < 16 else None
-    swept = column_sweep(W, factors.inverse, grid, None, sparsegpt_select if select else None)
+    swept = column_sweep(W, factors.inverse_cholesky, grid, None, sparsegpt_select if select else None)
     found = {}
     for level in processor.available_levels():
         monkeypatch.setenv(processor.FORCE, level)
-        found[level] = refine(swept.weight, W, factors.damped, 2, scale=swept.scale, grid=grid, select=select).weight
+        found[level] = coordinate_descent(swept, W, factors.damped, 2, grid=grid, two_four=select).weight
     for level, weight in found.items():
         assert torch.equal(weight, found["portable"]), level
 
@@ -158,7 +159,7 @@ def test_inputs_that_are_always_zero(problem):
     X = torch.randn(300, K, generator=torch.Generator().manual_seed(1))
     X[:, 4:8] = 0
     scheme = Scheme("sparsegpt", "gptq", bits=4, group_size=32, refine=3)
-    linears, errors = compress({"a": W}, scheme, Statistics(X.t() @ X / 300))
+    linears, errors = solve_layer({"a": W}, scheme, Statistics(X.t() @ X / 300))
     assert not linears["a"].codes[:, 4:8].any() and 0 < errors["a"] < 1
 
 
@@ -171,7 +172,7 @@ def test_compress_refines_what_it_exports(problem, quantize):
     for sweeps in (0, 4):
         bits, group = (4, 32) if quantize else (16, 0)
         scheme = Scheme("sparsegpt", quantize, bits=bits, group_size=group, refine=sweeps)
-        linears, found = compress({"a": W}, scheme, statistics)
+        linears, found = solve_layer({"a": W}, scheme, statistics)
         assert found["a"] == pytest.approx(relative_error(W, linears["a"].dense(torch.float32), statistics.H))
         errors.append(found["a"])
     assert errors[1] < 0.97 * errors[0]
@@ -181,4 +182,4 @@ def test_an_unknown_way_is_refused(problem, monkeypatch):
     W, factors = problem
     monkeypatch.setenv("SPARSIFY_REFINE", "numpy")
     with pytest.raises(SparsifyError, match="SPARSIFY_REFINE=numpy is unknown; choose torch, native or triton"):
-        refine(W, W, factors.damped, 1, select=True)
+        coordinate_descent(Solved(W), W, factors.damped, 1, two_four=True)

@@ -5,12 +5,12 @@ import torch
 
 from sparsify.model.linear import is_two_four
 from sparsify.solver.column_sweep import column_sweep
-from sparsify.solver.hessian import factor
+from sparsify.solver.hessian import Statistics, factor
 from sparsify.solver.masks.alps import alps_mask
 from sparsify.solver.masks.magnitude import magnitude_mask
 from sparsify.solver.masks.sparsegpt import sparsegpt_select
 from sparsify.solver.masks.wanda import wanda_mask
-from sparsify.solver.solve import Scheme, Statistics, compress
+from sparsify.solver.solve import Scheme, solve_layer
 
 N, K, TOKENS = 24, 64, 400
 
@@ -39,7 +39,7 @@ def test_alps_finds_cheaper_masks(problem):
     H = factors.damped
     found = alps_mask(W, H)
     assert (found.view(N, -1, 4).sum(2) == 2).all()
-    swept = column_sweep(W, factors.inverse, None, select=sparsegpt_select, store=torch.float32).weight
+    swept = column_sweep(W, factors.inverse_cholesky, None, select=sparsegpt_select, store=torch.float32).weight
     costs = {
         "alps": least_error(W, found, H),
         "sparsegpt": least_error(W, swept != 0, H),
@@ -64,7 +64,7 @@ def test_alps_compresses_better_than_sparsegpt(problem, quantize):
     for method in ("sparsegpt", "alps"):
         bits, group = (4, 32) if quantize else (16, 0)
         scheme = Scheme(method, quantize, bits=bits, group_size=group, refine=3)
-        linears, found = compress({"a": W}, scheme, Statistics(factors.damped))
+        linears, found = solve_layer({"a": W}, scheme, Statistics(factors.damped))
         stored = linears["a"].codes if quantize else linears["a"].values
         assert is_two_four(stored)
         errors[method] = found["a"]

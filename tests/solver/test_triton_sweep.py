@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sparsify.model.linear import is_two_four
-from sparsify.solver.column_sweep import column_sweep
-from sparsify.solver.coordinate_descent import refine, visit_panel
+from sparsify.solver.column_sweep import Solved, column_sweep
+from sparsify.solver.coordinate_descent import coordinate_descent, visit_block
 from sparsify.solver.grid import Grid
 from sparsify.solver.hessian import factor
 from sparsify.solver.masks.magnitude import keep_two_of_four
@@ -75,7 +75,7 @@ def test_sweeps_agree(interpreted, monkeypatch, problem, mask, grid):
         torch_way, triton_way = both(
             monkeypatch, "SPARSIFY_SWEEP",
             lambda store=store: column_sweep(
-                W, factors.inverse, grid, keep=keep if mask == "given" else None,
+                W, factors.inverse_cholesky, grid, mask=keep if mask == "given" else None,
                 select=sparsegpt_select if mask == "chosen" else None, store=store,
             ),
         )  # fmt: skip
@@ -97,7 +97,7 @@ def test_sweeps_in_another_order_agree(interpreted, monkeypatch, problem):
     """As output heads are swept: every input of a panel brings the scale of its own group."""
     W, factors, _ = problem
     order = torch.randperm(K, generator=torch.Generator().manual_seed(9))
-    U = factor(factors.damped[order][:, order], 0.01, "x").inverse
+    U = factor(factors.damped[order][:, order], 0.01, "x").inverse_cholesky
     torch_way, triton_way = both(monkeypatch, "SPARSIFY_SWEEP", lambda: column_sweep(W, U, Grid(4, 8), order=order))
     assert torch.equal(torch_way.scale, triton_way.scale)
     same = (torch_way.codes == triton_way.codes).all(1)
@@ -113,15 +113,15 @@ def test_refinements_agree(interpreted, monkeypatch, problem, mask, grid):
     start = target * keep
     scale = None
     if grid is not None:
-        swept = column_sweep(target, factors.inverse, grid, keep=keep)
+        swept = column_sweep(target, factors.inverse_cholesky, grid, mask=keep)
         start, scale = swept.weight, swept.scale
     for store in STORES if grid is None else STORES[:1]:
         start = start.to(store).float()
         torch_way, triton_way = both(
             monkeypatch, "SPARSIFY_REFINE",
-            lambda start=start, store=store: refine(
-                start, target, factors.damped, 1, scale=scale, grid=grid,
-                keep=keep if mask == "given" else None, select=mask == "chosen", store=store,
+            lambda start=start, store=store: coordinate_descent(
+                Solved(start, scale=scale), target, factors.damped, 1, grid=grid,
+                mask=keep if mask == "given" else None, two_four=mask == "chosen", store=store,
             ),
         )  # fmt: skip
         same = (torch_way.weight - triton_way.weight).abs() < 1e-3
@@ -142,7 +142,7 @@ def test_a_panel_leaves_the_gradient_right(interpreted, monkeypatch, problem):
     rows, wanted = torch.zeros(12, N), target[:, :12].t().contiguous()
     gradient = H @ (rows - wanted)
     monkeypatch.setenv("SPARSIFY_REFINE", "triton")
-    visit_panel(rows, gradient, H, None, None, None, True, torch.float32)
+    visit_block(rows, gradient, H, None, None, None, True, torch.float32)
     assert is_two_four(rows.t()) and rows.any(0).all()
     torch.testing.assert_close(gradient, H @ (rows - wanted), rtol=1e-4, atol=1e-4)
 

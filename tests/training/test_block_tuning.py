@@ -8,9 +8,8 @@ import torch
 from sparsify.errors import NumericalError
 from sparsify.model.decoder import BlockCall
 from sparsify.model.linear import LinearWeights, is_two_four
-from sparsify.solver.grid import Grid
+from sparsify.solver.grid import Grid, round_to_nearest
 from sparsify.solver.masks.magnitude import magnitude_mask
-from sparsify.solver.rtn import round_to_nearest
 from sparsify.training.block_tuning import BlockTuning, Sample, block_loss, tune_block
 
 D, T = 32, 12

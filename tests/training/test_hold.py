@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from sparsify.model.linear import LinearWeights, is_two_four
-from sparsify.solver.grid import Grid
-from sparsify.solver.rtn import round_to_nearest
+from sparsify.solver.grid import Grid, round_to_nearest
 from sparsify.training.qat_linear import TrainableLinear, grid_gradient, kept_positions, round_to_grid
 
 N, K, G = 12, 64, 16

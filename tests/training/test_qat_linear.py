@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from sparsify.model.linear import LinearWeights, is_two_four
-from sparsify.solver.grid import Grid
+from sparsify.solver.grid import Grid, round_to_nearest
 from sparsify.solver.masks.magnitude import magnitude_mask
-from sparsify.solver.rtn import round_to_nearest
 from sparsify.training.qat_linear import TrainableLinear, make_trainable
 
 N, K, G = 12, 64, 32

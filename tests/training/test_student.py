@@ -7,8 +7,7 @@ import torch
 
 from sparsify.model.linear import LinearWeights
 from sparsify.recipe import LossWeights
-from sparsify.solver.grid import Grid
-from sparsify.solver.rtn import round_to_nearest
+from sparsify.solver.grid import Grid, round_to_nearest
 from sparsify.training.qat_linear import make_trainable
 from sparsify.training.student import BlockOutputs, Student, Teacher, has_plain_head, trainable_parameters
 from sparsify.training.trainer import Rows

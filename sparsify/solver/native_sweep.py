@@ -1,0 +1,81 @@
+"""The inner loops of the column sweep and of coordinate descent in C++: `kernels/cpu/{column_sweep,coordinate_descent}.cpp`.
+
+Each function takes what its PyTorch counterpart takes. The kernels give the same bits with any number of threads and at
+every level of SPARSIFY_CPU_LEVEL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from sparsify.native import build
+from sparsify.processor import kernel_level
+from sparsify.solver.grid import SHRINK, Grid
+
+DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of float32's mantissa, by the type of scales
+_int64, _float = ctypes.c_int64, ctypes.c_float
+
+
+def sweep_block(
+    W: Tensor, errors: Tensor, U: Tensor, codes: Tensor | None, mask: Tensor | None, first: int, last: int,
+    grid: Grid | None, scale: Tensor | None, select: bool, store: torch.dtype,
+) -> None:  # fmt: skip
+    """As `column_sweep.sweep_block`; select: SparseGPT's choice of two of four."""
+    mask = mask.contiguous() if mask is not None else None
+    scale = scale.contiguous() if scale is not None else None
+    assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, errors, U, codes) if t is not None)
+    _library("cpu/column_sweep").sparsify_sweep_span(
+        _pointer(W), _int64(W.stride(0)), _pointer(errors), _int64(errors.stride(0)),
+        _pointer(U), _int64(U.stride(0)), W.shape[0], first, last, _int64(W.shape[1]),
+        _pointer(scale), _int64(0 if scale is None or scale.shape[0] == 1 else scale.stride(0)),
+        *_range(grid), _pointer(codes), _stride(codes), _pointer(mask), _stride(mask),
+        int(select), int(store == torch.bfloat16), torch.get_num_threads(), kernel_level(),
+    )  # fmt: skip
+
+
+def search_scale(W: Tensor, d: Tensor, grid: Grid, mask: Tensor | None, select: bool) -> Tensor:
+    """As `column_sweep.group_scale`, for at most 128 columns. Returns float32 [N]."""
+    stored = torch.finfo(grid.dtype)
+    ratios = torch.tensor(SHRINK if grid.search else (1.0,), dtype=torch.float32)
+    mask, d = mask.contiguous() if mask is not None else None, d.contiguous()
+    weight, found = d**-2, torch.empty(W.shape[1])
+    _library("cpu/column_sweep").sparsify_search_scale(
+        _pointer(W), _int64(W.stride(0)), W.shape[0], _int64(W.shape[1]), _pointer(d), _pointer(weight),
+        _pointer(ratios), len(ratios), *_range(grid), DROPPED_BITS[grid.dtype], _float(stored.tiny), _float(stored.max),
+        _pointer(mask), _stride(mask), int(select), _pointer(found), torch.get_num_threads(), kernel_level(),
+    )  # fmt: skip
+    return found
+
+
+def visit_block(
+    W: Tensor, G: Tensor, H: Tensor, scale: Tensor | None, grid: Grid | None,
+    mask: Tensor | None, two_four: bool, store: torch.dtype,
+) -> None:  # fmt: skip
+    """As `coordinate_descent.visit_block`."""
+    assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, G, H, mask) if t is not None)
+    _library("cpu/coordinate_descent").sparsify_refine_panel(
+        _pointer(W), _int64(W.stride(0)), _pointer(G), _int64(G.stride(0)), _pointer(H), _int64(H.stride(0)),
+        W.shape[0], _int64(W.shape[1]), _pointer(scale), *_range(grid), _pointer(mask), _stride(mask),
+        int(two_four), int(store == torch.bfloat16), torch.get_num_threads(), kernel_level(),
+    )  # fmt: skip
+
+
+def _library(name: str) -> ctypes.CDLL:
+    library = build.load(name)
+    assert library is not None, "dispatch.kernel_for has loaded it"
+    return library
+
+
+def _range(grid: Grid | None) -> tuple[ctypes.c_float, ctypes.c_float]:
+    return (_float(grid.low), _float(grid.high)) if grid else (_float(0), _float(0))
+
+
+def _stride(tensor: Tensor | None) -> ctypes.c_int64:
+    return _int64(0 if tensor is None else tensor.stride(0))
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
