@@ -54,7 +54,8 @@ docs: $(READY) ## Build the pages of docs/ into out/docs; a link or a formula th
 	DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
 
 coverage: $(READY) ## Run the fast tests and say what share of the lines of sparsify/ they execute
-	$(BIN)/python -m coverage run -m pytest -m "not e2e" $(PYTEST_ARGS)
+	$(BIN)/python -m coverage run -m pytest -m "not e2e" $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
 doctor: $(READY) ## Say what is installed and what this machine can run

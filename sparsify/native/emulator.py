@@ -46,7 +46,7 @@ class Counters(ctypes.Structure):
     load_conflicts: int
     store_conflicts: int
     copy_conflicts: int
-    _fields_ = [(name, ctypes.c_uint64) for name in __annotations__]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_uint64) for name in __annotations__]
 
 
 def build(source: Path, *, flags: Sequence[str] = FLAGS, folder: Path | None = None) -> Path:
