@@ -1,7 +1,7 @@
 """CUDA kernels on a machine without a GPU: `kernels/cuda/*.cu` compiled by g++ against `kernels/emulator` and run.
 
 The emulator executes every thread and every instruction of a warp exactly and refuses what a GPU would leave undefined: a
-read before its copy was waited for, a race in shared memory, an access out of bounds (kernels/README.md lists all). It is
+read before its copy was waited for, a race in shared memory, an access out of bounds (docs/kernels.md lists all). It is
 for checks, not for use: thousands of times slower than a GPU.
 """
 
