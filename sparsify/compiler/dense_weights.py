@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 from torch import Tensor
 
-from sparsify.compiler.apply import CARD, METRICS, RECIPE, json_text
 from sparsify.compiler.convert import RoundedHead
 from sparsify.compiler.convert import export as convert
+from sparsify.compiler.metrics import CARD, METRICS, RECIPE, json_text
 from sparsify.compiler.model_card import head_note, model_card
 from sparsify.compute import choose
 from sparsify.data.calibration import calibration_tokens, check_sources

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import sparsify.compiler.apply as run
+import sparsify.compiler.calibrate as calibrate
 from sparsify.compiler.apply import apply
 from sparsify.compiler.plan import make_plan
 from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
@@ -88,12 +89,12 @@ def test_evaluated_weights_are_the_exported_ones(tmp_path, recipe):
     result = apply(recipe("dense"), str(source), tmp_path / "out", quiet=True)
     sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    from sparsify.compiler.apply import _tokens  # the calibration tokens of this very recipe
+    from sparsify.compiler.calibrate import calibration_rows  # the calibration tokens of this very recipe
 
     class Nowhere:
         work = tmp_path
 
-    tokens = _tokens(make_plan(recipe("dense"), str(source)), Nowhere(), True)
+    tokens = calibration_rows(make_plan(recipe("dense"), str(source)), Nowhere(), True)
     seen = {}
     for layer in result.metrics["layers"]:
         name = layer["module"]
@@ -126,8 +127,8 @@ def test_formats_decode_to_the_same_weights(tmp_path, recipe):
 
 def test_data_free_recipes_never_run_the_model(tmp_path, monkeypatch):
     source = save_tiny(tmp_path / "source")
-    monkeypatch.setattr(run, "Walk", None)
-    monkeypatch.setattr(run, "calibration_tokens", None)
+    monkeypatch.setattr(calibrate, "Walk", None)
+    monkeypatch.setattr(calibrate, "calibration_tokens", None)
     result = apply(parse_recipe(DATA_FREE), str(source), tmp_path / "out", quiet=True)
     assert len(result.metrics["layers"]) == 21
     opened = open_compressed(tmp_path / "out")

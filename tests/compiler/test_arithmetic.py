@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import sparsify.compiler.apply as run
+import sparsify.compiler.run as running
 from sparsify.compiler.apply import apply
 from sparsify.compiler.arithmetic import RECORD
 from sparsify.compiler.plan import make_plan
@@ -154,11 +155,11 @@ def test_training_passes_and_runs_inside_compute_alike(tmp_path, source, recipe,
     def killed(*arguments, **settings):
         raise Killed
 
-    for name, asked in (("train_stage", DISTILLED), ("shorten", SHORTENED)):
+    for module, name, asked in ((running, "train_stage", DISTILLED), (run, "shorten", SHORTENED)):
         output = tmp_path / name
         environment(computed)
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(run, name, killed)
+            patch.setattr(module, name, killed)
             apply(recipe(asked), str(source), output, quiet=True)
         environment(other)
         result = apply(recipe(asked), str(source), output, resume=True, quiet=True)
@@ -179,7 +180,7 @@ def test_a_resumed_run_says_what_it_goes_on_in(tmp_path, source, recipe, environ
     for computed in ("float32", "bfloat16"):
         environment(computed)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "_run", lambda *arguments: None)
+            patch.setattr(run, "_carry_out", lambda *arguments: None)
             apply(recipe(SOLVED), str(source), tmp_path / "out", resume=True)
         lines += capsys.readouterr().err.splitlines()
     assert lines == [
@@ -188,7 +189,7 @@ def test_a_resumed_run_says_what_it_goes_on_in(tmp_path, source, recipe, environ
     ]
     environment("bfloat16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_run", lambda *arguments: None)
+        patch.setattr(run, "_carry_out", lambda *arguments: None)
         apply(recipe(SOLVED), str(source), tmp_path / "new")
     assert capsys.readouterr().err.splitlines() == ["computes in bfloat16: SPARSIFY_COMPUTE asks for it"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import sparsify.compiler.apply as run
+import sparsify.compiler.calibrate as calibrate
 from sparsify.compiler.apply import apply
 from sparsify.distributed import share
 from sparsify.errors import SparsifyError
@@ -79,7 +79,7 @@ def test_two_processes_come_to_what_one_comes_to(tmp_path):
 def test_too_few_samples_to_share(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SparsifyError, match="1 calibration samples cannot be shared by 2 processes"):
-        run._my_rows(torch.zeros(1, 8, dtype=torch.long))
+        calibrate.own_rows(torch.zeros(1, 8, dtype=torch.long))
 
 
 def test_shares_cover_everything_once(monkeypatch):
@@ -88,6 +88,6 @@ def test_shares_cover_everything_once(monkeypatch):
         rows, parts = [], []
         for number in range(world):
             monkeypatch.setenv("RANK", str(number))
-            rows += run._my_rows(torch.arange(11)[:, None])[:, 0].tolist()
+            rows += calibrate.own_rows(torch.arange(11)[:, None])[:, 0].tolist()
             parts += list(range(11))[share(11)]
         assert sorted(rows) == parts == list(range(11))

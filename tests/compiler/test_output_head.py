@@ -267,7 +267,7 @@ def test_killed_and_resumed_is_byte_identical(tmp_path, monkeypatch, killed, sol
     original = getattr(run.CheckpointWriter, killed)
 
     def kill(self, *args, **keywords):
-        if killed == "finish" or args[0] == run.OUTER:
+        if killed == "finish" or args[0] == run.OUTSIDE:
             raise KeyboardInterrupt
         original(self, *args, **keywords)
 

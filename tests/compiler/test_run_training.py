@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsify.compiler.apply as run
+import sparsify.compiler.calibrate as calibrate
 import sparsify.compiler.run_training as training
 import sparsify.training.loss_monitor as watch
 import sparsify.training.trainer as trainer
@@ -311,7 +312,7 @@ def test_a_mask_that_changed_is_noticed_before_anything_is_saved(tmp_path, recip
 
 
 def test_teachers_that_cannot_teach_are_refused_before_the_walk(tmp_path, recipe, source, compressed, monkeypatch):
-    monkeypatch.setattr(run, "Walk", None)
+    monkeypatch.setattr(calibrate, "Walk", None)
     save_tiny(tmp_path / "larger", vocab_size=112)
     save_tiny(tmp_path / "deeper", num_hidden_layers=4)
     save_tiny(tmp_path / "foreign")

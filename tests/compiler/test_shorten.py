@@ -239,7 +239,7 @@ def test_an_interrupted_run_does_not_choose_again(tmp_path, recipe, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_walk", killed)
+        patch.setattr(run, "compress_on_data", killed)
         with pytest.raises(KeyboardInterrupt):
             apply(asked, str(source), tmp_path / "out", quiet=True)
     with pytest.raises(CheckpointError, match="beginning of an interrupted run; continue it with --resume"):

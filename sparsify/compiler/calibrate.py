@@ -1,0 +1,177 @@
+"""Compressing on calibration text: the tokens, the walk through the blocks, and what it calls at every group of linears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from sparsify.compiler.arithmetic import summing
+from sparsify.compiler.checkpoint_names import OUTSIDE, block_parameters, block_tensors, by_module, part_name
+from sparsify.compiler.metrics import layer_notes
+from sparsify.compiler.plan import Plan
+from sparsify.compiler.run import Run
+from sparsify.data.calibration import calibration_tokens
+from sparsify.data.self_generated.generator import open_writer, writer_key
+from sparsify.distributed import device, is_main, main_first, processes, rank
+from sparsify.errors import SparsifyError
+from sparsify.files import cache_directory
+from sparsify.formats.directory import CheckpointWriter
+from sparsify.formats.tensor_file import LazyTensor, write_tensors
+from sparsify.model.checkpoint import read_header
+from sparsify.model.linear import LinearWeights
+from sparsify.model.sequential import BlockVisit, GroupVisit, Walk
+from sparsify.native.build import build_ahead
+from sparsify.progress import Task, progress_bar, stage
+from sparsify.solver.hessian import HessianAccumulator
+from sparsify.solver.solve import Scheme, solve_layer
+from sparsify.training.block_tuning import BlockTuning, Sample, tune_block
+
+CALIBRATION = "calibration.safetensors"
+KERNELS = ("cpu/gram", "cpu/column_sweep", "cpu/coordinate_descent")  # what compressing on data computes with
+
+
+def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:
+    """The calibration tokens [samples, sequence]; a resumed run uses those of the first one, whatever became of their source."""
+    file = writer.work / CALIBRATION
+    if file.exists():
+        read_header(file)
+        from safetensors.torch import load_file
+
+        return load_file(file)["tokens"]
+    from transformers import AutoTokenizer
+
+    directory, dtype = plan.checkpoint.directory, plan.compute.dtype
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokens = calibration_tokens(
+        plan.recipe.calibration,
+        tokenizer,
+        lambda: open_writer(directory, dtype),
+        cache_dir=cache_directory() / "calibration",
+        key=writer_key(plan.checkpoint, dtype),
+        quiet=quiet,
+    )
+    aside = file.with_suffix(".partial")
+    write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {})
+    aside.replace(file)
+    return tokens
+
+
+def compress_on_data(run: Run) -> None:
+    """Compress on calibration data, block by block, one forward pass in all; then the head, where that needs data."""
+    plan, writer, finished = run.plan, run.writer, run.finished
+    blocks = plan.model.blocks
+    head = plan.head if plan.head is not None and plan.head.scheme.needs_data and OUTSIDE not in finished else None
+    if head is None and all(part_name(index) in finished for index in range(len(blocks))):
+        return
+    with main_first():
+        tokens = own_rows(calibration_rows(plan, writer, run.quiet))
+    folder = writer.work / f"activations-{rank()}"
+    if run.spill:
+        folder.mkdir(exist_ok=True)
+    build_ahead(KERNELS)
+    with stage("calibration text through the embeddings"):
+        walk = Walk(plan.model, tokens, plan.needs_twin, folder if run.spill else None, device())
+    with summing(), progress_bar("compressing", len(blocks) + (head is not None), quiet=run.quiet) as bar:
+        for index, block in enumerate(blocks):
+            if part_name(index) in finished:
+                bar.describe(f"resuming through {block}")
+                linears, tensors = writer.read_part(part_name(index))
+                walk.replay(index, by_module(plan, linears), block_parameters(plan, index, tensors))
+                bar.advance()
+                continue
+            rewriting = _Rewriting(plan, bar)
+            tuning = _Tuning(plan, bar) if plan.recipe.tune is not None else None
+            with _naming(block):
+                result = walk.visit(index, lambda name: name in plan.schemes, rewriting, tuning)
+            if is_main():
+                gained = tuning.note if tuning is not None else None
+                run.notes.write(index, layer_notes(index, result.linears, rewriting.errors), result.skipped, gained)
+                writer.write_part(part_name(index), *block_tensors(plan, index, result.linears, result.others))
+            bar.describe(block)
+            bar.advance()
+        if head is not None:
+            bar.describe(head.head.module)
+            solved = run.solve_head(head, HessianAccumulator().add(walk.head_inputs()).mean().H)
+            if is_main():
+                run.write_outside(solved)
+            bar.advance()
+
+
+def own_rows(tokens: Tensor) -> Tensor:
+    """Of several processes each takes every nth row. tokens: [samples, sequence]."""
+    if tokens.shape[0] < processes():
+        raise SparsifyError(
+            f"{tokens.shape[0]} calibration samples cannot be shared by {processes()} processes; "
+            "raise calibration.samples or start fewer"
+        )
+    return tokens[rank() :: processes()]
+
+
+class _Rewriting:
+    """What the walk calls at every group: accumulate the statistics, solve, remember the errors."""
+
+    def __init__(self, plan: Plan, bar: Task):
+        self.plan = plan
+        self.bar = bar
+        self.errors: dict[str, float] = {}
+
+    def __call__(self, visit: GroupVisit) -> dict[str, LinearWeights]:
+        self.bar.describe(f"{visit.names[0]}{' ...' if len(visit.names) > 1 else ''}")
+        statistics = HessianAccumulator().add(visit.inputs, visit.dense_inputs).mean()
+        new: dict[str, LinearWeights] = {}
+        for scheme, weights in self._by_scheme(visit).items():
+            part, errors = solve_layer(weights, scheme, statistics, together=True)
+            new |= part
+            self.errors |= errors
+        return new
+
+    def _by_scheme(self, visit: GroupVisit) -> dict[Scheme, dict[str, Tensor]]:
+        """Linears of one group may differ in what the recipe asks of them."""
+        parts: dict[Scheme, dict[str, Tensor]] = {}
+        for name, linear in zip(visit.names, visit.linears, strict=True):
+            parts.setdefault(self.plan.schemes[name], {})[name] = linear.weight
+        return parts
+
+
+class _Tuning:
+    """What the walk calls when the linears of a block are compressed: train the block, remember what that gained."""
+
+    def __init__(self, plan: Plan, bar: Task):
+        self.plan = plan
+        self.bar = bar
+        self.note: dict[str, Any] | None = None
+
+    def __call__(self, visit: BlockVisit) -> tuple[dict[str, LinearWeights], dict[str, Tensor]]:
+        block = self.plan.model.blocks[visit.block]
+        prefix = block + "."
+        tune = self.plan.recipe.tune
+        assert tune is not None
+        settings = BlockTuning(
+            epochs=tune.epochs, learning_rate=tune.learning_rate, scale_rate=tune.scale_learning_rate,
+            norm_rate=tune.norm_learning_rate, batch=tune.batch_size, holdout=tune.holdout,
+            seconds=tune.seconds_per_block, seed=self.plan.recipe.calibration.seed,
+        )  # fmt: skip
+        samples = [Sample(*parts) for parts in zip(visit.entering, visit.wanted, visit.calls, strict=True)]
+        inside = {name.removeprefix(prefix): linear for name, linear in visit.linears.items()}
+        tuned = tune_block(
+            visit.module, inside, samples, settings,
+            lambda step, steps: self.bar.describe(f"{block}: tuning, step {step} of {steps}"),
+        )  # fmt: skip
+        self.note = {"before": tuned.before, "after": tuned.after, "steps": tuned.steps}
+        others = {prefix + name: tensor.to(self.plan.store) for name, tensor in tuned.others.items()}
+        kept = {name: tensor for name, tensor in others.items() if self.plan.model.source_of(name) is not None}
+        return {prefix + name: linear for name, linear in tuned.linears.items()}, kept
+
+
+@contextmanager
+def _naming(block: str) -> Iterator[None]:
+    """Say in which block a run failed when the error does not."""
+    try:
+        yield
+    except SparsifyError as error:
+        if block in str(error):
+            raise
+        raise type(error)(f"{block}: {error}") from None

@@ -1,0 +1,158 @@
+"""What metrics.json says of a run, gathered block by block so that a resumed run has it too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsify.compiler.checkpoint_names import OUTSIDE, exported_name, part_name
+from sparsify.compiler.plan import Plan
+from sparsify.files import read_json, write_json
+from sparsify.formats.directory import CheckpointWriter
+from sparsify.model.linear import LinearWeights
+
+METRICS = "metrics.json"
+RECORD = "run.json"
+CARD = "README.md"
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a run did before its last plan was made.
+
+    plan:   of the whole recipe and the whole model
+    depth:  what metrics.json says of the depth pass
+    errors: output errors of linears that were compressed before it, by their new names
+    head:   what metrics.json says of the output head, when that was quantized before it
+    """
+
+    plan: Plan
+    depth: dict[str, Any] | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    head: dict[str, Any] | None = None
+
+
+class Notes:
+    """What metrics.json will say of each finished block, kept beside the parts so that a resumed run has it too."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def write(
+        self, index: int, layers: list[dict[str, Any]], skipped: dict[str, str], tuning: dict[str, Any] | None = None
+    ) -> None:
+        note = {"layers": layers, "skipped": skipped, "tuning": tuning}
+        write_json(self.directory / f"{part_name(index)}.json", note)
+
+    def write_layers(self, index: int, layers: list[dict[str, Any]]) -> None:
+        """What became of the layers of a finished block afterwards."""
+        write_json(self.directory / f"{part_name(index)}.json", {**self.read(index), "layers": layers})
+
+    def read(self, index: int) -> dict[str, Any]:
+        return read_json(self.directory / f"{part_name(index)}.json")
+
+    def write_head(self, note: dict[str, Any]) -> None:
+        write_json(self.directory / f"{OUTSIDE}.json", note)
+
+    def write_training(self, number: int, note: dict[str, Any]) -> None:
+        write_json(self.directory / f"training-{number}.json", note)
+
+    def read_training(self, number: int) -> dict[str, Any]:
+        return read_json(self.directory / f"training-{number}.json")
+
+    def read_head(self) -> dict[str, Any]:
+        return read_json(self.directory / f"{OUTSIDE}.json")
+
+
+def layer_notes(block: int, linears: dict[str, LinearWeights], errors: dict[str, float]) -> list[dict[str, Any]]:
+    return [
+        {
+            "module": module,
+            "block": block,
+            "shape": list(linear.shape),
+            "bits": linear.bits,
+            "pattern": linear.pattern,
+            "group_size": linear.group_size,
+            "sparsity": _sparsity(linear),
+            "relative_error": errors.get(module),
+        }
+        for module, linear in linears.items()
+        if linear.bits < 16 or linear.pattern != "dense"  # such a one is trained, but not compressed
+    ]
+
+
+def _sparsity(linear: LinearWeights) -> float:
+    stored = linear.values if linear.codes is None else linear.codes
+    assert stored is not None
+    return round(float((stored == 0).float().mean()), 6)
+
+
+def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Before) -> dict[str, Any]:
+    found = [notes.read(index) for index in range(len(plan.model.blocks))]
+    dense = plan.dense_modules()
+    for note in found:
+        dense |= note["skipped"]
+    dense |= writer.dense_modules()
+    whole = before.plan
+    head = before.head if plan.head is None else notes.read_head()
+    by_module = writer.linear_bytes()
+    layers = [layer for note in found for layer in note["layers"]]
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    linear_bytes = sum(by_module[exported_name(plan, layer["module"])] for layer in layers)
+    own = [plan.head.head.source] if plan.head is not None and not plan.head.head.tied else []
+    dense_head_bytes = sum(plan.checkpoint.info(name).nbytes for name in own)
+    dense_bytes = plan.dense_bytes()
+    outside = dense_bytes - sum(plan.dense_linear_bytes(layer["module"]) for layer in layers) - dense_head_bytes
+    if before.head is not None:
+        dense_head_bytes = 0 if before.head["tied"] else 2 * before.head["shape"][0] * before.head["shape"][1]
+        outside -= 2 * before.head["shape"][0] * before.head["shape"][1]
+    calibration = plan.recipe.calibration
+    return {
+        "version": 1,
+        "base_model": whole.checkpoint.spec,
+        "recipe": whole.recipe.model_dump(mode="json"),
+        "format": plan.recipe.export.format,
+        "blocks": len(plan.model.blocks),
+        "depth": before.depth,
+        "calibration": {
+            **calibration.model_dump(mode="json"),
+            "tokens": calibration.samples * calibration.sequence_length if _reads_text(plan, whole) else 0,
+            "computed_in": whole.compute.name if _reads_text(plan, whole) else None,
+        },
+        "layers": layers,
+        "tuning": [note["tuning"] for note in found] if plan.recipe.tune is not None else None,
+        "head": head,
+        "dense_modules": [{"module": module, "reason": reason} for module, reason in dense.items()],
+        "sizes": {
+            "dense_bytes": whole.dense_bytes(),
+            "compressed_bytes": sum(writer.tensor_bytes().values()),
+            "outside_bytes": outside,
+            "bits_per_weight": round(8 * linear_bytes / weights, 4) if weights else 16.0,
+            "head_bytes": 0 if head is None else by_module[head["module"]],
+            "dense_head_bytes": dense_head_bytes,
+        },
+        "training": [notes.read_training(number) for number in range(1, len(plan.training) + 1)],
+        "evaluation": None,
+    }
+
+
+def _reads_text(plan: Plan, whole: Plan) -> bool:
+    depth = whole.recipe.depth
+    return plan.needs_data or (depth is not None and (depth.needs_data or whole.needs_data))
+
+
+def counted(reasons: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def json_text(value: Any) -> str:
+    """What a JSON file of an output directory holds."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
