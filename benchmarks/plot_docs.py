@@ -12,11 +12,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sparsify.report.svg import Drawing, nice_ticks
+from sparsify.report.svg import Bar, Drawing, bars, nice_ticks
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURE = ROOT / "docs" / "images" / "speed.svg"
+IMAGES = ROOT / "docs" / "images"
 SHAPE = (8192, 28672)
 
 Curves = dict[str, dict[int, float]]
@@ -27,12 +27,14 @@ LEFT, TOP, BOTTOM = 40, 58, 40
 NAME = {"sparsify CUDA": "sparsify", "Sparse-Marlin": "Sparse-Marlin", "MARLIN": "MARLIN (dense 4-bit)"}
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #57606a }
-.title { font-weight: 600; fill: #24292f } .value { font-weight: 600 }
+.title { font-weight: 600; fill: #24292f } .value { font-weight: 600 } .aside { font-weight: 400 }
 .grid { stroke: #d0d7de } .one { stroke: #57606a; stroke-dasharray: 4 3 }
 path { fill: none; stroke-width: 2.5 }
 path.c0 { stroke: #0969da } path.c1 { stroke: #bf5700 } path.c2 { stroke: #8250df }
+rect.ours { fill: #0969da } rect.peer { fill: #8c959f } rect.track { fill: #eaeef2 }
 circle.c0, text.c0 { fill: #0969da } circle.c1, text.c1 { fill: #bf5700 } circle.c2, text.c2 { fill: #8250df }
 @media (prefers-color-scheme: dark) {
+rect.ours { fill: #58a6ff } rect.peer { fill: #656c76 } rect.track { fill: #21262d } .value { fill: #f0f6fc }
 text { fill: #9198a1 } .title { fill: #f0f6fc } .grid { stroke: #3d444d } .one { stroke: #9198a1 }
 path.c0 { stroke: #58a6ff } path.c1 { stroke: #f0883e } path.c2 { stroke: #bc8cff }
 circle.c0, text.c0 { fill: #58a6ff } circle.c1, text.c1 { fill: #f0883e } circle.c2, text.c2 { fill: #bc8cff }
@@ -63,6 +65,45 @@ def cpu() -> Curves:
     }
 
 
+def shapes() -> Curves:
+    """Our CUDA kernel on an H100 by shape."""
+    found: Curves = {}
+    for row in record("2026-11-22-h100-linears")["rows"]:
+        name = f"{row['n']} x {row['k']}"
+        found.setdefault(name, {})[row["tokens"]] = row["times_faster_than_torch_bf16"]["sparsify CUDA"]
+    return found
+
+
+def memory() -> list[Bar]:
+    """One token on a CPU held to AVX2: what each contestant reads per second, as a share of what the machine reads at most."""
+    found = record("2026-11-28-kernels-avx2")
+    (row,) = [row for row in found["rows"] if row["m"] == 1]
+    own = row["timings"][0]
+    peak = own["bandwidth"] / row["bandwidth_share"]
+    entries = []
+    for timing in row["timings"]:
+        css = "ours" if timing is own else "peer"
+        aside = f"{timing['nbytes'] / 1e6:.0f} MB of weights"
+        entries.append(named_bar(timing["contestant"], timing["bandwidth"] / peak, css, aside))
+    return entries
+
+
+def integers() -> list[Bar]:
+    """128 tokens on a CPU held to AVX2: operations per second as a share of the peak of its float32 products."""
+    plain, int8 = (record(f"2026-11-28-kernels-avx2{kind}") for kind in ("", "-int8"))
+    entries = []
+    for name, found in (("sparsify, int8", int8), ("sparsify", plain)):
+        (row,) = [row for row in found["rows"] if row["m"] == 128]
+        entries.append(named_bar(name, row["arithmetic_share"], "ours"))
+    peak = plain["peaks"]["float32"]
+    entries += [named_bar(t["contestant"], t["arithmetic"] / peak, "peer") for t in row["timings"][1:]]
+    return entries
+
+
+def named_bar(name: str, share: float, css: str, aside: str = "") -> Bar:
+    return Bar(name, share, f"{share:.0%}", css, aside)
+
+
 def panel(drawing: Drawing, left: float, title: str, curves: Curves) -> None:
     """One chart: tokens to the right by doubling, times faster upward."""
     tokens = sorted({count for curve in curves.values() for count in curve})
@@ -91,22 +132,37 @@ def panel(drawing: Drawing, left: float, title: str, curves: Curves) -> None:
             drawing.circle(*at(count, value), 3.5, f"c{number}", f"{name}, {count} tokens: {value:.3g}x")
 
 
-def picture(panels: Mapping[str, Curves]) -> str:
-    """A file of its own: the colours and both colour schemes are inside."""
+def charts(panels: Mapping[str, Curves]) -> str:
+    """Charts side by side."""
     label = "Times faster than the dense product, by tokens: " + "; ".join(panels)
     drawing = Drawing(len(panels) * PANEL + (len(panels) - 1) * GAP, HEIGHT, label)
     for number, (title, curves) in enumerate(panels.items()):
         panel(drawing, number * (PANEL + GAP), title, curves)
-    inside = drawing.render().removeprefix("<svg ")
+    return drawing.render()
+
+
+def alone(svg: str) -> str:
+    """A picture as a file of its own: the colours and both colour schemes are inside."""
     style = f"<style>{escape(STYLE, quote=False)}</style>"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {inside.replace(">", f">{style}", 1)}\n'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {svg.removeprefix("<svg ").replace(">", f">{style}", 1)}\n'
+
+
+def pictures() -> dict[str, str]:
+    """Every picture by the name of its file."""
+    n, k = SHAPE
+    speed = {f"H100, {n} x {k}, against dense bf16": h100(), "CPU (AVX2), 28672 x 8192, against dense fp32": cpu()}
+    return {
+        "speed.svg": charts(speed),
+        "h100-shapes.svg": charts({"The CUDA kernel on an H100, against dense bf16": shapes()}),
+        "memory.svg": bars(memory(), PANEL * 1.6, "Share of the memory's speed, one token, AVX2", full=1),
+        "integers.svg": bars(integers(), PANEL * 1.6, "Share of the fp32 peak, 128 tokens, AVX2"),
+    }
 
 
 def main() -> None:
-    n, k = SHAPE
-    panels = {f"H100, {n} x {k}, against dense bf16": h100(), "CPU (AVX2), 28672 x 8192, against dense fp32": cpu()}
-    PICTURE.write_text(picture(panels), encoding="utf-8")
-    print(PICTURE.relative_to(ROOT))
+    for name, svg in pictures().items():
+        (IMAGES / name).write_text(alone(svg), encoding="utf-8")
+        print((IMAGES / name).relative_to(ROOT))
 
 
 if __name__ == "__main__":
