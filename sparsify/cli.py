@@ -151,7 +151,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
 
 
 def export(args: argparse.Namespace) -> Outcome:
-    from sparsify.compiler.dense_weights import export
+    from sparsify.compiler.convert import export
 
     written = export(
         args.source, args.format, args.output, args.head, args.head_group_size, args.quiet, args.calibration

@@ -209,7 +209,7 @@ def run_demo(output: str | Path, quiet: bool = False) -> Demo:
         say(cost.sentence(), highlight=False)
     with _timed(steps, "export"):
         # vLLM's own kernel for CPUs knows 4 bits only, so its 8-bit head becomes a 16-bit one there
-        _once(packed, lambda: export(sparse, "pack-quantized", packed, quiet=quiet, dense_head=True))
+        _once(packed, lambda: export(sparse, "pack-quantized", packed, head_bits=16, quiet=quiet))
     models = (dense, packed, sparse)
 
     say("[bold]3/4[/bold] accuracy: text written by the dense model, scored by all three")

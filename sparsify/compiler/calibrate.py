@@ -18,8 +18,8 @@ from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.distributed import device, is_main, main_first, processes, rank
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
-from sparsify.formats.directory import CheckpointWriter
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
+from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sequential import BlockVisit, GroupVisit, Walk
@@ -73,7 +73,7 @@ def compress_on_data(run: Run) -> None:
         folder.mkdir(exist_ok=True)
     build_ahead(KERNELS)
     with stage("calibration text through the embeddings"):
-        walk = Walk(plan.model, tokens, plan.needs_twin, folder if run.spill else None, device())
+        walk = Walk(plan.model, tokens, plan.needs_dense_reference, folder if run.spill else None, device())
     with summing(), progress_bar("compressing", len(blocks) + (head is not None), quiet=run.quiet) as bar:
         for index, block in enumerate(blocks):
             if part_name(index) in finished:

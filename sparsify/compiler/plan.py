@@ -17,7 +17,7 @@ from sparsify.compute import Choice, for_model, for_precision, rates
 from sparsify.distributed import device
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme, get_format
-from sparsify.formats.directory import CompressedCheckpoint, open_compressed
+from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
 from sparsify.model.linear import LinearWeights
@@ -136,7 +136,7 @@ class Plan:
         return self.needs_data or bool(self.training) or (self.depth is not None and self.depth.settings.needs_data)
 
     @property
-    def needs_twin(self) -> bool:
+    def needs_dense_reference(self) -> bool:
         return self.recipe.tune is not None or any(scheme.correction > 0 for scheme in self.schemes.values())
 
     def dense_linear_bytes(self, module: str) -> int:
@@ -181,7 +181,7 @@ class Plan:
         operations = count_operations(self)
         if not self.needs_data:
             return Estimate(dense, dense - saved, max(3 * block_bytes, self._training_bytes()), operations)
-        streams = 2 if self.needs_twin else 1
+        streams = 2 if self.needs_dense_reference else 1
         widest = max(p.shape[1] for p in self.linears.values())
         hidden = min(p.shape[1] for p in self.linears.values())
         outside = sum(math.prod(self.checkpoint.shape(name)) for name in self.model.source_names(None))
@@ -304,7 +304,7 @@ class Plan:
         calibration = self.recipe.calibration.model_dump()
         how = (
             f"calibration on {sources_in_words(calibration)}\none walk over the blocks"
-            + (" beside the dense model" if self.needs_twin else "")
+            + (" beside the dense model" if self.needs_dense_reference else "")
             if self.needs_data
             else "no walk: data-free"
         )

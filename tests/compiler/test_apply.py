@@ -13,7 +13,7 @@ import sparsify.compiler.calibrate as calibrate
 from sparsify.compiler.apply import apply
 from sparsify.compiler.plan import make_plan
 from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
 from sparsify.training.qat_linear import kept_positions

@@ -12,9 +12,9 @@ import pytest
 
 from sparsify.bench import BenchOptions, ThroughputWorkload, throughput
 from sparsify.bench.vllm_cli import CPU_BUILD, installed_as
-from sparsify.compiler.dense_weights import export
+from sparsify.compiler.convert import export
 from sparsify.formats import ModuleScheme
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.processor import FORCE, available_levels, other_variables
 from tests.end_to_end.engine import BFLOAT16_NOISE, Answers, assert_follows, assert_same, serve

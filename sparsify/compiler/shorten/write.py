@@ -21,9 +21,9 @@ from sparsify.compiler.shorten.source import Source, open_source, probe_tokens
 from sparsify.depth.layers import Layer
 from sparsify.distributed import device
 from sparsify.errors import CheckpointError
-from sparsify.formats.directory import CheckpointWriter
+from sparsify.formats.writer import CheckpointWriter
+from sparsify.model.capture import capture_calls, run_block
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.model.decoder import capture_calls, run_block
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sublayers import FEED_FORWARD, KINDS, Structure, run_without
 from sparsify.training.block_tuning import Tuned
