@@ -377,7 +377,7 @@ def command_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="A.B=C",
-        help="change a setting of the recipe: calibration.samples=64, passes.0.prune.damping=0.02; repeatable",
+        help="change a setting of the recipe: calibration.samples=64, passes.prune.method=wanda; repeatable",
     )
 
     parser = argparse.ArgumentParser(
@@ -629,7 +629,7 @@ def command_parser() -> argparse.ArgumentParser:
         is_quiet, shows_json,
         shown=(
             "sparsify bench recipes 2of4 w4a16 2of4-w4a16 --model embedded:smollm2-135m-instruct --output out/recipes",
-            "sparsify bench recipes 2of4-w4a16 plain=2of4-w4a16,passes.prune.correction=0,passes.quantize.correction=0 "
+            "sparsify bench recipes 2of4-w4a16 plain=2of4-w4a16,solver.error_propagation=0 "
             "--model DIR --text test.txt --set calibration.source=file:train.txt --output out/recipes",
         ),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 ORDER = (
     "errors", "failure", "files", "units", "processor", "threads", "distributed", "compute", "progress", "native", "recipe",
     "model", "data", "formats", "solver", "training", "depth", "compiler", "runtime", "evaluation", "bench", "report",
-    "demo", "doctor", "cli", "__main__",
+    "api", "demo", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 # The runtime is loaded by every vLLM worker and by transformers: it may know the format and nothing of the compiler.

@@ -458,7 +458,7 @@ def training_section(metrics: Mapping[str, Any]) -> str:
         entries += [(name.replace("_", " "), f"{first[name]:.4g} → {last[name]:.4g}") for name in first if name in last]
         label = f"Loss of {note['kind']}, from {first['loss']:.4g} to {last['loss']:.4g}"
         picture = figure(partial(svg.loss_curve, curve, label=label), "Loss over the steps of training.")
-        bodies.append(f"<h3>{esc(note['kind'])}: {esc(note['method'])}</h3>{facts(entries)}{picture}")
+        bodies.append(f"<h3>{esc(note['kind'])}</h3>{facts(entries)}{picture}")
     return section("Training", "".join(bodies)) if bodies else ""
 
 

@@ -139,7 +139,7 @@ def check_same_language(
         if feature and one.get(key) != other.get(key):
             raise CheckpointError(
                 f"teacher {spec} has {what} {other.get(key)} and the student {one.get(key)}, so their hidden states cannot be "
-                "compared; set weights.feature: 0, or take the dense model the student was made from"
+                "compared; set loss.squarehead: 0, or take the dense model the student was made from"
             )
 
 
