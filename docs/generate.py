@@ -10,6 +10,7 @@ become MathML, which browsers show without any script, and so without the networ
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import logging
 import posixpath
@@ -155,7 +156,38 @@ def meaning(action: argparse.Action) -> str:
     return said + choices + ("; required" if action.required and action.option_strings else "")
 
 
-GENERATED: dict[str, Callable[[], str]] = {"recipe-reference": recipe_reference, "command-line": command_line}
+# ------------------------------------------------------------------------------------------------------------- Python
+
+
+def python_interface() -> str:
+    """What `import sparsify` gives: signatures and docstrings of sparsify/api.py, read and not imported, which would load torch."""
+    tree = ast.parse((ROOT / "sparsify" / "api.py").read_text(encoding="utf-8"))
+    public = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    parts = []
+    for node in public:
+        returned = ast.unparse(node.returns) if node.returns else "None"
+        signature = ",\n".join(f"    {argument}" for argument in arguments(node.args))
+        parts += [f"### `sparsify.{node.name}`", f"```text\n{node.name}(\n{signature}\n) -> {returned}\n```"]
+        parts.append(f"```text\n{ast.get_docstring(node) or ''}\n```")
+    return "\n\n".join(parts)
+
+
+def arguments(found: ast.arguments) -> Iterator[str]:
+    """The arguments of a function one by one, as they stand in its head."""
+    defaults = [None] * (len(found.args) - len(found.defaults)) + found.defaults
+    for argument, default in zip(found.args, defaults, strict=True):
+        yield ast.unparse(argument) + (f" = {ast.unparse(default)}" if default else "")
+    if found.kwonlyargs:
+        yield "*"
+    for argument, default in zip(found.kwonlyargs, found.kw_defaults, strict=True):
+        yield ast.unparse(argument) + (f" = {ast.unparse(default)}" if default else "")
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "recipe-reference": recipe_reference,
+    "command-line": command_line,
+    "python-interface": python_interface,
+}
 
 
 # --------------------------------------------------------------------------------------------------------------- hook

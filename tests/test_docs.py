@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -20,6 +21,7 @@ import pytest
 import torch
 import yaml
 
+import sparsify.api
 from sparsify import cli
 from sparsify.formats import get_format
 from sparsify.formats.packing import kept_nibbles
@@ -141,6 +143,34 @@ def test_command_line_reference_has_every_option(hook: ModuleType) -> None:
 
 def cell_of(action: argparse.Action) -> str:
     return " ".join((action.help or "").replace("%%", "%").replace("<", "&lt;").replace("|", "\\|").split())
+
+
+def test_python_reference_has_every_function(hook: ModuleType) -> None:
+    said = hook.python_interface()
+    functions = [name for name in sparsify.api.__all__ if inspect.isfunction(getattr(sparsify.api, name))]
+    assert set(re.findall(r"^### `sparsify\.(\w+)`$", said, re.MULTILINE)) == set(functions)
+    for name in functions:
+        section = said.partition(f"### `sparsify.{name}`\n")[2].partition("\n### ")[0]
+        signature = section.partition(") -> ")[0]
+        assert all(
+            f"\n    {argument}:" in signature for argument in inspect.signature(getattr(sparsify.api, name)).parameters
+        )
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=name)
+def test_python_in_a_page_names_what_is_there(page: Path) -> None:
+    for text, _ in blocks(page, "python"):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module == "sparsify":
+                assert all(hasattr(sparsify, alias.name) for alias in node.names)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                if node.value.id == "sparsify":
+                    assert hasattr(sparsify, node.attr), node.attr
+                if node.value.id == "result":
+                    assert node.attr in {"model", "metrics", "output"}
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "sparsify.apply":
+                known = inspect.signature(sparsify.apply).parameters
+                assert {keyword.arg for keyword in node.keywords} <= set(known)
 
 
 def test_pages_ask_for_what_is_generated(hook: ModuleType) -> None:
