@@ -33,6 +33,7 @@ from sparsify.evaluation import evaluate as score
 from sparsify.files import atomic_write, cache_directory
 from sparsify.formats.inspect import Inspection
 from sparsify.formats.inspect import inspect as look
+from sparsify.model.decoder import without_bars
 from sparsify.recipe import Evaluation, Recipe
 from sparsify.recipe import load_recipe as load
 from sparsify.runtime.module import Sparse24Linear
@@ -207,7 +208,8 @@ def _on_disk(model: Any, tokenizer: Any, dense: bool = False) -> Iterator[str]:
     _refuse_live(model, dense)
     with _scratch() as folder:
         directory = Path(folder) / "model"
-        model.save_pretrained(directory)
+        with without_bars():
+            model.save_pretrained(directory)
         for owner in (tokenizer, _tokenizer_of(model) if tokenizer is None else None):
             if owner is not None:
                 owner.save_pretrained(directory)
@@ -275,7 +277,8 @@ def _measure(recipe: Recipe, quiet: bool) -> compiler.Evaluate | None:
 def _loaded(directory: Path, dtype: torch.dtype | str, device: torch.device | None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    with without_bars():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     return model.to(device) if device is not None else model
 
 
