@@ -303,7 +303,7 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"[a-z]+:|#", target):
             assert (page.parent / target.partition("#")[0]).exists(), target
-    places = r"`((?:sparsify(?!/_)|kernels|benchmarks|deploy|recipes|docs|tests)/[\w./-]+)`"
+    places = r"`((?:sparsify(?!/_)|kernels|benchmarks|deploy|recipes|docs|tests|examples)/[\w./-]+)`"
     for path in re.findall(places, text):
         assert (ROOT / path).exists(), path
 
