@@ -106,7 +106,7 @@ def cell(text: str) -> str:
 
 def command_line() -> str:
     """Every command with its arguments and examples, from the parser."""
-    from sparsify.cli import command_parser
+    from sparsify.cli.parser import command_parser
 
     return "\n\n".join(part for parser, about in commands(command_parser(), "") for part in described(parser, about))
 

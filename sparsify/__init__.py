@@ -13,9 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sparsify._version import __version__ as __version__
 from sparsify.runtime.import_hook import register_with_transformers
-
-__version__ = "0.1.0"
 
 register_with_transformers()
 

@@ -23,6 +23,7 @@ import yaml
 
 import sparsify.api
 from sparsify import cli
+from sparsify.cli.parser import command_parser
 from sparsify.formats import get_format
 from sparsify.formats.packing import kept_nibbles
 from sparsify.model.linear import LinearWeights
@@ -131,7 +132,7 @@ def test_recipe_reference_has_every_key(hook: ModuleType) -> None:
 
 def test_command_line_reference_has_every_option(hook: ModuleType) -> None:
     said = hook.command_line()
-    found = list(hook.commands(cli.command_parser(), ""))
+    found = list(hook.commands(command_parser(), ""))
     assert len(found) >= 15
     for parser, _ in found:
         section = said.partition(f"## {parser.prog}\n")[2].partition("\n## ")[0]

@@ -35,6 +35,8 @@ def test_wheel_carries_recipes_and_kernel_sources(repository: Path, distribution
     assert recipes and {f"sparsify/_recipes/{name}" for name in recipes} <= names
     assert {f"sparsify/_kernels/{name}" for name in kernels} <= names
     assert "sparsify/py.typed" in names
+    templates = sources(repository, "sparsify/report/templates", (".j2", ".css"))
+    assert len(templates) > 5 and {f"sparsify/report/templates/{name}" for name in templates} <= names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "recipes/"))]
     assert not [name for name in names if "_kernels" in name and name.endswith(("__init__.py", ".so", ".o"))]
 

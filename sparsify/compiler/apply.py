@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from sparsify import __version__
+from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data
 from sparsify.compiler.checkpoint_names import OUTSIDE
