@@ -361,7 +361,7 @@ def test_absence_is_told_with_the_extra_that_brings_the_package(
     told = 0
     for module, imports in house.items():
         for name, said in imports.handled if module not in ROWS else ():
-            if not third_party(name) or offers(extras[""], name) and "tensorboard" not in name:
+            if not third_party(name) or (offers(extras[""], name) and "tensorboard" not in name):
                 continue
             named = re.findall(r"sparsify-24\[(\w+)\]", said)
             wanted = "tensorboard" if name == "torch.utils.tensorboard.SummaryWriter" else name

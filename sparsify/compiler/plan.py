@@ -269,7 +269,7 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
     plan = Plan(recipe, opened, linears, other, store, None, training)
     plan = replace(plan, head=_head(recipe, opened, store, calibrates=plan.needs_data))
     if not plan.schemes:
-        reasons = sorted({reason for reason in plan.dense_modules().values()})
+        reasons = sorted(set(plan.dense_modules().values()))
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
     outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}
     outside -= {plan.head.head.source} if plan.head is not None and not plan.head.head.tied else set()

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from sparsify.compiler.convert import export
 from transformers import AutoModelForCausalLM
 
 import sparsify  # noqa: F401  registers sparse24 with transformers
 from sparsify.compiler.apply import apply
+from sparsify.compiler.convert import export
 from sparsify.compiler.operations import groups_of, solving
 from sparsify.compiler.plan import make_plan
 from sparsify.errors import RecipeError
