@@ -15,11 +15,9 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,7 +26,7 @@ from sparsify.distributed import device
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory, write_json
 from sparsify.processor import FORCE as LEVEL
-from sparsify.processor import LEVELS, cpu_flags, forced_level
+from sparsify.processor import LEVELS, cpu_flags, cpu_name, forced_level
 
 FORCE = "SPARSIFY_COMPUTE"
 TYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -153,10 +151,7 @@ def for_precision(precision: str) -> torch.dtype:
 
 def instructions() -> list[str]:
     """The bfloat16 instructions that the operating system lists for this processor."""
-    try:
-        flags = cpu_flags(Path("/proc/cpuinfo").read_text())
-    except OSError:
-        return []
+    flags = cpu_flags()
     return [name for name in INSTRUCTIONS if name in flags]
 
 
@@ -172,7 +167,7 @@ def rates(measure: bool = False) -> Rates | None:
     One thread is measured, by its own processor time, so other programs on the machine change little.
     """
     key = json.dumps(
-        {"version": 1, "cpu": processor(), "torch": torch.__version__, **{v: os.environ.get(v) for v in FORCING}},
+        {"version": 1, "cpu": cpu_name(), "torch": torch.__version__, **{v: os.environ.get(v) for v in FORCING}},
         sort_keys=True,
     )
     file = cache_directory() / "compute" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -219,15 +214,3 @@ def _measured() -> Rates:
         torch.set_num_threads(threads)
     operations = 2 * tokens * inputs * outputs
     return Rates(**{name: operations / max(seconds, 1e-9) for name, seconds in least.items()})
-
-
-@cache
-def processor() -> str:
-    """The processor's name as the operating system knows it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "CPU part")):
-                return " ".join(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""The whole story on the embedded model: compile, serve, compare. `sparsify demo` and `make demo` run this."""
+"""Compress the embedded model, serve it, compare it with the dense one. `sparsify demo` and `make demo` run this."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ class CompileCost:
 
     def sentence(self) -> str:
         work = " and ".join(f"{in_words(count)} in {kind}" for kind, count in self.by_type.items())
-        said = f"compile: {self.seconds:.0f} s for {work}"
+        cost = f"compile: {self.seconds:.0f} s for {work}"
         if self.ratio is None:
-            return f"{said}; the machine's peak could not be measured"
+            return f"{cost}; the machine's peak could not be measured"
         rates = " and ".join(f"{rate / 1e9:.0f}" for rate in self.peaks.values())
         return (
-            f"{said}, {self.ratio:.2f} times as long as at {ATTAINABLE:.0%} of the {rates} GFLOP/s on {self.threads} threads "
+            f"{cost}, {self.ratio:.2f} times as long as at {ATTAINABLE:.0%} of the {rates} GFLOP/s on {self.threads} threads "
             "measured just now"
         )
 
@@ -175,8 +175,8 @@ def _speed_cells(row: ModelSpeed) -> list[str | Text]:
     if row.latency is None or row.throughput is None:
         return [Text(row.failure.short if row.failure else "not measured", "yellow"), "", ""]
 
-    def cell(said: str, ratio: str) -> str:
-        return f"{said} ({row.ratios[ratio]:.2f}x)" if ratio in row.ratios else said
+    def cell(text: str, ratio: str) -> str:
+        return f"{text} ({row.ratios[ratio]:.2f}x)" if ratio in row.ratios else text
 
     return [
         cell(f"{row.latency.decode_tokens_per_second:.1f}", "decode"),
@@ -209,7 +209,7 @@ def run_demo(output: str | Path, quiet: bool = False) -> Demo:
         say(cost.sentence(), highlight=False)
     with _timed(steps, "export"):
         # vLLM's own kernel for CPUs knows 4 bits only, so its 8-bit head becomes a 16-bit one there
-        _once(packed, lambda: export(sparse, "pack-quantized", packed, quiet=quiet, dense_head=True))
+        _once(packed, lambda: export(sparse, "pack-quantized", packed, head_bits=16, quiet=quiet))
     models = (dense, packed, sparse)
 
     say("[bold]3/4[/bold] accuracy: text written by the dense model, scored by all three")

@@ -25,12 +25,20 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify import threads
-from sparsify.bench.machine import GIB, cpu_model, memory_bytes, usable_cores
+from sparsify.bench.machine import GIB, memory_bytes, usable_cores
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
 from sparsify.native.build import find_compiler, known_kernels, open_library
 from sparsify.native.build_cuda import find_nvcc
-from sparsify.processor import FORCE, available_levels, cpu_flags, forced_level, other_variables
+from sparsify.processor import (
+    FORCE,
+    available_levels,
+    cpu_flags,
+    cpu_name,
+    forced_level,
+    lacking,
+    other_variables,
+)
 from sparsify.progress import progress_bar
 
 # ok: works. note: absent or slower, and nothing needs it here. missing: some command will not work. broken: it harms.
@@ -149,10 +157,12 @@ def table(report: Report) -> Table:
 
 
 def python_findings() -> list[Finding]:
+    """The interpreter that runs."""
     return [Finding("python", "Python", "ok", f"{platform.python_version()} at {sys.executable}")]
 
 
 def installed(name: str) -> str | None:
+    """The version of a package, None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -209,6 +219,7 @@ def embedded_model_finding() -> Finding:
 
 
 def optional_findings() -> list[Finding]:
+    """Packages that single commands need."""
     findings = []
     for name, extra, use in (
         ("compressed-tensors", "cpu", "loading pack-quantized checkpoints in transformers"),
@@ -279,12 +290,10 @@ def cpu_features(machine: str, flags: frozenset[str]) -> dict[str, bool]:
 
 
 def cpu_findings() -> list[Finding]:
-    try:
-        flags = cpu_flags(Path("/proc/cpuinfo").read_text())
-    except OSError:
-        flags = frozenset()
+    """The processor, its features, and the level of our kernels."""
+    flags = cpu_flags()
     size = f"{usable_cores()} cores, {memory_bytes() / GIB:.0f} GiB"
-    findings = [Finding("cpu", cpu_model(), "ok", size)]
+    findings = [Finding("cpu", cpu_name(), "ok", size)]
     features = cpu_features(platform.machine(), flags)
     if not flags or not features:
         return [*findings, Finding("cpu", "features", "note", f"unknown on {platform.system()} {platform.machine()}")]
@@ -308,8 +317,7 @@ def level_finding(environment: Mapping[str, str]) -> Finding:
     if forced is None:
         return Finding("cpu", "level of kernels", "ok", f"{fastest}, the fastest here; {FORCE} forces another")
     if forced not in available_levels():
-        detail = f"{FORCE}={forced}: this processor lacks it; the fastest here is {fastest}"
-        return Finding("cpu", "level of kernels", "broken", detail, f"unset {FORCE}")
+        return Finding("cpu", "level of kernels", "broken", str(lacking(forced, fastest)), f"unset {FORCE}")
     others = {} if forced == fastest else other_variables(forced)
     unset = {name: value for name, value in others.items() if environment.get(name, "").lower() != value.lower()}
     if not unset:
@@ -331,23 +339,24 @@ def thread_findings(environment: Mapping[str, str]) -> list[Finding]:
         if asked.isdigit() and int(asked) > here.count:
             detail = f"{asked}: set by {set_by}, but {here.reason}, and threads that share one wait for each other"
             count = Finding("cpu", "threads", "note", detail, f"unset {set_by}")
-    told = {name: environment[name] for name in (threads.POLICY, *threads.SPIN) if name in environment}
-    said = ", ".join(f"{name}={value}" for name, value in told.items())
-    if not told:
+    given = {name: environment[name] for name in (threads.POLICY, *threads.SPIN) if name in environment}
+    listed = ", ".join(f"{name}={value}" for name, value in given.items())
+    if not given:
         fix = "export " + " ".join(f"{name}={value}" for name, value in threads.SPIN.items())
         detail = (
             "spin for milliseconds: slow beside other programs (the commands of sparsify set this, a library cannot)"
         )
         return [count, Finding("cpu", "waiting threads", "note", detail, fix)]
-    if told.items() <= ours.items():
+    if given.items() <= ours.items():
         return [
             count,
-            Finding("cpu", "waiting threads", "ok", f"spin for less than a millisecond, then sleep ({said})"),
+            Finding("cpu", "waiting threads", "ok", f"spin for less than a millisecond, then sleep ({listed})"),
         ]
-    return [count, Finding("cpu", "waiting threads", "ok", f"as the environment says ({said})")]
+    return [count, Finding("cpu", "waiting threads", "ok", f"as set in the environment ({listed})")]
 
 
 def gpu_findings() -> list[Finding]:
+    """The GPUs that torch can use, and whether they have 2:4 tensor cores."""
     try:
         import torch
     except (ImportError, OSError, RuntimeError) as error:

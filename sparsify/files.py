@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsify.errors import CheckpointError
 
+PACKAGE = Path(__file__).resolve().parent  # the directory of the `sparsify` package
 PARTIAL = ".partial"
 
 

@@ -50,9 +50,26 @@ def forced_level() -> str | None:
     return forced or None
 
 
-def cpu_flags(cpuinfo: str) -> frozenset[str]:
-    """The feature flags of the first core in the text of /proc/cpuinfo (x86: flags, Arm: Features)."""
-    for line in cpuinfo.splitlines():
+@functools.cache
+def cpu_info() -> str:
+    """The text of /proc/cpuinfo, "" on a system without it."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def cpu_name() -> str:
+    """The processor's name as the operating system knows it (x86: model name, Arm: CPU part)."""
+    for line in cpu_info().splitlines():
+        if line.startswith(("model name", "CPU part")):
+            return " ".join(line.split(":", 1)[1].split())
+    return platform.processor() or platform.machine()
+
+
+def cpu_flags(cpuinfo: str | None = None) -> frozenset[str]:
+    """The feature flags of the first core (x86: flags, Arm: Features). cpuinfo: another text than that of this machine."""
+    for line in (cpu_info() if cpuinfo is None else cpuinfo).splitlines():
         key, _, value = line.partition(":")
         if key.strip().lower() in ("flags", "features"):
             return frozenset(value.split())
@@ -67,10 +84,7 @@ def levels_of(flags: frozenset[str]) -> tuple[str, ...]:
 @functools.cache
 def available_levels() -> tuple[str, ...]:
     """The levels that this machine can run, slowest first. A system without /proc/cpuinfo has the portable one."""
-    try:
-        found = levels_of(cpu_flags(Path("/proc/cpuinfo").read_text()))
-    except OSError:
-        found = LEVELS[:1]
+    found = levels_of(cpu_flags())
     return found if "amx" not in found or _grants_amx() else found[:-1]
 
 
@@ -79,8 +93,13 @@ def level() -> str:
     here = available_levels()
     forced = forced_level()
     if forced is not None and forced not in here:
-        raise SparsifyError(f"{FORCE}={forced}: this processor lacks it; the fastest here is {here[-1]}")
+        raise lacking(forced, here[-1])
     return forced or here[-1]
+
+
+def lacking(forced: str, fastest: str) -> SparsifyError:
+    """The error for a level that SPARSIFY_CPU_LEVEL names and this processor has not."""
+    return SparsifyError(f"{FORCE}={forced}: this processor lacks it; the fastest here is {fastest}")
 
 
 def kernel_level() -> int:

@@ -7,7 +7,7 @@ most every few seconds, for the steps in between, each with the time elapsed and
     compressing 12/30 model.layers.11  elapsed 1:24  left 2:06
 
 A step that goes on for long is reported again meanwhile. Of several processes that torchrun started only the main one
-speaks, and nothing is printed inside `silenced`, which is what `--quiet` does. Light: rich is imported for a bar only.
+prints, and nothing is printed inside `silenced`, which is what `--quiet` does. Light: rich is imported for a bar only.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class _Inner(Task):
 class _Lines(Task):
     """Plain lines. alive: seconds after which a step that goes on is reported again."""
 
-    printed = 0.0  # when any loop printed its last line: an outer one stays silent while an inner one speaks
+    printed = 0.0  # when any loop printed its last line: an outer one stays silent while an inner one prints
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ def stage(text: str, quiet: bool = False) -> Iterator[Task]:
 
 def say(text: str, quiet: bool = False) -> None:
     """One line on stderr, above the bar if there is one."""
-    if not quiet and _speaks():
+    if not quiet and _prints():
         _write(text)
 
 
@@ -300,12 +300,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-def _speaks() -> bool:
+def _prints() -> bool:
     return not _silences and is_main()
 
 
 def _task(title: str, total: float | None, completed: float, stage: bool = False) -> Task:
-    if not _speaks():
+    if not _prints():
         return Task(title, total, completed)
     if not on_terminal():
         return _Lines(title, total, completed, stage)

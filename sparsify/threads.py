@@ -69,7 +69,7 @@ def defaults(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def waiting(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that keep threads from spinning for long, where the user has not said how they wait."""
+    """The variables that keep threads from spinning for long, where the user has not set how they wait."""
     if any(name in environment for name in (POLICY, *SPIN)):
         return {}
     return dict(SPIN)

@@ -31,7 +31,7 @@ LONGEST = (
     "kernels/test_emulated_sparse24.py",
     "bench/test_worker.py",
     "end_to_end/test_depth_serving.py",
-    "formats/test_directory.py",
+    "formats/test_writer_and_reader.py",
     "runtime/test_op.py",
     "bench/test_depth.py",
     "bench/test_recipes.py",

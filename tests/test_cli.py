@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from sparsify import __version__, cli
+from sparsify.cli import bench, checkpoint, compress, doctor
 from sparsify.errors import CheckpointError, RecipeError
 
 COMMANDS = [
@@ -128,7 +129,7 @@ def test_arguments_after_the_dashes_go_to_vllm_untouched() -> None:
 def test_workload_defaults_are_those_of_the_benchmarks() -> None:
     from sparsify.bench import LatencyWorkload, ThroughputWorkload
 
-    for workload, said in ((LatencyWorkload, cli.LATENCY), (ThroughputWorkload, cli.THROUGHPUT)):
+    for workload, said in ((LatencyWorkload, bench.LATENCY), (ThroughputWorkload, bench.THROUGHPUT)):
         assert {field.name: field.default for field in fields(workload)} == said
 
 
@@ -141,7 +142,7 @@ def test_json_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.
         subprocess.run([sys.executable, "-c", "print('from a child')"], check=True)
         return cli.Outcome({"perplexity": 1.5}, ["for people"])
 
-    monkeypatch.setattr(cli, "recipes", noisy)
+    monkeypatch.setattr(compress, "recipes", noisy)
     assert cli.main(["recipes", "--json"]) == 0
     out, err = capfd.readouterr()
     assert json.loads(out) == {"perplexity": 1.5}
@@ -152,7 +153,7 @@ def test_json_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.
 
 
 def test_exit_status_of_the_outcome(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "doctor", lambda args: cli.Outcome({"healthy": False}, [], status=1))
+    monkeypatch.setattr(doctor, "doctor", lambda args: cli.Outcome({"healthy": False}, [], status=1))
     assert cli.main(["doctor", "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == {"healthy": False}
 
@@ -186,7 +187,7 @@ def test_errors_are_one_sentence(
     error: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("SPARSIFY_DEBUG", raising=False)
-    monkeypatch.setattr(cli, "apply", raising(error))
+    monkeypatch.setattr(compress, "apply", raising(error))
     assert cli.main([*APPLY, "--json"]) == status
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -195,11 +196,11 @@ def test_errors_are_one_sentence(
 
 
 def test_only_apply_speaks_of_resume(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "evaluate", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(checkpoint, "evaluate", raising(KeyboardInterrupt()))
     assert cli.main(["eval", "d"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
-    monkeypatch.setattr(cli, "apply", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(compress, "apply", raising(KeyboardInterrupt()))
     cli.main([*APPLY, "--resume"])
     assert capsys.readouterr().err.count("--resume") == 1
 
@@ -209,7 +210,7 @@ def test_tracebacks_are_for_those_who_ask(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("SPARSIFY_DEBUG", raising=False)
-    monkeypatch.setattr(cli, "doctor", raising(ZeroDivisionError("here")))
+    monkeypatch.setattr(doctor, "doctor", raising(ZeroDivisionError("here")))
     assert cli.main(argv) == 1
     assert ("Traceback" in capsys.readouterr().err) is ("--debug" in argv)
     monkeypatch.setenv("SPARSIFY_DEBUG", "1")
@@ -218,9 +219,9 @@ def test_tracebacks_are_for_those_who_ask(
 
 
 def test_a_recipe_without_a_model_needs_one() -> None:
-    assert cli.named_model("org/name") == "org/name"
+    assert compress.named_model("org/name") == "org/name"
     with pytest.raises(RecipeError, match="--model"):
-        cli.named_model(None)
+        compress.named_model(None)
 
 
 @pytest.mark.parametrize(
@@ -257,10 +258,10 @@ def test_ready_recipes_are_listed_with_what_they_do(capsys: pytest.CaptureFixtur
 
 def test_first_comment() -> None:
     assert (
-        cli.first_comment("# yaml-language-server: $schema=schema.json\n#\n# What it does.\nversion: 1")
+        compress.first_comment("# yaml-language-server: $schema=schema.json\n#\n# What it does.\nversion: 1")
         == "What it does."
     )
-    assert cli.first_comment("version: 1") == ""
+    assert compress.first_comment("version: 1") == ""
 
 
 def test_the_module_is_the_command_and_a_closed_pipe_is_no_traceback() -> None:

@@ -1,5 +1,6 @@
 """The house rules about imports: data flows one way, light modules stay light, and what is imported is declared."""
 
+import argparse
 import ast
 import re
 import subprocess
@@ -15,11 +16,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sparsify.cli.parser import command_parser
+
 # A module may import from those above it, never from those below.
 ORDER = (
-    "errors", "failure", "files", "units", "processor", "threads", "distributed", "compute", "progress", "native", "recipe",
-    "model", "data", "formats", "solver", "training", "depth", "compiler", "runtime", "evaluation", "bench", "report",
-    "demo", "doctor", "cli", "__main__",
+    "_version", "errors", "failure", "files", "units", "processor", "threads", "distributed", "compute", "progress", "native",
+    "recipe", "model", "data", "formats", "solver", "training", "depth", "compiler", "runtime", "evaluation", "bench", "report",
+    "api", "demo", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 # The runtime is loaded by every vLLM worker and by transformers: it may know the format and nothing of the compiler.
@@ -109,7 +112,7 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
 
 # ------------------------------------------------------------------------------------------ packages that may be absent
 
-# What each handler of sparsify.cli may import beyond the dependencies: extras, of each group one. All that is not named
+# What each handler in sparsify.cli may import beyond the dependencies: extras, of each group one. All that is not named
 # works with `pip install sparsify-24`.
 VLLM = ("cpu", "cuda")
 COMMAND_NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -121,10 +124,10 @@ COMMAND_NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
 # Modules that import such a package as they are loaded or run: the extras of which each brings it, and who sees to it.
 NEEDS_EXTRA: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparsify.runtime.vllm_plugin": ("vllm", VLLM),  # vLLM loads it
-    "sparsify.bench.worker": ("vllm", VLLM),  # a process that sparsify.bench.run starts
-    "sparsify.bench.vllm_cli": ("vllm", VLLM),  # a process that sparsify.bench.run starts
+    "sparsify.bench.worker": ("vllm", VLLM),  # a process that engine_process starts
+    "sparsify.bench.vllm_cli": ("vllm", VLLM),  # a process that sparsify.bench.serving becomes
     "sparsify.solver.triton_sweep": ("triton", ("cuda",)),
-    "sparsify.runtime.backends.triton": ("triton", ("cuda",)),
+    "sparsify.runtime.backends.triton_launch": ("triton", ("cuda",)),
     "sparsify.runtime.backends.triton_kernels": ("triton", ("cuda",)),
     "sparsify.runtime.backends.triton_compile": ("triton", ("cuda",)),
     "sparsify.runtime.backends.triton_tuning": ("triton", ("cuda",)),
@@ -135,9 +138,9 @@ ASK_FIRST: dict[str, str] = {
     "sparsify.runtime.backends.triton": "triton",
 }
 # Rows of a table, which a package makes and which say why they are not there; the command does not need it.
-ROWS = {"sparsify.bench.baselines", "sparsify.bench.gpu_kernels"}
+ROWS = {"sparsify.bench.baselines", "sparsify.bench.marlin"}
 # (who, whom): imports for names that need no package; what needs one runs in a process of its own.
-NAMES_ONLY = {("sparsify.bench.machine", "sparsify.bench.vllm_cli"), ("sparsify.bench.run", "sparsify.bench.vllm_cli")}
+NAMES_ONLY = {(f"sparsify.bench.{who}", "sparsify.bench.vllm_cli") for who in ("machine", "run", "engine_setup")}
 
 
 @dataclass(frozen=True)
@@ -191,6 +194,55 @@ def house(repository: Path) -> dict[str, Imports]:
     }
 
 
+def import_cycles(house: dict[str, Imports]) -> list[list[str]]:
+    """Groups of modules each of which imports the others, directly or not, anywhere in it."""
+    edges = {module: {target for name in every_import(imports) if (target := module_of(name, house)) and target != module}
+             for module, imports in house.items()}  # fmt: skip
+
+    @cache
+    def reachable(start: str) -> frozenset[str]:
+        seen: set[str] = set()
+        queue = [start]
+        while queue:
+            more = edges[queue.pop()] - seen
+            seen |= more
+            queue += more
+        return frozenset(seen)
+
+    cycles = {frozenset(other for other in reachable(one) if one in reachable(other)) for one in house}
+    return sorted(sorted(cycle) for cycle in cycles if cycle)
+
+
+def every_import(imports: Imports) -> set[str]:
+    return imports.needed | {name for name, _ in imports.handled}
+
+
+def module_of(name: str, house: dict[str, Imports]) -> str | None:
+    """The module of ours that a dotted name is, or is defined in. The packages around it do not count as imported by it."""
+    parts = name.split(".")
+    names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((found for found in names if found in house), None)
+
+
+def test_no_import_cycles(house: dict[str, Imports]) -> None:
+    assert import_cycles(house) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "cycles"),
+    [
+        ({"p": "", "p.a": "from p import b", "p.b": "def f():\n    from p.a import g"}, [["p.a", "p.b"]]),
+        ({"p": "from p.a import f", "p.a": "import p.b", "p.b": "from p import __version__"}, [["p", "p.a", "p.b"]]),
+        ({"p": "from p.a import f", "p.a": "from p.b import g", "p.b": "import os"}, []),
+        ({"p": "", "p.a": "if TYPE_CHECKING:\n    from p.b import T", "p.b": "from p.a import f"}, []),
+        ({"p": "", "p.a": "try:\n    from p import b\nexcept ImportError:\n    pass", "p.b": "import p.a"}, [["p.a", "p.b"]]),
+    ],
+)  # fmt: skip
+def test_how_cycles_are_found(sources: dict[str, str], cycles: list[list[str]]) -> None:
+    house = {module: imports_of([ast.parse(source)], module, module == "p") for module, source in sources.items()}
+    assert import_cycles(house) == cycles
+
+
 @pytest.fixture(scope="module")
 def extras(repository: Path) -> dict[str, set[str]]:
     """Extra -> the packages it declares; "" for the dependencies."""
@@ -238,8 +290,16 @@ def reached(start: Imports, house: dict[str, Imports]) -> dict[str, str]:
 
 
 def handlers(repository: Path) -> dict[str, Imports]:
-    """Handler of a command -> what it imports itself, with the functions of sparsify.cli that it calls."""
-    tree = ast.parse((repository / "sparsify" / "cli.py").read_text(encoding="utf-8"))
+    """Handler of a command -> what it imports itself, with the functions of its module that it calls."""
+    found: dict[str, Imports] = {}
+    for path in (repository / "sparsify" / "cli").glob("*.py"):
+        more = handlers_in(ast.parse(path.read_text(encoding="utf-8")), f"sparsify.cli.{path.stem}")
+        assert not found.keys() & more.keys(), "two handlers of one name"
+        found |= more
+    return found
+
+
+def handlers_in(tree: ast.Module, module: str) -> dict[str, Imports]:
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
 
     def with_called(name: str, seen: set[str]) -> set[str]:
@@ -253,7 +313,7 @@ def handlers(repository: Path) -> dict[str, Imports]:
     commands = [name for name, node in functions.items() if node.returns and ast.unparse(node.returns) == "Outcome"]
     # `from x import apply` shadows a handler of the same name, so a call of it is no call of the handler.
     return {
-        name: imports_of([functions[one] for one in with_called(name, set()) - (set(commands) - {name})], "sparsify.cli", False)
+        name: imports_of([functions[one] for one in with_called(name, set()) - (set(commands) - {name})], module, False)
         for name in commands
     }  # fmt: skip
 
@@ -283,13 +343,25 @@ def test_nothing_stale_in_the_tables(house: dict[str, Imports], repository: Path
     assert set(COMMAND_NEEDS) <= set(handlers(repository))
 
 
+def test_every_command_has_a_handler_whose_imports_are_followed(repository: Path) -> None:
+    def registered(parser: argparse.ArgumentParser) -> Iterator[str]:
+        if handler := parser.get_default("handler"):
+            yield handler.__name__
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    yield from registered(command)
+
+    assert set(registered(command_parser())) == set(handlers(repository))
+
+
 def test_absence_is_told_with_the_extra_that_brings_the_package(
     house: dict[str, Imports], extras: dict[str, set[str]]
 ) -> None:
     told = 0
     for module, imports in house.items():
         for name, said in imports.handled if module not in ROWS else ():
-            if not third_party(name) or offers(extras[""], name) and "tensorboard" not in name:
+            if not third_party(name) or (offers(extras[""], name) and "tensorboard" not in name):
                 continue
             named = re.findall(r"sparsify-24\[(\w+)\]", said)
             wanted = "tensorboard" if name == "torch.utils.tensorboard.SummaryWriter" else name
@@ -342,7 +414,7 @@ def test_modules_load_with_the_dependencies_alone(repository: Path, house: dict[
     }
     optional |= {package for package, _ in NEEDS_EXTRA.values()} | {"gguf", "tensorboard", "compressed_tensors"}
     assert {"peft", "datasets", "pyarrow", "vllm", "triton"} <= optional
-    lazy = {"sparsify.runtime.backends.triton", "sparsify.bench.vllm_cli", "sparsify.bench.worker"}
+    lazy = {"sparsify.runtime.backends.triton_launch", "sparsify.bench.vllm_cli", "sparsify.bench.worker"}
     plain = sorted(house.keys() - (NEEDS_EXTRA.keys() - lazy) - {"sparsify.__main__"})
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT, ",".join(sorted(optional)), *plain], capture_output=True, text=True, check=False

@@ -35,6 +35,8 @@ def test_wheel_carries_recipes_and_kernel_sources(repository: Path, distribution
     assert recipes and {f"sparsify/_recipes/{name}" for name in recipes} <= names
     assert {f"sparsify/_kernels/{name}" for name in kernels} <= names
     assert "sparsify/py.typed" in names
+    templates = sources(repository, "sparsify/report/templates", (".j2", ".css"))
+    assert len(templates) > 5 and {f"sparsify/report/templates/{name}" for name in templates} <= names
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "recipes/"))]
     assert not [name for name in names if "_kernels" in name and name.endswith(("__init__.py", ".so", ".o"))]
 
@@ -109,6 +111,7 @@ def test_setup_refuses_clearly(
 def test_make_without_a_target_explains_itself(repository: Path) -> None:
     run = subprocess.run(["make", "-C", str(repository)], capture_output=True, text=True, check=True)
     assert all(
-        f"make {target}" in run.stdout for target in ("demo", "test", "lint", "recipes", "peers", "lock", "clean")
+        f"make {target}" in run.stdout
+        for target in ("demo", "test", "lint", "docs", "coverage", "recipes", "peers", "lock", "clean")
     )
     assert all(f"make {target}" in run.stdout for target in ("check-install", "test-floor", "test-newest"))

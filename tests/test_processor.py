@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,17 @@ IN_CPP = {
 def test_levels_of_a_processor(flags: str, expected: tuple[str, ...]) -> None:
     found = processor.cpu_flags(f"processor : 0\nflags\t\t: {flags}\n\nprocessor : 1\nflags : \n")
     assert processor.levels_of(found) == expected
+
+
+def test_the_name_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, name in (
+        ("processor : 0\nmodel name\t: Some  CPU @ 2 GHz\nmodel name : other\n", "Some CPU @ 2 GHz"),
+        ("processor : 0\nCPU part\t: 0xd0c\n", "0xd0c"),
+        ("", platform.processor() or platform.machine()),
+    ):
+        monkeypatch.setattr(processor, "cpu_info", lambda text=text: text)
+        assert processor.cpu_name() == name
+    assert processor.cpu_flags() == frozenset()
 
 
 def test_python_and_the_kernels_find_the_same_levels(tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsify.bench.result import BenchResult, LatencyWorkload, ModelSpeed, ThroughputWorkload, table
-from sparsify.bench.run import BenchOptions, measure, require_vllm, serve
+from sparsify.bench.engine_setup import require_vllm
+from sparsify.bench.result import BenchResult, ModelSpeed, table
+from sparsify.bench.run import measure
+from sparsify.bench.serving import serve
+from sparsify.bench.workload import BenchOptions, LatencyWorkload, ThroughputWorkload
 
 __all__ = [
     "BenchOptions", "BenchResult", "LatencyWorkload", "ModelSpeed", "ThroughputWorkload", "latency", "measure",

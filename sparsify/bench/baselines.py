@@ -1,4 +1,4 @@
-"""The linears that `sparsify bench kernels` compares: ours, PyTorch's, vLLM's and llama.cpp's 4-bit ones for CPUs.
+"""The linears that benchmarks compare: ours and PyTorch's on any device, vLLM's and llama.cpp's 4-bit ones for CPUs.
 
 Each baseline is made of random valid weights, packed by the software that will run it, in as many copies as asked
 for: copies that together exceed the last cache are what a model streams, layer after layer. A peer that cannot be had
@@ -8,6 +8,7 @@ raises whatever its software raises, or PeerMissing: the caller goes on without 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import scheme_problem
 from sparsify.formats.sparse24 import checked_tensors, tensor_layout
 from sparsify.processor import forced_level
-from sparsify.runtime.backends import choose_backend
+from sparsify.runtime.backends import Backend, choose_backend
 from sparsify.runtime.op import sparse24_linear
 
 OURS, TORCH, TORCH_FP32, WNA16, W4A8 = "sparsify", "torch bf16", "torch fp32", "vLLM wna16", "vLLM w4a8"
@@ -37,6 +38,7 @@ PEERS = {
     "torch": TORCH, "torch-fp32": TORCH_FP32, "wna16": WNA16, "w4a8": W4A8, "llama.cpp": Q4_1, "llama.cpp-q4_0": Q4_0,
 }  # fmt: skip
 BITS = {"torch": 16, "torch-fp32": 32, "wna16": 4, "w4a8": 4, "llama.cpp": 5, "llama.cpp-q4_0": 4.5}  # per weight
+CPU = torch.device("cpu")
 CHECKED_OUTPUTS = 48
 QUANTIZED_AT_ONCE = 2**24  # weights
 # The 36 valid meta bytes: two nibbles, each two different positions in ascending order.
@@ -65,7 +67,7 @@ class Baseline:
 
 
 def random_tensors(
-    scheme: ModuleScheme, seed: int = 0, device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
+    scheme: ModuleScheme, seed: int = 0, device: torch.device = CPU, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
     """Valid sparse24 tensors of `scheme` with random contents, made in their packed form: seconds for any size.
 
@@ -73,7 +75,6 @@ def random_tensors(
     """
     if problem := scheme_problem(scheme):
         raise SparsifyError(f"a linear {scheme.shape[0]}x{scheme.shape[1]} cannot be measured: {problem}")
-    device = device or torch.device("cpu")
     generator = torch.Generator(device).manual_seed(seed)
     valid = META_BYTES.to(device)
     tensors = {}
@@ -96,6 +97,12 @@ def stored_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def scheme_bytes(scheme: ModuleScheme) -> int:
+    """Bytes of a linear's tensors in the sparse24 format, with scales or values of 16 bits and without a bias."""
+    layout = tensor_layout(scheme, torch.bfloat16).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout)
+
+
 def first_outputs(tensors: dict[str, Tensor], scheme: ModuleScheme) -> Tensor:
     """The dense weights of the first few outputs, in float64: [<= CHECKED_OUTPUTS, K]."""
     rows = min(CHECKED_OUTPUTS, scheme.shape[0])
@@ -104,12 +111,22 @@ def first_outputs(tensors: dict[str, Tensor], scheme: ModuleScheme) -> Tensor:
     return get_format("sparse24").decode("random", few, part).dense(torch.float32).double()
 
 
-def ours(scheme: ModuleScheme, dtype: torch.dtype, copies: int, seed: int = 0) -> Baseline:
-    """The op with the back end that would serve this linear here."""
-    tensors = random_tensors(scheme, seed)
+def ours(
+    scheme: ModuleScheme,
+    dtype: torch.dtype,
+    copies: int,
+    seed: int = 0,
+    device: torch.device = CPU,
+    backend: Backend | None = None,
+) -> Baseline:
+    """The op with a back end; without one, with that which would serve this linear here."""
+    tensors = random_tensors(scheme, seed, device)
     checked_tensors("random", tensors, scheme)
-    backend = choose_backend(scheme, torch.device("cpu"), dtype)
-    prepared = [backend.prepare(tensors, scheme, dtype) for _ in range(copies)]
+    backend = backend or choose_backend(scheme, device, dtype)
+    prepared = [backend.prepare(tensors, scheme, dtype)]
+    for _ in range(copies - 1):  # a copy is made faster than prepared; on a CPU it may have a layout that has no clone
+        on_gpu = device.type == "cuda"
+        prepared.append([t.clone() for t in prepared[0]] if on_gpu else backend.prepare(tensors, scheme, dtype))
 
     def call(weights: list[Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: sparse24_linear(x, weights, None, scheme, backend.name)
@@ -135,10 +152,12 @@ def peer(key: str, n: int, k: int, group_size: int, copies: int) -> Baseline:
     return llama_linear(n, k, copies, kind="q4_0" if key == "llama.cpp-q4_0" else "q4_1")
 
 
-def torch_linear(n: int, k: int, copies: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> Baseline:
+def torch_linear(
+    n: int, k: int, copies: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1, device: torch.device = CPU
+) -> Baseline:
     """`torch.nn.functional.linear` on bfloat16 or float32 weights."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = [torch.empty(n, k, dtype=dtype).normal_(0, 0.02, generator=generator)]
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = [torch.empty(n, k, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)]
     weights += [weights[0].clone() for _ in range(copies - 1)]
 
     def call(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -151,7 +170,7 @@ def torch_linear(n: int, k: int, copies: int, dtype: torch.dtype = torch.bfloat1
         dtype=dtype,
         expected=weights[0][:CHECKED_OUTPUTS].double(),
         tolerance=2e-2 if dtype == torch.bfloat16 else 1e-4,
-        detail=f"{torch.backends.cpu.get_cpu_capability()} in torch",
+        detail=f"{torch.backends.cpu.get_cpu_capability()} in torch" if device.type == "cpu" else "",
     )
 
 

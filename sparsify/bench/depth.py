@@ -185,10 +185,10 @@ def table(rows: Sequence[DepthRow], speed: BenchResult | Failure | None) -> Tabl
             continue
         scores: list[str | Text] = []
         for text, score in row.result.evaluation.items():
-            said = Text(score.failure.short, "yellow") if score.failure else number(score.perplexity)
+            perplexity = Text(score.failure.short, "yellow") if score.failure else number(score.perplexity)
             stable = "–" if score.stability is None else f"{score.stability:.1%}"
             closed = f"{row.closed[text]:.0%}" if text in row.closed else ""
-            scores += [said, number(score.kl, 4), stable, closed]
+            scores += [perplexity, number(score.kl, 4), stable, closed]
         view.add_row(
             row.drop, named, str(row.layers[1]),
             f"{row.parameters[1] / row.parameters[0]:.0%}", *scores, decoding.get(row.result.label, ""),

@@ -114,6 +114,7 @@ class DummyModel:
 
 
 def is_dummy(spec: str) -> bool:
+    """Whether a model is given by its shape, `shape:NAME@FORMAT`."""
     return spec.startswith(PREFIX)
 
 

@@ -214,9 +214,9 @@ def _try_out(base: Path, cpu: Path) -> None:
         raise PeerMissing("its trial hangs", f"ggml's trial in a process of its own: {error}") from None
     if run.returncode:
         ended = f"signal {-run.returncode}" if run.returncode < 0 else f"status {run.returncode}"
-        said = (run.stderr.strip().splitlines() or [""])[-1]
+        last_line = (run.stderr.strip().splitlines() or [""])[-1]
         raise PeerMissing(
-            "its trial fails", f"ggml's trial ({cpu.name}) in a process of its own ended by {ended}: {said}"
+            "its trial fails", f"ggml's trial ({cpu.name}) in a process of its own ended by {ended}: {last_line}"
         )
 
 
@@ -279,6 +279,7 @@ class Ggml:
 
 
 def packed_bytes(kind: str, rows: int, columns: int) -> int:
+    """Bytes of [rows, columns] weights in ggml's blocks of a kind."""
     return rows * columns // BLOCK * FORMATS[kind][1]
 
 

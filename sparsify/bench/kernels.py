@@ -2,7 +2,7 @@
 can do.
 
 The baselines take turns (A B C A B C ...), so that a slow spell of the machine hits them all. One turn is a few bursts
-of calls, of which the fastest counts; a baseline's time is the median over its turns. The machine's peaks are looked at
+of calls, of which the fastest counts; a baseline's time is the median over its turns. The machine's peaks are measured
 before and after every round: each turn of ours is set beside the better of its two neighbours. A peer that cannot be
 measured is named with the reason, and the others go on.
 """
@@ -262,7 +262,7 @@ def line_up(linear: Linear, options: KernelOptions, l3: int | None) -> tuple[lis
 
 
 def everywhere(absences: Sequence[Absence], linears: Sequence[Linear]) -> list[Absence]:
-    """Each absence once; one that is the same for all linears is said once for them together."""
+    """Each absence once; one that is the same for all linears stands once for them together."""
     found: list[Absence] = []
     for one in absences:
         same = {other.where for other in absences if (other.peer, other.why) == (one.peer, one.why)}
@@ -351,7 +351,7 @@ def take_turns(
             next(weights)(x)
         return (clock() - begin) / count
 
-    # The second call tells how many fit into a burst, and how many turns into the time that there is.
+    # The second call shows how many fit into a burst, and how many turns into the time that there is.
     turns: list[list[float]] = [[] for _ in field_]
     pace: list[tuple[int, int, int]] = []  # calls of a burst, bursts of a turn, turns
     for index, seconds in enumerate(first):
@@ -476,10 +476,12 @@ def weights_from(row: KernelRow) -> str:
 
 
 def share(value: float | None) -> str:
+    """`87%`, or a dash where it is not known."""
     return "-" if value is None else f"{100 * value:.0f}%"
 
 
 def caption(result: KernelResult) -> list[str]:
+    """The lines below the table: the machine, its peaks, what the columns mean, and which peers are absent."""
     lines = []
     if peaks := result.peaks:
         l3 = f", {peaks.read_l3 / 1e9:.1f} from L3" if peaks.read_l3 else ""

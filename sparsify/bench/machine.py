@@ -13,10 +13,10 @@ from typing import Any
 
 from sparsify.bench.vllm_cli import CPU_BUILD, installed_as
 from sparsify.errors import SparsifyError
-from sparsify.processor import forced_level, other_variables
+from sparsify.processor import cpu_name, forced_level, other_variables
 from sparsify.threads import POLICY, threads, usable_cores, users_environment, waiting
 
-# Everything that steers vLLM, our runtime or their thread pools, and therefore the figures.
+# Variables that configure vLLM, our runtime or their thread pools, and therefore affect the figures.
 RECORDED_PREFIXES = (
     "VLLM_",
     "SPARSIFY_",
@@ -46,23 +46,12 @@ def memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-def cpu_model() -> str:
-    """The processor's name as the kernel knows it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return " ".join(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def describe_machine() -> dict[str, Any]:
     """CPU, cores, memory, system, and the GPUs if torch sees any."""
     import torch
 
     return {
-        "cpu": cpu_model(),
+        "cpu": cpu_name(),
         "cores": usable_cores(),
         "memory_gib": round(memory_bytes() / GIB, 1),
         "system": f"{platform.system()} {platform.machine()}",
@@ -97,7 +86,7 @@ def thread_binding(choice: str, ranks: int = 1, cores: Sequence[int] | None = No
     """The value of VLLM_CPU_OMP_THREADS_BIND for `auto`, `all`, or a list of cores that is taken as it is.
 
     auto: vLLM binds one thread per core and keeps one core for its own work, so of two cores one computes. It does not
-    know of control groups: where one grants fewer cores than the machine has, the same is said as a list.
+    know of control groups: where one grants fewer cores than the machine has, the same is written as a list.
     all: every core computes, and vLLM's own work runs in between; tensor-parallel ranks get equal parts.
     """
     if choice == "nobind" or (choice == "auto" and not has_quota()):
@@ -118,7 +107,7 @@ def thread_environment(binding: str, environment: Mapping[str, str]) -> dict[str
     """The variables that put `binding` (of `thread_binding`) into force in a vLLM process with `environment`.
 
     vLLM binds the threads of its worker processes. Where it has none, because VLLM_ENABLE_V1_MULTIPROCESSING is 0, it
-    leaves them as they are, so the OpenMP runtime is told: the same cores in the same way, `auto` being all but the first.
+    leaves them as they are, so the OpenMP runtime gets the same cores in the same way, `auto` being all but the first.
     """
     variables = {BIND: binding}
     if environment.get(ONE_PROCESS) != "0" or binding == "nobind" or "|" in binding:
@@ -170,7 +159,7 @@ def serving_environment(overrides: Mapping[str, str] | None = None) -> dict[str,
 
     What the caller or the user's shell sets wins, an empty LD_PRELOAD too; the rest are defaults that let vLLM start on
     any CPU: a cache that fits in memory beside the model (vLLM takes most of the memory otherwise), its own core binding,
-    the libraries that it wants preloaded, threads that do not spin for long (of Intel's runtime vLLM sees to that
+    the libraries that it wants preloaded, threads that do not spin for long (vLLM configures that of Intel's runtime
     itself), no usage reports; and where SPARSIFY_CPU_LEVEL forces a level, what keeps torch's libraries to it. The number
     of threads that this command chose for itself is not passed on.
     """
@@ -190,8 +179,11 @@ def serving_environment(overrides: Mapping[str, str] | None = None) -> dict[str,
 
 
 def recorded_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The part of an environment that steers speed; results are shared, so of a library only its name is kept."""
+    """The part of an environment that affects speed. Results are shared, so of every path only its last part is kept."""
     recorded = {k: v for k, v in sorted(environment.items()) if k.startswith(RECORDED_PREFIXES)}
-    if preloaded := recorded.get("LD_PRELOAD"):
-        recorded["LD_PRELOAD"] = ":".join(Path(file).name for file in re.split("[: ]+", preloaded))
-    return recorded
+    return {name: last_parts(value) if "/" in value else value for name, value in recorded.items()}
+
+
+def last_parts(paths: str) -> str:
+    """`/a/libx.so:/b/liby.so` -> `libx.so:liby.so`"""
+    return ":".join(Path(path).name for path in re.split("[: ]+", paths))

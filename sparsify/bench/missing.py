@@ -1,11 +1,11 @@
-"""Why a peer of a benchmark is not measured: three words for a table, the whole reason for its JSON."""
+"""A peer of a benchmark that is not measured: some three words for a table, the whole reason for its JSON."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from sparsify.errors import NumericalError, SparsifyError
+from sparsify.errors import SparsifyError
+from sparsify.failure import in_few_words
 
 REASON_LENGTH = 300
 
@@ -29,28 +29,9 @@ class Absence:
 
 
 def absence(peer: str, error: Exception, where: str = "") -> Absence:
-    """What a peer's error says, in three words and in full."""
+    """What a peer's error means, in a few words and in full. peer: its name, which begins with that of its software."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, SparsifyError):
         reason = f"{type(error).__name__}: {reason}"
-    return Absence(peer, short(error), reason[:REASON_LENGTH], where)
-
-
-def short(error: Exception) -> str:
-    """Some three words for a table."""
-    if isinstance(error, PeerMissing):
-        return error.why
-    if isinstance(error, NumericalError):
-        return "wrong product"
-    if isinstance(error, ImportError):
-        return "import fails"
-    if isinstance(error, OSError):
-        return "does not load"
-    if isinstance(error, AttributeError):
-        name = re.search(r"no attribute '(\w+)'", str(error))
-        return f"lacks {name[1]}" if name else "lacks an operator"
-    if isinstance(error, NotImplementedError):
-        return "not implemented here"
-    if isinstance(error, MemoryError) or "alloc" in str(error).lower():
-        return "out of memory"
-    return f"fails ({type(error).__name__})"
+    why = error.why if isinstance(error, PeerMissing) else in_few_words(error, peer.split()[0])
+    return Absence(peer, why, reason[:REASON_LENGTH], where)

@@ -1,7 +1,7 @@
 """The machine's own peaks, measured: bytes read per second and floating-point operations per second.
 
 A kernel's figure means little without them. The probes are native code (kernels/cpu/peaks.cpp) on the same OpenMP
-threads that the kernels use; the best of several ways of reading and of several rounds counts as the peak.
+threads that the kernels use; the fastest of several read patterns and of several rounds counts as the peak.
 
 Levels are those of `sparsify.processor`; one that SPARSIFY_CPU_LEVEL forces rules here, too: kernels held down to AVX2 are
 compared with what AVX2 can do.
@@ -24,7 +24,7 @@ from sparsify.processor import LEVELS, forced_level
 
 KERNEL = "cpu/peaks"
 KINDS = ("float32", "bfloat16")
-# Ways of reading: parallel runs per thread, bytes prefetched. Which is fastest depends on the processor's prefetchers.
+# Read patterns: parallel runs per thread, bytes prefetched. Which is fastest depends on the processor's prefetchers.
 READING = ((1, 0), (4, 0), (1, 2048), (2, 2048), (4, 2048), (1, 8192))
 LARGEST_ARRAY = 2**30
 BURST_SECONDS = 1e-3  # of one run of arithmetic
@@ -141,7 +141,7 @@ def arithmetic_peak(kind: str, threads: int, seconds: float = 0.05, probes: Prob
 
 
 class ReadArray:
-    """An array that is filled once and read over and over, in whichever of the ways of READING is fastest."""
+    """An array that is filled once and read over and over, by whichever pattern of READING is fastest."""
 
     def __init__(self, probes: Probes, nbytes: int, threads: int, level: int) -> None:
         self.probes, self.threads, self.level = probes, threads, level
@@ -153,24 +153,24 @@ class ReadArray:
         self.address = ctypes.addressof(self.view)
         probes.fill(self.address, self.nbytes, 1, threads)
         _, self.once = probes.read(self.address, self.nbytes, threads, level)
-        self.ways = list(READING)
+        self.patterns = list(READING)
 
     def speed(self, seconds: float, rounds: int) -> float:
-        """Bytes per second of the fastest way, and the ways in order of their speed for `glance`."""
+        """Bytes per second of the fastest pattern; `glance` uses the two fastest from then on."""
         best: dict[tuple[int, int], float] = {}
         for _ in range(rounds):
-            for way in READING:
-                best[way] = max(best.get(way, 0.0), self._read(way, seconds))
-        self.ways = sorted(READING, key=lambda way: -best[way])
+            for pattern in READING:
+                best[pattern] = max(best.get(pattern, 0.0), self._read(pattern, seconds))
+        self.patterns = sorted(READING, key=lambda pattern: -best[pattern])
         return max(best.values())
 
     def glance(self) -> float:
-        """Bytes per second now, in the best two ways: quick enough to be asked between measurements."""
-        return max(self._read(way, GLANCE_SECONDS) for way in self.ways[:2])
+        """Bytes per second now, by the two fastest patterns: quick enough to be asked between measurements."""
+        return max(self._read(pattern, GLANCE_SECONDS) for pattern in self.patterns[:2])
 
-    def _read(self, way: tuple[int, int], seconds: float) -> float:
+    def _read(self, pattern: tuple[int, int], seconds: float) -> float:
         passes = max(1, int(seconds / max(self.once, 1e-9)))
-        _, took = self.probes.read(self.address, self.nbytes, self.threads, self.level, passes, *way)
+        _, took = self.probes.read(self.address, self.nbytes, self.threads, self.level, passes, *pattern)
         self.once = min(self.once, took / passes)
         return passes * self.nbytes / max(took, 1e-9)
 
@@ -209,7 +209,7 @@ class Meter:
             self.cache.close()
 
     def peaks(self, seconds: float = 0.15, rounds: int = 3) -> Peaks:
-        """The best of several rounds. seconds: how long one round of one way takes, roughly; all of it takes some 10 s."""
+        """The best of several rounds. seconds: how long one round of one pattern takes, roughly; all of it takes some 10 s."""
         in_cache = self.cache.speed(seconds, rounds) if self.cache else None
         speeds: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
         for kind, level in product(KINDS, self.levels):

@@ -163,7 +163,7 @@ def _make(entry: Contender, quiet: bool) -> None:
     ]  # fmt: skip
     status, error = _run(command)
     if status:
-        raise RecipeFailed(f"{entry.label}: {error or 'failed; what it said stands above'}")
+        raise RecipeFailed(f"{entry.label}: {error or 'failed; its output stands above'}")
 
 
 def _run(command: Sequence[str]) -> tuple[int, str]:
@@ -220,8 +220,8 @@ def table(results: Sequence[RecipeResult]) -> Table:
             continue
         scores: list[Text | str] = []
         for score in result.evaluation.values():
-            said = Text(score.failure.short, "yellow") if score.failure else number(score.perplexity)
-            scores += [said, number(score.kl, 4)]
+            perplexity = Text(score.failure.short, "yellow") if score.failure else number(score.perplexity)
+            scores += [perplexity, number(score.kl, 4)]
         view.add_row(
             Text(result.label), *scores, f"{result.bits_per_weight:.2f}", f"{result.seconds / quickest:.1f}x",
             f"{result.peak_memory_bytes / 1e9:.1f} GB",

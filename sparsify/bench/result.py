@@ -11,28 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.bench.workload import LatencyWorkload, ThroughputWorkload
 from sparsify.failure import Failure, foot
-
-
-@dataclass(frozen=True)
-class LatencyWorkload:
-    """`vllm bench latency`: one batch at a time, `iterations` times."""
-
-    input_len: int = 128
-    output_len: int = 64
-    batch_size: int = 1
-    iterations: int = 5
-    warmup: int = 2
-
-
-@dataclass(frozen=True)
-class ThroughputWorkload:
-    """`vllm bench throughput`: all prompts at once, vLLM schedules them."""
-
-    input_len: int = 128
-    output_len: int = 64
-    prompts: int = 32
-    warmup: int = 4
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ def inspect(archs: Sequence[int] = tuple(LIMITS)) -> Inspection:
     notes = [] if dumper else ["no cuobjdump (pip install nvidia-cuda-cuobjdump): instructions were not counted"]
     instances: list[Instance] = []
     for arch in archs:
-        said, code = compile_for(nvcc, dumper, arch)
-        instances += read(arch, said, code, resources)
+        log, code = compile_for(nvcc, dumper, arch)
+        instances += read(arch, log, code, resources)
     if not instances:
         raise SparsifyError(f"{KERNEL}: no instance of linear_kernel in what nvcc {nvcc.version} made")
     return Inspection(nvcc.version, sorted(instances, key=lambda i: (i.config, i.arch, i.dtype, i.group32)), notes)
@@ -147,14 +147,14 @@ def find_cuobjdump(nvcc: build_cuda.Nvcc) -> str | None:
     return found
 
 
-def read(arch: int, said: str, code: str | None, resources: Resources) -> Iterator[Instance]:
+def read(arch: int, log: str, code: str | None, resources: Resources) -> Iterator[Instance]:
     """The instances in ptxas' words and in the machine code."""
     counts = count_instructions(code) if code is not None else {}
     entry = re.compile(
         r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.S,
     )
-    for symbol, stores, loads, registers in entry.findall(said):
+    for symbol, stores, loads, registers in entry.findall(log):
         match = LINEAR.search(symbol)
         if match is None:
             continue
@@ -246,7 +246,7 @@ def table(inspection: Inspection) -> Table:
 
 
 def markdown(inspection: Inspection) -> str:
-    """The table of kernels/README.md: per tile shape and architecture registers, spilled bytes and resident blocks."""
+    """The table of docs/kernels.md: per tile shape and architecture registers, spilled bytes and resident blocks."""
     groups = grouped(inspection.instances)
     archs = sorted({arch for _, arch in groups})
     lines = [

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from sparsify import __version__
+from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data
 from sparsify.compiler.checkpoint_names import OUTSIDE
@@ -28,7 +28,7 @@ from sparsify.compiler.shorten import describe_note, shorten
 from sparsify.distributed import is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CheckpointError
 from sparsify.files import atomic_write, read_json, write_json
-from sparsify.formats.directory import CheckpointWriter, partial_directory
+from sparsify.formats.writer import CheckpointWriter, partial_directory
 from sparsify.progress import quietly, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
 

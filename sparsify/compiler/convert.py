@@ -3,34 +3,44 @@
 An output head that is still dense can be quantized on the way.
 """
 
+from __future__ import annotations
+
+import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from sparsify.errors import CheckpointError
-from sparsify.files import read_json
+from sparsify.compiler.metrics import CARD, METRICS, RECIPE, json_text
+from sparsify.compiler.model_card import head_note, model_card
+from sparsify.compute import choose
+from sparsify.data.calibration import calibration_tokens, check_sources
+from sparsify.data.self_generated.generator import open_writer, writer_key
+from sparsify.errors import CheckpointError, RecipeError
+from sparsify.files import cache_directory, read_json
 from sparsify.formats import get_format
-from sparsify.formats.directory import (
-    CheckpointWriter,
-    CompressedCheckpoint,
-    natural,
-    open_compressed,
-    partial_directory,
-)
+from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
+from sparsify.formats.writer import CheckpointWriter, partial_directory
+from sparsify.model.capture import head_input
+from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.model.output_head import OutputHead, find_head
+from sparsify.model.sequential import TOKENS_PER_MICRO_BATCH
 from sparsify.progress import progress, quietly, stage
-from sparsify.recipe import Head, head_format_problem
+from sparsify.recipe import Calibration, Head, dump_recipe, head_format_problem, parse_recipe
 from sparsify.solver.head_quantization import SolvedHead, head_problem, head_scheme, solve_head
+from sparsify.solver.hessian import HessianAccumulator
 from sparsify.solver.solve import Scheme
 
-CARRIED = ("README.md", "recipe.yaml", "metrics.json")
+DEFAULT_GROUP_SIZE = 64
+CARRIED = (CARD, RECIPE, METRICS)
 IDENTITY = "export"
 
 
@@ -43,28 +53,65 @@ class RoundedHead:
     dense_nbytes: int
 
 
-Describe = Callable[[dict[str, bytes], RoundedHead, CheckpointWriter], dict[str, bytes]]
-"""Brings the carried files (model card, recipe, metrics) up to date with a head that was quantized, and what was written."""
-
-
-@quietly
 def export(
     source: str | Path,
     format: str,
     output: str | Path,
+    head_bits: Literal[4, 8, 16] | None = None,
+    head_group_size: str | None = None,
     quiet: bool = False,
+    calibration: str | None = None,
+) -> Path:
+    """Write `source` in `format`, with its output head quantized to `head_bits`, or with 16 dequantized.
+
+    head_group_size: "32", "64" (default), "128" or "channel"
+    calibration: self, file:PATH or hub:ID; the head is then solved by GPTQ on what it reads of 128 x 512 tokens, and
+    rounded to nearest without
+    """
+    if calibration is not None and head_bits not in (4, 8):
+        raise CheckpointError("--calibration is the text on which a head is quantized; add --head 4")
+    if head_bits is None or head_bits == 16:
+        if head_group_size is not None:
+            raise CheckpointError("--head-group-size says how to quantize the head; add --head 8 or --head 4")
+        return convert(source, format, output, dense_head=head_bits == 16, quiet=quiet)
+    size = head_group_size or str(DEFAULT_GROUP_SIZE)
+    try:
+        group_size: Any = int(size) if size.isdecimal() else size
+        method: Any = "gptq" if calibration else "rtn" if head_bits == 4 else None
+        head = Head(bits=head_bits, group_size=group_size, method=method)
+    except ValidationError:
+        raise CheckpointError(
+            f"--head {head_bits} --head-group-size {size}: bits must be 4 or 8, the group size 32, 64, 128 or channel"
+        ) from None
+    return convert(source, format, output, head, None if calibration is None else _text(calibration), quiet=quiet)
+
+
+def _text(source: str) -> Calibration:
+    try:
+        calibration = Calibration(source=source)
+    except ValidationError as error:
+        raise CheckpointError(f"--calibration {source}: {error.errors()[0]['msg']}") from None
+    check_sources(calibration)
+    return calibration
+
+
+@quietly
+def convert(
+    source: str | Path,
+    format: str,
+    output: str | Path,
     head: Head | None = None,
-    describe: Describe | None = None,
+    calibration: Calibration | None = None,
+    *,
     dense_head: bool = False,
-    moment: Callable[[], Tensor] | None = None,
+    quiet: bool = False,
 ) -> Path:
     """Write `source` (a checkpoint of any known format, or any dense model) to the directory `output` in `format`.
 
     A dense source can become sparse24 only when every linear in its blocks is 2:4 already (16-bit values).
     head: quantize the output head on the way; it must not be compressed yet.
-    describe: brings the files beside the weights up to date with that head.
-    dense_head: multiply out what is compressed outside of the blocks, for software that wants a 16-bit head.
-    moment: for a head that is solved, gives X'X / tokens of what it reads, [K, K]; called when nothing else stands in the way.
+    calibration: text on which the head is solved by GPTQ; without it the head is rounded to nearest.
+    dense_head: dequantize what is compressed outside of the blocks, for software that wants a 16-bit head.
     """
     get_format(format)
     opened = open_compressed(source)
@@ -76,7 +123,7 @@ def export(
     writer = CheckpointWriter(output, format, opened.checkpoint, identity=IDENTITY)
     try:
         plain = {f"{module}.weight" for module in linears} if not opened.modules else set()
-        rounded = None if asked is None else _write_head(writer, opened, *asked, moment)
+        rounded = None if asked is None else _write_head(writer, opened, *asked, source, calibration, quiet)
         if rounded is not None and not rounded.head.tied:
             plain |= {rounded.head.source}
         if dense_head:
@@ -91,8 +138,8 @@ def export(
             others = [name for name in names if name not in linears and name not in biases]
             writer.write_part(part, chosen, {name: opened.tensor(name) for name in others})
         carried = {name: file.read_bytes() for name in CARRIED if (file := opened.directory / name).is_file()}
-        if rounded is not None and describe is not None:
-            carried = describe(carried, rounded, writer)
+        if rounded is not None and head is not None:
+            carried = _with_head(head, format, carried, rounded, writer)
         with stage(f"writing {output}"):
             return writer.finish({}, carried)
     except BaseException:
@@ -123,10 +170,12 @@ def _write_head(
     opened: CompressedCheckpoint,
     head: OutputHead,
     scheme: Scheme,
-    moment: Callable[[], Tensor] | None,
+    source: str | Path,
+    calibration: Calibration | None,
+    quiet: bool,
 ) -> RoundedHead:
     weight = opened.tensor(head.source)
-    H = None if moment is None else moment()
+    H = None if calibration is None else _read_by_head(source, calibration, quiet)
     with stage(f"quantizing {head.module}"):
         solved = solve_head(head.module, weight, scheme, H)
     writer.write_part(f"head.{head.module}", {head.module: solved.linear}, {})
@@ -196,3 +245,75 @@ def _parts(names: Iterable[str]) -> dict[str, list[str]]:
         block = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
         parts.setdefault(block.group() if block else f"outside.{name}", []).append(name)
     return parts
+
+
+def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> Tensor:
+    """Second moment of what the output head reads, X'X / tokens: float32 [K, K], on the GPU where the model fits there.
+
+    The model is loaded whole, as `transformers` loads it, and runs on the kernels that serve it.
+    """
+    from transformers import AutoTokenizer
+
+    checkpoint = open_checkpoint(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+        dtype = choose(measure=True).dtype
+        with stage(f"loading {source}", quiet):
+            model = open_writer(checkpoint.directory, dtype)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{source}: transformers cannot load this model to run it on text ({str(error).splitlines()[0]}); "
+            "export it to sparse24 first, and that with --head and --calibration"
+        ) from error
+    tokens = calibration_tokens(
+        calibration,
+        tokenizer,
+        lambda: model,
+        cache_dir=cache_directory() / "calibration",
+        key=writer_key(checkpoint, dtype),
+        quiet=quiet,
+    )
+    hessian = HessianAccumulator()
+    rows = tokens.to(model.device).split(max(1, TOKENS_PER_MICRO_BATCH // tokens.shape[1]))
+    for part in progress(rows, "Reading text", total=len(rows), quiet=quiet):
+        hessian.add([head_input(model, part).flatten(0, 1)])
+    return hessian.mean().H
+
+
+def _with_head(
+    head: Head, format: str, files: dict[str, bytes], rounded: RoundedHead, writer: CheckpointWriter
+) -> dict[str, bytes]:
+    """Recipe, metrics and model card of a checkpoint whose head has just been quantized.
+
+    The recipe now gives this very checkpoint, or one like it where the head was solved on other text; an evaluation that
+    was measured before does not belong to it any more.
+    Files that `apply` did not write are carried over as they are.
+    """
+    try:
+        metrics: dict[str, Any] = json.loads(files[METRICS])
+        recipe = parse_recipe(files[RECIPE].decode())
+        asked = recipe.model_copy(update={"export": recipe.export.model_copy(update={"head": head, "format": format})})
+        nbytes, schemes, sizes = writer.linear_bytes(), writer.linears(), metrics["sizes"]
+        head_bytes = nbytes.pop(rounded.head.module)
+        del schemes[rounded.head.module]
+        weights = sum(scheme.shape[0] * scheme.shape[1] for scheme in schemes.values())
+        metrics |= {
+            "recipe": asked.model_dump(mode="json"),
+            "format": format,
+            "head": head_note(rounded.head, rounded.solved),
+            "dense_modules": [e for e in metrics["dense_modules"] if e["module"] != rounded.head.module],
+            "evaluation": None,
+            "sizes": {
+                **sizes,
+                "compressed_bytes": sum(writer.tensor_bytes().values()),
+                "outside_bytes": sizes["outside_bytes"] - rounded.dense_nbytes,
+                "bits_per_weight": round(8 * sum(nbytes.values()) / max(weights, 1), 4),
+                "head_bytes": head_bytes,
+                "dense_head_bytes": rounded.dense_nbytes,
+            },
+        }
+        card = model_card(metrics, asked)
+    except (KeyError, TypeError, ValueError, RecipeError):
+        return files
+    changed = {METRICS: json_text(metrics), RECIPE: dump_recipe(asked), CARD: card}
+    return {**files, **{name: text.encode() for name, text in changed.items()}}

@@ -104,7 +104,7 @@ def _memory_bytes(plan: Plan) -> int:
     if not plan.needs_data:
         return max(3 * block_bytes, _training_bytes(plan))
     tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
-    streams = 2 if plan.needs_twin else 1
+    streams = 2 if plan.needs_dense_reference else 1
     widest = max(p.shape[1] for p in plan.linears.values())
     hidden = min(p.shape[1] for p in plan.linears.values())
     outside = sum(math.prod(plan.checkpoint.shape(name)) for name in plan.model.source_names(None)) * itemsize

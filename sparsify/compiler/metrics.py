@@ -11,7 +11,7 @@ from typing import Any
 from sparsify.compiler.checkpoint_names import OUTSIDE, exported_name, part_name
 from sparsify.compiler.plan import Plan
 from sparsify.files import read_json, write_json
-from sparsify.formats.directory import CheckpointWriter
+from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.linear import LinearWeights
 
 METRICS = "metrics.json"

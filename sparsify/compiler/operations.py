@@ -65,7 +65,7 @@ def count_operations(plan: Plan) -> dict[str, int]:
     walk = 0.0
     if plan.needs_data:
         walk = _forward(plan, tokens)
-        parts["walk"] = share * walk * (2 if plan.needs_twin else 1)
+        parts["walk"] = share * walk * (2 if plan.needs_dense_reference else 1)
     for group in groups_of(plan):
         schemes = [scheme for _, scheme in group.members]
         if any(scheme.needs_data for scheme in schemes):

@@ -15,7 +15,7 @@ from sparsify.compiler.shorten import PlannedDepth, plan_depth
 from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme
-from sparsify.formats.directory import CompressedCheckpoint, open_compressed
+from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
 from sparsify.model.output_head import OutputHead, find_head
@@ -113,7 +113,7 @@ class Plan:
         return self.needs_data or bool(self.training) or (self.depth is not None and self.depth.settings.needs_data)
 
     @property
-    def needs_twin(self) -> bool:
+    def needs_dense_reference(self) -> bool:
         return self.recipe.tune is not None or any(scheme.error_propagation > 0 for scheme in self.schemes.values())
 
     def dense_linear_bytes(self, module: str) -> int:
@@ -198,7 +198,7 @@ class Plan:
         calibration = self.recipe.calibration.model_dump()
         how = (
             f"calibration on {sources_in_words(calibration)}\none walk over the blocks"
-            + (" beside the dense model" if self.needs_twin else "")
+            + (" beside the dense model" if self.needs_dense_reference else "")
             if self.needs_data
             else "no walk: data-free"
         )
@@ -269,7 +269,7 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
     plan = Plan(recipe, opened, linears, other, store, None, training)
     plan = replace(plan, head=_head(recipe, opened, store, calibrates=plan.needs_data))
     if not plan.schemes:
-        reasons = sorted({reason for reason in plan.dense_modules().values()})
+        reasons = sorted(set(plan.dense_modules().values()))
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
     outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}
     outside -= {plan.head.head.source} if plan.head is not None and not plan.head.head.tied else set()

@@ -12,7 +12,8 @@ from sparsify.compiler.metrics import Before, Notes, layer_notes
 from sparsify.compiler.model_card import head_note
 from sparsify.compiler.plan import Plan, PlannedHead
 from sparsify.compiler.run_training import train_stage
-from sparsify.formats.directory import CheckpointWriter, CompressedCheckpoint
+from sparsify.formats.reader import CompressedCheckpoint
+from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.linear import LinearWeights
 from sparsify.progress import progress, progress_bar
 from sparsify.solver.head_quantization import SolvedHead, solve_head

@@ -26,8 +26,9 @@ from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.distributed import device, is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CalibrationError, CheckpointError
 from sparsify.files import atomic_write, cache_directory, publish
-from sparsify.formats.directory import CheckpointWriter, natural
+from sparsify.formats.reader import natural
 from sparsify.formats.scheme import in_block
+from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import load_state, meta_model, target_names, without_bars
 from sparsify.model.linear import LinearWeights

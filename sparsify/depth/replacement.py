@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sparsify.model.decoder import BlockModel, capture_calls, run_block
+from sparsify.model.capture import capture_calls, run_block
+from sparsify.model.decoder import BlockModel
 from sparsify.model.in_memory import finish
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sublayers import ATTENTION, Structure

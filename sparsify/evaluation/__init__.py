@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from sparsify import __version__
+from sparsify._version import __version__
 from sparsify.errors import SparsifyError
 from sparsify.evaluation.load import LoadedModel, format_name, load_model, load_tokenizer, pick_device
 from sparsify.evaluation.result import EvaluationResult, table

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from sparsify.formats.directory import CompressedCheckpoint, natural, open_compressed
+from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
 from sparsify.formats.scheme import in_block
 from sparsify.model.linear import is_two_four
 from sparsify.progress import progress, quietly

@@ -8,7 +8,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sparsify.model.decoder import BlockModel, capture_calls, leaving, run_block
+from sparsify.model.capture import capture_calls, leaving, run_block
+from sparsify.model.decoder import BlockModel
 from sparsify.model.sublayers import KINDS, Structure, Sublayer, find_structure, run_without
 
 LOGIT_TOKENS = (

@@ -5,7 +5,7 @@ linears to the next: each micro-batch's forward is a coroutine that a pre-hook s
 group. When all have arrived the group's inputs are complete, its weights are rewritten, and all resume through the
 rewritten weights. So each group sees the errors made upstream (true-sequential), and the total is one forward pass.
 
-With a dense twin, the untouched block walks beside the compressed one on the dense model's own activations.
+With a dense reference, the untouched block walks beside the compressed one on the dense model's own activations.
 """
 
 from __future__ import annotations
@@ -21,18 +21,10 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from sparsify.errors import NumericalError, SparsifyError
-from sparsify.model.decoder import (
-    BlockCall,
-    BlockModel,
-    LinearGroup,
-    call_of_row,
-    capture_calls,
-    find_groups,
-    head_inputs,
-    run_block,
-    share_equal,
-)
+from sparsify.model.capture import BlockCall, call_of_row, capture_calls, head_inputs, run_block, share_equal
+from sparsify.model.decoder import BlockModel
 from sparsify.model.linear import LinearWeights
+from sparsify.model.linear_groups import LinearGroup, find_groups
 
 TOKENS_PER_MICRO_BATCH = 4096
 PROBE_TOKENS = 16
@@ -45,7 +37,7 @@ class GroupVisit:
     names:        the group's linears that are to be rewritten, full module names
     linears:      their modules, in the same order; weight [N_i, K]
     inputs:       what they read, one [tokens, K] per micro-batch, from the compressed model
-    dense_inputs: the same tokens in the dense model; None without a dense twin
+    dense_inputs: the same tokens in the dense model; None without a dense reference
     """
 
     block: int
@@ -57,7 +49,7 @@ class GroupVisit:
 
 @dataclass
 class BlockVisit:
-    """All that is known when every group of a block is rewritten, with a dense twin.
+    """All that is known when every group of a block is rewritten, with a dense reference.
 
     module:   the block with its rewritten weights
     linears:  those weights by full module name
@@ -184,12 +176,17 @@ class Walk:
 
     model:  opened by `open_blocks`
     tokens: int64 [samples, sequence]
-    twin:   also walk the dense model, so that visits carry its inputs
+    dense_reference: also walk the dense model, so that visits carry its inputs
     spill:  directory for the hidden states; None keeps them in memory
     """
 
     def __init__(
-        self, model: BlockModel, tokens: Tensor, twin: bool = False, spill: Path | None = None, device: str = "cpu"
+        self,
+        model: BlockModel,
+        tokens: Tensor,
+        dense_reference: bool = False,
+        spill: Path | None = None,
+        device: str = "cpu",
     ):
         self.model = model
         self.device = device
@@ -204,7 +201,7 @@ class Walk:
             self.calls.append(share_equal(calls, self.calls[0]) if self.calls else calls)
             entered.append(hidden)
         self.hidden = Activations(entered, spill and spill / "hidden")
-        self.dense = Activations(entered, spill and spill / "dense") if twin else None
+        self.dense = Activations(entered, spill and spill / "dense") if dense_reference else None
         self.probe = capture_calls(model, tokens[:1, :PROBE_TOKENS].to(device))
 
     @torch.no_grad()
@@ -215,7 +212,7 @@ class Walk:
 
         wanted:  by full module name, which linears to rewrite
         rewrite: gives the linears of a group their new weights
-        tune:    changes the whole block after that; needs a dense twin
+        tune:    changes the whole block after that; needs a dense reference
         """
         prefix = self.model.blocks[index] + "."
         block = self._enter(index)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import CheckpointError
-from sparsify.model.decoder import BlockCall, run_block
+from sparsify.model.capture import BlockCall, run_block
 
 ATTENTION, FEED_FORWARD = "attention", "feed_forward"
 KINDS = (ATTENTION, FEED_FORWARD)  # in the order in which a block runs them

@@ -28,9 +28,9 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-import sparsify
+from sparsify._version import __version__
 from sparsify.errors import MissingDependency, SparsifyError
-from sparsify.files import cache_directory
+from sparsify.files import PACKAGE, cache_directory
 from sparsify.progress import duration, say
 from sparsify.threads import usable_cores
 
@@ -58,8 +58,7 @@ class Compiler:
 
 def kernels_directory() -> Path:
     """The kernel sources: inside an installed package, else at the root of the source tree."""
-    package = Path(__file__).resolve().parents[1]
-    for candidate in (package / "_kernels", package.parent / "kernels"):
+    for candidate in (PACKAGE / "_kernels", PACKAGE.parent / "kernels"):
         if candidate.is_dir():
             return candidate
     raise MissingDependency(
@@ -117,7 +116,7 @@ def torch_flags(source: Path) -> list[str]:
 def build(name: str) -> Path:
     """The shared library of a kernel, compiled now unless the cache has it. Safe in many processes at once.
 
-    Raises MissingDependency without a compiler, NativeBuildError with what the compiler said.
+    Raises MissingDependency without a compiler, NativeBuildError with the compiler's output.
     """
     source = kernels_directory() / f"{name}.cpp"
     if not source.is_file():
@@ -147,7 +146,7 @@ def compile_once(
 ) -> None:
     """Run a compiler unless `library` is there already. Safe in many processes at once: a lock, then a rename.
 
-    It takes a minute, so it is said on stderr (`sparsify.progress`), also that another process is at it.
+    It takes a minute, so stderr shows it (`sparsify.progress`), also while another process builds it.
     command: everything but the output; version: of the compiler, for its error message; seconds: the most it may take.
     """
     if library.exists():
@@ -221,12 +220,12 @@ def _source_key(source: Path, openmp: Path | None) -> str:
     texts = [part for file in (source, *headers) for part in (file.name, file.read_bytes())]
     runtime = openmp.name if openmp else ""
     release = metadata.version("torch") if torch_flags(source) else ""
-    return digest(sparsify.__version__, platform.machine(), runtime, release, *FLAGS, *texts)
+    return digest(__version__, platform.machine(), runtime, release, *FLAGS, *texts)
 
 
 def _short(folder: Path) -> str:
     """A folder as people write it: ~/.cache/sparsify/native."""
-    home = os.path.expanduser("~")
+    home = os.path.expanduser("~")  # noqa: PTH111 (raises nothing for a user without a home)
     return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
 
 
@@ -234,9 +233,9 @@ def _short(folder: Path) -> str:
 def _locked(path: Path, waiting: str) -> Iterator[None]:
     """Hold an exclusive lock; on file systems without locks nothing but some time is lost, because the rename is atomic.
 
-    waiting: said when another process holds it
+    waiting: shown when another process holds it
     """
-    with open(path, "w") as file:
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import sparsify
+from sparsify._version import __version__
 from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.native import build as cxx
 from sparsify.native.build import NativeBuildError
@@ -111,7 +111,7 @@ def build(name: str, archs: Sequence[int]) -> Path:
     """The shared library of a kernel for all of `archs`, compiled now unless the cache has it.
 
     A ready build that holds more architectures than asked for serves too, and so does one by another nvcc where this
-    machine has none. Raises MissingDependency without nvcc, NativeBuildError with what the compiler said.
+    machine has none. Raises MissingDependency without nvcc, NativeBuildError with the compiler's output.
     """
     source = cxx.kernels_directory() / f"{name}.cu"
     if not source.is_file():
@@ -147,7 +147,7 @@ def source_key(source: Path) -> str:
     """Changes with everything that changes the library, save the architectures and the compiler."""
     headers = sorted([*source.parent.glob("*.h"), *source.parent.glob("*.cuh")])
     texts = [part for file in (source, *headers) for part in (file.name, file.read_bytes())]
-    return cxx.digest(sparsify.__version__, platform.machine(), *FLAGS, *texts)
+    return cxx.digest(__version__, platform.machine(), *FLAGS, *texts)
 
 
 def _archs_of(path: Path) -> tuple[int, ...]:

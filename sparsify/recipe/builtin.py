@@ -1,8 +1,8 @@
-"""Where the ready recipes are: beside the package in a source tree, inside it in an installed wheel."""
+"""Where the built-in recipes are: beside the package in a source tree, inside it in an installed wheel."""
 
 from pathlib import Path
 
-import sparsify
+from sparsify.files import PACKAGE
 
 
 def recipe_directories(package: Path) -> list[Path]:
@@ -16,6 +16,6 @@ def recipe_directories(package: Path) -> list[Path]:
 
 def ready_recipes() -> dict[str, Path]:
     """Name -> file of every recipe that comes with sparsify."""
-    for directory in recipe_directories(Path(sparsify.__file__).parent):
+    for directory in recipe_directories(PACKAGE):
         return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
     return {}

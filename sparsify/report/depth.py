@@ -58,9 +58,9 @@ def removal_strip(depth: Mapping[str, Any], width: float) -> str:
         drawing.text(left - 10, i * row + 17, name, "label", "end")
         for block in range(layers):
             removed = (block, kind) in gone
-            said = "removed" if removed else "kept"
+            state = "removed" if removed else "kept"
             number = steps.get((block, kind))
-            title = f"layer {block}, {name}: {said}" + (f" in step {number}" if number else "")
+            title = f"layer {block}, {name}: {state}" + (f" in step {number}" if number else "")
             x = left + block * cell
             css = "cell track" if removed else "cell ours"
             drawing.rect(x, i * row + 1, cell - gap, row - 3, css, title, radius=min(4, cell / 4))

@@ -140,6 +140,7 @@ def heat_step(value: float, edges: Sequence[float]) -> int:
 
 
 def is_two_four(layer: Layer) -> bool:
+    """Whether at most two of every four consecutive inputs of a linear have a weight."""
     return layer.pattern == "2:4"
 
 
@@ -167,6 +168,7 @@ def bits_per_weight(layers: Sequence[Layer], metrics: Mapping[str, Any]) -> floa
 
 
 def export_format_of(metrics: Mapping[str, Any]) -> str:
+    """The format that the recipe exports to."""
     return str(((metrics.get("recipe") or {}).get("export") or {}).get("format") or "sparse24")
 
 

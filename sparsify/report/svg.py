@@ -68,7 +68,7 @@ def gutter(names: Sequence[str], limit: float) -> float:
 
 
 def clip(name: str, room: float) -> str:
-    """Shortens a label to the room there is, at the front: the end tells modules apart."""
+    """Shortens a label to the room there is, at the front: the end distinguishes modules."""
     fits = max(int((room - 12) / BOLD_CHARACTER), 4)
     return name if len(name) * CHARACTER + 12 <= room else "…" + name[-(fits - 1) :]
 

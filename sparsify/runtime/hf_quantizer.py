@@ -101,7 +101,7 @@ def _read_headers(files: list[str] | None) -> dict[str, _OnDisk]:
             raise CheckpointError(f"{file.name} is no safetensors file, and sparse24 checkpoints hold no other weights")
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
+                for name in opened.keys():  # noqa: SIM118 (it cannot be iterated itself)
                     info = opened.get_slice(name)
                     merged[name] = _OnDisk(tuple(info.get_shape()), _DTYPES.get(info.get_dtype()))
         except SafetensorError as error:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sparsify import compute
 from sparsify.distributed import gathered, processes, rank, sum_over_all
 from sparsify.errors import NumericalError
-from sparsify.model.decoder import BlockCall, join_calls, run_block
+from sparsify.model.capture import BlockCall, join_calls, run_block
 from sparsify.model.linear import LinearWeights
 from sparsify.training.qat_linear import TrainableLinear, make_trainable
 

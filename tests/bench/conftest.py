@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import sparsify.bench.run as bench_run
+from sparsify.bench import engine_process
 
 
 def write_checkpoint(directory: Path, width: int, config: dict) -> Path:
@@ -34,5 +35,5 @@ def fake_vllm(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(bench_run, "require_vllm", lambda: None)
     script = Path(__file__).with_name("fake_worker.py")
-    monkeypatch.setattr(bench_run, "worker_command", lambda job: [sys.executable, str(script), str(job)])
+    monkeypatch.setattr(engine_process, "worker_command", lambda job: [sys.executable, str(script), str(job)])
     return lambda: [json.loads(line) for line in log.read_text().splitlines()]

@@ -5,20 +5,21 @@ from dataclasses import asdict
 import pytest
 from rich.console import Console
 
-import sparsify.bench.run as bench_run
 import sparsify.cli as cli
 from sparsify.bench import (
     BenchOptions,
     LatencyWorkload,
     ThroughputWorkload,
+    engine_setup,
     latency,
     measure,
     require_vllm,
     serve,
+    serving,
     table,
     throughput,
 )
-from sparsify.bench.machine import describe_machine, serving_environment
+from sparsify.bench.machine import describe_machine, serving_environment, thread_binding
 from sparsify.errors import CheckpointError, MissingDependency, SparsifyError
 
 from .conftest import write_checkpoint
@@ -162,7 +163,7 @@ def test_when_no_model_runs_the_error_says_why_for_each(models, fake_vllm, monke
 
 
 def test_a_thread_setting_that_fails_leaves_the_other(models, fake_vllm, monkeypatch):
-    every = bench_run.thread_binding("all")
+    every = thread_binding("all")
     monkeypatch.setenv("FAKE_BROKEN", f"small {every}")
     result = latency(models, options=BenchOptions(best_threads=True, quiet=True))
     small = result.models[1]
@@ -218,14 +219,14 @@ def test_json_and_table(models, fake_vllm):
 
 
 def test_missing_vllm_says_how_to_get_it(monkeypatch, models):
-    monkeypatch.setattr(bench_run, "find_spec", lambda name: None)
+    monkeypatch.setattr(engine_setup, "find_spec", lambda name: None)
     for call in (require_vllm, lambda: latency(models), lambda: serve(models[0])):
         with pytest.raises(MissingDependency, match=r"pip install 'sparsify-24\[cpu\]'"):
             call()
 
 
 def test_serve_becomes_vllm(models, monkeypatch):
-    monkeypatch.setattr(bench_run, "require_vllm", lambda: None)
+    monkeypatch.setattr(serving, "require_vllm", lambda: None)
     calls = []
     serve(models[1], ["--port", "9"], replace=lambda *call: calls.append(call))
     [(program, command, environment)] = calls

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-import sparsify.cli as cli
 from sparsify.bench.depth import DROPS, METHODS, DepthOptions, compare_depth, recipe_of, table
+from sparsify.cli.bench_recipes import DEPTH_DROPS
 from sparsify.errors import SparsifyError
 from sparsify.recipe import parse_recipe
 from tests.helpers.tiny import save_tiny, tiny_text
@@ -50,7 +50,7 @@ def test_every_row_is_a_recipe_of_its_own():
             recipe = parse_recipe(str(recipe_of(method, "20%", heal)))
             assert recipe.depth.drop == 0.2 and recipe.export.format == "dense"
             assert bool(recipe.training) == (heal is not None and method != "streamline")
-    assert cli.DEPTH_DROPS == DROPS
+    assert DEPTH_DROPS == DROPS
 
 
 def test_an_unknown_method_is_named(place):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsify.bench import BenchOptions, latency, throughput
 from sparsify.bench.dummy_model import parse_dummy
-from sparsify.bench.run import open_targets
+from sparsify.bench.targets import open_targets
 from sparsify.errors import SparsifyError
 from sparsify.formats.sparse24 import Sparse24Config
 from sparsify.model.checkpoint import open_checkpoint

@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 
 from sparsify import cli
-from sparsify.bench import gpu_kernels
-from sparsify.bench.gpu_kernels import CheckOptions, check_backend, errors, float64_product
+from sparsify.bench import gpu_correctness, gpu_kernels, gpu_timing
+from sparsify.bench.baselines import TORCH, error_of
+from sparsify.bench.gpu_correctness import check_backend, errors, float64_product
+from sparsify.bench.gpu_report import Correctness, merge_times
+from sparsify.bench.gpu_timing import CheckOptions
+from sparsify.bench.marlin import first_outputs
+from sparsify.bench.missing import PeerMissing
 from sparsify.bench.shapes import Linear
 from sparsify.errors import MissingDependency
 from sparsify.formats import ModuleScheme, get_format
@@ -30,22 +35,26 @@ GPU = {
     "name": "Test GPU", "capability": "9.0", "multiprocessors": SM_COUNT, "l2_bytes": 1000, "memory_bytes": 10**9,
     "torch": "2", "cuda": "13",
 }  # fmt: skip
-MICROSECONDS = {"cuda": 10.0, gpu_kernels.DENSE: 25.0}
+MICROSECONDS = {"cuda": 10.0, TORCH: 25.0}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_kernels, "CHECKED", SMALL)
-    monkeypatch.setattr(gpu_kernels, "QUICK_CHECKED", SMALL)
-    monkeypatch.setattr(gpu_kernels, "CHECKED_ROWS", (1, 3, 8))
+    monkeypatch.setattr(gpu_correctness, "CHECKED", SMALL)
+    monkeypatch.setattr(gpu_correctness, "QUICK_CHECKED", SMALL)
+    monkeypatch.setattr(gpu_correctness, "CHECKED_ROWS", (1, 3, 8))
 
 
 @pytest.fixture
 def gpu(library: ctypes.CDLL, small: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # noqa: F811
     """A GPU that multiplies on the processor, in the times of a table."""
 
+    def no_marlin(*args: Any) -> None:
+        raise PeerMissing("not installed", "vLLM Marlin: not here")
+
     def time_calls(baselines: Any, device: torch.device, report: Any, rounds: int = 3) -> dict[str, float]:
         for baseline, x in baselines:
+            assert error_of(baseline, x) <= baseline.tolerance, f"{baseline.name} multiplies wrongly"
             products = [call(x) for call in baseline.calls]
             assert len(products) > 1 and all(torch.equal(y, products[0]) for y in products), "copies of one weight"
         return {baseline.name: MICROSECONDS[baseline.name] * (1 + x.shape[0]) / 2 for baseline, x in baselines}
@@ -55,13 +64,13 @@ def gpu(library: ctypes.CDLL, small: None, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setattr(cuda, "_gpus", lambda: [CPU])
         monkeypatch.setattr(gpu_kernels, "current_gpu", lambda: CPU)
         monkeypatch.setattr(gpu_kernels, "describe_gpu", lambda device: GPU)
-        monkeypatch.setattr(gpu_kernels, "time_calls", time_calls)
-        monkeypatch.setattr(gpu_kernels, "marlin", lambda *args: "vLLM Marlin: not here")
+        monkeypatch.setattr(gpu_timing, "time_calls", time_calls)
+        monkeypatch.setattr(gpu_timing, "marlin_linear", no_marlin)
         monkeypatch.setattr(gpu_kernels, "copy_bandwidth", lambda device: 1e12)
         monkeypatch.setattr(
             gpu_kernels,
             "check_streams_and_graphs",
-            lambda backend, device: gpu_kernels.Correctness(backend.name, cases=1),
+            lambda backend, device: Correctness(backend.name, cases=1),
         )
         yield
 
@@ -79,8 +88,8 @@ def test_everything_is_checked_and_measured(gpu: None, tmp_path: Path) -> None:
     assert all(0 < check.worst <= 1 for check in report.correctness[:4])
     assert [(row.n, row.k, row.m) for row in report.rows] == [(64, 128, 1), (64, 128, 3), (128, 64, 1), (128, 64, 3)]
     first, second = report.rows[:2]
-    assert first.microseconds == {"cuda": 10, gpu_kernels.DENSE: 25} and second.microseconds["cuda"] == 20
-    assert first.ratios == {"cuda": {gpu_kernels.DENSE: 2.5}} and first.configs == {
+    assert first.microseconds == {"cuda": 10, TORCH: 25} and second.microseconds["cuda"] == 20
+    assert first.ratios == {"cuda": {TORCH: 2.5}} and first.configs == {
         "zero": 10,
         "one": 10,
         "decoded": 10,
@@ -94,7 +103,7 @@ def test_everything_is_checked_and_measured(gpu: None, tmp_path: Path) -> None:
 
 
 def test_a_wrong_configuration_is_named(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    product = gpu_kernels.sparse24_linear
+    product = gpu_correctness.sparse24_linear
     forced = [-1]
     monkeypatch.setattr(cuda, "force_config", lambda config: forced.append(config))
 
@@ -104,11 +113,11 @@ def test_a_wrong_configuration_is_named(gpu: None, monkeypatch: pytest.MonkeyPat
             y[1, 2] *= 1.02
         return y
 
-    monkeypatch.setattr(gpu_kernels, "sparse24_linear", wrong)
+    monkeypatch.setattr(gpu_correctness, "sparse24_linear", wrong)
     plain, zero, one, decoded = check_backend(Cuda(), CPU, 1e12, quick=False)
     assert not plain.failures and not zero.failures
     assert one.failures and all("M 3: error" in failure for failure in one.failures) and one.worst > 1
-    monkeypatch.setattr(gpu_kernels, "sparse24_linear", lambda x, *rest: product(x, *rest) * float("nan"))
+    monkeypatch.setattr(gpu_correctness, "sparse24_linear", lambda x, *rest: product(x, *rest) * float("nan"))
     assert len(check_backend(Cuda(), CPU, 1e12, quick=True)[0].failures) == 24
 
 
@@ -116,7 +125,7 @@ def test_an_error_does_not_end_the_check(gpu: None, monkeypatch: pytest.MonkeyPa
     def fails(*args: Any) -> Tensor:
         raise RuntimeError("an illegal memory access was encountered\nmore")
 
-    monkeypatch.setattr(gpu_kernels, "sparse24_linear", fails)
+    monkeypatch.setattr(gpu_correctness, "sparse24_linear", fails)
     monkeypatch.setattr(gpu_kernels, "copy_bandwidth", fails)
     report = gpu_kernels.check_gpu(options(only=["cuda"]))
     assert not report.right and "illegal memory access" in report.correctness[0].failures[0]
@@ -141,6 +150,18 @@ def test_errors_are_measured_in_roundings() -> None:
     assert errors(rounded * torch.nan, exact, magnitude, 256, strict=False) == (torch.inf, torch.inf)
 
 
+def test_first_outputs_of_marlin_words() -> None:
+    """GPTQ's order: the eight inputs of a word ascend from the low bits; a code stands for itself less 8."""
+    codes = torch.randint(0, 16, (64, 96), generator=torch.Generator().manual_seed(0))  # [K, N]
+    words = torch.zeros(8, 96, dtype=torch.int64)
+    for inner in range(8):
+        words |= codes[inner::8] << 4 * inner
+    words = (words - (words >> 31 << 32)).int()  # the same bits, signed
+    scales = torch.rand(2, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    dense = ((codes - 8) * scales.double().repeat_interleave(32, 0)).T
+    assert torch.equal(first_outputs(words, scales, 32), dense[:48])
+
+
 def test_cpu_back_ends_and_a_broken_one(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     report = gpu_kernels.check_cpu(options())
     assert {check.backend for check in report.correctness} >= {"reference"} and report.right
@@ -154,7 +175,7 @@ def test_cpu_back_ends_and_a_broken_one(small: None, monkeypatch: pytest.MonkeyP
 def test_times_are_merged_for_the_choice_of_back_ends(gpu: None, tmp_path: Path) -> None:
     file = tmp_path / "times.json"
     file.write_text(json.dumps({"Another GPU": {}}))
-    gpu_kernels.merge_times(gpu_kernels.check_gpu(options(only=["cuda"])), file)
+    merge_times(gpu_kernels.check_gpu(options(only=["cuda"])), file)
     merged = json.loads(file.read_text())
     assert merged["Another GPU"] == {}
     assert merged["Test GPU"] == {
@@ -162,12 +183,12 @@ def test_times_are_merged_for_the_choice_of_back_ends(gpu: None, tmp_path: Path)
     }
     report = gpu_kernels.check_gpu(options(only=["cuda"]))
     report.rows[0].microseconds["triton 16-bit"] = 7.0
-    gpu_kernels.merge_times(report, file)
+    merge_times(report, file)
     kept = json.loads(file.read_text())["Test GPU"]
     assert kept["2:4 16-bit"] == {"64x128": {"triton": {"1": 7.0}}}
     del report.rows[0].microseconds["cuda"]  # a run of other back ends keeps what is known of this one
     report.rows[1].microseconds["cuda"] = 25.0
-    gpu_kernels.merge_times(report, file)
+    merge_times(report, file)
     kept["2:4 4-bit"][f"{report.rows[1].n}x{report.rows[1].k}"]["cuda"][str(report.rows[1].m)] = 25.0
     assert json.loads(file.read_text())["Test GPU"] == kept
     times = merged["Test GPU"]["2:4 4-bit"]

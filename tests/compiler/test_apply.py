@@ -1,7 +1,6 @@
 """From a recipe to a checkpoint directory, on tiny models of every family: what is written, resumed and refused."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -14,7 +13,7 @@ import sparsify.compiler.calibrate as calibrate
 from sparsify.compiler.apply import apply
 from sparsify.compiler.plan import make_plan
 from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
 from sparsify.training.qat_linear import kept_positions
@@ -62,7 +61,7 @@ def test_every_family_becomes_a_two_four_checkpoint(tmp_path, recipe, family):
     opened = open_compressed(tmp_path / "out")
     layers = {layer["module"] for layer in result.metrics["layers"]}
     per_block = 2 if family in ("mixtral",) else None
-    assert len(opened.modules) == len(layers) > 0 and per_block is None or len(layers) >= per_block * 3
+    assert (len(opened.modules) == len(layers) > 0 and per_block is None) or len(layers) >= per_block * 3
     for module in opened.modules:
         linear = opened.linear(module)
         assert linear.bits == 4 and linear.group_size == 32 and is_two_four(linear.codes)
@@ -182,7 +181,7 @@ def test_killed_and_resumed_is_byte_identical(tmp_path, monkeypatch, recipe_text
     if killed_at:  # a finished part is never overwritten by accident
         with pytest.raises(CheckpointError, match="--resume"):
             apply(recipe(), str(source), tmp_path / "again", quiet=True)
-    os.unlink(tmp_path / "text.txt")  # a resumed run must not need the text again
+    (tmp_path / "text.txt").unlink()  # a resumed run must not need the text again
     apply(recipe(), str(source), tmp_path / "again", resume=True, quiet=True)
     for file in sorted((tmp_path / "whole").iterdir()):
         if file.name != run.RECORD:  # it holds times

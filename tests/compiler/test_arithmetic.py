@@ -12,7 +12,7 @@ from sparsify.compiler.apply import apply
 from sparsify.compiler.arithmetic import RECORD
 from sparsify.compiler.plan import make_plan
 from sparsify.errors import CheckpointError
-from sparsify.formats.directory import partial_directory
+from sparsify.formats.writer import partial_directory
 from sparsify.processor import available_levels
 from sparsify.recipe import parse_recipe
 from tests.helpers.tiny import save_tiny, tiny_text

@@ -13,7 +13,7 @@ import sparsify.compiler.calibrate as calibrate
 from sparsify.compiler.apply import apply
 from sparsify.distributed import share
 from sparsify.errors import SparsifyError
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
 from tests.helpers.tiny import save_tiny, tiny_text

@@ -10,7 +10,8 @@ from sparsify import compute
 from sparsify.compiler.estimate import writing_bytes
 from sparsify.compiler.operations import CHOOSE_TWO, EIGEN, groups_of, in_words, solving
 from sparsify.compiler.plan import make_plan
-from sparsify.model.decoder import find_groups, open_blocks
+from sparsify.model.decoder import open_blocks
+from sparsify.model.linear_groups import find_groups
 from sparsify.model.sequential import Walk
 from sparsify.recipe import parse_recipe
 from sparsify.solver.column_sweep import Solved

@@ -14,8 +14,8 @@ from sparsify.cli import main
 from sparsify.compiler.apply import apply
 from sparsify.compiler.plan import make_plan
 from sparsify.errors import CheckpointError, NumericalError, RecipeError
-from sparsify.formats.directory import open_compressed
 from sparsify.formats.inspect import inspect
+from sparsify.formats.reader import open_compressed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.recipe import load_recipe, parse_recipe
 from sparsify.report import report_on
@@ -360,7 +360,7 @@ def test_an_export_solves_the_head_on_a_text(tmp_path, capsys, tied):
 def test_an_export_that_cannot_be_written_reads_no_text(tmp_path, capsys, monkeypatch):
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     apply(recipe(), str(source), tmp_path / "once", quiet=True)
-    monkeypatch.setattr("sparsify.compiler.dense_weights.open_writer", None)
+    monkeypatch.setattr("sparsify.compiler.convert.open_writer", None)
     text = tiny_text(tmp_path / "text.txt")
     wish = ["export", str(tmp_path / "once"), "--format", "sparse24", "--output", str(tmp_path / "out"), "--quiet"]
     assert main([*wish, "--head", "4", "--calibration", f"file:{text}"]) == 1
@@ -374,7 +374,7 @@ def test_a_model_that_does_not_run_has_no_text_to_solve_its_head_on(tmp_path, ca
     def fails(directory, dtype):
         raise ValueError("no such quantization method")
 
-    monkeypatch.setattr("sparsify.compiler.dense_weights.open_writer", fails)
+    monkeypatch.setattr("sparsify.compiler.convert.open_writer", fails)
     text = tiny_text(tmp_path / "text.txt")
     wish = ["export", str(tmp_path / "plain"), "--format", "sparse24", "--output", str(tmp_path / "out"), "--quiet"]
     assert main([*wish, "--head", "4", "--calibration", f"file:{text}"]) == 1
@@ -455,7 +455,7 @@ def test_vllm_finds_a_packed_head_by_its_name(tmp_path):
 def test_nested_text_configurations_are_untied_too(tmp_path):
     """Models with a text part keep its settings one level down, and either level can tie."""
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16, tie_word_embeddings=True)
-    from sparsify.formats.directory import CheckpointWriter
+    from sparsify.formats.writer import CheckpointWriter
     from sparsify.model.checkpoint import Checkpoint
 
     config = json.loads((source / "config.json").read_text())

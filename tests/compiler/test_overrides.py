@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 
 import sparsify  # noqa: F401  registers sparse24 with transformers
 from sparsify.compiler.apply import apply
-from sparsify.compiler.dense_weights import export
+from sparsify.compiler.convert import export
 from sparsify.compiler.operations import groups_of, solving
 from sparsify.compiler.plan import make_plan
 from sparsify.errors import RecipeError
-from sparsify.formats.directory import open_compressed
 from sparsify.formats.inspect import inspect
+from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
 from sparsify.runtime.backends import ENVIRONMENT_VARIABLE

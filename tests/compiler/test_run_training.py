@@ -17,7 +17,8 @@ import sparsify.training.trainer as trainer
 from sparsify.compiler.apply import apply
 from sparsify.compiler.plan import make_plan
 from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
-from sparsify.formats.directory import CheckpointWriter, open_compressed
+from sparsify.formats.reader import open_compressed
+from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import load_recipe, parse_recipe, ready_recipes
 from sparsify.training.qat_linear import kept_positions

@@ -16,7 +16,7 @@ from sparsify.compiler.shorten.source import open_source, structures_of
 from sparsify.compiler.shorten.write import renumbered, shortened_config, verify, write_shortened
 from sparsify.depth.layers import Layer, as_layers
 from sparsify.errors import CheckpointError, RecipeError
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import is_two_four
 from sparsify.model.sublayers import Sublayer

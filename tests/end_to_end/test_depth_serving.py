@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sparsify.compiler.apply import apply
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.recipe import parse_recipe
 from tests.end_to_end.engine import BFLOAT16_NOISE, assert_follows, serve
 from tests.helpers.compressed import make_dense

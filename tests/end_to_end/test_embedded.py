@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from sparsify.cli import main
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.runtime.backends import get_backend
 from tests.end_to_end.engine import distances, serve

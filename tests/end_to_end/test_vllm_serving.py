@@ -12,9 +12,9 @@ import pytest
 
 from sparsify.bench import BenchOptions, ThroughputWorkload, throughput
 from sparsify.bench.vllm_cli import CPU_BUILD, installed_as
-from sparsify.compiler.dense_weights import export
+from sparsify.compiler.convert import export
 from sparsify.formats import ModuleScheme
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.processor import FORCE, available_levels, other_variables
 from tests.end_to_end.engine import BFLOAT16_NOISE, Answers, assert_follows, assert_same, serve
@@ -109,7 +109,7 @@ def test_stock_vllm_serves_pack_quantized(tmp_path: Path) -> None:
 
 def test_a_table_outlives_what_vllm_has_no_kernel_for(tmp_path: Path) -> None:
     """Held down to AVX2, vLLM's CPU build has no W4A16; its other rows, and ours, are there."""
-    if not installed_as() == CPU_BUILD or "avx2" not in available_levels():
+    if installed_as() != CPU_BUILD or "avx2" not in available_levels():
         pytest.skip("needs vLLM's build for CPUs and AVX2")
     make_dense("llama", tmp_path / "dense")
     for format in ("pack-quantized", "sparse24"):

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsify.evaluation import evaluate_all
-from sparsify.formats.directory import CheckpointWriter
+from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import LinearWeights
 

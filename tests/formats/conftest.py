@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.formats.directory import CheckpointWriter
+from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import CODE_RANGE, LinearWeights
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from sparsify.compiler.convert import export
 from sparsify.errors import CheckpointError
 from sparsify.files import read_json
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import is_two_four
 
@@ -154,7 +154,7 @@ def test_a_damaged_source_leaves_nothing_behind(llama, compress, tmp_path):
 
 
 def test_an_export_that_was_killed_is_begun_again(llama, compress, tmp_path, monkeypatch):
-    from sparsify.formats.directory import CheckpointWriter
+    from sparsify.formats.writer import CheckpointWriter
 
     source, _ = compress(llama(), tmp_path / "source", "sparse24")
     writer = CheckpointWriter(tmp_path / "out", "dense", open_checkpoint(source), identity="export")

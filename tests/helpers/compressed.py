@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from sparsify.formats.directory import CheckpointWriter
+from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import LinearWeights
 from tests.helpers.tiny import tiny_model, tiny_tokenizer

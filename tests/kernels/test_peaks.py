@@ -172,7 +172,7 @@ def test_a_forced_level_rules_the_peaks(forced: str, probes: Probes, monkeypatch
 def test_a_real_array_is_read(probes: Probes) -> None:
     array = ReadArray(probes, 2**22 + 5, 1, 0)
     assert array.nbytes == 2**22 and array.speed(seconds=1e-4, rounds=1) > 0
-    assert sorted(array.ways) == sorted(READING) and array.glance() > 0
+    assert sorted(array.patterns) == sorted(READING) and array.glance() > 0
     array.close()
 
 
@@ -181,7 +181,7 @@ def test_a_glance_reads_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(peaks, "memory_bytes", lambda: 2**29)
     with Meter(2, FakeProbes(bfloat16=True)) as meter:  # type: ignore[arg-type]
         meter.peaks(seconds=1e-3, rounds=2)
-        assert meter.memory.ways[0][0] == 4  # streams: the fast ones
+        assert meter.memory.patterns[0][0] == 4  # streams: the fast ones
         found = {place: meter.glance("float32", from_memory=place) for place in (True, False)}
         assert found[True].read == pytest.approx(8e9) and found[False].read == pytest.approx(32e9)
         assert found[True].arithmetic == pytest.approx(8e9)

@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM
 
 from sparsify.errors import CheckpointError, NumericalError
 from sparsify.model.checkpoint import open_checkpoint
-from sparsify.model.decoder import find_groups, open_blocks
+from sparsify.model.decoder import open_blocks
 from sparsify.model.linear import LinearWeights
+from sparsify.model.linear_groups import find_groups
 from sparsify.model.sequential import Walk
 from tests.helpers.tiny import FAMILIES, save_tiny
 
@@ -33,10 +34,10 @@ def halve(visit):
     }
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES])
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_sees_what_the_whole_model_computes(tmp_path, family):
     directory = save_tiny(tmp_path / family, family)
-    walk = Walk(open_blocks(open_checkpoint(directory)), tokens(), twin=True)
+    walk = Walk(open_blocks(open_checkpoint(directory)), tokens(), dense_reference=True)
     seen, dense_seen = {}, {}
 
     def rewrite(visit):
@@ -102,9 +103,9 @@ def test_experts_and_router_are_not_visited(tmp_path):
 
 def test_replay_gives_the_same_hidden_states(tmp_path):
     directory = save_tiny(tmp_path / "m", dtype=torch.bfloat16)
-    first = Walk(open_blocks(open_checkpoint(directory)), tokens(), twin=True)
+    first = Walk(open_blocks(open_checkpoint(directory)), tokens(), dense_reference=True)
     result = first.visit(0, lambda name: True, halve)
-    second = Walk(open_blocks(open_checkpoint(directory)), tokens(), twin=True)
+    second = Walk(open_blocks(open_checkpoint(directory)), tokens(), dense_reference=True)
     second.replay(0, result.linears)
     for i in range(len(first.hidden)):
         assert torch.equal(first.hidden[i], second.hidden[i])

@@ -25,6 +25,7 @@ from sparsify.report.figures import (
     sizes,
     subject,
 )
+from sparsify.report.page import environment
 
 from .sample import sample_bench, sample_evaluations, sample_metrics
 
@@ -129,6 +130,19 @@ def test_values_are_escaped_everywhere():
     for tag, attrs in document.tags:
         assert tag not in ("script", "img"), tag
         assert not any(name.startswith("on") for name in attrs)
+
+
+def test_no_template_marks_a_value_of_the_context_as_safe_but_pictures():
+    loader = environment().loader
+    safe = {
+        line.strip()
+        for name in environment().list_templates()
+        for line in re.findall(r"{{[^}]*\bsafe\b[^}]*}}", loader.get_source(environment(), name)[0])
+    }
+    assert safe == {
+        "{{ picture.wide | safe }}", "{{ picture.narrow | safe }}", "{{ value.picture | safe }}", "{{ header.emblem | safe }}",
+    }  # fmt: skip
+    assert environment().autoescape is True
 
 
 def test_self_contained():

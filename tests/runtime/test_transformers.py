@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import sparsify  # noqa: F401  what a user has to write
 from sparsify.errors import CheckpointError, SparsifyError
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.runtime.module import Sparse24Linear
 from tests.helpers.agreement import Agree
 from tests.helpers.compressed import MIXED, compress, make_dense

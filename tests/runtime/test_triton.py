@@ -17,7 +17,7 @@ from sparsify.model.linear import LinearWeights
 from sparsify.runtime.backends import choose_backend, get_backend
 from sparsify.runtime.backends import triton as backend
 from sparsify.runtime.backends import triton_tuning as tuning
-from sparsify.runtime.backends.triton_tuning import Config
+from sparsify.runtime.backends.triton_config import Config, heuristic
 from sparsify.runtime.op import sparse24_linear
 from tests.helpers.floats import hard_bits, is_nan, to_bfloat16
 
@@ -245,7 +245,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_tuning_keeps_the_fastest_for_later_processes(interpreter: ModuleType, cache: Path) -> None:
     scheme = ModuleScheme(4, 64, "2:4", (64, 1024))
     rule = tuning.choose_config(3, scheme, CPU)
-    assert rule == tuning.heuristic(3, scheme, tuning.UNKNOWN_PROCESSORS)
+    assert rule == heuristic(3, scheme, tuning.UNKNOWN_PROCESSORS)
     times = iter(range(100, 0, -1))  # later candidates are faster
     found = tuning.tune([(3, scheme)], CPU, measure=lambda call: next(times))
     last = tuning.candidates(3, scheme, tuning.UNKNOWN_PROCESSORS)[-1]
@@ -253,7 +253,7 @@ def test_tuning_keeps_the_fastest_for_later_processes(interpreter: ModuleType, c
     tuning._table.cache_clear()  # as a new process
     assert tuning.choose_config(3, scheme, CPU) == last
     assert tuning.choose_config(16, scheme, CPU) == last  # the same bucket
-    assert tuning.choose_config(17, scheme, CPU) == tuning.heuristic(17, scheme, tuning.UNKNOWN_PROCESSORS)
+    assert tuning.choose_config(17, scheme, CPU) == heuristic(17, scheme, tuning.UNKNOWN_PROCESSORS)
     assert [path.name for path in (cache / "triton").iterdir()] == [tuning.table_path(CPU).name]
 
 
@@ -276,7 +276,7 @@ def test_a_damaged_table_is_named_and_not_used(text: str, cache: Path, caplog: p
     path.parent.mkdir()
     path.write_text(text)
     scheme = ModuleScheme(4, 64, "2:4", (64, 64))
-    assert tuning.choose_config(1, scheme, CPU) == tuning.heuristic(1, scheme, tuning.UNKNOWN_PROCESSORS)
+    assert tuning.choose_config(1, scheme, CPU) == heuristic(1, scheme, tuning.UNKNOWN_PROCESSORS)
     assert str(path) in caplog.text and "remove it" in caplog.text
 
 

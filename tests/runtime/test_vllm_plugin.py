@@ -32,10 +32,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import WeightsMapper
 
 from sparsify.compiler.apply import apply
-from sparsify.compiler.dense_weights import export
+from sparsify.compiler.convert import export
 from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import LinearWeights
 from sparsify.recipe import parse_recipe
 from sparsify.runtime import vllm_plugin

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsify.errors import NumericalError
-from sparsify.model.decoder import BlockCall
+from sparsify.model.capture import BlockCall
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.solver.grid import Grid, round_to_nearest
 from sparsify.solver.masks.magnitude import magnitude_mask

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsify.compiler.apply import apply
 from sparsify.errors import RecipeError
-from sparsify.formats.directory import open_compressed
+from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.recipe import parse_recipe
 from sparsify.training.lora import (

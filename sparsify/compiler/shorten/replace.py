@@ -14,7 +14,7 @@ from sparsify.compiler.shorten.source import Source
 from sparsify.depth.layers import Layer
 from sparsify.depth.replacement import LOSSES, next_token_loss, train_replacement
 from sparsify.distributed import device
-from sparsify.model.decoder import call_of_row
+from sparsify.model.capture import call_of_row
 from sparsify.model.in_memory import probed_structure
 from sparsify.model.sequential import Walk
 from sparsify.progress import Task

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsify import compute
 from sparsify.depth.layers import Layer
 from sparsify.distributed import device
-from sparsify.formats.directory import CompressedCheckpoint, open_compressed
+from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import BlockModel, find_blocks, meta_model, target_names
 from sparsify.model.in_memory import probed_structure

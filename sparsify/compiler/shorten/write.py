@@ -21,9 +21,9 @@ from sparsify.compiler.shorten.source import Source, open_source, probe_tokens
 from sparsify.depth.layers import Layer
 from sparsify.distributed import device
 from sparsify.errors import CheckpointError
-from sparsify.formats.directory import CheckpointWriter
+from sparsify.formats.writer import CheckpointWriter
+from sparsify.model.capture import capture_calls, run_block
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.model.decoder import capture_calls, run_block
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sublayers import FEED_FORWARD, KINDS, Structure, run_without
 from sparsify.training.block_tuning import Tuned
@@ -47,7 +47,9 @@ def write_shortened(source: Source, choice: Choice, structures: Mapping[int, Str
                 if source.model.owner(target) != old:
                     continue
                 inner = target.removeprefix(source.model.blocks[old] + ".")
-                if structure is None and kind != KINDS[0] or structure is not None and structure.kind_of(inner) != kind:
+                if (structure is None and kind != KINDS[0]) or (
+                    structure is not None and structure.kind_of(inner) != kind
+                ):
                     continue
                 zero = layer.absent == kind and structure is not None and structure.is_silenced(inner, kind)
                 _take(source, name, inner, renumbered(name, old, number), zero, tuned, linears, tensors)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
 from sparsify.native import build
-from sparsify.processor import FORCE, LEVELS, forced_level
+from sparsify.processor import LEVELS, forced_level, lacking
 
 INT8_VARIABLE = "SPARSIFY_CPU_INT8"  # set to 1: all but the fewest rows are multiplied in int8
 INT8 = 256  # its bit in the option word
@@ -100,9 +100,7 @@ def _level() -> int:
     if forced is None:
         return int(library.sparse24_level(-1))
     if library.sparse24_level(LEVELS.index(forced)) < 0:
-        raise SparsifyError(
-            f"{FORCE}={forced}: this processor lacks it; the fastest here is {LEVELS[library.sparse24_level(-1)]}"
-        )
+        raise lacking(forced, LEVELS[library.sparse24_level(-1)])
     return LEVELS.index(forced)
 
 

@@ -29,7 +29,7 @@ DECODE = -2  # the configuration that decodes the weight and multiplies densely
 # From how many rows on that is faster, by the major compute capability; none elsewhere. Hopper's dense products run on
 # instructions (wgmma) that outrun mma.sp. Measured on an H100: at 256 rows the tile shapes win on every shape, at 384 and 512
 # decoding wins up to 6144 x 4096 and the tile shapes above, by as much, from 768 on decoding wins on all. `sparsify kernels
-# check --gpu` times both ways.
+# check --gpu` times both.
 DENSE_ROWS = {9: 384}
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Cuda:
     def prepare(self, tensors: Mapping[str, Tensor], scheme: ModuleScheme, dtype: torch.dtype) -> list[Tensor]:
         """The linear in the kernel's order, uint8 [packed bytes]; and an empty tensor of the type of its scales.
 
-        The op needs that type beside the bytes, and a tensor tells it to torch.compile without a look at its contents.
+        The op needs that type beside the bytes, and torch.compile reads it from a tensor without looking at contents.
         """
         library = _required()
         given = [tensors[name].contiguous() for name in ("weight_packed", "weight_meta", "weight_scale")]

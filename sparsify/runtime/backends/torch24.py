@@ -66,7 +66,7 @@ class Torch24:
 
 def _compress(weight: Tensor) -> list[Tensor]:
     """weight: [N, K], 2:4. The tensors of PyTorch's compressed form."""
-    with warnings.catch_warnings():  # it tells once that its interface is a prototype, which is not the user's affair
+    with warnings.catch_warnings():  # it warns once that its interface is a prototype; a user can do nothing about that
         warnings.simplefilter("ignore", UserWarning)
         compressed = _kind().from_dense(weight)
     return [part for part in (compressed.packed, compressed.meta) if part is not None]

@@ -1,8 +1,9 @@
 """The Triton back end: 2:4 and dense quantized linears on any GPU that Triton compiles for, NVIDIA or AMD.
 
-Three ways to multiply, chosen by the number of rows (`triton_tuning.py`): a matrix-vector kernel that selects the kept
-inputs, a tile kernel that decodes weights in registers for the tensor cores, and, for the very many rows of long prompts,
-decoding the weights into a temporary tensor for PyTorch's dense product. Nothing synchronises with the device, and
+The number of rows chooses among three kernels (the rule is in `triton_config.py`, measurements in `triton_tuning.py`): a
+matrix-vector kernel that selects the kept inputs; a tile kernel that decodes weights in registers for the tensor cores;
+and, for the very many rows of long prompts, one that decodes the weights into a temporary tensor for PyTorch's dense
+product. Nothing synchronises with the device, and
 nothing is shared between calls, so everything may be captured into CUDA graphs and run on several streams.
 
 Triton comes with torch where there is a GPU. It is imported when the back end is asked whether it can serve.
@@ -20,12 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify.formats import ModuleScheme
-from sparsify.runtime.backends.triton_tuning import Config, choose_config
-
-DTYPES = (torch.bfloat16, torch.float16)
-PANEL, UNIT = 32, 32  # outputs and inputs that lie together (triton_kernels.py)
-ONE_GROUP = 30  # a shift that makes every unit one of group 0
-ADDED_TOGETHER = 512  # outputs per program that adds the sums of a split
+from sparsify.runtime.backends.triton_launch import DTYPES, PANEL, UNIT, run
+from sparsify.runtime.backends.triton_tuning import choose_config
 
 
 class Triton:
@@ -86,85 +83,6 @@ class Triton:
         return y
 
 
-def run(
-    config: Config, x: Tensor, prepared: Sequence[Tensor], bias: Tensor | None, scheme: ModuleScheme, y: Tensor
-) -> None:
-    """Write x @ W.T + bias into y in the way `config` says. x: [M, K] contiguous, 16-byte aligned; y: [..., N]."""
-    kernels = _kernels()
-    words, scales = prepared
-    rows, (n, k) = x.shape[0], scheme.shape
-    padded, units, groups = words.shape[0] * PANEL, words.shape[1], scales.shape[1] if scales.dim() == 3 else 1
-    fixed, options = constants(config, scheme, x.dtype, scales.dtype, bias is not None)
-    what = {**fixed, **options}
-    if config.kind == "gemv":
-        kernels.gemv[(-(-n // config.block_n), rows)](
-            x.view(torch.int64), words, scales, bias, y, n, padded, units, groups, k // 4, kernels.MAGIC, **what
-        )
-    elif config.kind == "gemm":
-        partial = x.new_empty((config.splits, rows, n), dtype=torch.float32) if config.splits > 1 else None
-        steps = -(-k // fixed["BLOCK_K"])
-        per_split = -(-steps // config.splits) * fixed["BLOCK_K"]
-        kernels.gemm[(-(-rows // config.block_m), -(-n // config.block_n), config.splits)](
-            x, words, scales, bias, y, partial, rows, n, padded, k, units, groups, per_split, kernels.MAGIC, **what
-        )
-        if partial is not None:
-            kernels.add_partials[(-(-n // ADDED_TOGETHER), rows)](
-                partial,
-                bias,
-                y,
-                rows,
-                n,
-                config.splits,
-                X=fixed["X"],
-                HAS_BIAS=bias is not None,
-                BLOCK_N=ADDED_TOGETHER,
-            )
-    else:
-        weight = x.new_empty((n, k))
-        kernels.decode[(-(-k // config.block_k), -(-n // config.block_n))](
-            words, scales, weight, n, padded, k, units, groups, kernels.MAGIC, **what
-        )
-        with torch.no_grad():
-            out = y.view(rows, n)
-            if bias is None:
-                torch.mm(x, weight.T, out=out)
-            else:
-                torch.addmm(bias.to(x.dtype), x, weight.T, out=out)
-
-
-def constants(
-    config: Config, scheme: ModuleScheme, dtype: torch.dtype, value_dtype: torch.dtype, has_bias: bool
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The compile-time arguments of the kernel that `config` names, and the options of the compiler."""
-    n, k = scheme.shape
-    fixed: dict[str, Any] = {
-        "GROUP_SHIFT": group_shift(scheme),
-        "BITS": scheme.bits,
-        "SPARSE": scheme.pattern == "2:4",
-        "X": _triton_type(dtype),
-        "VALUE": _triton_type(value_dtype),
-        "BLOCK_N": config.block_n,
-    }
-    if config.kind == "gemv":
-        fixed |= {"HAS_BIAS": has_bias, "BLOCK_U": config.block_k // UNIT, "STAGES": config.stages}
-    elif config.kind == "gemm":
-        block_k = config.tile_k(scheme)
-        one_group = group_shift(scheme) == ONE_GROUP
-        fixed |= {"HAS_BIAS": has_bias, "ONE_GROUP": one_group, "EVEN_K": k % block_k == 0}
-        fixed |= {"SPLIT": config.splits > 1, "BLOCK_M": config.block_m, "BLOCK_K": block_k}
-    else:
-        fixed |= {"BLOCK_K": config.block_k}
-    # fused: a code becomes a float in one multiply-add (exact in either way)
-    return fixed, {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-
-
-def group_shift(scheme: ModuleScheme) -> int:
-    """Units of 32 inputs to groups of scales, as a shift."""
-    if scheme.bits == 16 or scheme.group_size == scheme.shape[1]:
-        return ONE_GROUP
-    return (scheme.group_size // UNIT).bit_length() - 1
-
-
 def _pad(matrix: Tensor, row_multiple: int, column_multiple: int) -> Tensor:
     """Zeros below and to the right, up to multiples."""
     rows, columns = matrix.shape
@@ -197,18 +115,6 @@ def _interpreting() -> bool:
 
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-def _kernels() -> Any:
-    from sparsify.runtime.backends import triton_kernels
-
-    return triton_kernels
-
-
-def _triton_type(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

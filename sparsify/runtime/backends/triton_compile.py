@@ -20,8 +20,8 @@ import torch
 
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
-from sparsify.runtime.backends.triton import DTYPES, constants
-from sparsify.runtime.backends.triton_tuning import Config
+from sparsify.runtime.backends.triton_config import Config
+from sparsify.runtime.backends.triton_launch import DTYPES, constants
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx942",)
@@ -41,7 +41,7 @@ CONFIGS = (
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes. registers and spilled_bytes are per thread and None where no tool tells; shared_bytes per program."""
+    """What one kernel takes. registers, spilled_bytes: per thread, None where no tool reports them; shared_bytes: per program."""
 
     target: str
     kernel: str
@@ -128,6 +128,7 @@ def compile_all(targets: tuple[str, ...] = TARGETS) -> Iterator[Resources]:
 
 
 def main(arguments: list[str]) -> Any:
+    """Print the resources of every kernel for these targets, or for all."""
     for resources in compile_all(tuple(arguments) or TARGETS):
         print(json.dumps(asdict(resources)), flush=True)
 

@@ -1,6 +1,6 @@
 """Which kernel and which tile the Triton back end takes for a product, by a rule or by measurements of this GPU.
 
-The rule (`heuristic`) needs nothing. `tune` times a list of candidates for the shapes it is given and keeps the fastest
+The rule (`triton_config.heuristic`) needs nothing. `tune` times a list of candidates for the shapes it is given and keeps the fastest
 in a file per GPU, versions of Triton and kernels under sparsify's cache; later processes read it. Nothing is ever
 timed while a model serves unless SPARSIFY_TRITON_TUNE=1 asks for it, and never inside a captured CUDA graph.
 """
@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +22,13 @@ from torch import Tensor
 from sparsify.errors import SparsifyError
 from sparsify.files import atomic_write, cache_directory
 from sparsify.formats import ModuleScheme
+from sparsify.runtime.backends.triton_config import KINDS, Config, heuristic
+from sparsify.runtime.backends.triton_launch import run
 
 TUNE_VARIABLE = "SPARSIFY_TRITON_TUNE"
-KINDS = ("gemv", "gemm", "decode")
 UNKNOWN_PROCESSORS = 108  # for the rule when no GPU is at hand (interpreter): an A100 has as many
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How to compute one product. gemv: block_n outputs x block_k inputs per step; gemm: a tile and the number of
-    programs that share the inputs; decode: tiles of the decoded weights, multiplied by PyTorch."""
-
-    kind: str
-    block_m: int
-    block_n: int
-    block_k: int
-    splits: int
-    warps: int
-    stages: int
-
-    def tile_k(self, scheme: ModuleScheme) -> int:
-        """Inputs per step: a tile never crosses a group of scales."""
-        one_group = scheme.bits == 16 or scheme.group_size == scheme.shape[1]
-        return self.block_k if one_group else min(self.block_k, scheme.group_size)
-
-    def __str__(self) -> str:
-        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        return f"{self.kind} {tile} splits {self.splits} warps {self.warps} stages {self.stages}"
 
 
 def bucket(rows: int) -> int:
@@ -58,29 +36,8 @@ def bucket(rows: int) -> int:
     return 1 if rows == 1 else min(2048, max(16, 1 << (rows - 1).bit_length()))
 
 
-def heuristic(rows: int, scheme: ModuleScheme, processors: int) -> Config:
-    """A good configuration without measuring. processors: multiprocessors of the GPU.
-
-    From 126 configurations on an H100 with the linears of models of 8 and 70 billion parameters: up to 64 rows the rule is within
-    9% of the best. For 128 rows a tile of 128 would be up to 31% faster there, but spills registers on Ampere.
-    """
-    n, k = scheme.shape
-    if rows == 1:
-        return Config("gemv", 1, 16, 2048, 1, 8, 1)
-    if rows == 2:
-        return Config("gemv", 1, 32, 1024, 1, 8, 1)
-    if rows > 128:
-        return Config("decode", 1, 32, 256, 1, 4, 1)
-    block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
-    block_n = 32 if block_m == 16 else 64
-    tiles = -(-rows // block_m) * -(-n // block_n)
-    # eight programs for each multiprocessor; each split writes and reads its sums once more
-    most = max(1, min(8, 8 * processors // tiles, k // 512))
-    return Config("gemm", block_m, block_n, 64, 1 << (most.bit_length() - 1), 2 if block_m < 64 else 4, 4)
-
-
 def choose_config(rows: int, scheme: ModuleScheme, device: torch.device) -> Config:
-    """What `tune` found for this GPU and product, or the rule."""
+    """What `tune` found for this GPU and product, or the rule. rows: M, the tokens multiplied at once."""
     table = _table(device)
     found = table.get(_key(rows, scheme))
     if found is None and _tune_wanted() and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
@@ -123,14 +80,12 @@ def tune(
     measure: seconds, or any other number to be small, of one call; by default Triton's own benchmark, which empties the
     cache of the GPU between calls.
     """
-    from sparsify.runtime.backends import triton as backend
-
     best = {}
     for rows, scheme in shapes:
         prepared, x, y = _random_product(rows, scheme, device, dtype)
         times = {}
         for config in candidates(rows, scheme, _processors(device)):
-            call = functools.partial(backend.run, config, x, prepared, None, scheme, y)
+            call = functools.partial(run, config, x, prepared, None, scheme, y)
             try:
                 times[config] = (measure or _benchmark)(call)
             except Exception as error:  # out of shared memory or registers on this GPU: not a candidate here

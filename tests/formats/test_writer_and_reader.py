@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,8 +15,9 @@ from safetensors.torch import load_file
 
 from sparsify.errors import CheckpointError
 from sparsify.files import read_json
-from sparsify.formats import ModuleScheme, directory
-from sparsify.formats.directory import CheckpointWriter, natural, open_compressed
+from sparsify.formats import ModuleScheme, writer
+from sparsify.formats.reader import natural, open_compressed
+from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import open_checkpoint
 
 
@@ -140,7 +140,7 @@ def test_dense_checkpoints_hold_no_codes(llama, compress, tmp_path):
 
 def test_large_checkpoints_are_sharded(llama, compress, same, tmp_path, monkeypatch):
     whole, linears = compress(llama(), tmp_path / "whole", "sparse24")
-    monkeypatch.setattr(directory, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
     out, _ = compress(llama(), tmp_path / "out", "sparse24")
     index = read_json(out / "model.safetensors.index.json")
     files = sorted(p.name for p in out.glob("*.safetensors"))
@@ -200,7 +200,7 @@ def test_a_killed_process_leaves_whole_parts_only(llama, tmp_path):
     script = textwrap.dedent(
         f"""
         import torch
-        from sparsify.formats.directory import CheckpointWriter
+        from sparsify.formats.writer import CheckpointWriter
         from sparsify.model.checkpoint import open_checkpoint
         writer = CheckpointWriter({str(tmp_path / "out")!r}, "sparse24", open_checkpoint({str(llama())!r}))
         print("ready", flush=True)
@@ -232,7 +232,7 @@ def test_a_full_disk_gives_one_sentence_and_no_directory(llama, tmp_path, moment
         f"""
         import resource, signal, sys, torch
         from sparsify.errors import CheckpointError
-        from sparsify.formats.directory import CheckpointWriter
+        from sparsify.formats.writer import CheckpointWriter
         from sparsify.model.checkpoint import open_checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         writer = CheckpointWriter({str(tmp_path / "out")!r}, "dense", open_checkpoint({str(llama())!r}))
@@ -250,7 +250,7 @@ def test_a_full_disk_gives_one_sentence_and_no_directory(llama, tmp_path, moment
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     assert "cannot write" in done.stderr and "free some disk space" in done.stderr
     assert not (tmp_path / "out").exists()
-    parts = sorted(os.listdir(tmp_path / "out.partial" / "parts"))
+    parts = sorted(file.name for file in (tmp_path / "out.partial" / "parts").iterdir())
     assert parts == ([] if moment == "part" else [f"p{i}.safetensors" for i in range(4)])
     if moment == "finish":  # with room again, the same parts become the checkpoint
         out = CheckpointWriter(tmp_path / "out", "dense", open_checkpoint(llama()), resume=True).finish()
@@ -440,7 +440,7 @@ def test_a_damaged_config_file_is_refused(good, content):
 
 @pytest.fixture
 def sharded(llama, compress, tmp_path, monkeypatch):
-    monkeypatch.setattr(directory, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
     return compress(llama(), tmp_path / "sharded", "sparse24")[0]
 
 

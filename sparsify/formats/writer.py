@@ -1,4 +1,6 @@
-"""Checkpoint directories: written block by block so that a killed run can go on, and read with every byte checked."""
+"""Writing checkpoint directories: block by block, so that a killed run can go on, and under the final name only when whole."""
+
+from __future__ import annotations
 
 import copy
 import json
@@ -18,15 +20,19 @@ from torch import Tensor
 
 from sparsify.errors import CheckpointError
 from sparsify.files import PARTIAL, publish, read_json, write_json
-from sparsify.formats import get_format, known_formats
-from sparsify.formats.scheme import Format, ModuleScheme, in_block
+from sparsify.formats import get_format
+from sparsify.formats.reader import HEADS, is_head, natural, tensors_of
+from sparsify.formats.scheme import Format, ModuleScheme
 from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_tensors, writing
-from sparsify.model.checkpoint import INDEX, Checkpoint, TensorInfo, open_checkpoint, read_header
+from sparsify.model.checkpoint import INDEX, Checkpoint, TensorInfo, read_header
 from sparsify.model.linear import LinearWeights
 
 SHARD_BYTES = 2_000_000_000
+
+
 METADATA = {"format": "pt"}  # what transformers expects in the header of a weights file
-HEADS = ("lm_head", "embed_out")
+
+
 STALE = ("quantization_config", "compression_config", "sparsity_config", "torch_dtype", "_name_or_path")
 
 
@@ -49,7 +55,7 @@ class _Record:
         return {"sparsify": json.dumps(asdict(self), sort_keys=True)}
 
     @classmethod
-    def from_metadata(cls, file: Path, metadata: Mapping[str, str]) -> "_Record":
+    def from_metadata(cls, file: Path, metadata: Mapping[str, str]) -> _Record:
         try:
             record = json.loads(metadata["sparsify"])
             for key in ("packed", "plain"):
@@ -178,7 +184,7 @@ class CheckpointWriter:
         linears: dict[str, LinearWeights] = {}
         taken: set[str] = set()
         for module, scheme in {**record.packed, **record.plain}.items():
-            mine = _tensors_of(module, infos, self.format.suffixes | {"weight", "codes", "scale"})
+            mine = tensors_of(module, infos, self.format.suffixes | {"weight", "codes", "scale"})
             taken |= {f"{module}.{suffix}" for suffix in mine}
             tensors = {suffix: read_tensor(file, f"{module}.{suffix}") for suffix in mine}
             if module in record.packed:
@@ -285,7 +291,7 @@ class CheckpointWriter:
             if "dtype" in level or level is config:
                 level["dtype"] = str(_main_dtype(modules, tensors)).removeprefix("torch.")
             # a head with weights of its own is not the embedding any more
-            if any(_is_head(module, scheme, config) for module, scheme in linears.items()):
+            if any(is_head(module, scheme, config) for module, scheme in linears.items()):
                 level["tie_word_embeddings"] = False
         matrices = [name for name, tensor in tensors.items() if name.endswith(".weight") and len(tensor.shape) == 2]
         ignore = {name.removesuffix(".weight") for name in matrices}
@@ -302,21 +308,11 @@ def partial_directory(output: Path) -> Path:
     return output.with_name(output.name + PARTIAL)
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key in which block 10 comes after block 9."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
-
-
 def _read_record(work: Path) -> dict[str, Any]:
     record = read_json(work / "writer.json")
     if not isinstance(record, dict):
         raise CheckpointError(f"{work / 'writer.json'} is damaged; remove {work} and start again")
     return record
-
-
-def _tensors_of(module: str, names: Mapping[str, object], suffixes: frozenset[str] | set[str]) -> list[str]:
-    """Suffixes of the tensors that belong to a compressed linear."""
-    return [suffix for suffix in sorted({*suffixes, "bias"}) if f"{module}.{suffix}" in names]
 
 
 def _plain_linear(module: str, tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> LinearWeights:
@@ -327,13 +323,6 @@ def _plain_linear(module: str, tensors: Mapping[str, Tensor], scheme: ModuleSche
         codes=tensors.get("codes"), scale=tensors.get("scale"), values=values, bias=tensors.get("bias"),
     )  # fmt: skip
     return linear.validate(module)
-
-
-def _is_head(module: str, scheme: ModuleScheme, config: Mapping[str, Any]) -> bool:
-    """Whether a linear is the output head: by its usual names, or because it has an output for every token."""
-    text = config.get("text_config")
-    sizes = {level.get("vocab_size") for level in (config, text) if isinstance(level, dict)}
-    return module.rpartition(".")[2] in HEADS or (not in_block(module) and scheme.shape[0] in sizes)
 
 
 def _main_dtype(modules: Mapping[str, ModuleScheme], tensors: Mapping[str, LazyTensor]) -> torch.dtype:
@@ -369,68 +358,3 @@ def _write_shards(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
     total = sum(tensor.nbytes for tensor in tensors.values())
     with writing(directory / INDEX):
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-@dataclass(frozen=True)
-class CompressedCheckpoint:
-    """A checkpoint of any known format, read lazily. modules: the compressed linears (none for `dense`).
-
-    pack-quantized does not record sparsity, so its schemes say "dense"; `linear` reads the pattern off the codes.
-    """
-
-    checkpoint: Checkpoint
-    format: str
-    modules: dict[str, ModuleScheme]
-
-    @property
-    def _suffixes(self) -> frozenset[str]:
-        """What marks the tensors of a module; modules of the format `dense` are those that are to be trained as they are."""
-        return get_format(self.format).suffixes or frozenset({"weight"})
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.checkpoint.config
-
-    @property
-    def directory(self) -> Path:
-        return self.checkpoint.directory
-
-    def linear(self, module: str) -> LinearWeights:
-        """One compressed linear, checked; CheckpointError names the tensor that is wrong."""
-        if module not in self.modules:
-            raise CheckpointError(f"{self.checkpoint.spec} holds no compressed linear {module}")
-        format = get_format(self.format)
-        names = _tensors_of(module, self.checkpoint.infos, self._suffixes)
-        tensors = {suffix: self.checkpoint.tensor(f"{module}.{suffix}") for suffix in names}
-        return format.decode(module, tensors, self.modules[module])
-
-    def nbytes(self, module: str) -> int:
-        """Bytes on disk of one compressed linear."""
-        names = _tensors_of(module, self.checkpoint.infos, self._suffixes)
-        return sum(self.checkpoint.info(f"{module}.{suffix}").nbytes for suffix in names)
-
-    def other_names(self) -> list[str]:
-        """The tensors that are not part of a compressed linear."""
-        taken = {f"{m}.{s}" for m in self.modules for s in _tensors_of(m, self.checkpoint.infos, self._suffixes)}
-        return [name for name in self.checkpoint.names() if name not in taken]
-
-    def tensor(self, name: str) -> Tensor:
-        return self.checkpoint.tensor(name)
-
-
-def open_compressed(source: str | Path) -> CompressedCheckpoint:
-    """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown."""
-    checkpoint = open_checkpoint(source)
-    described = checkpoint.config.get("quantization_config")
-    if described is not None and not isinstance(described, dict):
-        raise CheckpointError(f"{checkpoint.spec}: quantization_config in config.json must be an object")
-    for name in known_formats():
-        format = get_format(name)
-        if format.recognises(described):
-            shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
-            return CompressedCheckpoint(checkpoint, name, format.schemes(described, shapes))
-    method = " ".join(str((described or {}).get(key)) for key in ("quant_method", "format") if key in (described or {}))
-    raise CheckpointError(
-        f"{checkpoint.spec} is quantized with {method or 'an unnamed method'}, which sparsify cannot read; "
-        f"it reads {', '.join(known_formats())}: start from the dense model instead"
-    )

@@ -1,0 +1,118 @@
+"""The commands. Each one parses its arguments, calls one function of the package and prints what it returned.
+
+`parser` builds the command line; each command registers its options beside its handler: `compress` (apply, plan,
+recipes), `checkpoint` (inspect, export, eval, report), `bench`, `bench_kernels`, `bench_recipes`, `serve`, `kernels`,
+`doctor`, `demo`. This module runs a command and turns whatever ends it into an exit status and one sentence.
+
+Nothing heavy is imported before a command runs, so that `sparsify --help` is instant. While a command runs, whatever
+libraries print on stdout goes to stderr: stdout carries the result alone, with `--json` exactly one JSON object.
+"""
+
+import argparse
+import errno
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from sparsify.cli.command import FAILED, Outcome
+from sparsify.cli.parser import parse
+from sparsify.distributed import is_main
+from sparsify.errors import SparsifyError
+from sparsify.progress import on_terminal, patiently, silenced
+from sparsify.threads import prepare
+
+INTERRUPTED = 130  # exit status, as shells have it: 128 + SIGINT
+NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars of libraries, where none can be drawn
+PIPE_WIDTH = 160  # columns of a table that is not printed on a terminal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status. Usage errors exit with 2 on the way."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parse(argv)
+    quiet = getattr(args, "quiet", False)
+    # before a handler imports the libraries that read these once
+    prepare(NO_BARS if (quiet or not on_terminal()) and args.command != "serve" else None)
+    try:
+        with only_results_on_stdout(args.command != "serve"), silenced(quiet), patiently("loading libraries"):
+            outcome = args.handler(args)
+        if is_main():  # of several processes that torchrun started, one prints
+            show(outcome, getattr(args, "json", False))
+        return outcome.status
+    except (KeyboardInterrupt, Exception) as error:
+        if args.debug or os.environ.get("SPARSIFY_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        status, sentence = explain(error, args, argv)
+        if sentence:
+            print(sentence, file=sys.stderr)
+        return status
+
+
+@contextmanager
+def only_results_on_stdout(active: bool = True) -> Iterator[None]:
+    """Sends to stderr what libraries, native code and child processes write to stdout."""
+    if not active:
+        yield
+        return
+    sys.stdout.flush()
+    python_stdout, real_stdout = sys.stdout, os.dup(1)
+    try:
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+        yield
+    finally:
+        sys.stdout = python_stdout
+        os.dup2(real_stdout, 1)
+        os.close(real_stdout)
+
+
+def show(outcome: Outcome, as_json: bool) -> None:
+    """Print the result on stdout."""
+    if as_json:
+        print(json.dumps(outcome.data, indent=2, allow_nan=False))
+    elif outcome.shown:
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, soft_wrap=not sys.stdout.isatty())
+        for part in outcome.shown:
+            console.print(part, markup=False, highlight=False)
+    sys.stdout.flush()
+
+
+def explain(error: BaseException, args: argparse.Namespace, argv: Sequence[str]) -> tuple[int, str]:
+    """The exit status and the one sentence for an error that ended a command."""
+    again = ""
+    if args.command == "apply":
+        command = [*argv] if "--resume" in argv else [*argv, "--resume"]
+        again = f"; finished blocks are kept, go on with: {shlex.join(['sparsify', *command])}"
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, f"interrupted{again}"
+    if isinstance(error, BrokenPipeError):  # the reader of our stdout has gone, as in `sparsify inspect DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILED, ""
+    if isinstance(error, SparsifyError):
+        return FAILED, f"error: {error}"
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
+        return (
+            FAILED,
+            f"error: no space left on the disk{at_file(error)}: free some{again or ' and run the command again'}",
+        )
+    if isinstance(error, PermissionError):
+        return FAILED, f"error: permission denied{at_file(error)}: choose another place or change its rights"
+    if isinstance(error, OSError) and error.strerror:
+        return FAILED, f"error: {error.strerror}{at_file(error)}"
+    if isinstance(error, MemoryError):
+        return FAILED, f"error: out of memory: use fewer or shorter calibration samples{again}"
+    kind, message = type(error).__name__, " ".join(str(error).split())
+    hint = "this is a bug in sparsify or in what it calls; run again with --debug for the traceback"
+    return FAILED, f"error: {kind}: {message or 'no message'} ({hint})"
+
+
+def at_file(error: BaseException) -> str:
+    """The file that an error names, in brackets behind a space, or nothing."""
+    name = getattr(error, "filename", None)
+    return f" ({name})" if name else ""

@@ -1,0 +1,134 @@
+"""`sparsify inspect`, `export`, `eval` and `report`: what is in a checkpoint, how good it is, and other formats."""
+
+import argparse
+from pathlib import Path
+
+from sparsify.cli.command import IS_QUIET, SHOWS_JSON, Commands, Outcome, add_command
+
+
+def inspect(args: argparse.Namespace) -> Outcome:
+    """Run `inspect`."""
+    from sparsify.formats.inspect import inspect, render
+
+    result = inspect(args.directory, quiet=args.quiet)
+    return Outcome(result.to_json(), [render(result)])
+
+
+def add_inspect(commands: Commands) -> None:
+    """Register `inspect`."""
+    command = add_command(
+        commands, "inspect", inspect, "show sparsity, 2:4 validity, bits and bytes of every tensor",
+        IS_QUIET, SHOWS_JSON,
+        shown=("sparsify inspect out/smollm2",),
+    )  # fmt: skip
+    command.add_argument("directory", metavar="DIR", help="checkpoint directory")
+
+
+def export(args: argparse.Namespace) -> Outcome:
+    """Run `export`."""
+    from sparsify.compiler.convert import export
+
+    written = export(
+        args.source, args.format, args.output, args.head, args.head_group_size, args.quiet, args.calibration
+    )
+    shown = [f"{args.format} checkpoint written to {written}"]
+    if args.head == 4 and args.calibration is None:
+        shown.append(
+            "The output head was rounded to nearest, which costs accuracy with 4 bits; "
+            "with --calibration file:TEXT it is solved on that text and loses far less."
+        )
+    return Outcome({"output": str(written), "format": args.format}, shown)
+
+
+def add_export(commands: Commands) -> None:
+    """Register `export`."""
+    command = add_command(
+        commands, "export", export, "write a checkpoint in another format",
+        IS_QUIET, SHOWS_JSON,
+        shown=(
+            "sparsify export out/smollm2 --format pack-quantized --output out/smollm2-stock     runs without sparsify",
+            "sparsify export out/smollm2 --format sparse24 --head 8 --output out/smollm2-head     quantizes lm_head too",
+            "sparsify export out/smollm2 --format sparse24 --head 4 --calibration file:train.txt --output out/smollm2-head4",
+            "sparsify export embedded:smollm2-135m-instruct --format dense --output out/dense",
+        ),
+    )  # fmt: skip
+    command.add_argument(
+        "source", metavar="DIR|MODEL", help="checkpoint directory, .gguf file, Hub id or embedded:NAME"
+    )
+    command.add_argument(
+        "--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized, marlin-24 or dense"
+    )
+    command.add_argument("--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist")
+    command.add_argument(
+        "--head", type=int, choices=(4, 8, 16), metavar="BITS",
+        help="quantize the output head (lm_head) to 8 or 4 bits; 16 dequantizes one that is quantized",
+    )  # fmt: skip
+    command.add_argument(
+        "--calibration", metavar="TEXT",
+        help="solve the head by GPTQ on this text (file:PATH, hub:ID, or self: the model writes it) instead of rounding it "
+        "to nearest, which with 4 bits loses far more",
+    )  # fmt: skip
+    command.add_argument(
+        "--head-group-size", metavar="G", help="inputs per scale of the head: 32, 64 (default), 128 or channel"
+    )
+
+
+def evaluate(args: argparse.Namespace) -> Outcome:
+    """Run `eval`."""
+    from sparsify.evaluation import evaluate, table
+
+    result = evaluate(
+        args.directory,
+        args.dense,
+        args.text,
+        sequence_length=args.sequence_length,
+        chunks=args.chunks,
+        quiet=args.quiet,
+    )
+    return Outcome(result.to_json(), [table([result])])
+
+
+def add_evaluate(commands: Commands) -> None:
+    """Register `eval`."""
+    command = add_command(
+        commands, "eval", evaluate, "measure perplexity, and the distance from the dense model",
+        IS_QUIET, SHOWS_JSON,
+        shown=(
+            "sparsify eval out/smollm2 --text test.txt",
+            "sparsify eval out/smollm2 --dense embedded:smollm2-135m-instruct --text test.txt",
+        ),
+    )  # fmt: skip
+    command.add_argument("directory", metavar="DIR", help="checkpoint directory")
+    command.add_argument("--dense", metavar="M", help="dense model to compare with: KL divergence, top-1 agreement")
+    command.add_argument("--text", metavar="FILE", help="plain text; without it the dense model samples its own")
+    command.add_argument(
+        "--sequence-length", type=int, metavar="N", help="tokens per chunk (1024; 512 on sampled text)"
+    )
+    command.add_argument("--chunks", type=int, metavar="N", help="chunks to score (48; 16 on sampled text)")
+
+
+def report(args: argparse.Namespace) -> Outcome:
+    """Run `report`."""
+    from sparsify.files import read_json
+    from sparsify.report import report_on
+
+    evaluation, bench = (read_json(file) if file else None for file in (args.evaluation, args.bench))
+    page = report_on(Path(args.directory), args.output, evaluation, bench, dense=args.dense)
+    return Outcome({"report": str(page)}, [f"report: {page}"])
+
+
+def add_report(commands: Commands) -> None:
+    """Register `report`."""
+    command = add_command(
+        commands, "report", report, "draw a self-contained HTML page about a checkpoint: layers, sizes, accuracy, speed",
+        IS_QUIET, SHOWS_JSON,
+        shown=(
+            "sparsify report out/smollm2",
+            "sparsify report out/smollm2 --evaluation eval.json --bench bench.json   what eval --json and bench --json printed",
+        ),
+    )  # fmt: skip
+    command.add_argument("directory", metavar="DIR", help="checkpoint directory that `sparsify apply` wrote")
+    command.add_argument("--evaluation", metavar="FILE", help="output of `sparsify eval --json`")
+    command.add_argument("--bench", metavar="FILE", help="output of `sparsify bench --json`")
+    command.add_argument("--dense", metavar="M", help="the dense model, to split its size into linears and the rest")
+    command.add_argument("--output", "-o", metavar="FILE", help="where to write (default DIR/report.html)")

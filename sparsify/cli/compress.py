@@ -1,0 +1,117 @@
+"""`sparsify apply`, `plan` and `recipes`: from a recipe and a dense model to a compressed checkpoint."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsify.cli.command import IS_QUIET, SHOWS_JSON, TAKES_RECIPE, Commands, Outcome, add_command
+from sparsify.errors import RecipeError
+
+if TYPE_CHECKING:
+    from sparsify.recipe import Recipe
+
+
+def apply(args: argparse.Namespace) -> Outcome:
+    """Run `apply`."""
+    from sparsify.compiler.apply import apply
+    from sparsify.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.set, args.model)
+    result = apply(
+        recipe,
+        named_model(recipe.model),
+        args.output,
+        resume=args.resume,
+        quiet=args.quiet,
+        evaluate=recipe_evaluation(recipe, args.quiet),
+        spill=args.spill,
+    )
+    return Outcome(result.to_json(), [result.table()])
+
+
+def recipe_evaluation(recipe: "Recipe", quiet: bool) -> Callable[[Path], dict[str, Any]] | None:
+    """What the `evaluation` section of a recipe asks for, as a call on the finished directory."""
+    asked = recipe.evaluation
+    if asked is None:
+        return None
+
+    def measure(directory: Path) -> dict[str, Any]:
+        from sparsify.evaluation import evaluate
+
+        return evaluate(directory, recipe.model, asked.text, asked.sequence_length, asked.chunks, quiet=quiet).to_json()
+
+    return measure
+
+
+def named_model(model: str | None) -> str:
+    """The model of a recipe after `--model` was applied; a recipe may leave it open."""
+    if model is None:
+        raise RecipeError("the recipe names no model: add --model with a directory, a Hub id or embedded:NAME")
+    return model
+
+
+def add_apply(commands: Commands) -> None:
+    """Register `apply`."""
+    command = add_command(
+        commands, "apply", apply, "apply a recipe to a model and write the checkpoint",
+        TAKES_RECIPE, IS_QUIET, SHOWS_JSON,
+        shown=(
+            "sparsify apply 2of4-w4a16 --model embedded:smollm2-135m-instruct --output out/smollm2",
+            "sparsify apply my.yaml --model ./llama --output out/llama --set calibration.samples=256",
+            "sparsify apply my.yaml --model ./llama --output out/llama --resume     go on after an interruption",
+        ),
+    )  # fmt: skip
+    command.add_argument("--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist")
+    command.add_argument(
+        "--resume", action="store_true", help="go on with a run that was interrupted; the result is the same"
+    )
+    command.add_argument(
+        "--spill",
+        action="store_true",
+        help="keep the calibration activations in a file beside the output, not in memory",
+    )
+
+
+def plan(args: argparse.Namespace) -> Outcome:
+    """Run `plan`."""
+    from sparsify.compiler.plan import make_plan
+    from sparsify.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.set, args.model)
+    result = make_plan(recipe, named_model(recipe.model))
+    return Outcome(result.to_json(), [result.table()])
+
+
+def add_plan(commands: Commands) -> None:
+    """Register `plan`."""
+    add_command(
+        commands, "plan", plan, "show what a recipe will do to a model, without doing it",
+        TAKES_RECIPE, IS_QUIET, SHOWS_JSON,
+        shown=("sparsify plan 2of4-w4a16 --model embedded:smollm2-135m-instruct",),
+    )  # fmt: skip
+
+
+def recipes(args: argparse.Namespace) -> Outcome:
+    """Run `recipes`."""
+    from rich.table import Table
+
+    from sparsify.recipe import ready_recipes
+
+    table = Table("recipe", "what it does", "file")
+    found = {}
+    for name, path in ready_recipes().items():
+        found[name] = {"path": str(path), "description": first_comment(path.read_text(encoding="utf-8"))}
+        table.add_row(name, found[name]["description"], str(path))
+    return Outcome({"recipes": found}, [table])
+
+
+def first_comment(text: str) -> str:
+    """The sentence a recipe begins with; the line before it is for editors and names the schema."""
+    lines = (line.lstrip("#").strip() for line in text.splitlines() if line.startswith("#"))
+    return next((line for line in lines if line and not line.startswith("yaml-language-server")), "")
+
+
+def add_recipes(commands: Commands) -> None:
+    """Register `recipes`."""
+    add_command(commands, "recipes", recipes, "list the built-in recipes", SHOWS_JSON)

@@ -1,0 +1,101 @@
+"""Reading checkpoint directories of any known format, with every byte checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparsify.errors import CheckpointError
+from sparsify.formats import get_format, known_formats
+from sparsify.formats.scheme import ModuleScheme, in_block
+from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.model.linear import LinearWeights
+
+HEADS = ("lm_head", "embed_out")
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key in which block 10 comes after block 9."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+
+
+def tensors_of(module: str, names: Mapping[str, object], suffixes: frozenset[str] | set[str]) -> list[str]:
+    """Suffixes of the tensors that belong to a compressed linear."""
+    return [suffix for suffix in sorted({*suffixes, "bias"}) if f"{module}.{suffix}" in names]
+
+
+def is_head(module: str, scheme: ModuleScheme, config: Mapping[str, Any]) -> bool:
+    """Whether a linear is the output head: by its usual names, or because it has an output for every token."""
+    text = config.get("text_config")
+    sizes = {level.get("vocab_size") for level in (config, text) if isinstance(level, dict)}
+    return module.rpartition(".")[2] in HEADS or (not in_block(module) and scheme.shape[0] in sizes)
+
+
+@dataclass(frozen=True)
+class CompressedCheckpoint:
+    """A checkpoint of any known format, read lazily. modules: the compressed linears (none for `dense`).
+
+    pack-quantized does not record sparsity, so its schemes say "dense"; `linear` reads the pattern off the codes.
+    """
+
+    checkpoint: Checkpoint
+    format: str
+    modules: dict[str, ModuleScheme]
+
+    @property
+    def _suffixes(self) -> frozenset[str]:
+        """What marks the tensors of a module; modules of the format `dense` are those that are to be trained as they are."""
+        return get_format(self.format).suffixes or frozenset({"weight"})
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.checkpoint.config
+
+    @property
+    def directory(self) -> Path:
+        return self.checkpoint.directory
+
+    def linear(self, module: str) -> LinearWeights:
+        """One compressed linear, checked; CheckpointError names the tensor that is wrong."""
+        if module not in self.modules:
+            raise CheckpointError(f"{self.checkpoint.spec} holds no compressed linear {module}")
+        format = get_format(self.format)
+        names = tensors_of(module, self.checkpoint.infos, self._suffixes)
+        tensors = {suffix: self.checkpoint.tensor(f"{module}.{suffix}") for suffix in names}
+        return format.decode(module, tensors, self.modules[module])
+
+    def nbytes(self, module: str) -> int:
+        """Bytes on disk of one compressed linear."""
+        names = tensors_of(module, self.checkpoint.infos, self._suffixes)
+        return sum(self.checkpoint.info(f"{module}.{suffix}").nbytes for suffix in names)
+
+    def other_names(self) -> list[str]:
+        """The tensors that are not part of a compressed linear."""
+        taken = {f"{m}.{s}" for m in self.modules for s in tensors_of(m, self.checkpoint.infos, self._suffixes)}
+        return [name for name in self.checkpoint.names() if name not in taken]
+
+    def tensor(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(name)
+
+
+def open_compressed(source: str | Path) -> CompressedCheckpoint:
+    """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown."""
+    checkpoint = open_checkpoint(source)
+    described = checkpoint.config.get("quantization_config")
+    if described is not None and not isinstance(described, dict):
+        raise CheckpointError(f"{checkpoint.spec}: quantization_config in config.json must be an object")
+    for name in known_formats():
+        format = get_format(name)
+        if format.recognises(described):
+            shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
+            return CompressedCheckpoint(checkpoint, name, format.schemes(described, shapes))
+    method = " ".join(str((described or {}).get(key)) for key in ("quant_method", "format") if key in (described or {}))
+    raise CheckpointError(
+        f"{checkpoint.spec} is quantized with {method or 'an unnamed method'}, which sparsify cannot read; "
+        f"it reads {', '.join(known_formats())}: start from the dense model instead"
+    )

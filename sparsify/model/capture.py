@@ -1,0 +1,190 @@
+"""What a model calls its decoder blocks with, and what enters and leaves them: learnt by watching the model run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import CheckpointError
+from sparsify.model.decoder import BlockModel
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the model passes to a block beside the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Stop(Exception):
+    """Ends the model's forward once the last block has been reached."""
+
+
+@contextmanager
+def replaced_forwards(model: BlockModel, forward_of: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """No block runs meanwhile: forward_of(i) stands where the forward of block i stood."""
+    modules = [model.block(index) for index in range(len(model.blocks))]
+    for index, module in enumerate(modules):
+        module.forward = forward_of(index)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def leaving(model: BlockModel, hidden: Tensor, as_tuple: bool) -> AbstractContextManager[None]:
+    """No block runs meanwhile, and `hidden` leaves the last one. as_tuple: whether blocks give their state in a tuple."""
+    last = len(model.blocks) - 1
+
+    def given(index: int) -> Any:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = hidden if index == last else x
+            return (output,) if as_tuple else output
+
+        return forward
+
+    return replaced_forwards(model, given)
+
+
+def _recorder(model: BlockModel, calls: list[BlockCall], hidden: list[Tensor], as_tuple: bool) -> Callable[[int], Any]:
+    """For `replaced_forwards`: every block notes its arguments and returns its input."""
+
+    def record(index: int) -> Any:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append(BlockCall(args, kwargs))
+            hidden.append(x)
+            if index == len(model.blocks) - 1:
+                raise _Stop
+            return (x,) if as_tuple else x
+
+        return forward
+
+    return record
+
+
+def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    """The hidden state that enters block 0 and the arguments of every block, without running any block.
+
+    tokens: int64 [B, T]. Returns hidden [B, T, d] and one call per block. What lies before the blocks must be loaded.
+    """
+    for as_tuple in (False, True):  # some blocks return a tuple, and the model takes its first element
+        calls: list[BlockCall] = []
+        hidden: list[Tensor] = []
+        try:
+            with replaced_forwards(model, _recorder(model, calls, hidden, as_tuple)), torch.no_grad():
+                model.model(input_ids=tokens, use_cache=False)
+        except _Stop:
+            pass
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{model.checkpoint.spec}: a tensor needed before the decoder blocks is missing ({error})"
+            ) from None
+        if len(calls) == len(model.blocks) and all(h.shape == hidden[0].shape for h in hidden):
+            return hidden[0], calls
+    raise CheckpointError(
+        f"{type(model.model).__name__} does not call its blocks one after another on one hidden state; it is not supported"
+    )
+
+
+def head_inputs(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """What the output head reads when `hidden` leaves the last block, that is, after the last norm.
+
+    tokens: int64 [B, T]; hidden: [B, T, d]. Returns [B * T, K]. No block runs; what lies outside of them must be loaded.
+    """
+    for as_tuple in (False, True):  # as in `capture_calls`
+        with leaving(model, hidden, as_tuple):
+            read = head_input(model.model, tokens)
+        if read.shape[:-1] == hidden.shape[:-1]:
+            break
+    return read.flatten(0, -2)
+
+
+@torch.no_grad()
+def head_input(model: nn.Module, tokens: Tensor) -> Tensor:
+    """What the output head of a transformers model reads: [B, T, K]; the head itself does not run. tokens: int64 [B, T].
+
+    CheckpointError when the model does not call its head.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise _Stop
+
+    hook = head.register_forward_pre_hook(note)
+    try:
+        model(input_ids=tokens, use_cache=False)
+    except _Stop:
+        return seen[0]
+    finally:
+        hook.remove()
+    raise CheckpointError(
+        f"{type(model).__name__} does not give its last hidden states to its output head, so the head can only be rounded "
+        "to nearest: export.head.method: rtn, or sparsify export without --calibration"
+    )
+
+
+def share_equal(calls: Sequence[BlockCall], known: Sequence[BlockCall]) -> list[BlockCall]:
+    """Replace tensors in `calls` by equal ones of `known`, so that many micro-batches keep one mask and one rotary table."""
+
+    def same(value: Any, other: Any) -> Any:
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            equal = value.shape == other.shape and value.dtype == other.dtype and torch.equal(value, other)
+            return other if equal else value
+        if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
+            return tuple(same(v, o) for v, o in zip(value, other, strict=True))
+        return value
+
+    return [
+        BlockCall(
+            tuple(same(v, o) for v, o in zip(new.args, old.args, strict=True)),
+            {key: same(value, old.kwargs.get(key)) for key, value in new.kwargs.items()},
+        )
+        for new, old in zip(calls, known, strict=True)
+    ]
+
+
+def _map_leaves(function: Callable[..., Any], values: Sequence[Any]) -> Any:
+    """Apply `function` to the list of corresponding leaves of equally nested tuples and dicts."""
+    first = values[0]
+    if isinstance(first, tuple):
+        return tuple(_map_leaves(function, parts) for parts in zip(*values, strict=True))
+    if isinstance(first, dict):
+        return {key: _map_leaves(function, [value[key] for value in values]) for key in first}
+    return function(values)
+
+
+def call_of_row(call: BlockCall, row: int, rows: int) -> BlockCall:
+    """The call of one sequence out of a micro-batch of `rows`: what has a row per sequence is cut, the rest is shared."""
+
+    def cut(values: Sequence[Any]) -> Any:
+        value = values[0]
+        per_row = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows > 1
+        return value[row : row + 1] if per_row else value
+
+    return BlockCall(_map_leaves(cut, [call.args]), _map_leaves(cut, [call.kwargs]))
+
+
+def join_calls(calls: Sequence[BlockCall]) -> BlockCall:
+    """One call for several sequences. The inverse of `call_of_row`."""
+
+    def join(values: Sequence[Any]) -> Any:
+        if not isinstance(values[0], Tensor) or values[0].dim() < 2 or all(value is values[0] for value in values):
+            return values[0]
+        return torch.cat(list(values))
+
+    return BlockCall(_map_leaves(join, [c.args for c in calls]), _map_leaves(join, [c.kwargs for c in calls]))
+
+
+def run_block(block: nn.Module, x: Tensor, call: BlockCall) -> Tensor:
+    """One block on one micro-batch: hidden [B, T, d] in, hidden [B, T, d] out."""
+    output = block(x, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
