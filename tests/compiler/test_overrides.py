@@ -166,7 +166,7 @@ def test_stock_software_reads_several_schemes(tmp_path, recipe, source):
     pytest.importorskip("compressed_tensors")
     entries = (
         "{match: '*down_proj', quantize: {bits: 8}}",
-        "{match: 're:layers[.]1[.]self_attn[.][qkv]_proj', quantize: {group_size: channel}}",
+        "{match: 're:layers[.]1[.]self_attn[.][qkv]_proj', quantize: {bits: 8}}",
         "{match: o_proj, quantize: null}",
     )
     apply(recipe(*entries, format="pack-quantized"), str(source), tmp_path / "out", quiet=True)
@@ -180,11 +180,11 @@ def test_stock_software_reads_several_schemes(tmp_path, recipe, source):
     assert torch.equal(stock, written)
     utils = pytest.importorskip("vllm.model_executor.layers.quantization.compressed_tensors.utils")
     groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"].values()
-    strategies = {target: group["weights"]["strategy"] for group in groups for target in group["targets"]}
+    bits = {target: group["weights"]["num_bits"] for group in groups for target in group["targets"]}
     merged, merges = type("QKVParallelLinear", (torch.nn.Module,), {})(), {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    for block, strategy in ((0, "group"), (1, "channel")):
-        target = utils.find_matched_target(f"{BLOCK}.{block}.self_attn.qkv_proj", merged, strategies, merges)
-        assert strategies[target] == strategy
+    for block, expected in ((0, 4), (1, 8)):
+        target = utils.find_matched_target(f"{BLOCK}.{block}.self_attn.qkv_proj", merged, bits, merges)
+        assert bits[target] == expected
 
 
 def test_a_data_free_recipe_reads_text_for_the_linears_that_need_it(tmp_path, recipe, source):
@@ -267,6 +267,15 @@ def test_after_a_depth_pass_an_override_may_name_a_layer_that_is_gone(tmp_path, 
         and stored["1.mlp.down_proj"][1] == "2:4"
         and "2.mlp.down_proj" not in stored
     )
+
+
+def test_what_no_engine_loads_may_part_what_vllm_merges(tmp_path, recipe, source):
+    """Before a depth pass that comes last, the model is compressed into a directory of the run's own, always in sparse24."""
+    asked = recipe("{match: v_proj, prune: null}", format="dense", more="\n  - depth: {method: deepest, drop: 1}")
+    apply(asked, str(source), tmp_path / "out", quiet=True)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert is_two_four(weights[f"{BLOCK}.1.self_attn.q_proj.weight"])
+    assert not is_two_four(weights[f"{BLOCK}.1.self_attn.v_proj.weight"])
 
 
 @pytest.mark.parametrize(
