@@ -36,27 +36,36 @@ def recipe_reference() -> str:
     from sparsify.recipe import json_schema
 
     schema = json_schema()
-    parts = ["## The whole recipe", settings(schema)]
+    parts = ["## The whole recipe", settings(schema, schema["$defs"])]
     for entry in schema["properties"]["passes"]["items"]["oneOf"]:
         (kind,) = entry["properties"]
         definition = schema["$defs"][entry["properties"][kind]["$ref"].rpartition("/")[2]]
-        parts += [f"## Pass `{kind}`", entry.get("description", ""), settings(definition)]
+        parts += [f"## Pass `{kind}`", entry.get("description", ""), settings(definition, schema["$defs"])]
     passes = {
         e["properties"][k]["$ref"] for e in schema["properties"]["passes"]["items"]["oneOf"] for k in e["properties"]
     }
     for name, definition in schema["$defs"].items():
         if f"#/$defs/{name}" not in passes and definition.get("properties"):
-            parts += [f"## `{name}`", definition.get("description", ""), settings(definition)]
+            parts += [f"## `{name}`", definition.get("description", ""), settings(definition, schema["$defs"])]
     return "\n\n".join(part for part in parts if part)
 
 
-def settings(definition: dict[str, Any]) -> str:
-    """The table of the keys of one mapping."""
+def settings(definition: dict[str, Any], known: dict[str, Any]) -> str:
+    """The table of the keys of one mapping. known: the definitions that it refers to."""
     lines = ["| key | values | default | meaning |", "| --- | --- | --- | --- |"]
     for key, node in definition["properties"].items():
         default = "required" if key in definition.get("required", ()) else written(node.get("default"))
-        lines.append(f"| `{key}` | {cell(kind_of(node))} | {cell(default)} | {cell(node.get('description', ''))} |")
+        lines.append(f"| `{key}` | {cell(kind_of(node))} | {cell(default)} | {cell(said_of(node, known))} |")
     return "\n".join(lines)
+
+
+def said_of(node: dict[str, Any], known: dict[str, Any]) -> str:
+    """What a key means; where only the mapping under it says so, its first sentence."""
+    refers = [one["$ref"] for one in (node, *node.get("anyOf", ())) if "$ref" in one]
+    if "description" not in node and refers:
+        text = str(known[refers[0].rpartition("/")[2]].get("description", "")).partition(". ")[0].rstrip(".")
+        return text[:1].lower() + text[1:]
+    return str(node.get("description", ""))
 
 
 def written(value: Any) -> str:
@@ -80,7 +89,10 @@ def kind_of(node: dict[str, Any]) -> str:
     if "enum" in node:
         return ", ".join(written(value) for value in node["enum"])
     if node.get("type") == "array":
-        return f"list of {kind_of(node['items'])}" if "items" in node else "list"
+        passes = "oneOf" in node.get("items", {})
+        return "list of passes" if passes else f"list of {kind_of(node['items'])}"
+    if node.get("type") == "object":
+        return "mapping"
     word = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`"}
     return word.get(node.get("type", ""), node.get("type", "")).replace("null", "`null`") + limits(node)
 

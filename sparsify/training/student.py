@@ -140,8 +140,8 @@ class Student(nn.Module):
         """The last hidden state [B, T, d], or logits [B, T, V] where those are more than a product with the head."""
         scored = self.weights.kl or self.weights.cross_entropy
         if self.plain_head or not scored:
-            return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-        return self.model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+            return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.model(input_ids=input_ids, use_cache=False).logits
 
     def _next_token(self, last: Tensor, target: Target | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.plain_head:
