@@ -88,12 +88,14 @@ def apply(
     quiet: bool = False,
     evaluate: Evaluate | None = None,
     spill: bool = False,
+    served: bool = True,
 ) -> Applied:
     """Compress `model` by `recipe` into the directory `output`.
 
     resume:   go on with an interrupted run; the result has the same bytes (run.json, which holds times, excepted)
     evaluate: measures the finished directory
     spill:    keep the calibration activations in a file instead of in memory
+    served:   False for a step of a longer run, whose result no engine loads
     Started by torchrun in several processes, they share the samples and the work; one of them writes.
     Raises SparsifyError for anything a user can mend. Nothing appears under `output` before it is complete.
     """
@@ -106,7 +108,7 @@ def apply(
     with main_first():
         arithmetic = begin(partial_directory(output), resume or not is_main())  # the main process has kept it by then
         with arithmetic.in_force(), stage(f"reading {model}"):
-            plan = make_plan(recipe, model)
+            plan = make_plan(recipe, model, served=served)
         identity = dump_recipe(resumable(recipe))
         writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume=resume, identity=identity)
         finished = writer.parts()
@@ -209,7 +211,7 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, s
         spec = str(compressed)
         if not compressed.exists():
             own = before.model_copy(update={"export": before.export.model_copy(update={"format": "sparse24"})})
-            apply(own, model, compressed, resume=resume, quiet=quiet, spill=spill)
+            apply(own, model, compressed, resume=resume, quiet=quiet, spill=spill, served=False)
         metrics = read_json(compressed / METRICS)
         errors = {layer["module"]: layer["relative_error"] for layer in metrics["layers"]}
         head = metrics["head"]

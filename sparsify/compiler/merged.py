@@ -40,18 +40,19 @@ def merging_problem(linears: Mapping[str, Planned], format: str) -> str | None:
     stored = STORED.get(format)
     if stored is None:
         return None
-    for name, planned in linears.items():
+    for name in linears:
         parent, dot, leaf = name.rpartition(".")
         for together in MERGED:
-            others = [f"{parent}{dot}{part}" for part in together if part != leaf] if leaf == together[0] else []
-            for other in others:
-                partner = linears.get(other)
-                if partner is None:
-                    continue
-                if stored(planned.scheme, planned.shape[1]) != stored(partner.scheme, partner.shape[1]):
+            present = [f"{parent}{dot}{member}" for member in together if f"{parent}{dot}{member}" in linears]
+            if leaf not in together or present[0] != name:
+                continue  # each set is looked at once, from its first linear
+            one = linears[name]
+            for other in present[1:]:
+                two = linears[other]
+                if stored(one.scheme, one.shape[1]) != stored(two.scheme, two.shape[1]):
                     return (
-                        f"vLLM merges {name} and {other} into one linear, so both must be stored alike, but {name} is "
-                        f"{planned.describe()} and {other} is {partner.describe()}; "
-                        f"match all of {', '.join(together)} in overrides and ignore"
+                        f"vLLM merges {name} and {other} into one linear, so both must be stored alike; but of {leaf} the recipe "
+                        f"says: {one.describe()}; of {other.rpartition('.')[2]}: {two.describe()}. "
+                        f"Match all of {', '.join(together)} in overrides and ignore"
                     )
     return None

@@ -227,15 +227,16 @@ def describe(scheme: Scheme) -> str:
     return " + ".join(parts) + (f", error propagation {scheme.error_propagation:g}" if scheme.error_propagation else "")
 
 
-def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None) -> Plan:
+def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, served: bool = True) -> Plan:
     """Bind a recipe to a model. Raises RecipeError or CheckpointError when the two do not fit; runs nothing.
 
     shortened: what a depth pass left; the recipe is then what follows it
+    served: the result is what is exported, and vLLM has to load it
     """
-    if recipe.depth is not None:
-        plan = _plan_linears(recipe, model, None)
-        return replace(plan, depth=plan_depth(recipe.depth, plan.model))
-    return _plan_linears(recipe, model, shortened)
+    plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None)
+    if served and (problem := merging_problem(plan.linears, recipe.export.format)):
+        raise RecipeError(problem)
+    return plan if recipe.depth is None else replace(plan, depth=plan_depth(recipe.depth, plan.model))
 
 
 def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Plan:
@@ -262,8 +263,9 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
                 reason = "routes tokens to experts"
             linears[module] = Planned(module, source, index, shape, None if reason else scheme, reason)
         other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
-    problem = None if shortened else override_problem(recipe, linears, model)  # a depth pass may remove what one names
-    if problem := problem or merging_problem(linears, recipe.export.format):
+    if shortened is None and (
+        problem := override_problem(recipe, linears, model)
+    ):  # a depth pass may remove what one names
         raise RecipeError(problem)
     training = plan_training(recipe, checkpoint, shortened)
     plan = Plan(recipe, opened, linears, other, store, None, training)

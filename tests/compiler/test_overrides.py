@@ -161,6 +161,32 @@ def test_stock_formats_say_each_scheme(tmp_path, recipe, source):
     assert not is_two_four(opened.linear(f"{BLOCK}.0.self_attn.v_proj").codes)
 
 
+def test_stock_software_reads_several_schemes(tmp_path, recipe, source):
+    """transformers with compressed-tensors, and how vLLM looks up the scheme of a linear that it merges."""
+    pytest.importorskip("compressed_tensors")
+    entries = (
+        "{match: '*down_proj', quantize: {bits: 8}}",
+        "{match: 're:layers[.]1[.]self_attn[.][qkv]_proj', quantize: {bits: 8}}",
+        "{match: o_proj, quantize: null}",
+    )
+    apply(recipe(*entries, format="pack-quantized"), str(source), tmp_path / "out", quiet=True)
+    export(str(tmp_path / "out"), "dense", tmp_path / "dense", quiet=True)
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
+    with torch.no_grad():
+        stock, written = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)(ids).logits
+            for name in ("out", "dense")
+        )
+    assert torch.equal(stock, written)
+    utils = pytest.importorskip("vllm.model_executor.layers.quantization.compressed_tensors.utils")
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    bits = {target: group["weights"]["num_bits"] for group in groups for target in group["targets"]}
+    merged, merges = type("QKVParallelLinear", (torch.nn.Module,), {})(), {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    for block, expected in ((0, 4), (1, 8)):
+        target = utils.find_matched_target(f"{BLOCK}.{block}.self_attn.qkv_proj", merged, bits, merges)
+        assert bits[target] == expected
+
+
 def test_a_data_free_recipe_reads_text_for_the_linears_that_need_it(tmp_path, recipe, source):
     base = recipe()
     free = parse_recipe(
@@ -207,13 +233,13 @@ def test_linears_that_vllm_merges_are_stored_alike(recipe, source, entry, format
     one, other = pair
     message = str(caught.value)
     assert "vLLM merges " in message and f".{one} and " in message and f".{other} into one linear" in message, message
-    assert f".{one} is " in message and f".{other} is " in message
+    assert f"of {one} the recipe says: " in message and f"of {other}: " in message
 
 
 def test_ignore_cannot_part_what_vllm_merges(recipe, source):
     asked = recipe().model_copy(update={"ignore": ["v_proj"]})
     with pytest.raises(
-        RecipeError, match=r"q_proj and .*v_proj into one.*v_proj is stays dense: the recipe ignores it"
+        RecipeError, match=r"q_proj and .*v_proj into one.*; of v_proj: stays dense: the recipe ignores it"
     ):
         make_plan(asked, str(source))
 
@@ -241,6 +267,15 @@ def test_after_a_depth_pass_an_override_may_name_a_layer_that_is_gone(tmp_path, 
         and stored["1.mlp.down_proj"][1] == "2:4"
         and "2.mlp.down_proj" not in stored
     )
+
+
+def test_what_no_engine_loads_may_part_what_vllm_merges(tmp_path, recipe, source):
+    """Before a depth pass that comes last, the model is compressed into a directory of the run's own, always in sparse24."""
+    asked = recipe("{match: v_proj, prune: null}", format="dense", more="\n  - depth: {method: deepest, drop: 1}")
+    apply(asked, str(source), tmp_path / "out", quiet=True)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert is_two_four(weights[f"{BLOCK}.1.self_attn.q_proj.weight"])
+    assert not is_two_four(weights[f"{BLOCK}.1.self_attn.v_proj.weight"])
 
 
 @pytest.mark.parametrize(

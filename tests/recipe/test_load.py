@@ -50,6 +50,19 @@ def test_the_ready_recipes_do_what_their_names_say() -> None:
     assert [step.method for step in free.passes] == ["magnitude", "rtn"]
 
 
+def test_the_solver_of_each_ready_recipe() -> None:
+    """damping, error propagation and passes of coordinate descent decide bytes; the published figures are of these."""
+    joint, propagating, plain = (0.004, 0.4, 5), (0.01, 0.5, 5), (0.01, 0.0, 5)
+    expected = {"quickstart": (0.01, 0.4, 5), "2of4": propagating, "2of4-distill": propagating, "w4a16": plain}
+    expected |= {"magnitude-rtn": plain, "depth-2of4-w4a16": joint}
+    compressing = {name: recipe for name in ready_recipes() if (recipe := load_recipe(name)).prune or recipe.quantize}
+    for name, recipe in compressing.items():
+        solver = recipe.solver
+        found = (solver.damping, solver.error_propagation, solver.coordinate_descent)
+        assert found == expected.get(name, joint), name
+    assert set(expected) < set(compressing) and len(compressing) == 11
+
+
 def test_recipes_of_an_installed_wheel_are_found_and_a_strangers_are_not(tmp_path: Path) -> None:
     package = tmp_path / "site-packages" / "sparsify"
     stranger = tmp_path / "site-packages" / "recipes"

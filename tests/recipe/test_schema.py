@@ -391,6 +391,21 @@ def test_the_schema_accepts_what_the_loader_accepts_and_refuses_what_it_refuses(
     for path in ready_recipes().values():
         assert not list(validator.iter_errors(yaml.safe_load(path.read_text())))
         assert not list(validator.iter_errors(yaml.safe_load(dump_recipe(load_recipe(path)))))
+    some = {"version": 1, "passes": [{"prune": {"method": "wanda"}}, {"quantize": {"bits": 4, "group_size": 64}}]}
+    for overrides in (
+        [{"match": "a", "prune": None}],
+        [{"match": "a", "quantize": {"bits": 8}}, {"match": "b", "prune": {"method": "alps"}, "quantize": None}],
+    ):
+        assert not list(validator.iter_errors({**some, "overrides": overrides})) and recipe_from(
+            {**some, "overrides": overrides}
+        )
+    for overrides in (
+        [{"prune": None}],
+        [{"match": "a", "quantize": {"bits": 5}}],
+        [{"match": "a", "prunes": None}],
+        {},
+    ):
+        assert list(validator.iter_errors({**some, "overrides": overrides})), overrides
     for passes in (
         [],
         [{"prune": {}}],
