@@ -17,7 +17,7 @@ PEERS := .venv-peers/.ready
 SETUP := pyproject.toml deploy/setup.sh deploy/versions.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format types recipes doctor build peers lock check-install test-floor test-newest clean clean-venv
+.PHONY: help setup demo test test-fast lint format types recipes doctor docs coverage build peers lock check-install test-floor test-newest clean clean-venv
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -49,6 +49,14 @@ format: $(READY) ## Rewrite the sources in the house style
 recipes: $(READY) ## Write recipes/schema.json again from the recipe classes
 	$(BIN)/python -c 'import json; from sparsify.recipe import json_schema; print(json.dumps(json_schema(), indent=2))' > recipes/schema.json.new
 	mv recipes/schema.json.new recipes/schema.json
+
+docs: $(READY) ## Build the pages of docs/ into out/docs; a link or a formula that fails ends it
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet
+
+coverage: $(READY) ## Run the fast tests and say what share of the lines of sparsify/ they execute
+	$(BIN)/python -m coverage run -m pytest -m "not e2e" $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
 doctor: $(READY) ## Say what is installed and what this machine can run
 	$(BIN)/sparsify doctor

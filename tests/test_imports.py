@@ -22,7 +22,7 @@ from sparsify.cli.parser import command_parser
 ORDER = (
     "_version", "errors", "failure", "files", "units", "processor", "threads", "distributed", "compute", "progress", "native",
     "recipe", "model", "data", "formats", "solver", "training", "depth", "compiler", "runtime", "evaluation", "bench", "report",
-    "demo", "doctor", "cli", "__main__",
+    "api", "demo", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 # The runtime is loaded by every vLLM worker and by transformers: it may know the format and nothing of the compiler.
@@ -361,7 +361,7 @@ def test_absence_is_told_with_the_extra_that_brings_the_package(
     told = 0
     for module, imports in house.items():
         for name, said in imports.handled if module not in ROWS else ():
-            if not third_party(name) or offers(extras[""], name) and "tensorboard" not in name:
+            if not third_party(name) or (offers(extras[""], name) and "tensorboard" not in name):
                 continue
             named = re.findall(r"sparsify-24\[(\w+)\]", said)
             wanted = "tensorboard" if name == "torch.utils.tensorboard.SummaryWriter" else name

@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 # Lock files of one environment -> the extras it has. deploy/setup.sh installs them together.
-TOOLS = ("demo", "data", "train", "test", "dev")
+TOOLS = ("demo", "data", "train", "test", "dev", "docs")
 ENVIRONMENTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("core",): (),
     ("cpu",): ("cpu",),

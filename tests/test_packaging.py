@@ -111,6 +111,7 @@ def test_setup_refuses_clearly(
 def test_make_without_a_target_explains_itself(repository: Path) -> None:
     run = subprocess.run(["make", "-C", str(repository)], capture_output=True, text=True, check=True)
     assert all(
-        f"make {target}" in run.stdout for target in ("demo", "test", "lint", "recipes", "peers", "lock", "clean")
+        f"make {target}" in run.stdout
+        for target in ("demo", "test", "lint", "docs", "coverage", "recipes", "peers", "lock", "clean")
     )
     assert all(f"make {target}" in run.stdout for target in ("check-install", "test-floor", "test-newest"))

@@ -475,7 +475,7 @@ static MultiplyTile multiplier_dot(int rows) {
 // ------------------------------------------------------------------------------- many rows without AMX: select
 //
 // A quad costs one product and one permute per row, where dense pairs cost two products. Products and permutes share one of
-// three ports on Zen 5 (kernels/README.md), so this is up to 1.5 times the rate of dense products.
+// three ports on Zen 5 (docs/kernel-log.md), so this is up to 1.5 times the rate of dense products.
 
 constexpr int kSelectRows = 8;    // of a tile of activations: 2 x 8 sums, the decoded pair and what is picked fill the registers
 constexpr int kSelectSteps = 16;  // of weights between two tiles: 6 KB of 2:4 4-bit, which stay in L1
@@ -642,7 +642,7 @@ namespace sparse24 {
 namespace bf16 {
 
 // Tiles 0-1: sums, 4: activations, each of `rows` rows; 6-7: weights. Five of the eight on purpose: loads rename a tile, and with all
-// eight in use they wait for what still reads the old one (kernels/README.md).
+// eight in use they wait for what still reads the old one (docs/kernel-log.md).
 static void enter_amx(int rows) { sparsify::configure_tiles(rows, 5); }
 
 static void leave_amx() { _tile_release(); }

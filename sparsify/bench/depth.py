@@ -81,8 +81,7 @@ def recipe_of(method: str, drop: str, heal: str | None) -> dict[str, Any]:
     if heal is not None and method == "streamline":
         depth["replacement"] = "layer"
     elif heal is not None:
-        weights = {"feature": 0, "logits": 1}
-        passes.append({"lora": {"tokens": heal, "samples": 512, **HEALING, "weights": weights}})
+        passes.append({"lora": {"tokens": heal, "samples": 512, **HEALING, "loss": {"kl": 1, "squarehead": 0}}})
     return {"version": 1, "passes": passes, "export": {"format": "dense"}}
 
 

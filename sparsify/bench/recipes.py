@@ -87,6 +87,8 @@ def contenders(specs: Sequence[str], overrides: Sequence[str], model: str | None
 def _other_pass(change: str, passes: Sequence[str]) -> bool:
     """Whether an override is for a pass that a recipe does not have."""
     parts = change.partition("=")[0].split(".")
+    if parts[0] in ("solver", "ignore", "overrides"):  # of prune and quantize
+        return not {"prune", "quantize"} & set(passes)
     return parts[0] == "passes" and len(parts) > 1 and not parts[1].isdigit() and parts[1] not in passes
 
 

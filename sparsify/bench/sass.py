@@ -246,7 +246,7 @@ def table(inspection: Inspection) -> Table:
 
 
 def markdown(inspection: Inspection) -> str:
-    """The table of kernels/README.md: per tile shape and architecture registers, spilled bytes and resident blocks."""
+    """The table of docs/kernels.md: per tile shape and architecture registers, spilled bytes and resident blocks."""
     groups = grouped(inspection.instances)
     archs = sorted({arch for _, arch in groups})
     lines = [

@@ -35,7 +35,7 @@ def add_bench_recipes(benchmarks: Commands) -> None:
         IS_QUIET, SHOWS_JSON,
         shown=(
             "sparsify bench recipes 2of4 w4a16 2of4-w4a16 --model embedded:smollm2-135m-instruct --output out/recipes",
-            "sparsify bench recipes 2of4-w4a16 plain=2of4-w4a16,passes.prune.correction=0,passes.quantize.correction=0 "
+            "sparsify bench recipes 2of4-w4a16 plain=2of4-w4a16,solver.error_propagation=0 "
             "--model DIR --text test.txt --set calibration.source=file:train.txt --output out/recipes",
         ),
     )  # fmt: skip

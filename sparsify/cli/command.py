@@ -85,5 +85,5 @@ TAKES_RECIPE.add_argument(
     action="append",
     default=[],
     metavar="A.B=C",
-    help="change a setting of the recipe: calibration.samples=64, passes.0.prune.damping=0.02; repeatable",
+    help="change a setting of the recipe: calibration.samples=64, passes.prune.method=wanda; repeatable",
 )

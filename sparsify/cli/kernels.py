@@ -84,7 +84,7 @@ def add_check_kernels(kernels: Commands) -> None:
     command.add_argument(
         "--times",
         metavar="FILE",
-        help="put the times into this file, by which back ends are chosen (kernels/README.md)",
+        help="put the times into this file, by which back ends are chosen (docs/kernels.md)",
     )
 
 
@@ -106,7 +106,7 @@ def add_inspect_kernels(kernels: Commands) -> None:
         shown=("sparsify kernels inspect", "sparsify kernels inspect --arch 90"),
     )  # fmt: skip
     command.add_argument("--arch", metavar="SM,SM", help="GPU architectures (80,86,89,90,100,120)")
-    command.add_argument("--markdown", action="store_true", help="print the table of kernels/README.md")
+    command.add_argument("--markdown", action="store_true", help="print the table of docs/kernels.md")
 
 
 def list_kernels(args: argparse.Namespace) -> Outcome:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +15,10 @@ from sparsify.compiler.metrics import layer_notes
 from sparsify.compiler.plan import Plan
 from sparsify.compiler.run import Run
 from sparsify.data.calibration import calibration_tokens
+from sparsify.data.given import read_tokens, token_file
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.distributed import device, is_main, main_first, processes, rank
-from sparsify.errors import SparsifyError
+from sparsify.errors import CalibrationError, SparsifyError
 from sparsify.files import cache_directory
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.formats.writer import CheckpointWriter
@@ -41,11 +43,41 @@ def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tenso
         from safetensors.torch import load_file
 
         return load_file(file)["tokens"]
+    if (given := token_file(plan.recipe.calibration)) is not None:
+        settings = plan.recipe.calibration
+        tokens = read_tokens(given, settings.samples, settings.sequence_length)
+        _refuse_unknown_tokens(tokens, plan, given)
+    else:
+        tokens = _text_rows(plan, quiet)
+    aside = file.with_suffix(".partial")
+    write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {})
+    aside.replace(file)
+    return tokens
+
+
+def _refuse_unknown_tokens(tokens: Tensor, plan: Plan, file: Path) -> None:
+    """Token ids that the embedding of the model does not have."""
+    embedding: Any = plan.model.model.get_input_embeddings()  # type: ignore[operator]
+    least, most = int(tokens.min()), int(tokens.max())
+    if least < 0 or most >= embedding.num_embeddings:
+        raise CalibrationError(
+            f"{file} holds the token ids {least} to {most}, the model knows 0 to {embedding.num_embeddings - 1}; "
+            "were they made by another tokenizer?"
+        )
+
+
+def _text_rows(plan: Plan, quiet: bool) -> Tensor:
     from transformers import AutoTokenizer
 
     directory, dtype = plan.checkpoint.directory, plan.compute.dtype
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokens = calibration_tokens(
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(
+            f"{plan.checkpoint.spec} has no tokenizer, which calibration text needs ({str(error).splitlines()[0]}); "
+            "give it one (in Python tokenizer=...), or calibrate on token ids"
+        ) from None
+    return calibration_tokens(
         plan.recipe.calibration,
         tokenizer,
         lambda: open_writer(directory, dtype),
@@ -53,10 +85,6 @@ def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tenso
         key=writer_key(plan.checkpoint, dtype),
         quiet=quiet,
     )
-    aside = file.with_suffix(".partial")
-    write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {})
-    aside.replace(file)
-    return tokens
 
 
 def compress_on_data(run: Run) -> None:

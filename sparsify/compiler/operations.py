@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsify.compiler.shorten import SEARCHED_ROWS
 from sparsify.recipe.schema import SelfText
 from sparsify.recipe.sources import SELF
 from sparsify.solver.coordinate_descent import BLOCKSIZE
@@ -23,8 +24,14 @@ from sparsify.solver.solve import Scheme
 
 if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan, Planned
+    from sparsify.compiler.shorten import PlannedDepth
 
-SOLVER = ("masks", "sweep", "refine", "errors")  # parts that are computed in float32 whatever the model is computed in
+SOLVER = (
+    "masks",
+    "sweep",
+    "coordinate descent",
+    "errors",
+)  # parts that are computed in float32 whatever the model is computed in
 TRY_SCALE = 7  # operations per weight and clipping ratio: divide, round, two clamps, multiply, subtract, square-and-add
 CHOOSE_TWO = 100  # per weight and pass: 12 ordered supports of every four inputs, each about 32 operations
 CHOOSE_ONE = 12  # per weight and pass, where the mask is fixed: the better value and whether it helps
@@ -47,7 +54,7 @@ def count_operations(plan: Plan) -> dict[str, int]:
 
     "self-written text": what the model computes to write its calibration text, where that is not in the cache yet
     "walk": both streams through the blocks; "statistics": X'X and Xd'X of every group, and X'X of the head
-    "masks", "sweep", "refine", "errors": the solver, linears and head together; "tune": the training of blocks
+    "masks", "sweep", "coordinate descent", "errors": the solver, linears and head together; "tune": the training of blocks
     "depth": the scores of a depth pass
     """
     tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
@@ -62,8 +69,8 @@ def count_operations(plan: Plan) -> dict[str, int]:
     for group in groups_of(plan):
         schemes = [scheme for _, scheme in group.members]
         if any(scheme.needs_data for scheme in schemes):
-            corrected = any(scheme.correction > 0 for scheme in schemes)
-            _add(parts, {"statistics": share * _statistics(group.inputs, tokens, corrected)})
+            propagates = any(scheme.error_propagation > 0 for scheme in schemes)
+            _add(parts, {"statistics": share * _statistics(group.inputs, tokens, propagates)})
         for scheme in dict.fromkeys(schemes):
             outputs = sum(n for (n, _), own in group.members if own == scheme)
             _add(parts, {name: share * work for name, work in solving(outputs, group.inputs, scheme).items()})
@@ -71,14 +78,14 @@ def count_operations(plan: Plan) -> dict[str, int]:
         n, k = plan.head.head.shape
         scheme = plan.head.scheme
         if scheme.needs_data:
-            _add(parts, {"statistics": _statistics(k, tokens, corrected=False)})
+            _add(parts, {"statistics": _statistics(k, tokens, propagates=False)})
         for start in range(0, n, ROWS):  # each piece factors the Hessian again
             piece = min(ROWS, n - start)
             _add(parts, solving(piece, k, scheme, measured=scheme.needs_data))
     if plan.recipe.tune is not None:  # forward, and backward to inputs and to weights
         parts["tune"] = 3 * plan.recipe.tune.epochs * share * walk + share * walk
     if plan.depth is not None:
-        parts["depth"] = 2.0 * plan.depth_multiply_adds(tokens)
+        parts["depth"] = _depth(plan, plan.depth, tokens)
     return {name: round(work) for name, work in parts.items() if work}
 
 
@@ -86,11 +93,11 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
     """Operations to bring N stacked outputs with K inputs to a scheme, by part. measured: their error is taken afterwards."""
     weights, cube = n * k, k**3
     parts: dict[str, float] = {}
-    if scheme.sweeps or scheme.correction > 0:
+    if scheme.sweeps or scheme.error_propagation > 0:
         # Cholesky K^3/3, its inverse 2K^3/3, and the factor of that K^3/3; once more in the order of the activations
         times = 2 if scheme.sweeps and scheme.activation_order else 1
         parts["sweep"] = times * 4 * cube / 3
-    if scheme.correction > 0:
+    if scheme.error_propagation > 0:
         parts["sweep"] += 4 * weights * k  # one product and two triangular solves
     if scheme.prune == "alps":
         # the eigenvectors, W H, and two products with them in every iteration
@@ -100,19 +107,21 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
     if (grid := scheme.grid(k)) is not None:
         ratios = len(SHRINK) if grid.search else 1
         parts["sweep"] = parts.get("sweep", 0) + TRY_SCALE * ratios * weights
-    if scheme.sweeps and scheme.refine:
+    if scheme.sweeps and scheme.coordinate_descent:
         choice = CHOOSE_TWO if scheme.prune is not None else CHOOSE_ONE
         group = 0 if grid is None else grid.group_size
         scales = 2 * weights * (group if group <= 2 * BLOCKSIZE else BLOCKSIZE)  # H @ codes inside every group
-        parts["refine"] = 2 * weights * k + scheme.refine * (2 * weights * k + choice * weights + scales)
+        parts["coordinate descent"] = 2 * weights * k + scheme.coordinate_descent * (
+            2 * weights * k + choice * weights + scales
+        )
     if scheme.needs_data and measured:
         parts["errors"] = 4 * weights * k  # (W - What) H and W H
     return parts
 
 
-def _statistics(k: int, tokens: int, corrected: bool) -> float:
+def _statistics(k: int, tokens: int, propagates: bool) -> float:
     """X'X on one triangle, and Xd'X in full where the dense model is followed."""
-    return tokens * k * (k + 1) + (2 * tokens * k * k if corrected else 0)
+    return tokens * k * (k + 1) + (2 * tokens * k * k if propagates else 0)
 
 
 def _forward(plan: Plan, tokens: int) -> float:
@@ -144,6 +153,19 @@ def _writing(plan: Plan) -> float:
     steps = calibration.sequence_length - 1
     weights = _block_weights(plan) + plan.model.head_weights()
     return rows * steps * (2.0 * weights + len(plan.model.blocks) * _attention(plan, steps))
+
+
+def _depth(plan: Plan, depth: PlannedDepth, tokens: int) -> float:
+    """A forward pass for a method that scores blocks of layers; FinerCut runs half the model for every candidate."""
+    if not depth.settings.needs_data:
+        return 0.0
+    calibration, settings, weights = plan.recipe.calibration, depth.settings, depth.weights
+    rows = min(settings.samples or calibration.samples, calibration.samples)
+    if settings.method != "finercut":
+        return 2.0 * (tokens * weights.blocks * rows // max(calibration.samples, 1))
+    judged = min(rows, settings.samples or SEARCHED_ROWS) * calibration.sequence_length
+    steps = round((1 - depth.share) * 2 * weights.layers)
+    return 2.0 * (steps * 2 * weights.layers * judged * (weights.blocks // 2 + weights.head))
 
 
 def groups_of(plan: Plan) -> list[Group]:

@@ -1,33 +1,30 @@
-"""What a recipe will do to a model: a scheme for every linear, and what it will cost, before anything runs."""
+"""What a recipe will do to a model: a scheme for every linear, before anything runs. What it costs is in `estimate.py`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from sparsify.compiler.operations import SOLVER, count_operations, in_words
+from sparsify.compiler.estimate import Estimate, estimate, time_in_words, training_in_words
+from sparsify.compiler.merged import merging_problem
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
-from sparsify.compiler.shorten import SEARCHED_ROWS, PlannedDepth, plan_depth
-from sparsify.compute import Choice, for_model, for_precision, rates
-from sparsify.distributed import device
+from sparsify.compiler.shorten import PlannedDepth, plan_depth
+from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
-from sparsify.formats import ModuleScheme, get_format
+from sparsify.formats import ModuleScheme
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
-from sparsify.model.linear import LinearWeights
 from sparsify.model.output_head import OutputHead, find_head
-from sparsify.recipe import Depth, Prune, Quantize, Recipe, ignored_by
-from sparsify.recipe.sources import SELF, sources_in_words
+from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
+from sparsify.recipe.methods import QUANTIZE, needs_of
+from sparsify.recipe.sources import sources_in_words
 from sparsify.solver.head_quantization import head_problem, head_scheme
 from sparsify.solver.solve import Scheme
 
-OVERHEAD = 2.5  # a walk takes so many times as long as its products alone would
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,26 +75,6 @@ class PlannedHead:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Bytes on disk before and after, the memory that the run needs at least, and its arithmetic without training passes.
-
-    operations: by part, as `operations.count_operations` counts them; a multiply-add is two
-    """
-
-    dense_bytes: int
-    output_bytes: int
-    memory_bytes: int
-    operations: dict[str, int]
-
-    @property
-    def multiply_adds(self) -> int:
-        return sum(self.operations.values()) // 2
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "multiply_adds": self.multiply_adds}
-
-
-@dataclass(frozen=True)
 class Plan:
     """A validated recipe bound to a model."""
 
@@ -137,7 +114,7 @@ class Plan:
 
     @property
     def needs_dense_reference(self) -> bool:
-        return self.recipe.tune is not None or any(scheme.correction > 0 for scheme in self.schemes.values())
+        return self.recipe.tune is not None or any(scheme.error_propagation > 0 for scheme in self.schemes.values())
 
     def dense_linear_bytes(self, module: str) -> int:
         """Bytes of a linear before it was compressed: 16-bit where that was done before this recipe."""
@@ -159,65 +136,10 @@ class Plan:
         return {**kept, **self.other_dense}
 
     def estimate(self) -> Estimate:
-        """Sizes are exact up to file headers, without a depth pass; memory is that of the part that needs most."""
-        dense = self.checkpoint.nbytes()
-        share = 1.0 if self.depth is None else self.depth.share
-        saved = sum(
-            planned.weights * self.checkpoint.dtype(planned.source).itemsize
-            - _stored_bytes(planned.scheme, planned.shape, self)
-            for planned in self.linears.values()
-            if planned.scheme is not None
-        )
-        inside = sum(self.checkpoint.info(n).nbytes for i in range(len(self.model.blocks)) for n in self._files_of(i))
-        saved += round((inside - saved) * (1 - share))
-        if self.head is not None:
-            own = 0 if self.head.head.tied else self.checkpoint.info(self.head.head.source).nbytes
-            saved += own - _stored_bytes(self.head.scheme, self.head.head.shape, self)
-        blocks = len(self.model.blocks)
-        block_bytes = max(
-            sum(p.numel() for p in self.model.block(i).parameters()) * self.model.dtype.itemsize for i in range(blocks)
-        )
-        tokens = self.recipe.calibration.samples * self.recipe.calibration.sequence_length
-        operations = count_operations(self)
-        if not self.needs_data:
-            return Estimate(dense, dense - saved, max(3 * block_bytes, self._training_bytes()), operations)
-        streams = 2 if self.needs_dense_reference else 1
-        widest = max(p.shape[1] for p in self.linears.values())
-        hidden = min(p.shape[1] for p in self.linears.values())
-        outside = sum(math.prod(self.checkpoint.shape(name)) for name in self.model.source_names(None))
-        outside *= self.model.dtype.itemsize
-        activations = streams * tokens * (3 * hidden + widest) * self.model.dtype.itemsize
-        memory = outside + 3 * block_bytes + activations + 6 * widest * widest * 4
-        most = max(memory, self._writing_bytes(), self._training_bytes())
-        return Estimate(dense, dense - saved, most, operations)
-
-    def _writing_bytes(self) -> int:
-        """Of a model that writes its own text: all of its weights at once, beside the keys and values of a few rows."""
-        if all(source != SELF for source, _ in self.recipe.calibration.mixture):
-            return 0
-        return sum(p.numel() for p in self.model.model.parameters()) * self.compute.dtype.itemsize
-
-    def _files_of(self, block: int) -> list[str]:
-        """The tensors of the files that belong to a block, in whatever format they are."""
-        if self.compressed is None:
-            return self.model.source_names(block)
-        prefix = self.model.blocks[block] + "."
-        return [name for name in self.checkpoint.names() if name.startswith(prefix)]
-
-    def depth_multiply_adds(self, tokens: int) -> int:
-        """A forward pass for a method that scores blocks of layers; FinerCut runs half the model for every candidate."""
-        if self.depth is None or not self.depth.settings.needs_data:
-            return 0
-        settings, weights = self.depth.settings, self.depth.weights
-        rows = min(settings.samples or self.recipe.calibration.samples, self.recipe.calibration.samples)
-        if settings.method != "finercut":
-            return tokens * weights.blocks * rows // max(self.recipe.calibration.samples, 1)
-        judged = min(rows, settings.samples or SEARCHED_ROWS) * self.recipe.calibration.sequence_length
-        steps = round((1 - self.depth.share) * 2 * weights.layers)
-        return steps * 2 * weights.layers * judged * (weights.blocks // 2 + weights.head)
+        """What it will cost."""
+        return estimate(self)
 
     def to_json(self) -> dict[str, Any]:
-        estimate = self.estimate()
         return {
             "model": self.checkpoint.spec,
             "blocks": len(self.model.blocks),
@@ -237,36 +159,8 @@ class Plan:
             "training": [planned.to_json() for planned in self.training],
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
             "compute": self.compute.to_json() if self.computes else None,
-            "estimate": estimate.to_json(),
+            "estimate": self.estimate().to_json(),
         }
-
-    def _training_multiply_adds(self, planned: PlannedTraining) -> int:
-        """Forward and backward of the student, forward of the teacher; 0 where the amount of data is not known yet."""
-        weights = sum(p.weights for p in self.linears.values()) + self.model.head_weights()
-        teacher = 1 if planned.teacher is not None else 0
-        return (planned.tokens or 0) * weights * (3 + teacher)
-
-    def _describe_training(self, planned: PlannedTraining) -> str:
-        work = self._training_multiply_adds(planned)
-        precision = for_precision(planned.settings.precision)
-        return planned.describe() + (f"; {_time({planned.settings.kind: 2 * work}, precision)}" if work else "")
-
-    def _training_bytes(self) -> int:
-        """Weights, gradients and two moments in float32, the weights of the products and the teacher in their precision, and
-        what the backward pass of one micro-batch needs of the forward pass: a few dozen vectors per token and block."""
-        if not self.training:
-            return 0
-        weights = sum(p.weights for p in self.linears.values())
-        hidden, widest = (pick(p.shape[1] for p in self.linears.values()) for pick in (min, max))
-        most = activations = 0
-        for planned in self.training:
-            settings = planned.settings
-            tokens = (settings.micro_batch_size or settings.batch_size) * settings.sequence_length
-            depth = 1 if settings.gradient_checkpointing else len(self.model.blocks)
-            itemsize = for_precision(settings.precision).itemsize
-            most = max(most, itemsize)
-            activations = max(activations, tokens * itemsize * (20 * hidden + 10 * widest) * depth)
-        return (16 + 2 * most) * weights + (4 + 2 * most) * self.model.head_weights() + activations
 
     @property
     def _is_dense(self) -> bool:
@@ -286,8 +180,8 @@ class Plan:
 
     def table(self) -> Table:
         """One row per kind of linear and one for the output head, costs below."""
-        estimate = self.estimate()
-        ratio = estimate.dense_bytes / max(estimate.output_bytes, 1)
+        cost = self.estimate()
+        ratio = cost.dense_bytes / max(cost.output_bytes, 1)
         table = Table(title=f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks", caption_justify="left")
         for column in ("linear", "shape", "blocks", "becomes"):
             table.add_column(column, justify="right" if column in ("shape", "blocks") else "left")
@@ -313,11 +207,11 @@ class Plan:
         if self.depth is not None:
             how = f"{self.depth.describe()}\n{how}" if self._depth_first else f"{how}\nthen {self.depth.describe()}"
         table.caption = (
-            f"{how}; {estimate.dense_bytes / 1e6:.0f} MB become {estimate.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
-            f"memory about {estimate.memory_bytes / 1e9:.1f} GB"
-            + (f", {_time(estimate.operations, self.compute.dtype)}" if estimate.operations else "")
+            f"{how}; {cost.dense_bytes / 1e6:.0f} MB become {cost.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
+            f"memory about {cost.memory_bytes / 1e9:.1f} GB"
+            + (f", {time_in_words(cost.operations, self.compute.dtype)}" if cost.operations else "")
             + (f"\n{self.compute.describe()}" if self.computes else "")
-            + "".join(f"\nthen {self._describe_training(planned)}" for planned in self.training)
+            + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
         )
         return table
 
@@ -330,7 +224,7 @@ def describe(scheme: Scheme) -> str:
     if scheme.quantize:
         groups = f"groups of {scheme.group_size}" if scheme.group_size else "one scale per channel"
         parts.append(f"{scheme.bits}-bit {scheme.quantize}, {groups}")
-    return " + ".join(parts) + (f", corrected by {scheme.correction:g}" if scheme.correction else "")
+    return " + ".join(parts) + (f", error propagation {scheme.error_propagation:g}" if scheme.error_propagation else "")
 
 
 def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None) -> Plan:
@@ -361,17 +255,21 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
             if source is None:
                 other[module] = "transformers assembles its weight from several tensors of the checkpoint"
                 continue
-            scheme = _scheme(recipe, module, store)
-            reason = "the recipe ignores it" if scheme is None else scheme.reason_dense(shape[1])
+            settings = settings_of(recipe, module)
+            scheme = _scheme(recipe, settings, store)
+            reason = settings.dense if scheme is None else scheme.reason_dense(shape[1])
             if ROUTER.search(name):
                 reason = "routes tokens to experts"
             linears[module] = Planned(module, source, index, shape, None if reason else scheme, reason)
         other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
+    problem = None if shortened else override_problem(recipe, linears, model)  # a depth pass may remove what one names
+    if problem := problem or merging_problem(linears, recipe.export.format):
+        raise RecipeError(problem)
     training = plan_training(recipe, checkpoint, shortened)
     plan = Plan(recipe, opened, linears, other, store, None, training)
     plan = replace(plan, head=_head(recipe, opened, store, calibrates=plan.needs_data))
     if not plan.schemes:
-        reasons = sorted({reason for reason in plan.dense_modules().values()})
+        reasons = sorted(set(plan.dense_modules().values()))
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
     outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}
     outside -= {plan.head.head.source} if plan.head is not None and not plan.head.head.tied else set()
@@ -469,72 +367,21 @@ def _storage_type(checkpoint: Checkpoint) -> torch.dtype:
     return torch.float16 if torch.float16 in stored else torch.bfloat16
 
 
-def _scheme(recipe: Recipe, module: str, store: torch.dtype) -> Scheme | None:
-    """The passes that apply to one linear, as one scheme; None when all of them ignore it."""
-    prune = next((p for p in recipe.passes if isinstance(p, Prune) and not ignored_by(module, p.ignore)), None)
-    quantize = next((p for p in recipe.passes if isinstance(p, Quantize) and not ignored_by(module, p.ignore)), None)
+def _scheme(recipe: Recipe, settings: LinearSettings, store: torch.dtype) -> Scheme | None:
+    """What is asked of one linear, as one scheme; None when it stays dense."""
+    prune, quantize, solver = settings.prune, settings.quantize, recipe.solver
     if prune is None and quantize is None:
         return None
-    # what belongs to the solve is asked of the pass that solves: a data-free one keeps defaults that mean nothing
-    solving = [p for p in (prune, quantize) if p is not None and p.method not in ("magnitude", "rtn")]
+    needs = needs_of(prune.method if prune else None, quantize.method if quantize else None)
     return Scheme(
         prune=prune.method if prune else None,
         quantize=quantize.method if quantize else None,
         bits=quantize.bits if quantize else 16,
         group_size=0 if quantize is None or quantize.group_size == "channel" else quantize.group_size,
-        damping=_solver(solving).damping if solving else Scheme.damping,
-        correction=max((p.correction for p in solving), default=0.0),
-        activation_order=bool(quantize and quantize.activation_order),
+        damping=solver.damping,
+        error_propagation=solver.error_propagation if needs.data else 0.0,
+        activation_order=bool(quantize and quantize.activation_order and QUANTIZE[quantize.method].data),
         scale_search=bool(quantize is None or quantize.scale_search),
-        refine=max((p.refine for p in solving), default=0),
+        coordinate_descent=solver.coordinate_descent if needs.sweep else 0,
         dtype=store,
     )
-
-
-def _solver(passes: Sequence[Prune | Quantize]) -> Prune | Quantize:
-    """The pass that inverts the Hessian: the last one that sweeps, and with Wanda alone the one that is there."""
-    return next((p for p in reversed(passes) if p.method in ("sparsegpt", "alps", "gptq")), passes[-1])
-
-
-def _stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> int:
-    """Bytes of a linear in the export format, found by describing it without any data."""
-    n, k = shape
-    if scheme is None or plan.recipe.export.format == "dense":
-        return n * k * 2
-    group = (scheme.group_size or k) if scheme.quantize else k
-    empty = {"device": "meta"}
-    linear = LinearWeights(
-        scheme.bits,
-        "2:4" if scheme.prune else "dense",
-        group,
-        codes=torch.empty((n, k), dtype=torch.int8, **empty) if scheme.quantize else None,  # type: ignore[call-overload]
-        scale=torch.empty((n, k // group), dtype=plan.store, **empty) if scheme.quantize else None,  # type: ignore[call-overload]
-        values=None if scheme.quantize else torch.empty((n, k), dtype=plan.store, **empty),  # type: ignore[call-overload]
-    )
-    if get_format(plan.recipe.export.format).supports(linear):
-        return n * k * 2
-    kept = 0.5 if scheme.prune and plan.recipe.export.format == "sparse24" else 1.0
-    positions = n * k // 8 if kept < 1 else 0
-    scales = n * (k // group) * 2 if scheme.quantize else 0
-    return int(n * k * kept * scheme.bits / 8) + positions + scales
-
-
-def _time(operations: Mapping[str, int], dtype: torch.dtype) -> str:
-    """How long so much arithmetic takes at the speed of matrix products that was once measured here, with the overhead that a
-    walk was seen to have. Measures nothing: where no speed is known yet, the operations themselves are shown.
-
-    operations: by part; the solver's are in float32, all others in `dtype`
-    """
-    count = in_words(sum(operations.values()))
-    if device() != "cpu":
-        return f"{count} on the GPU"
-    measured = rates()
-    if measured is None:
-        return f"{count} (how long that takes is known after the first `apply` or `sparsify doctor` on this machine)"
-    seconds = (
-        sum(work / measured.of(torch.float32 if part in SOLVER else dtype) for part, work in operations.items())
-        / torch.get_num_threads()
-    )
-    minutes = OVERHEAD * seconds / 60
-    time = f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(minutes * 60))} seconds"
-    return f"{count}, about {time} on this machine"

@@ -82,7 +82,7 @@ def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shorten
         if "quantization_config" in teacher.config:
             raise CheckpointError(f"teacher {spec} is compressed itself; name the dense model")
         layers = None if shortened is None else shortened.layers
-        check_same_language(model.config, teacher.config, spec, settings.weights.feature > 0, layers)
+        check_same_language(model.config, teacher.config, spec, settings.loss.squarehead > 0, layers)
         _check_tokenizers(model, teacher)
     blocks = None if teacher is None or shortened is None else shortened.teacher_blocks
     if isinstance(settings, Distill):

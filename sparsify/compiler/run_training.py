@@ -151,7 +151,6 @@ def train_stage(
     watch = train(student, groups, masked, rows, collate, settings, steps, directory, lessons, quiet)
     summary = {
         "kind": settings.kind,
-        "method": settings.method,
         "precision": str(for_precision(settings.precision)).removeprefix("torch."),
         "steps": steps,
         "rows": len(rows),
@@ -182,7 +181,7 @@ def prepare(
             opened.model.gradient_checkpointing_enable()
         return (
             opened,
-            Student(opened.model, settings.weights, settings.temperature, for_precision(settings.precision)),
+            Student(opened.model, settings.loss, settings.temperature, for_precision(settings.precision)),
             groups,
         )
     for linear in opened.linears.values():
@@ -190,7 +189,7 @@ def prepare(
     groups = trainable_parameters(opened.model, opened.linears, settings.train, opened.dtypes)
     if settings.gradient_checkpointing:
         opened.model.gradient_checkpointing_enable()
-    student = Student(opened.model, settings.weights, settings.temperature, for_precision(settings.precision))
+    student = Student(opened.model, settings.loss, settings.temperature, for_precision(settings.precision))
     return opened, student, groups
 
 
@@ -335,5 +334,5 @@ def open_teacher(planned: PlannedTraining, device: str) -> Teacher:
     with without_bars():
         model = AutoModelForCausalLM.from_pretrained(planned.teacher.directory, dtype=for_precision(settings.precision))
     model.to(device)
-    weights = settings.weights
-    return Teacher(model, feature=weights.feature > 0, logits=weights.logits > 0, blocks=planned.teacher_blocks)
+    loss = settings.loss
+    return Teacher(model, feature=loss.squarehead > 0, logits=loss.kl > 0, blocks=planned.teacher_blocks)

@@ -161,7 +161,7 @@ def _answer(tokenizer: Any, messages: list[dict[str, str]], index: int, text: st
 
 
 def _text(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)  # type: ignore[no-any-return]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
 def training_row(ids: Iterable[int], said: Iterable[bool]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def replaced_forwards(model: BlockModel, forward_of: Callable[[int], Callable[..
     """No block runs meanwhile: forward_of(i) stands where the forward of block i stood."""
     modules = [model.block(index) for index in range(len(model.blocks))]
     for index, module in enumerate(modules):
-        module.forward = forward_of(index)  # type: ignore[method-assign]
+        module.forward = forward_of(index)
     try:
         yield
     finally:

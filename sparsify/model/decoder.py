@@ -150,7 +150,7 @@ def target_names(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str,
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = {name: p for name, p in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
     sources = {}
     for name in names:
         target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)

@@ -90,4 +90,4 @@ def finish(model: BlockModel, tokens: Tensor, hidden: Tensor, as_tuple: bool) ->
     as_tuple: whether blocks of this model give their hidden state inside a tuple
     """
     with leaving(model, hidden, as_tuple):
-        return model.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+        return model.model(input_ids=tokens, use_cache=False).logits

@@ -79,7 +79,7 @@ def _name_on_disk(model: nn.Module, module: str) -> str:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
 
-    rules = get_model_conversion_mapping(model, add_legacy=False)  # type: ignore[arg-type]
+    rules = get_model_conversion_mapping(model, add_legacy=False)
     renamings = [r for r in rules if isinstance(r, WeightRenaming) and not isinstance(r, PrefixChange)]
     reverse: list[Any] = [rule.reverse_transform() for rule in reversed(renamings)]
     return rename_source_key(f"{module}.weight", reverse, [], reverse=True)[0].removesuffix(".weight")

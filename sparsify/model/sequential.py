@@ -284,7 +284,7 @@ class Walk:
         """Give a block new weights, by full name."""
         prefix = self.model.blocks[index] + "."
         for name, weights in linears.items():
-            block.get_submodule(name.removeprefix(prefix)).weight.copy_(weights.dense(self.model.dtype))  # type: ignore[operator, union-attr]
+            block.get_submodule(name.removeprefix(prefix)).weight.copy_(weights.dense(self.model.dtype))  # type: ignore[operator]
         for name, tensor in others.items():
             block.get_parameter(name.removeprefix(prefix)).copy_(tensor)
 

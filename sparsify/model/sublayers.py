@@ -182,7 +182,7 @@ def without(block: nn.Module, structure: Structure, kinds: Sequence[str]) -> Ite
         for kind in kinds:
             for child in structure.silent[kind]:
                 module = block.get_submodule(child)
-                module.forward = stub(*structure.outputs[child])  # type: ignore[method-assign]
+                module.forward = stub(*structure.outputs[child])
                 stack.callback(delattr, module, "forward")
         yield
 

@@ -225,7 +225,7 @@ def _source_key(source: Path, openmp: Path | None) -> str:
 
 def _short(folder: Path) -> str:
     """A folder as people write it: ~/.cache/sparsify/native."""
-    home = os.path.expanduser("~")
+    home = os.path.expanduser("~")  # noqa: PTH111 (raises nothing for a user without a home)
     return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
 
 
@@ -235,7 +235,7 @@ def _locked(path: Path, waiting: str) -> Iterator[None]:
 
     waiting: shown when another process holds it
     """
-    with open(path, "w") as file:
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,7 +1,7 @@
 """CUDA kernels on a machine without a GPU: `kernels/cuda/*.cu` compiled by g++ against `kernels/emulator` and run.
 
 The emulator executes every thread and every instruction of a warp exactly and refuses what a GPU would leave undefined: a
-read before its copy was waited for, a race in shared memory, an access out of bounds (kernels/README.md lists all). It is
+read before its copy was waited for, a race in shared memory, an access out of bounds (docs/kernels.md lists all). It is
 for checks, not for use: thousands of times slower than a GPU.
 """
 
@@ -46,7 +46,7 @@ class Counters(ctypes.Structure):
     load_conflicts: int
     store_conflicts: int
     copy_conflicts: int
-    _fields_ = [(name, ctypes.c_uint64) for name in __annotations__]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_uint64) for name in __annotations__]
 
 
 def build(source: Path, *, flags: Sequence[str] = FLAGS, folder: Path | None = None) -> Path:

@@ -1,6 +1,7 @@
-"""A YAML file becomes a typed, validated `Recipe`. Nothing here imports torch: checking takes milliseconds."""
+"""A YAML file, plain data or typed objects become a validated `Recipe`. Nothing here imports torch: checking takes milliseconds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparsify.recipe.document import Document, dump, parse
 from sparsify.recipe.explain import explain
 from sparsify.recipe.overrides import override
 from sparsify.recipe.patterns import ignored_by
+from sparsify.recipe.per_linear import LinearSettings, override_problem, settings_of
 from sparsify.recipe.schema import (
     PASSES,
     Calibration,
@@ -23,13 +25,18 @@ from sparsify.recipe.schema import (
     Evaluation,
     Export,
     Finetune,
+    FinetuneLossWeights,
     Head,
     Lora,
     LossWeights,
+    Override,
     Pass,
     Prune,
+    PruneChange,
     Quantize,
+    QuantizeChange,
     Recipe,
+    Solver,
     Tune,
     head_format_problem,
 )
@@ -44,28 +51,42 @@ __all__ = [
     "Evaluation",
     "Export",
     "Finetune",
+    "FinetuneLossWeights",
     "Head",
+    "LinearSettings",
     "Lora",
     "LossWeights",
+    "Override",
     "Pass",
     "Prune",
+    "PruneChange",
     "Quantize",
+    "QuantizeChange",
     "Recipe",
+    "Solver",
     "Tune",
     "dump_recipe",
     "head_format_problem",
     "ignored_by",
     "json_schema",
     "load_recipe",
+    "override_problem",
     "parse_recipe",
     "ready_recipes",
+    "recipe_from",
+    "settings_of",
 ]
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
-    """Read a recipe file, or a ready one by its name (`2of4-w4a16`), apply `--set` overrides and `--model`, validate.
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = (), model: str | None = None
+) -> Recipe:
+    """A recipe from a file, from a ready one by its name (`2of4-w4a16`), from plain data or from a typed one, with `--set`
+    overrides and `--model` applied, validated.
 
-    Every problem raises RecipeError with file and line. Recipes of llm-compressor are translated when they can be."""
+    Every problem raises RecipeError, with file and line. Recipes of llm-compressor are translated when they can be."""
+    if not isinstance(source, str | Path):
+        return recipe_from(source, overrides=overrides, model=model)
     path = find_recipe(source)
     try:
         text = path.read_text(encoding="utf-8")
@@ -77,18 +98,37 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), model: str | 
 
 
 def parse_recipe(text: str, name: str = "recipe", overrides: Sequence[str] = (), model: str | None = None) -> Recipe:
-    """`load_recipe` for a text that is already at hand; `name` is what errors call it."""
+    """`load_recipe` for the text of a file that is already at hand; `name` is what errors call it."""
     document = parse(text, name)
     if document.data is None:
         raise RecipeError(f"{name}: the recipe is empty; start from a ready one: {', '.join(ready_recipes())}")
+    if isinstance(document.data, dict) and not llmcompressor.recognised(document):
+        document = replace(document, data={"version": None, **document.data})  # a file has to say it
+    return _validated(document, overrides, model)
+
+
+def recipe_from(
+    data: Mapping[str, Any] | Recipe, name: str = "recipe", overrides: Sequence[str] = (), model: str | None = None
+) -> Recipe:
+    """A recipe from plain data, as YAML would give it, or from a typed one; `version` may be left out."""
+    if isinstance(data, Recipe):
+        if not overrides and model is None:
+            return data
+        data = data.model_dump(mode="json")
+    return _validated(Document(name, dict(data) if isinstance(data, Mapping) else data), overrides, model)
+
+
+def _validated(document: Document, overrides: Sequence[str], model: str | None) -> Recipe:
     if not isinstance(document.data, dict):
         raise document.error((), "a recipe is a mapping that starts with 'version: 1'")
     if llmcompressor.recognised(document):
         document = llmcompressor.translate(document)
     document = override(document, overrides)
     if model is not None:
-        document = Document(
-            name, {**document.data, "model": model}, {**document.origins, ("model",): f"--model {model}"}
+        document = replace(
+            document,
+            data={**document.data, "model": model},
+            origins={**document.origins, ("model",): f"--model {model}"},
         )
     try:
         return Recipe.model_validate(document.data)
@@ -117,6 +157,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors. Passes appear in their YAML form, a mapping of one key."""
     schema = Recipe.model_json_schema(mode="validation")
+    schema["required"] = ["version", "passes"]  # in a file
     definitions = schema["$defs"]
     for definition in (schema, *definitions.values()):
         for value in definition["properties"].values():

@@ -19,6 +19,17 @@ _TYPES = {
     "string_type": "text",
     "bool_type": "true or false",
 }
+_MOVED: dict[tuple[str, ...], dict[str, str]] = {  # the settings that stand elsewhere, by the kinds of their mappings
+    ("prune", "quantize"): {
+        "damping": "it stands in solver: {damping: ...}, once for prune and quantize",
+        "correction": "it stands in solver: {error_propagation: ...}, once for prune and quantize",
+        "refine": "it stands in solver: {coordinate_descent: ...}, once for prune and quantize",
+        "ignore": "it stands at the top of the recipe, once for prune and quantize",
+    },
+    ("distill", "lora", "finetune"): {"weights": "it is loss: {kl, squarehead, cross_entropy}"},
+    ("distill", "lora"): {"method": "loss: {kl, squarehead, cross_entropy} says it; remove it"},
+    ("loss",): {"logits": "it is kl", "feature": "it is squarehead"},
+}
 _BOUNDS = {
     "greater_than_equal": ("at least", "ge"),
     "greater_than": ("more than", "gt"),
@@ -77,6 +88,9 @@ def unknown_key(path: KeyPath) -> str:
     model = model_at(path[:-1])
     known = list(model.model_fields) if model else []
     where = next((key for key in path[-2::-1] if isinstance(key, str)), "the recipe")
+    for kinds, moved in _MOVED.items():
+        if where in kinds and path[-1] in moved:
+            return f"'{path[-1]}' is no setting of {where}: {moved[str(path[-1])]}"
     guess = closest(str(path[-1]), known) or ";"
     return f"unknown key '{path[-1]}' in {where}{guess} known keys: {', '.join(known)}"
 
@@ -114,13 +128,13 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
 
 def _missing(path: KeyPath) -> str:
     where = next((key for key in path[-2::-1] if isinstance(key, str)), "the recipe")
-    if path == ("version",):
-        return "the recipe needs the key 'version'; start the file with 'version: 1'"
     options = options_at(path)
     return f"{where} needs the key '{path[-1]}'" + (f": {either(options)}" if options else "")
 
 
 def _wrong_option(path: KeyPath, value: Any) -> str:
+    if path == ("version",) and value is None:
+        return "the recipe needs the key 'version'; start the file with 'version: 1'"
     if path == ("version",):
         return f"this sparsify reads recipes of version 1, not {shown(value)}"
     options = options_at(path)

@@ -9,7 +9,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from sparsify.errors import RecipeError
 from sparsify.recipe.document import Document, KeyPath
+
+HEAD = "lm_head"
+DAMPING = 0.01  # llm-compressor's dampening_frac where none is given
 
 _SPEED_ONLY = {"block_size", "offload_hessians", "sequential_update", "sequential_targets", "batched_quantization"}
 _LIFECYCLE = {"index", "group", "start", "end", "update"}  # when training starts and stops a modifier
@@ -27,12 +31,17 @@ def translate(document: Document) -> Document:
 
 
 class _Translator:
-    """Walks the stages in order; `passes` and `origins` are the recipe that comes out."""
+    """Walks the stages in order; `passes` and `origins` are the recipe that comes out.
+
+    ignored, damping: what each modifier says of linears and of the solver, which stands once in our recipe
+    """
 
     def __init__(self, document: Document) -> None:
         self.document = document
         self.passes: list[dict[str, dict[str, Any]]] = []
         self.origins: dict[KeyPath, str] = {}
+        self.ignored: dict[str, tuple[Any, str]] = {}
+        self.damping: dict[str, tuple[Any, str]] = {}
 
     def run(self) -> Document:
         for key, value in self.document.data.items():
@@ -51,10 +60,47 @@ class _Translator:
         kinds = [kind for entry in self.passes for kind in entry]
         data = {
             "version": 1,
+            **self._ignore(),
+            **self._solver(),
             "passes": self.passes,
             "export": {"format": "sparse24" if "prune" in kinds else "pack-quantized"},
         }
         return Document(self.document.name, data, {(): self.document.origin(()), **self.origins})
+
+    def _ignore(self) -> dict[str, Any]:
+        """What all modifiers ignore, as `ignore`; what only one of them does, as overrides that leave that half out."""
+        odd = next((entry for entry in self.ignored.values() if not isinstance(entry[0], list)), None)
+        if odd is not None:  # no list: validation says so
+            self.origins["ignore",] = odd[1]
+            return {"ignore": odd[0]}
+        lists = [patterns for patterns, _ in self.ignored.values()]
+        everywhere: list[Any] = []
+        overrides: list[dict[str, Any]] = []
+        for kind, (patterns, place) in self.ignored.items():
+            self.origins.setdefault(("ignore",), place)
+            for pattern in patterns:
+                # the head is no linear that a pass touches here, so it may stand in either list
+                if all(pattern in other for other in lists) or str(pattern).rstrip("$").endswith(HEAD):
+                    everywhere += [] if pattern in everywhere else [pattern]
+                else:
+                    self.origins["overrides", len(overrides)] = place
+                    overrides.append({"match": pattern, kind: None})
+        return {"ignore": everywhere, **({"overrides": overrides} if overrides else {})}
+
+    def _solver(self) -> dict[str, Any]:
+        """The one damping of all modifiers that invert a Hessian."""
+        given = [entry for entry in self.damping.values() if entry[0] is not None]
+        if not given:
+            return {}
+        for modifier, (value, _) in self.damping.items():
+            damping = DAMPING if value is None else value
+            if damping != given[0][0]:
+                raise RecipeError(
+                    f"{given[0][1]}: dampening_frac is {given[0][0]} here and {damping} in {modifier}; one solver serves "
+                    "pruning and quantization, so give both the same"
+                )
+        self.origins["solver", "damping"] = given[0][1]
+        return {"solver": {"damping": given[0][0]}}
 
     def _refuse(self, path: KeyPath, message: str) -> None:
         raise self.document.error(path, message)
@@ -92,6 +138,9 @@ class _Translator:
         kind, method, read = _MODIFIERS[name]
         body = read(view, method)
         view.finish()
+        self.ignored[kind] = body.pop("ignore")
+        if "damping" in body:
+            self.damping[name] = body.pop("damping")
         at: KeyPath = ("passes", len(self.passes), kind)
         self.origins[at] = self.document.origin(path)
         self.origins |= {(*at, key): place for key, (_, place) in body.items()}
@@ -176,8 +225,8 @@ def _all_linears(settings: _Settings) -> None:
 
 
 def _damping(settings: _Settings) -> Body:
-    damping = settings.take("dampening_frac")
-    return {} if damping is None else {"damping": (damping, settings.place("dampening_frac"))}
+    """None where it is not said."""
+    return {"damping": (settings.take("dampening_frac"), settings.place("dampening_frac"))}
 
 
 def _prune(settings: _Settings, method: str) -> Body:

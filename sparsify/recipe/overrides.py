@@ -11,7 +11,7 @@ from sparsify.recipe.explain import model_at, unknown_key
 
 def override(document: Document, assignments: Sequence[str]) -> Document:
     """The document with every `path=value` set. List entries are named by index or, for passes, by kind:
-    `passes.0.prune.damping=0.02` and `passes.prune.damping=0.02` are the same."""
+    `passes.0.prune.method=wanda` and `passes.prune.method=wanda` are the same."""
     data, origins = deepcopy(document.data), dict(document.origins)
     for assignment in assignments:
         place = f"--set {assignment}"

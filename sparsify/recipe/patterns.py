@@ -1,4 +1,4 @@
-"""Which linears an `ignore` list names."""
+"""Which linears a list of patterns names: `ignore`, the `match` of an override, the `targets` of adapters."""
 
 import fnmatch
 import re
@@ -20,3 +20,8 @@ def ignored_by(module: str, patterns: Iterable[str]) -> str | None:
         elif any(fnmatch.fnmatchcase(name, pattern) for name in names):
             return pattern
     return None
+
+
+def last_components(module: str, count: int) -> str:
+    """`mlp.down_proj` of `model.layers.0.mlp.down_proj`."""
+    return ".".join(module.split(".")[-count:])

@@ -52,7 +52,7 @@ def training(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
                 facts.append((name.replace("_", " "), [f"{first[name]:.4g} → {last[name]:.4g}"]))
         label = f"Loss of {note['kind']}, from {first['loss']:.4g} to {last['loss']:.4g}"
         drawn = picture(partial(svg.loss_curve, curve, label=label))
-        runs.append({"kind": note["kind"], "method": note["method"], "facts": facts, "curve": drawn})
+        runs.append({"kind": note["kind"], "facts": facts, "curve": drawn})
     return runs
 
 

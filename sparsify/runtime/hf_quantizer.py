@@ -101,7 +101,7 @@ def _read_headers(files: list[str] | None) -> dict[str, _OnDisk]:
             raise CheckpointError(f"{file.name} is no safetensors file, and sparse24 checkpoints hold no other weights")
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
+                for name in opened.keys():  # noqa: SIM118 (it cannot be iterated itself)
                     info = opened.get_slice(name)
                     merged[name] = _OnDisk(tuple(info.get_shape()), _DTYPES.get(info.get_dtype()))
         except SafetensorError as error:
@@ -113,7 +113,7 @@ def _read_headers(files: list[str] | None) -> dict[str, _OnDisk]:
 
 def _renaming(model: nn.Module) -> Callable[[str], str]:
     """What transformers calls a module of the checkpoint: GPT-NeoX's `embed_out` is `lm_head` to it."""
-    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]  # type: ignore[arg-type]
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     return lambda name: rename_source_key(f"{name}.weight", rules, [])[0].removesuffix(".weight")
 
 

@@ -17,7 +17,7 @@ from sparsify.solver.solve import Scheme, solve_layer
 
 ROWS = 16384  # outputs rounded at once: a vocabulary of 262144 in float32 would be gigabytes, several times over
 GROUP_SIZES = (128, 64, 32)
-REFINE = 5  # passes of coordinate descent after GPTQ, as the recipes have for linears
+COORDINATE_DESCENT = 5  # passes after GPTQ, as the recipes have for linears
 
 
 def head_scheme(head: Head, dtype: torch.dtype, calibrates: bool = False) -> Scheme:
@@ -29,7 +29,7 @@ def head_scheme(head: Head, dtype: torch.dtype, calibrates: bool = False) -> Sch
         group_size=0 if head.group_size == "channel" else head.group_size,
         dtype=dtype,
     )
-    return replace(scheme, activation_order=True, refine=REFINE) if scheme.sweeps else scheme
+    return replace(scheme, activation_order=True, coordinate_descent=COORDINATE_DESCENT) if scheme.sweeps else scheme
 
 
 def head_problem(module: str, shape: tuple[int, int], scheme: Scheme) -> str | None:

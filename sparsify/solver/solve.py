@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsify.distributed import gathered, processes, share
 from sparsify.errors import NumericalError
 from sparsify.model.linear import LinearWeights
+from sparsify.recipe.methods import NOTHING, PRUNE, needs_of
 from sparsify.solver import masks
 from sparsify.solver.column_sweep import column_sweep
 from sparsify.solver.coordinate_descent import coordinate_descent
@@ -22,13 +23,13 @@ from sparsify.solver.hessian import Factors, Statistics, factor, propagated_targ
 class Scheme:
     """What is to become of a linear.
 
-    prune:      name in `passes.prune.METHODS`, or None to keep it dense
+    prune:      name in `solver.masks.METHODS`, or None to keep it dense
     quantize:   "rtn", "gptq", or None to keep 16 bits
     bits, group_size: of the quantization grid; group_size 0 means one scale per output channel
     damping:    added to the Hessian's diagonal, relative to its mean
-    correction: alpha of the dense-target correction; 0 aims at the original weights
+    error_propagation: alpha of QEP, how far the target moves toward the dense outputs; 0 aims at the original weights
     activation_order: sweep the inputs of largest second moment first
-    refine:     passes of coordinate descent after the sweep
+    coordinate_descent: passes of it after the sweep
     dtype:      how scales and 16-bit values are stored
     """
 
@@ -37,21 +38,20 @@ class Scheme:
     bits: int = 16
     group_size: int = 0
     damping: float = 0.01
-    correction: float = 0.0
+    error_propagation: float = 0.0
     activation_order: bool = False
     scale_search: bool = True
-    refine: int = 0
+    coordinate_descent: int = 0
     dtype: torch.dtype = torch.bfloat16
 
     @property
     def sweeps(self) -> bool:
         """Whether weights are repaired by the column sweep, which needs the whole Hessian."""
-        return self.quantize == "gptq" or (self.prune is not None and masks.METHODS[self.prune].solves)
+        return needs_of(self.prune, self.quantize).sweep
 
     @property
     def needs_data(self) -> bool:
-        pruned = self.prune is not None and masks.METHODS[self.prune].needs_data
-        return self.sweeps or pruned or self.correction > 0
+        return needs_of(self.prune, self.quantize).data or self.error_propagation > 0
 
     def grid(self, in_features: int) -> Grid | None:
         if self.quantize is None:
@@ -118,13 +118,14 @@ def _solve(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str) 
     if not W.any():
         return _removed(W, grid, pattern, scheme.dtype)
     factors: Factors | None = None
-    if statistics is not None and (scheme.sweeps or scheme.correction > 0):
+    if statistics is not None and (scheme.sweeps or scheme.error_propagation > 0):
         factors = factor(statistics.H, scheme.damping, name)
-        if statistics.C is not None and scheme.correction > 0:
-            W = propagated_target(W, statistics.C, factors, scheme.correction)
+        if statistics.C is not None and scheme.error_propagation > 0:
+            W = propagated_target(W, statistics.C, factors, scheme.error_propagation)
         W = W.masked_fill(factors.dead, 0)
     method = masks.METHODS[scheme.prune] if scheme.prune else None
-    H = factors.damped if factors and method and method.solves else statistics.H if statistics else None
+    needs = PRUNE[scheme.prune] if scheme.prune else NOTHING
+    H = factors.damped if factors and needs.hessian else statistics.H if statistics else None
     mask = method.mask(W, H) if method and method.mask else None
     select = method.select if method else None
     if scheme.sweeps:
@@ -136,8 +137,8 @@ def _solve(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str) 
         swept_to = grid if scheme.quantize == "gptq" else None
         solved = column_sweep(W, U, swept_to, mask, select, order, scheme.dtype)
         solved = coordinate_descent(
-            solved, W, factors.damped, scheme.refine,
-            grid=swept_to, mask=mask, two_four=method is not None and method.solves, store=scheme.dtype,
+            solved, W, factors.damped, scheme.coordinate_descent,
+            grid=swept_to, mask=mask, two_four=needs.sweep, store=scheme.dtype,
         )  # fmt: skip
         if swept_to is not None:
             return LinearWeights(swept_to.bits, pattern, swept_to.group_size, codes=solved.codes, scale=solved.scale)

@@ -162,13 +162,18 @@ def tune_block(
     if best_state is None:
         return Tuned(dict(linears), {}, before, before, step)
     student.load_state_dict(best_state)
-    others = {
+    others = _others(student, block, linears)
+    tuned = {name: linear.export().validate(name) for name, linear in trained.items()}
+    return Tuned({**linears, **tuned}, others, before, best, step)
+
+
+def _others(student: nn.Module, block: nn.Module, linears: Mapping[str, LinearWeights]) -> dict[str, Tensor]:
+    """The trained parameters outside of the compressed linears, in the types of the block."""
+    return {
         name: parameter.detach().to(block.get_parameter(name).dtype)
         for name, parameter in student.named_parameters()
         if not any(name.startswith(linear + ".") for linear in linears)
     }
-    tuned = {name: linear.export().validate(name) for name, linear in trained.items()}
-    return Tuned({**linears, **tuned}, others, before, best, step)
 
 
 def _split(count: int, holdout: float) -> tuple[list[int], list[int]]:

@@ -113,7 +113,7 @@ def _largest(teacher: Teacher, ids: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
         logits = target.logits(rows)
         values, indices = logits.topk(min(k, logits.shape[1]), dim=1)
         found.append((values.cpu(), indices.cpu(), logits.logsumexp(1).cpu()))
-    return tuple(torch.cat(p).unflatten(0, ids.shape) for p in zip(*found, strict=True))  # type: ignore[return-value]
+    return tuple(torch.cat(p).unflatten(0, ids.shape) for p in zip(*found, strict=True))
 
 
 def _slices(rows: int, step: int = 128) -> Iterator[slice]:
@@ -139,7 +139,7 @@ def check_same_language(
         if feature and one.get(key) != other.get(key):
             raise CheckpointError(
                 f"teacher {spec} has {what} {other.get(key)} and the student {one.get(key)}, so their hidden states cannot be "
-                "compared; set weights.feature: 0, or take the dense model the student was made from"
+                "compared; set loss.squarehead: 0, or take the dense model the student was made from"
             )
 
 

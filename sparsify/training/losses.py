@@ -257,9 +257,9 @@ def head_loss(
     hidden: [R, d] of the student; head: [V, d]; labels: int64 [R], the next token, IGNORED where nothing counts;
     dtype: of the products with the head
     """
-    return _HeadLoss.apply(hidden, head, target, labels, loss, dtype)  # type: ignore[no-any-return]
+    return _HeadLoss.apply(hidden, head, target, labels, loss, dtype)
 
 
 def full_loss(logits: Tensor, target: Target | None, labels: Tensor, loss: LogitLoss) -> tuple[Tensor, Tensor, Tensor]:
     """`head_loss` for logits that are there. logits: [R, V]"""
-    return _FullLoss.apply(logits, target, labels, loss)  # type: ignore[no-any-return]
+    return _FullLoss.apply(logits, target, labels, loss)

@@ -69,7 +69,7 @@ class _OnGrid(torch.autograd.Function):
 
 def on_grid(W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int) -> Tensor:
     """`round_to_grid`, differentiable in W and scale."""
-    return _OnGrid.apply(W, scale, mask, low, high)  # type: ignore[no-any-return]
+    return _OnGrid.apply(W, scale, mask, low, high)
 
 
 class _Stored(torch.autograd.Function):
@@ -92,7 +92,7 @@ class Stored(nn.Module):
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Stored.apply(x, self.dtype)  # type: ignore[no-any-return]
+        return _Stored.apply(x, self.dtype)
 
 
 def _groups(W: Tensor, scale: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class TrainableLinear(nn.Module):
         mask: Tensor | None = self.mask  # type: ignore[assignment]
         if self.scale is None:
             kept = self.weight if mask is None else self.weight * mask
-            return _Stored.apply(kept, self.store)  # type: ignore[no-any-return]
+            return _Stored.apply(kept, self.store)
         scale = _Stored.apply(self._positive_scale(), self.store)
         return on_grid(self.weight, scale, mask, *CODE_RANGE[self.bits])
 

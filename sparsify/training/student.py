@@ -106,7 +106,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.weights, self.dtype = weights, dtype
-        self.logit_loss = LogitLoss(weights.logits, weights.cross_entropy, temperature)
+        self.logit_loss = LogitLoss(weights.kl, weights.cross_entropy, temperature)
         self.outputs = BlockOutputs(model)
         self.plain_head = has_plain_head(model)
 
@@ -124,24 +124,24 @@ class Student(nn.Module):
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             with self.outputs.recording() as hidden:
                 last = self._run(input_ids)
-        if self.weights.feature:
-            feature = squarehead(hidden, lesson.hidden, keep)
-            loss = loss + self.weights.feature * feature * (counted / items)
-            parts["feature"] = feature.detach() * (counted / items)
-        if self.weights.logits or self.weights.cross_entropy:
+        if self.weights.squarehead:
+            distance = squarehead(hidden, lesson.hidden, keep)
+            loss = loss + self.weights.squarehead * distance * (counted / items)
+            parts["squarehead"] = distance.detach() * (counted / items)
+        if self.weights.kl or self.weights.cross_entropy:
             total, kl, cross_entropy = self._next_token(last.flatten(0, 1), lesson.target, labels.flatten())
             loss = loss + total / items
             parts["cross_entropy"] = cross_entropy / items
-            if self.weights.logits:
-                parts["logits"] = kl / items
+            if self.weights.kl:
+                parts["kl"] = kl / items
         return {"loss": loss, **parts}
 
     def _run(self, input_ids: Tensor) -> Tensor:
         """The last hidden state [B, T, d], or logits [B, T, V] where those are more than a product with the head."""
-        scored = self.weights.logits or self.weights.cross_entropy
+        scored = self.weights.kl or self.weights.cross_entropy
         if self.plain_head or not scored:
-            return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
-        return self.model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+            return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.model(input_ids=input_ids, use_cache=False).logits
 
     def _next_token(self, last: Tensor, target: Target | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.plain_head:

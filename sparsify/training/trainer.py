@@ -302,7 +302,7 @@ def describe(settings: Distill | Finetune, watch: LossWatch | None, columns: int
     said = f"{settings.kind}: loss {watch.smoothed:.4g}"
     if (columns or shutil.get_terminal_size().columns) < WIDE:
         return said
-    weights = settings.weights.model_dump()
+    weights = settings.loss.model_dump()
     parts = [f"{name} {value:.3g}" for name, value in watch.losses[-1].items() if weights.get(name)]
     return f"{said} ({', '.join(parts)})" if len(parts) > 1 else said
 
@@ -352,7 +352,7 @@ def arguments(student: Student, settings: Distill | Finetune, steps: int, direct
         disable_tqdm=True,
         log_level="error",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=not (settings.weights.logits or settings.weights.cross_entropy),
+        ddp_find_unused_parameters=not (settings.loss.kl or settings.loss.cross_entropy),
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         **sharding,

@@ -7,6 +7,7 @@ import pytest
 from sparsify.bench.recipes import compare_recipes, contenders, table
 from sparsify.errors import RecipeError, SparsifyError
 from sparsify.evaluation import evaluate
+from sparsify.recipe import load_recipe
 from tests.helpers.tiny import save_tiny, tiny_text
 
 RECIPE = """
@@ -34,7 +35,7 @@ def compare(place, *specs, text="test.txt", overrides=()):
 
 
 def test_each_recipe_is_made_once_and_scored_as_eval_does(place):
-    one, other = f"{place / 'magnitude.yaml'}", f"raw={place / 'sparsegpt.yaml'},passes.prune.refine=0"
+    one, other = f"{place / 'magnitude.yaml'}", f"raw={place / 'sparsegpt.yaml'},solver.coordinate_descent=0"
     results = compare(place, one, other)
     assert [result.label for result in results] == ["magnitude", "raw"]
     for result in results:
@@ -61,6 +62,12 @@ def test_changes_go_where_a_recipe_has_them(place):
     )  # fmt: skip
     assert found[0].recipe.quantize is None and found[1].recipe.quantize.bits == 8
     assert [entry.recipe.calibration.samples for entry in found] == [7, 7]
+    changes = ["solver.damping=0.1", "ignore=[o_proj]", "overrides=[{match: q_proj, prune: null}]"]
+    sparse, shorter = contenders(
+        [str(place / "sparsegpt.yaml"), "depth-finercut"], changes, "some/model", place / "out"
+    )
+    assert sparse.recipe.solver.damping == 0.1 and sparse.recipe.ignore == ["o_proj"] and sparse.recipe.overrides
+    assert shorter.recipe == load_recipe("depth-finercut", model="some/model")
 
 
 def test_bad_input(place):

@@ -20,16 +20,16 @@ from tests.helpers.tiny import save_tiny, tiny_text
 SOLVED = """
 version: 1
 calibration: {{source: "{text}", samples: 8, sequence_length: 32}}
+solver: {{error_propagation: 0.5}}
 passes:
-  - prune: {{method: sparsegpt, correction: 0.5}}
-  - quantize: {{method: gptq, bits: 4, group_size: 32, correction: 0.5, activation_order: true}}
+  - prune: {{method: sparsegpt}}
+  - quantize: {{method: gptq, bits: 4, group_size: 32, activation_order: true}}
 export: {{head: {{bits: 4, group_size: 32}}}}
 """
 TUNED = SOLVED.replace("export", "  - tune: {{epochs: 2, learning_rate: 0.02, batch_size: 2, holdout: 0.25}}\nexport")
 DISTILLED = SOLVED.replace(
     "export",
-    "  - distill: {{method: squarehead, tokens: 256, samples: 8, sequence_length: 32, batch_size: 4, weights: {{logits: 0}}}}\n"
-    "export",
+    "  - distill: {{tokens: 256, samples: 8, sequence_length: 32, batch_size: 4, loss: {{kl: 0}}}}\nexport",
 )
 SHORTENED = """
 version: 1

@@ -21,14 +21,15 @@ from tests.helpers.tiny import save_tiny, tiny_text
 CALIBRATED = """
 version: 1
 calibration: {{source: "file:{text}", samples: {samples}, sequence_length: 32}}
+solver: {{error_propagation: 0.4}}
 passes:
-  - prune: {{method: sparsegpt, correction: 0.4}}
-  - quantize: {{method: gptq, bits: 4, group_size: 32, correction: 0.4}}
+  - prune: {{method: sparsegpt}}
+  - quantize: {{method: gptq, bits: 4, group_size: 32}}
 """
 ALL = (
     CALIBRATED
     + "  - tune: {{epochs: 2, batch_size: 3, holdout: 0.2}}\n"
-    + "  - distill: {{method: squarehead, tokens: 512, samples: 16, sequence_length: 32, batch_size: 4, precision: float32}}\n"
+    + "  - distill: {{tokens: 512, samples: 16, sequence_length: 32, batch_size: 4, precision: float32}}\n"
     + "export: {{head: {{bits: 4, group_size: 32}}}}\n"
 )
 

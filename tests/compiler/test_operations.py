@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsify.solver.coordinate_descent as refine_pass
 from sparsify import compute
+from sparsify.compiler.estimate import writing_bytes
 from sparsify.compiler.operations import CHOOSE_TWO, EIGEN, groups_of, in_words, solving
 from sparsify.compiler.plan import make_plan
 from sparsify.model.decoder import open_blocks
@@ -23,9 +24,10 @@ from tests.helpers.tiny import FAMILIES, save_tiny
 RECIPE = """
 version: 1
 calibration: {source: self, samples: 8, sequence_length: 32}
+solver: {error_propagation: 0.5}
 passes:
-  - prune: {method: alps, correction: 0.5}
-  - quantize: {method: gptq, bits: 4, group_size: 32, correction: 0.5}
+  - prune: {method: alps}
+  - quantize: {method: gptq, bits: 4, group_size: 32}
 """
 N, K, G = 24, 64, 16
 
@@ -44,7 +46,9 @@ def problem():
 
 
 def scheme(**changes):
-    return Scheme(**{"prune": "alps", "quantize": "gptq", "bits": 4, "group_size": G, "refine": 3, **changes})
+    return Scheme(
+        **{"prune": "alps", "quantize": "gptq", "bits": 4, "group_size": G, "coordinate_descent": 3, **changes}
+    )
 
 
 def test_a_forward_pass_and_the_writing_of_text(tmp_path):
@@ -71,21 +75,21 @@ def test_products_of_the_solver(problem, monkeypatch):
     assert solving(N, K, scheme())["masks"] - EIGEN * K**3 == sum(masks.values())
     errors = counted(lambda: relative_error(W, W / 2, H))
     assert solving(N, K, scheme())["errors"] == sum(errors.values())
-    corrected = counted(lambda: propagated_target(W, H, factors, 0.5))
-    more = solving(N, K, scheme(correction=0.5))["sweep"] - solving(N, K, scheme())["sweep"]
-    assert more == 2 * sum(corrected.values())  # PyTorch counts the product and not the two triangular solves
+    propagated = counted(lambda: propagated_target(W, H, factors, 0.5))
+    more = solving(N, K, scheme(error_propagation=0.5))["sweep"] - solving(N, K, scheme())["sweep"]
+    assert more == 2 * sum(propagated.values())  # PyTorch counts the product and not the two triangular solves
     monkeypatch.setattr(refine_pass, "visit_block", lambda *arguments: None)
     grid = Grid(4, G)
     scale = torch.full((N, K // G), 0.1).bfloat16()
     refined = counted(lambda: refine_pass.coordinate_descent(Solved(W, scale=scale), W, H, 3, grid=grid, two_four=True))
     updates = 3 * 2 * N * K * K  # `addmm_`, which PyTorch does not count in place
-    assert solving(N, K, scheme())["refine"] - 3 * CHOOSE_TWO * N * K == sum(refined.values()) + updates
+    assert solving(N, K, scheme())["coordinate descent"] - 3 * CHOOSE_TWO * N * K == sum(refined.values()) + updates
 
 
 def test_what_a_scheme_does_not_do_is_not_counted():
     assert set(solving(N, K, Scheme("magnitude", "rtn", 4, G))) == {"sweep"}  # the search for scales
     assert not solving(N, K, Scheme("magnitude", None))
-    assert set(solving(N, K, scheme(prune="sparsegpt", refine=0))) == {"sweep", "errors"}
+    assert set(solving(N, K, scheme(prune="sparsegpt", coordinate_descent=0))) == {"sweep", "errors"}
     ordered = solving(N, K, scheme(activation_order=True))["sweep"] - solving(N, K, scheme())["sweep"]
     assert ordered == pytest.approx(4 * K**3 / 3)
 
@@ -108,7 +112,7 @@ def test_a_plan_measures_nothing_and_shows_what_it_counts(tmp_path, monkeypatch)
     monkeypatch.setattr(compute, "_measured", None)  # a call would fail
     monkeypatch.setattr(compute, "_known", {})
     monkeypatch.setattr(compute, "device", lambda: "cpu")
-    monkeypatch.setattr("sparsify.compiler.plan.device", lambda: "cpu")
+    monkeypatch.setattr("sparsify.compiler.estimate.device", lambda: "cpu")
     monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
     plan = make_plan(parse_recipe(RECIPE), str(source))
     total = sum(plan.estimate().operations.values())
@@ -128,7 +132,7 @@ def test_a_model_that_writes_its_own_text_lies_whole_in_memory(tmp_path, monkeyp
     for name in ("bfloat16", "float32"):
         monkeypatch.setenv("SPARSIFY_COMPUTE", name)
         plan = make_plan(parse_recipe(short), str(source))
-        found[name] = plan._writing_bytes()
+        found[name] = writing_bytes(plan)
         assert (
             plan.estimate().memory_bytes
             >= found[name]

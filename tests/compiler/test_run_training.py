@@ -26,7 +26,7 @@ from tests.helpers.students import noted_students
 from tests.helpers.tiny import save_tiny, tiny_text
 
 COMMON = "sequence_length: 16, batch_size: 4, precision: float32, learning_rate: 0.02, scale_learning_rate: 0.005"
-DISTILL = f"distill: {{{{method: squarehead, tokens: {{tokens}}, samples: 40, {COMMON}{{more}}}}}}"
+DISTILL = f"distill: {{{{tokens: {{tokens}}, samples: 40, {COMMON}{{more}}}}}}"
 COMPRESS = """
   - prune: {method: sparsegpt}
   - quantize: {method: gptq, bits: 4, group_size: 32}"""
@@ -140,7 +140,7 @@ def test_notes_and_model_card_tell_of_the_training(tmp_path, recipe, source):
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     (note,) = metrics["training"]
     assert note["kind"] == "distill" and note["teacher"] == str(source) and note["rows"] == 40
-    assert set(note["last"]) == {"loss", "feature", "logits", "cross_entropy"} and len(note["curve"]) == 10
+    assert set(note["last"]) == {"loss", "squarehead", "kl", "cross_entropy"} and len(note["curve"]) == 10
     assert "10 steps, 640 tokens of 40 rows" in (tmp_path / "out" / "README.md").read_text()
     layers = {layer["module"]: layer for layer in metrics["layers"]}
     opened = open_compressed(tmp_path / "out")
@@ -152,8 +152,8 @@ def test_notes_and_model_card_tell_of_the_training(tmp_path, recipe, source):
 
 @pytest.mark.parametrize("more", ["", ", micro_batch_size: 2", ", micro_batch_size: 1, gradient_checkpointing: true"])
 def test_micro_batches_train_the_same_model(tmp_path, recipe, source, more):
-    """Up to rounding: the feature loss is a ratio within a micro-batch, so it is left out here."""
-    weights = ", weights: {feature: 0, logits: 1, cross_entropy: 0.5}"
+    """Up to rounding: SquareHead is a ratio within a micro-batch, so it is left out here."""
+    weights = ", loss: {squarehead: 0, kl: 1, cross_entropy: 0.5}"
     apply(recipe(192, weights), str(source), tmp_path / "one", quiet=True)
     apply(recipe(192, weights + more), str(source), tmp_path / "two", quiet=True)
     one, two = open_compressed(tmp_path / "one"), open_compressed(tmp_path / "two")
@@ -271,14 +271,12 @@ def test_a_rising_loss_is_divergence(tmp_path, recipe, source, monkeypatch):
 
 
 def test_the_progress_bar_says_what_fits():
-    settings = parse_recipe(
-        "version: 1\npasses:\n  - prune: {method: magnitude}\n  - distill: {method: squarehead, tokens: 1M}\n"
-    )
+    settings = parse_recipe("version: 1\npasses:\n  - prune: {method: magnitude}\n  - distill: {tokens: 1M}\n")
     seen = watch.LossWatch()
     assert trainer.describe(settings.training[0], seen) == "distill"
-    seen.add({"loss": 1.5, "feature": 0.25, "cross_entropy": 3.0, "logits": 1.25})
+    seen.add({"loss": 1.5, "squarehead": 0.25, "cross_entropy": 3.0, "kl": 1.25})
     assert trainer.describe(settings.training[0], seen, 80) == "distill: loss 1.5"
-    assert trainer.describe(settings.training[0], seen, 160) == "distill: loss 1.5 (feature 0.25, logits 1.25)"
+    assert trainer.describe(settings.training[0], seen, 160) == "distill: loss 1.5 (squarehead 0.25, kl 1.25)"
 
 
 def test_the_rule_of_divergence():
@@ -323,13 +321,13 @@ def test_teachers_that_cannot_teach_are_refused_before_the_walk(tmp_path, recipe
     (tmp_path / "foreign" / "tokenizer.json").write_text(json.dumps(foreign))
     for teacher, words in (
         ("larger", "vocabulary of 112 tokens and the student one of 96"),
-        ("deeper", "blocks: 4 and the student 3.*weights.feature: 0"),
+        ("deeper", "blocks: 4 and the student 3.*loss.squarehead: 0"),
         ("foreign", "another vocabulary"),
         ("compressed", "compressed itself"),
     ):
         with pytest.raises(CheckpointError, match=words):
             apply(recipe(640, f", teacher: {tmp_path / teacher}"), str(source), tmp_path / "out", quiet=True)
-    more = f", teacher: {tmp_path / 'deeper'}, weights: {{feature: 0}}"
+    more = f", teacher: {tmp_path / 'deeper'}, loss: {{squarehead: 0}}"
     assert make_plan(recipe(640, more), str(source)).training[0].teacher.spec == str(tmp_path / "deeper")
 
 
@@ -340,14 +338,14 @@ def test_too_little_text_is_told_in_the_words_of_the_pass(tmp_path, recipe, sour
 
 
 def test_cached_logits_teach_like_the_teacher(tmp_path, recipe, source, monkeypatch):
-    weights = ", weights: {feature: 0, logits: 1}"
+    weights = ", loss: {squarehead: 0, kl: 1}"
     online = apply(recipe(320, weights), str(source), tmp_path / "online", quiet=True)
     asked = recipe(320, f"{weights}, teacher_logits: cached, top_k: 96")  # all of them: nothing is lost but bfloat16
     cached = apply(asked, str(source), tmp_path / "cached", quiet=True)
-    one, two = (result.metrics["training"][0]["last"]["logits"] for result in (online, cached))
+    one, two = (result.metrics["training"][0]["last"]["kl"] for result in (online, cached))
     assert two == pytest.approx(one, rel=0.05)
     few = apply(recipe(320, f"{weights}, teacher_logits: cached, top_k: 8"), str(source), tmp_path / "few", quiet=True)
-    assert few.metrics["training"][0]["last"]["logits"] < two
+    assert few.metrics["training"][0]["last"]["kl"] < two
 
     teachers = []
     make = training.open_teacher
@@ -489,9 +487,9 @@ passes:
 
 
 def test_a_teacher_may_help_in_fine_tuning(tmp_path, source, compressed, talks):
-    more = f", teacher: {source}, weights: {{feature: 1, logits: 1, cross_entropy: 1}}"
+    more = f", teacher: {source}, loss: {{squarehead: 1, kl: 1, cross_entropy: 1}}"
     result = apply(finetune(talks, more, epochs=1), str(compressed), tmp_path / "out", quiet=True)
-    assert set(result.metrics["training"][0]["first"]) == {"loss", "feature", "logits", "cross_entropy"}
+    assert set(result.metrics["training"][0]["first"]) == {"loss", "squarehead", "kl", "cross_entropy"}
 
 
 def test_fewer_conversations_than_a_step_are_refused(tmp_path, compressed, talks):
@@ -529,7 +527,7 @@ def test_a_missing_tensorboard_is_said_and_a_present_one_gets_the_losses(tmp_pat
         return
     apply(recipe(128, f", tensorboard: {tmp_path / 'board'}"), str(source), tmp_path / "out", quiet=True)
     content = b"".join(file.read_bytes() for file in (tmp_path / "board").iterdir())
-    assert b"train/feature" in content and b"train/logits" in content
+    assert b"train/squarehead" in content and b"train/kl" in content
 
 
 def test_a_recipe_says_no_to_a_training_that_cannot_be(recipe):

@@ -109,7 +109,7 @@ def test_stock_vllm_serves_pack_quantized(tmp_path: Path) -> None:
 
 def test_a_table_outlives_what_vllm_has_no_kernel_for(tmp_path: Path) -> None:
     """Held down to AVX2, vLLM's CPU build has no W4A16; its other rows, and ours, are there."""
-    if not installed_as() == CPU_BUILD or "avx2" not in available_levels():
+    if installed_as() != CPU_BUILD or "avx2" not in available_levels():
         pytest.skip("needs vLLM's build for CPUs and AVX2")
     make_dense("llama", tmp_path / "dense")
     for format in ("pack-quantized", "sparse24"):

@@ -7,8 +7,8 @@ from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format
 
 pytest.importorskip("compressed_tensors")
-from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor  # noqa: E402
-from compressed_tensors.quantization import QuantizationConfig  # noqa: E402
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig
 
 FORMAT = get_format("pack-quantized")
 KINDS = [

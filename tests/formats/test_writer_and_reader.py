@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -251,7 +250,7 @@ def test_a_full_disk_gives_one_sentence_and_no_directory(llama, tmp_path, moment
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     assert "cannot write" in done.stderr and "free some disk space" in done.stderr
     assert not (tmp_path / "out").exists()
-    parts = sorted(os.listdir(tmp_path / "out.partial" / "parts"))
+    parts = sorted(file.name for file in (tmp_path / "out.partial" / "parts").iterdir())
     assert parts == ([] if moment == "part" else [f"p{i}.safetensors" for i in range(4)])
     if moment == "finish":  # with room again, the same parts become the checkpoint
         out = CheckpointWriter(tmp_path / "out", "dense", open_checkpoint(llama()), resume=True).finish()

@@ -34,7 +34,7 @@ def halve(visit):
     }
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES])
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_sees_what_the_whole_model_computes(tmp_path, family):
     directory = save_tiny(tmp_path / family, family)
     walk = Walk(open_blocks(open_checkpoint(directory)), tokens(), dense_reference=True)

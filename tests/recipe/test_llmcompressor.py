@@ -3,7 +3,7 @@
 import pytest
 
 from sparsify.errors import RecipeError
-from sparsify.recipe import Prune, Quantize, parse_recipe
+from sparsify.recipe import Override, Prune, Quantize, Solver, parse_recipe
 
 TWO_STAGES = """
 sparsity_stage:
@@ -47,22 +47,22 @@ def gptq(settings: str) -> str:
 def test_two_stages_become_two_passes() -> None:
     recipe = parse_recipe(TWO_STAGES)
     assert recipe.passes == [
-        Prune(method="sparsegpt", ignore=["re:.*lm_head"], damping=0.05),
-        Quantize(
-            method="gptq", bits=4, group_size=128, damping=0.05, ignore=["lm_head"], activation_order=True
-        ),
-    ]  # fmt: skip
+        Prune(method="sparsegpt"),
+        Quantize(method="gptq", bits=4, group_size=128, activation_order=True),
+    ]
+    assert recipe.solver == Solver(damping=0.05)
+    assert recipe.ignore == ["re:.*lm_head", "lm_head"] and recipe.overrides == []
     assert recipe.export.format == "sparse24"
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (gptq("scheme: W4A16"), Quantize(method="gptq", bits=4, group_size=128, ignore=[])),
-        (gptq("scheme: {W8A16: [Linear]}"), Quantize(method="gptq", bits=8, group_size=128, ignore=[])),
+        (gptq("scheme: W4A16"), Quantize(method="gptq", bits=4, group_size=128)),
+        (gptq("scheme: {W8A16: [Linear]}"), Quantize(method="gptq", bits=8, group_size=128)),
         (
             gptq("scheme: {weights: {num_bits: 8, strategy: channel, observer: memoryless_minmax}}"),
-            Quantize(method="gptq", bits=8, group_size="channel", ignore=[], scale_search=False),
+            Quantize(method="gptq", bits=8, group_size="channel", scale_search=False),
         ),
         (
             gptq("{actorder: static, targets: Linear, scheme: w4a16, ignore: lm_head, offload_hessians: true}"),
@@ -70,7 +70,7 @@ def test_two_stages_become_two_passes() -> None:
         ),
         (
             gptq("config_groups: {g: {weights: {num_bits: 4, group_size: -1}, targets: [Linear]}}"),
-            Quantize(method="gptq", bits=4, group_size="channel", ignore=[]),
+            Quantize(method="gptq", bits=4, group_size="channel"),
         ),
         (
             "s_stage:\n  s_modifiers:\n    QuantizationModifier: {scheme: W4A16, ignore: [lm_head]}\n",
@@ -78,7 +78,7 @@ def test_two_stages_become_two_passes() -> None:
         ),
         (
             "s_stage:\n  s_modifiers:\n    WandaPruningModifier: {sparsity: 0.5, mask_structure: 2:4}\n",
-            Prune(method="wanda", ignore=[]),
+            Prune(method="wanda"),
         ),
     ],
 )
@@ -138,7 +138,21 @@ def test_what_has_no_counterpart_is_refused_by_name(text: str, line: int, words:
     assert words in str(caught.value)
 
 
-def test_differences_that_one_solve_cannot_honour_keep_their_line() -> None:
-    text = TWO_STAGES.replace("dampening_frac: 0.05\n      ignore", "dampening_frac: 0.01\n      ignore")
-    with pytest.raises(RecipeError, match=r"^r.yaml:19: damping is 0.05 in prune but 0.01 in quantize"):
+def test_two_dampings_are_refused_with_their_line() -> None:
+    text = TWO_STAGES.replace("dampening_frac: 0.05\n      ignore", "dampening_frac: 0.02\n      ignore")
+    with pytest.raises(RecipeError, match=r"^r.yaml:9: dampening_frac is 0.05 here and 0.02 in GPTQModifier"):
         parse_recipe(text, "r.yaml")
+    silent = TWO_STAGES.replace("dampening_frac: 0.05\n      ignore", "ignore")
+    with pytest.raises(RecipeError, match=r"^r.yaml:9: dampening_frac is 0.05 here and 0.01 in GPTQModifier"):
+        parse_recipe(silent, "r.yaml")
+    assert parse_recipe(silent.replace("0.05", "0.01")).solver == Solver(damping=0.01)
+
+
+def test_ignore_is_what_all_modifiers_ignore_and_the_rest_is_overrides() -> None:
+    text = TWO_STAGES.replace('["re:.*lm_head"]', '["re:.*router", down_proj]')
+    text = text.replace('ignore: ["lm_head"]', 'ignore: ["lm_head", "re:.*router", o_proj]')
+    recipe = parse_recipe(text)
+    assert recipe.ignore == ["re:.*router", "lm_head"]
+    assert recipe.overrides == [Override(match="down_proj", prune=None), Override(match="o_proj", quantize=None)]
+    with pytest.raises(RecipeError, match=r"^r.yaml:20: 're:\(' is not a valid regular expression"):
+        parse_recipe(text.replace("o_proj", "'re:('"), "r.yaml")

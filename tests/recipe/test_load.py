@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsify.errors import RecipeError
-from sparsify.recipe import Head, ignored_by, load_recipe, parse_recipe, ready_recipes
+from sparsify.recipe import Head, Override, ignored_by, load_recipe, parse_recipe, ready_recipes
 from sparsify.recipe.builtin import recipe_directories
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +31,7 @@ def test_ready_recipes_are_found_by_name_and_say_what_they_are() -> None:
         assert recipe == load_recipe(path)
         assert text.splitlines()[0] == "# yaml-language-server: $schema=schema.json"
         assert all(f"# {word}:" in text for word in ("Cost", "Gain", "Limit"))
+        assert len(text.splitlines()) <= 40
         assert f"sparsify apply {name} " in text
 
 
@@ -41,7 +42,7 @@ def test_the_ready_recipes_do_what_their_names_say() -> None:
     for recipe in (quickstart, joint):
         assert recipe.prune is not None and recipe.quantize is not None
         assert recipe.quantize.method == "gptq"
-        assert (recipe.quantize.bits, recipe.quantize.group_size, recipe.prune.correction) == (4, 64, 0.4)
+        assert (recipe.quantize.bits, recipe.quantize.group_size, recipe.solver.error_propagation) == (4, 64, 0.4)
         assert recipe.export.format == "sparse24"
     assert (quickstart.prune.method, joint.prune.method) == ("sparsegpt", "alps")
     assert load_recipe("2of4").quantize is None and load_recipe("w4a16").prune is None
@@ -69,7 +70,7 @@ def test_a_file_wins_over_a_ready_name_and_a_directory_does_not(
     Path("quickstart").mkdir()
     assert load_recipe("quickstart").model is not None
     Path("2of4").write_text(TEXT)
-    assert load_recipe("2of4").prune.correction == 0  # type: ignore[union-attr]
+    assert load_recipe("2of4").solver.error_propagation == 0
 
 
 @pytest.mark.parametrize("name", ["w4a61", "dir/w4a61.yaml"])
@@ -130,9 +131,9 @@ def test_yaml_that_is_no_recipe(text: str, words: str) -> None:
 
 
 def test_scalars_mean_what_a_newcomer_expects() -> None:
-    recipe = parse_recipe(TEXT + "      pattern: 2:4\n      damping: 1e-2\nmodel: off\n")
+    recipe = parse_recipe(TEXT + "      pattern: 2:4\nsolver:\n  damping: 1e-2\nmodel: off\n")
     assert recipe.prune is not None
-    assert (recipe.prune.pattern, recipe.prune.damping, recipe.model) == ("2:4", 0.01, "off")
+    assert (recipe.prune.pattern, recipe.solver.damping, recipe.model) == ("2:4", 0.01, "off")
 
 
 # ---------------------------------------------------------------------------------------------------------- overrides
@@ -144,27 +145,29 @@ def test_overrides_set_values_by_path() -> None:
         overrides=[
             "calibration.samples=64",
             "calibration.source=file:a=b.txt",
-            "passes.0.prune.damping=2e-2",
-            "passes.prune.ignore=[lm_head, 're:.*router']",
+            "solver.damping=2e-2",
+            "passes.0.prune.method=alps",
+            "ignore=[lm_head, 're:.*router']",
+            "overrides=[{match: o_proj, prune: null}]",
+            "overrides.0.match=down_proj",
             "evaluation.text=file:x.txt",
             "export={format: dense}",
         ],
     )
     assert recipe.calibration.samples == 64 and recipe.calibration.source == "file:a=b.txt"
-    assert recipe.prune is not None and recipe.prune.damping == 0.02
-    assert recipe.prune.ignore == ["lm_head", "re:.*router"]
+    assert recipe.prune is not None and recipe.prune.method == "alps" and recipe.solver.damping == 0.02
+    assert recipe.ignore == ["lm_head", "re:.*router"]
+    assert recipe.overrides == [Override(match="down_proj", prune=None)]
     assert recipe.evaluation is not None and recipe.evaluation.text == "file:x.txt"
     assert recipe.export.format == "dense"
 
 
 def test_an_override_can_fill_an_empty_pass_and_a_list_entry() -> None:
     text = "version: 1\npasses:\n  - prune:\n"
-    recipe = parse_recipe(text, overrides=["passes.prune.method=wanda", "passes.0.prune.ignore=[a, b]"])
-    assert recipe.prune is not None and recipe.prune.method == "wanda"
-    recipe = parse_recipe(
-        text, overrides=["passes.0={prune: {method: wanda, ignore: [a, b]}}", "passes.prune.ignore.1=c"]
-    )
-    assert recipe.prune is not None and recipe.prune.ignore == ["a", "c"]
+    recipe = parse_recipe(text, overrides=["passes.prune.method=wanda", "ignore=[a, b]", "ignore.1=c"])
+    assert recipe.prune is not None and recipe.prune.method == "wanda" and recipe.ignore == ["a", "c"]
+    recipe = parse_recipe(text, overrides=["passes.0={prune: {method: wanda}}", "passes.prune.method=alps"])
+    assert recipe.prune is not None and recipe.prune.method == "alps"
 
 
 def test_the_model_argument_overrides(tmp_path: Path) -> None:
@@ -182,10 +185,11 @@ def test_the_model_argument_overrides(tmp_path: Path) -> None:
         ("calibration..samples=3", "write an override as path=value"),
         ("calibration.sample=3", "unknown key 'sample' in calibration; did you mean 'samples'?"),
         ("calibraton.samples=3", "unknown key 'calibraton' in the recipe; did you mean 'calibration'?"),
-        ("passes.2.prune.damping=1", "passes has no entry '2'; it has 0 (prune)"),
+        ("passes.2.prune.method=alps", "passes has no entry '2'; it has 0 (prune)"),
         ("passes.quantize.bits=4", "passes has no entry 'quantize'; it has 0 (prune)"),
         ("passes.0.prune.method.x=1", "passes.0.prune.method is one value, so it has no 'x' inside"),
-        ("passes.0.prune.damping=high", "must be a number, not the text 'high'"),
+        ("passes.prune.correction=0", "it stands in solver: {error_propagation: ...}"),
+        ("solver.damping=high", "must be a number, not the text 'high'"),
         ("calibration.samples=[1", "not valid YAML"),
     ],
 )

@@ -1,22 +1,42 @@
 """What a recipe may say, and what an error says when it says something else."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from sparsify.errors import RecipeError
-from sparsify.recipe import Prune, Quantize, Recipe, dump_recipe, json_schema, load_recipe, parse_recipe, ready_recipes
+from sparsify.recipe import (
+    Calibration,
+    Distill,
+    Prune,
+    Quantize,
+    Recipe,
+    Solver,
+    dump_recipe,
+    json_schema,
+    load_recipe,
+    parse_recipe,
+    ready_recipes,
+    recipe_from,
+)
+from sparsify.recipe.methods import PRUNE as PRUNE_METHODS
+from sparsify.recipe.methods import QUANTIZE as QUANTIZE_METHODS
+from sparsify.recipe.methods import Needs, needs_of
 from sparsify.recipe.sources import shares, sources_in_words
 
 ROOT = Path(__file__).parents[2]
 PRUNE = "version: 1\npasses:\n  - prune:\n      method: sparsegpt\n"
+SOLVER = "version: 1\npasses:\n  - prune: {method: sparsegpt}\nsolver:\n"
 JOINT = """version: 1
+solver: {error_propagation: 0.5}
 passes:
-  - prune: {method: sparsegpt, correction: 0.5}
-  - quantize: {method: gptq, bits: 4, group_size: 64, correction: 0.5}
+  - prune: {method: sparsegpt}
+  - quantize: {method: gptq, bits: 4, group_size: 64}
 """
 
 
@@ -30,11 +50,63 @@ def refused(text: str, *overrides: str) -> str:
 
 def test_a_recipe_becomes_typed_objects() -> None:
     recipe = parse_recipe(JOINT)
-    assert recipe.prune == Prune(method="sparsegpt", correction=0.5)
-    assert recipe.quantize == Quantize(kind="quantize", method="gptq", bits=4, group_size=64, correction=0.5)
+    assert recipe.prune == Prune(method="sparsegpt")
+    assert recipe.quantize == Quantize(kind="quantize", method="gptq", bits=4, group_size=64)
+    assert recipe.solver == Solver(damping=0.01, error_propagation=0.5, coordinate_descent=5)
     assert [step.kind for step in recipe.passes] == ["prune", "quantize"]
     assert recipe.calibration.source == "self" and recipe.export.format == "sparse24" and recipe.model is None
-    assert recipe.quantize.scale_search and recipe.prune.ignore == ["lm_head"]
+    assert recipe.quantize.scale_search and recipe.ignore == ["lm_head"] and recipe.overrides == []
+
+
+def test_a_recipe_is_built_of_objects() -> None:
+    recipe = Recipe(passes=[Prune(method="alps"), Quantize(bits=4, group_size=64)], solver=Solver(damping=0.02))
+    assert recipe.version == 1 and recipe.quantize is not None and recipe.quantize.method == "gptq"
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+    assert load_recipe(recipe) is recipe
+    assert load_recipe(recipe, ["solver.damping=0.5"], model="m").solver == Solver(damping=0.5)
+    same = {
+        "passes": [{"prune": {"method": "alps"}}, Quantize(bits=4, group_size=64)],
+        "solver": {"damping": 0.02},
+    }
+    assert load_recipe(same) == recipe_from(same) == recipe
+    assert same["solver"] == {"damping": 0.02}  # what was given stays what it was
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Prune(method="alps", refine=3),
+        lambda: Prune(method="alp"),
+        lambda: Quantize(bits=3, group_size=64),
+        lambda: Quantize(bits="4", group_size=64),
+        lambda: Recipe(passes=[]),
+        lambda: Recipe(passes=[Prune(method="alps")], solvers=Solver()),
+        lambda: Recipe(passes=[Prune(method="magnitude")], solver=Solver(damping=0.5)),
+        lambda: Recipe(passes=[Quantize(bits=4, group_size=64), Prune(method="wanda")]),
+        lambda: Recipe(passes=[Calibration()]),
+        lambda: Recipe(passes=[Prune(method="wanda")], version=2),
+    ],
+)
+def test_what_a_recipe_cannot_say_does_not_construct(build: Callable[[], object]) -> None:
+    with pytest.raises(ValidationError):
+        build()
+
+
+def test_mistakes_in_plain_data_are_named_as_in_a_file() -> None:
+    with pytest.raises(RecipeError, match="^mine: unknown key 'dampning' in solver; did you mean 'damping'"):
+        recipe_from({"passes": [{"prune": {"method": "wanda"}}], "solver": {"dampning": 1}}, name="mine")
+    with pytest.raises(RecipeError, match="^recipe: a recipe is a mapping"):
+        load_recipe(["prune"])  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="^recipe: this sparsify reads recipes of version 1, not 2"):
+        load_recipe({"version": 2, "passes": [{"prune": {"method": "wanda"}}]})
+
+
+def test_one_table_says_what_methods_need() -> None:
+    for model, table in ((Prune, PRUNE_METHODS), (Quantize, QUANTIZE_METHODS)):
+        assert set(table) == set(get_args(model.model_fields["method"].annotation))
+    assert needs_of(None, None) == needs_of("magnitude", "rtn") == Needs()
+    assert needs_of("wanda", "rtn") == Needs(data=True)
+    assert needs_of("magnitude", "gptq") == needs_of("alps", None) == Needs(data=True, hessian=True, sweep=True)
 
 
 def test_a_recipe_cannot_be_changed_after_it_was_checked() -> None:
@@ -56,7 +128,15 @@ def test_dump_gives_the_same_recipe_back_and_other_yaml_readers_agree() -> None:
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        (PRUNE + "      dampning: 0.1\n", 5, "unknown key 'dampning' in prune; did you mean 'damping'? known keys: me"),
+        (PRUNE + "      metod: x\n", 5, "unknown key 'metod' in prune; did you mean 'method'? known keys: method, pattern"),
+        (SOLVER + "  dampning: 0.1\n", 5, "unknown key 'dampning' in solver; did you mean 'damping'? known keys: da"),
+        (PRUNE + "      damping: 0.1\n", 5, "'damping' is no setting of prune: it stands in solver: {damping: ...}"),
+        (PRUNE + "      correction: 0.1\n", 5, "it stands in solver: {error_propagation: ...}"),
+        (PRUNE + "      refine: 1\n", 5, "it stands in solver: {coordinate_descent: ...}"),
+        (PRUNE + "      ignore: [a]\n", 5, "'ignore' is no setting of prune: it stands at the top of the recipe"),
+        (PRUNE + "  - distill: {method: squarehead, tokens: 1M}\n", 5, "loss: {kl, squarehead, cross_entropy} says it"),
+        (PRUNE + "  - lora: {tokens: 1M, weights: {}}\n", 5, "no setting of lora: it is loss: {kl, squarehead, cross_entropy}"),
+        (PRUNE + "  - distill:\n      tokens: 1M\n      loss: {logits: 1}\n", 7, "'logits' is no setting of loss: it is kl"),
         (PRUNE + "calibraton: {}\n", 5, "unknown key 'calibraton' in the recipe; did you mean 'calibration'?"),
         (PRUNE + "calibration:\n  samples: 8\n  xyz: 1\n", 7, "unknown key 'xyz' in calibration; known keys: source,"),
         (PRUNE + "      kind: prune\n", 5, "unknown key 'kind' in prune"),
@@ -76,17 +156,17 @@ def test_dump_gives_the_same_recipe_back_and_other_yaml_readers_agree() -> None:
             "which would undo the tuning; put tune last",
         ),
         (PRUNE.replace("magnitude", "wanda") + "  - tune: {epochs: 0}\n", 5, "epochs must be at least 1"),
-        ("version: 1\npasses:\n  - prune: {method: magnitude, refine: 2}\n", 3, "there is no sweep to refine"),
+        ("version: 1\npasses:\n  - prune: {method: magnitude}\nsolver:\n  coordinate_descent: 2\n", 5, "there is no sweep to"),
         ("version: 1\npasses:\n  - prune\n", 3, "pass 'prune' needs its settings"),
         ("version: 1\npasses:\n  - 3\n", 3, "a pass is a mapping of one key"),
         ("version: 1\npasses:\n  - prune:\n    method: wanda\n", 4, "'method' stands beside 'prune'"),
         ("version: 1\npasses:\n  - prune: {method: wanda}\n    quantize: {}\n", 4, "start each pass with its own '-'"),
-        (PRUNE + "      damping: '0.1'\n", 5, "must be a number, not the text '0.1'; remove the quotes"),
-        (PRUNE + "      damping: -1\n", 5, "at least 0"),
-        (PRUNE + "      damping: .nan\n", 5, "finite number"),
-        (PRUNE + "      correction: 1.5\n", 5, "at most 1"),
-        (PRUNE + "      ignore: lm_head\n", 5, "must be a list"),
-        (PRUNE + "      ignore:\n        - ok\n        - 're:('\n", 7, "'re:(' is not a valid regular expression"),
+        (SOLVER + "  damping: '0.1'\n", 5, "must be a number, not the text '0.1'; remove the quotes"),
+        (SOLVER + "  damping: -1\n", 5, "at least 0"),
+        (SOLVER + "  damping: .nan\n", 5, "finite number"),
+        (SOLVER + "  error_propagation: 1.5\n", 5, "at most 1"),
+        (PRUNE + "ignore: lm_head\n", 5, "must be a list"),
+        (PRUNE + "ignore:\n  - ok\n  - 're:('\n", 7, "'re:(' is not a valid regular expression"),
         (PRUNE + "      pattern: 4:8\n", 5, "pattern must be \"2:4\", not the text '4:8'"),
         (PRUNE + "calibration:\n", 5, "calibration must be a mapping of settings, not nothing"),
         (PRUNE + "calibration: {samples: 0}\n", 5, "at least 1, not 0"),
@@ -131,20 +211,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
             "pass 'prune' is here a second time (first as passes.0)",
         ),
         (["quantize: {method: rtn, bits: 4, group_size: 32}", "prune: {method: wanda}"], 4, "put prune first"),
-        (["prune: {method: magnitude, damping: 0.1}"], 3, "damping has no effect with method magnitude"),
-        (["prune: {method: magnitude, correction: 0.1}"], 3, "correction has no effect with method magnitude"),
-        (["prune: {method: wanda, damping: 0.1}"], 3, "damping has no effect with method wanda"),
         (["quantize: {method: rtn, bits: 4, group_size: 32, activation_order: true}"], 3, "it looks at no activations"),
-        (
-            ["prune: {method: sparsegpt, correction: 0.5}", "quantize: {method: gptq, bits: 4, group_size: 32}"],
-            4,
-            "correction is 0.5 in prune but 0.0 in quantize",
-        ),
-        (
-            ["prune: {method: sparsegpt}", "quantize: {method: gptq, bits: 4, group_size: 32, damping: 0.1}"],
-            4,
-            "damping is 0.01 in prune but 0.1 in quantize",
-        ),
     ],
 )
 def test_impossible_combinations_are_refused_with_the_reason(passes: list[str], line: int, words: str) -> None:
@@ -152,21 +219,69 @@ def test_impossible_combinations_are_refused_with_the_reason(passes: list[str], 
     assert message.startswith(f"r.yaml:{line}: ") and words in message
 
 
+MAGNITUDE, WANDA = "prune: {method: magnitude}", "prune: {method: wanda}"
+RTN, GPTQ = "quantize: {method: rtn, bits: 8, group_size: channel}", "quantize: {method: gptq, bits: 4, group_size: 32}"
+TO_GPTQ = "{match: '*down_proj', quantize: {method: gptq}}"
+
+
 @pytest.mark.parametrize(
-    "passes",
+    ("passes", "solver", "overrides", "words"),
     [
-        ["prune: {method: wanda, correction: 0.5, damping: 0.1}"],
-        ["prune: {method: wanda}", "quantize: {method: gptq, bits: 4, group_size: 32, damping: 0.1}"],
-        ["prune: {method: sparsegpt, correction: 0.5}", "quantize: {method: rtn, bits: 8, group_size: channel}"],
-        [
-            "prune: {method: magnitude, damping: 0.01}",
-            "quantize: {method: gptq, bits: 4, group_size: 32, damping: 0.1}",
-        ],
+        ([MAGNITUDE], "damping: 0.1", "", "damping has no effect with method magnitude: no Hessian is inverted"),
+        (
+            [MAGNITUDE, RTN],
+            "error_propagation: 0.1",
+            "",
+            "error_propagation has no effect with methods magnitude and rtn",
+        ),
+        ([WANDA], "damping: 0.1", "", "damping has no effect with method wanda: no Hessian is inverted"),
+        ([WANDA, RTN], "coordinate_descent: 2", "", "coordinate_descent has no effect with methods wanda and rtn"),
+        (
+            ["distill: {tokens: 1M, teacher: m}"],
+            "damping: 0.1",
+            "",
+            "solver has no effect: no pass prunes or quantizes",
+        ),
+        ([WANDA], "error_propagation: 0.5, damping: 0.1", "", None),
+        ([WANDA, GPTQ], "damping: 0.1", "", None),
+        (["prune: {method: sparsegpt}", RTN], "error_propagation: 0.5, coordinate_descent: 1", "", None),
+        ([MAGNITUDE, GPTQ], "damping: 0.1, error_propagation: 1, coordinate_descent: 0", "", None),
+        ([MAGNITUDE, RTN], "damping: 0.01, error_propagation: 0, coordinate_descent: 5", "", None),  # the defaults
+        ([MAGNITUDE, RTN], "damping: 0.1", TO_GPTQ, None),
     ],
 )
-def test_combinations_that_make_sense_are_accepted(passes: list[str]) -> None:
-    recipe = parse_recipe("version: 1\npasses:\n" + "".join(f"  - {entry}\n" for entry in passes))
+def test_settings_of_the_solver_need_a_method_that_honours_them(
+    passes: list[str], solver: str, overrides: str, words: str | None
+) -> None:
+    text = "version: 1\npasses:\n" + "".join(f"  - {entry}\n" for entry in passes)
+    text += f"overrides: [{overrides}]\nsolver:\n  {{{solver}}}\n"
+    if words is None:
+        recipe = parse_recipe(text)
+        assert parse_recipe(dump_recipe(recipe)) == recipe
+    else:
+        line = len(passes) + (4 if "no pass" in words else 5)
+        message = refused(text)
+        assert message.startswith(f"r.yaml:{line}: ") and words in message
+
+
+def test_what_is_said_of_linears_needs_a_pass_that_decides_them() -> None:
+    depth = "version: 1\npasses:\n  - depth: {method: deepest, drop: 1}\nexport: {format: dense}\n"
+    assert refused(depth + "ignore: [o_proj]\n").startswith(
+        "r.yaml:5: ignore has no effect: no pass prunes or quantizes"
+    )
+    overrides = "overrides:\n  - {match: o_proj, prune: null}\n"
+    assert refused(depth + overrides).startswith("r.yaml:5: overrides has no effect")
+    assert parse_recipe(depth + "ignore: [lm_head]\noverrides: []\n").depth is not None
+
+
+def test_the_parts_of_the_loss_have_the_names_of_the_field() -> None:
+    recipe = parse_recipe(PRUNE + "  - distill: {tokens: 1M, loss: {kl: 2, squarehead: 0, cross_entropy: 0.5}}\n")
+    (distill,) = recipe.training
+    assert isinstance(distill, Distill) and dict(distill.loss) == {"kl": 2, "squarehead": 0, "cross_entropy": 0.5}
+    assert dict(Distill(tokens=10**6).loss) == {"kl": 1, "squarehead": 1, "cross_entropy": 0}
     assert parse_recipe(dump_recipe(recipe)) == recipe
+    message = refused(PRUNE + "  - distill:\n      tokens: 1M\n      loss: {kl: 0, squarehead: 0}\n")
+    assert message.startswith("r.yaml:7: neither kl nor squarehead counts")
 
 
 def test_pack_quantized_needs_integers() -> None:

@@ -37,9 +37,11 @@ def sample_metrics(blocks=30):
         "recipe": {
             "version": 1,
             "calibration": {"source": "self", "samples": 128, "sequence_length": 512, "seed": 0},
+            "ignore": ["lm_head"],
+            "solver": {"damping": 0.01, "error_propagation": 0.5, "coordinate_descent": 5},
             "passes": [
-                {"prune": {"method": "sparsegpt", "pattern": "2:4", "ignore": ["lm_head"], "correction": 0.5}},
-                {"quantize": {"method": "gptq", "bits": 4, "group_size": 64, "correction": 0.5}},
+                {"prune": {"method": "sparsegpt", "pattern": "2:4"}},
+                {"quantize": {"method": "gptq", "bits": 4, "group_size": 64}},
             ],
             "export": {"format": "sparse24"},
         },

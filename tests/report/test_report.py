@@ -330,20 +330,20 @@ def test_training_is_shown_with_its_losses_and_its_curve():
     metrics["training"] = [
         {
             "kind": "distill",
-            "method": "squarehead",
             "steps": 488,
             "rows": 1024,
             "tokens": 1_998_848,
             "teacher": "a<b",
-            "first": {"loss": 1.25, "feature": 0.5, "logits": 0.75},
-            "last": {"loss": 0.5, "feature": 0.2, "logits": 0.3},
+            "first": {"loss": 1.25, "squarehead": 0.5, "kl": 0.75},
+            "last": {"loss": 0.5, "squarehead": 0.2, "kl": 0.3},
             "curve": [[1, 1.25], [200, 0.8], [488, 0.5]],
         }
     ]
     page = render_page(metrics)
     text = " ".join(Document(page).words)
     for words_of_it in (
-        "distill: squarehead",
+        "distill",
+        "squarehead",
         "1,024 rows",
         "a<b",
         "1.25 → 0.5",

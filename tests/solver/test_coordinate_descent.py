@@ -158,7 +158,7 @@ def test_inputs_that_are_always_zero(problem):
     W, _ = problem
     X = torch.randn(300, K, generator=torch.Generator().manual_seed(1))
     X[:, 4:8] = 0
-    scheme = Scheme("sparsegpt", "gptq", bits=4, group_size=32, refine=3)
+    scheme = Scheme("sparsegpt", "gptq", bits=4, group_size=32, coordinate_descent=3)
     linears, errors = solve_layer({"a": W}, scheme, Statistics(X.t() @ X / 300))
     assert not linears["a"].codes[:, 4:8].any() and 0 < errors["a"] < 1
 
@@ -171,7 +171,7 @@ def test_compress_refines_what_it_exports(problem, quantize):
     errors = []
     for sweeps in (0, 4):
         bits, group = (4, 32) if quantize else (16, 0)
-        scheme = Scheme("sparsegpt", quantize, bits=bits, group_size=group, refine=sweeps)
+        scheme = Scheme("sparsegpt", quantize, bits=bits, group_size=group, coordinate_descent=sweeps)
         linears, found = solve_layer({"a": W}, scheme, statistics)
         assert found["a"] == pytest.approx(relative_error(W, linears["a"].dense(torch.float32), statistics.H))
         errors.append(found["a"])

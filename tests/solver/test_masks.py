@@ -63,7 +63,7 @@ def test_alps_compresses_better_than_sparsegpt(problem, quantize):
     errors = {}
     for method in ("sparsegpt", "alps"):
         bits, group = (4, 32) if quantize else (16, 0)
-        scheme = Scheme(method, quantize, bits=bits, group_size=group, refine=3)
+        scheme = Scheme(method, quantize, bits=bits, group_size=group, coordinate_descent=3)
         linears, found = solve_layer({"a": W}, scheme, Statistics(factors.damped))
         stored = linears["a"].codes if quantize else linears["a"].values
         assert is_two_four(stored)

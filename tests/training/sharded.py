@@ -23,7 +23,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
-    weights = LossWeights(feature=0.0, logits=1.0, cross_entropy=0.5)
+    weights = LossWeights(squarehead=0.0, kl=1.0, cross_entropy=0.5)
     teacher = Teacher(tiny_model(seed=2), True, True)
     ids, labels = batch(2 * processes)
     items = labels.ne(-100).sum()

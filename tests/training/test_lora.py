@@ -262,7 +262,7 @@ def test_the_base_beside_an_adapter_stays_as_it_was_compressed(tmp_path, run):
 
 
 def test_text_alone_needs_no_teacher(run):
-    result, _ = run("out", QUANTIZED, ", weights: {feature: 0, logits: 0, cross_entropy: 1}")
+    result, _ = run("out", QUANTIZED, ", loss: {squarehead: 0, kl: 0, cross_entropy: 1}")
     (note,) = result.metrics["training"]
     assert note["teacher"] is None and set(note["last"]) == {"loss", "cross_entropy"}
 
@@ -272,8 +272,8 @@ def test_text_alone_needs_no_teacher(run):
     [
         ("train: [norms]", "train has no effect with method lora: the model's own weights stand still"),
         ("export: adapter, quantize_in_loop: false", "quantize_in_loop has no effect"),
-        ("weights: {feature: 0, logits: 0}", "nothing to learn"),
-        ("weights: {feature: 0, logits: 0, cross_entropy: 1}, teacher: m", "teacher has no effect"),
+        ("loss: {squarehead: 0, kl: 0}", "nothing to learn"),
+        ("loss: {squarehead: 0, kl: 0, cross_entropy: 1}, teacher: m", "teacher has no effect"),
         ("rank: 0", "at least 1"),
         ("tokens: 10", "less than one step"),
     ],

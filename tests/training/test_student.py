@@ -13,7 +13,7 @@ from sparsify.training.student import BlockOutputs, Student, Teacher, has_plain_
 from sparsify.training.trainer import Rows
 from tests.helpers.tiny import tiny_model
 
-ALL = LossWeights(feature=1.0, logits=0.5, cross_entropy=0.25)
+ALL = LossWeights(squarehead=1.0, kl=0.5, cross_entropy=0.25)
 
 
 def compressed(model, bits=4):
@@ -90,8 +90,8 @@ def test_the_loss_is_that_of_the_models_own_logits_and_hidden_states(family):
     )
     lesson = Teacher(dense, True, True)(ids)
     found = Student(model, ALL, 1.0, torch.float32)(ids, labels, labels.ne(-100).sum(), lesson)
-    assert found["feature"].item() == pytest.approx(feature.item(), rel=1e-4)
-    assert found["logits"].item() == pytest.approx(kl.item(), rel=1e-4)
+    assert found["squarehead"].item() == pytest.approx(feature.item(), rel=1e-4)
+    assert found["kl"].item() == pytest.approx(kl.item(), rel=1e-4)
     assert found["cross_entropy"].item() == pytest.approx(ce.item(), rel=1e-4)
     assert found["loss"].item() == pytest.approx((feature + 0.5 * kl + 0.25 * ce).item(), rel=1e-4)
 
@@ -115,9 +115,7 @@ def test_micro_batches_padding_and_checkpointing_change_nothing(family):
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
-    weights = LossWeights(
-        feature=0.0, logits=1.0, cross_entropy=1.0
-    )  # the feature loss is a ratio within a micro-batch
+    weights = LossWeights(squarehead=0.0, kl=1.0, cross_entropy=1.0)  # SquareHead is a ratio within a micro-batch
     student = Student(tiny_model(family, seed=1), weights, 1.0, torch.float32)
     short = [(ids[:2], labels[:2]), (ids[2:, :9], torch.cat([labels[2:, :8], torch.full((2, 1), -100)], 1))]
     items = sum(one.ne(-100).sum() for _, one in short)

@@ -47,7 +47,9 @@ def write_shortened(source: Source, choice: Choice, structures: Mapping[int, Str
                 if source.model.owner(target) != old:
                     continue
                 inner = target.removeprefix(source.model.blocks[old] + ".")
-                if structure is None and kind != KINDS[0] or structure is not None and structure.kind_of(inner) != kind:
+                if (structure is None and kind != KINDS[0]) or (
+                    structure is not None and structure.kind_of(inner) != kind
+                ):
                     continue
                 zero = layer.absent == kind and structure is not None and structure.is_silenced(inner, kind)
                 _take(source, name, inner, renumbered(name, old, number), zero, tuned, linears, tensors)

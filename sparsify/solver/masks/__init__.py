@@ -1,4 +1,4 @@
-"""Pruning methods. To add one: its file here, its line in METHODS, a recipe, a test."""
+"""Pruning methods. To add one: its file here, its line in METHODS and in `recipe/methods.py`, a recipe, a test."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ class PruneMethod:
 
     mask:   (W [N, K], H [K, K] or None) -> bool [N, K], decided before any weight moves
     select: (quad [4, N], d [4]) -> bool [4, N], decided during the column sweep
-    solves: the mask belongs to a solution of the layer's problem: it wants the damped Hessian, the kept weights are swept
-            to make up for the others, and refinement may still exchange what is kept
+
+    What it needs of the text stands in `recipe/methods.py`. A mask that belongs to a solution of the layer's problem (with a
+    Hessian there) gets the damped H, its kept weights are swept to make up for the others, and coordinate descent may still
+    exchange what is kept.
     """
 
-    needs_data: bool
     mask: Callable[[Tensor, Tensor | None], Tensor] | None = None
     select: Callable[[Tensor, Tensor], Tensor] | None = None
-    solves: bool = False
 
 
 METHODS = {
-    "magnitude": PruneMethod(needs_data=False, mask=magnitude_mask),
-    "wanda": PruneMethod(needs_data=True, mask=wanda_mask),
-    "sparsegpt": PruneMethod(needs_data=True, select=sparsegpt_select, solves=True),
-    "alps": PruneMethod(needs_data=True, mask=alps_mask, solves=True),
+    "magnitude": PruneMethod(mask=magnitude_mask),
+    "wanda": PruneMethod(mask=wanda_mask),
+    "sparsegpt": PruneMethod(select=sparsegpt_select),
+    "alps": PruneMethod(mask=alps_mask),
 }

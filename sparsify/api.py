@@ -1,0 +1,312 @@
+"""The Python interface: what the command line does, for paths, hub ids and models that are loaded already.
+
+    import sparsify
+
+    result = sparsify.apply("2of4-w4a16", model, calibration=["some text", ...])
+    result.model.generate(...)
+
+Everything here is reached as `sparsify.NAME`, which imports it on first use.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsify.compiler import apply as compiler
+from sparsify.compiler.convert import export as convert
+from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD
+from sparsify.compiler.plan import Plan, make_plan
+from sparsify.data.given import write_calibration
+from sparsify.errors import RecipeError, SparsifyError
+from sparsify.evaluation import EvaluationResult
+from sparsify.evaluation import evaluate as score
+from sparsify.files import atomic_write, cache_directory
+from sparsify.formats.inspect import Inspection
+from sparsify.formats.inspect import inspect as look
+from sparsify.model.decoder import without_bars
+from sparsify.recipe import Evaluation, Recipe
+from sparsify.recipe import load_recipe as load
+from sparsify.runtime.module import Sparse24Linear
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Result", "apply", "evaluate", "export", "inspect", "load_recipe", "plan"]
+
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+
+
+@dataclass
+class Result:
+    """A finished compression.
+
+    metrics: what metrics.json holds: sizes, the error of every linear, what stayed dense and why, the evaluation
+    output:  the checkpoint directory; None where none was named
+    """
+
+    metrics: dict[str, Any]
+    output: Path | None
+    _model: Any = field(default=None, repr=False)
+
+    @property
+    def model(self) -> Any:
+        """The compressed model, ready to generate, to save and to be served: of the class of the dense model, its compressed
+        linears `Sparse24Linear` (format sparse24). Read from `output` on first use where the recipe was given a path."""
+        if self._model is None:
+            assert self.output is not None
+            self._model = _loaded(self.output, "auto", None)
+        return self._model
+
+
+def apply(
+    recipe: RecipeLike,
+    model: str | Path | PreTrainedModel | None = None,
+    output: str | Path | None = None,
+    calibration: str | Path | Sequence[str] | Tensor | Dataset | None = None,
+    evaluate: str | Path | None = None,
+    inplace: bool = False,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Compress `model` by `recipe`.
+
+    recipe:      the name of a built-in recipe, a file, a dict of the same keys, or a `Recipe`
+    model:       a directory, hub id, *.gguf file or embedded:NAME; or a live transformers model, which is left as it was.
+                 Default: the one that the recipe names
+    output:      the checkpoint directory to write; without it the result holds the model only
+    calibration: instead of the recipe's: a text file (.txt, .jsonl, .parquet) or another source as in a recipe, a list of
+                 documents, a `datasets.Dataset` with a column `text` or `messages`, or token ids, int64 [rows, length]
+    evaluate:    a text file to score the result on, never one that it was calibrated on
+    inplace:     put the compressed linears into the live model instead of into a copy of it
+    tokenizer:   of a live model, where it was not loaded from a directory that has one; for text only
+    resume:      go on with an interrupted run into the same `output`
+
+    Raises SparsifyError for what the command line refuses, with the same words.
+    """
+    asked = load_recipe(recipe)
+    if inplace and (model is None or isinstance(model, str | Path)):
+        raise SparsifyError("inplace=True changes a live model; pass the model object, or leave inplace out for a path")
+    if resume and output is None:
+        raise SparsifyError("resume=True goes on with the run of an output directory; name it with output=")
+    if inplace:
+        _refuse_inplace(asked)
+    with ExitStack() as stack:
+        spec = stack.enter_context(_on_disk(_named(asked, model), tokenizer, dense=True))
+        if calibration is not None:
+            folder = Path(stack.enter_context(_scratch()))
+            given = write_calibration(calibration, asked.calibration, folder)
+            asked = asked.model_copy(update={"calibration": given})
+        if evaluate is not None:
+            text = str(evaluate) if str(evaluate).startswith("file:") else f"file:{evaluate}"
+            asked = asked.model_copy(update={"evaluation": Evaluation(text=text)})
+        asked = load_recipe(asked.model_copy(update={"model": spec}).model_dump(mode="json"))  # all checks once more
+        where = Path(output) if output is not None else Path(stack.enter_context(_scratch())) / "model"
+        done = compiler.apply(asked, spec, where, resume=resume, quiet=quiet, evaluate=_measure(asked, quiet))
+        if isinstance(model, str | Path | None):
+            name = spec
+        else:
+            name = getattr(model, "name_or_path", "") or type(model).__name__
+            _name_model(done.output, spec, name)
+        metrics = {**done.metrics, "base_model": name}
+        result = Result(metrics, done.output if output is not None else None)
+        if model is not None and not isinstance(model, str | Path):
+            loaded = _loaded(done.output, model.dtype, model.device)
+            result._model = _put_into(model, loaded) if inplace else loaded
+        elif output is None:
+            result._model = _loaded(done.output, "auto", None)
+    return result
+
+
+def plan(recipe: RecipeLike, model: str | Path | PreTrainedModel | None = None) -> Plan:
+    """What a recipe will do to every linear of a model, and what it costs; computes nothing. `print` its `.table()` with rich."""
+    asked = load_recipe(recipe)
+    stack = ExitStack()
+    try:
+        spec = stack.enter_context(_on_disk(_named(asked, model), None, dense=True))
+        made = make_plan(asked.model_copy(update={"model": spec}), spec)
+    except BaseException:
+        stack.close()
+        raise
+    weakref.finalize(made, stack.close)  # the plan reads the checkpoint's headers when asked
+    return made
+
+
+def export(
+    source: str | Path,
+    format: str,
+    output: str | Path,
+    head: int | None = None,
+    calibration: str | None = None,
+    *,
+    quiet: bool = False,
+) -> Path:
+    """Write a checkpoint in another format: sparse24, pack-quantized, dense or marlin-24. Returns the directory.
+
+    head: 4 or 8 quantizes the output head on the way, 16 dequantizes it; calibration: the text on which 4 bits are solved
+    """
+    if head not in (None, 4, 8, 16):
+        raise SparsifyError(f"head={head}: 4 or 8 quantizes the output head, 16 dequantizes it")
+    bits: Any = head
+    return convert(source, format, output, bits, quiet=quiet, calibration=calibration)
+
+
+def inspect(source: str | Path, *, quiet: bool = False) -> Inspection:
+    """Check every compressed tensor of a checkpoint and say what it holds."""
+    return look(source, quiet=quiet)
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    dense: str | Path | PreTrainedModel | None = None,
+    text: str | Path | None = None,
+    sequence_length: int | None = None,
+    chunks: int | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    quiet: bool = False,
+) -> EvaluationResult:
+    """Perplexity on a text, and with `dense` the divergence from it. Without `text`, the dense model writes it."""
+    with ExitStack() as stack:
+        specs = [None if m is None else stack.enter_context(_on_disk(m, tokenizer)) for m in (model, dense)]
+        assert specs[0] is not None
+        return score(specs[0], specs[1], text, sequence_length, chunks, quiet=quiet)
+
+
+def load_recipe(recipe: RecipeLike) -> Recipe:
+    """A recipe from a built-in name, a file, a dict or an object, validated. Raises RecipeError."""
+    return load(recipe)
+
+
+# ---------------------------------------------------------------------------------------------------- live models
+
+
+def _named(recipe: Recipe, model: Any) -> Any:
+    if model is None and recipe.model is None:
+        raise RecipeError("no model: name one in the recipe (model: ...) or pass it")
+    return recipe.model if model is None else model
+
+
+@contextmanager
+def _on_disk(model: Any, tokenizer: Any, dense: bool = False) -> Iterator[str]:
+    """The spec of a model: itself, or for a live one a directory that lasts as long as this. dense: it must not be compressed."""
+    if isinstance(model, str | Path):
+        yield str(model)
+        return
+    _refuse_live(model, dense)
+    with _scratch() as folder:
+        directory = Path(folder) / "model"
+        with without_bars():
+            model.save_pretrained(directory)
+        for owner in (tokenizer, _tokenizer_of(model) if tokenizer is None else None):
+            if owner is not None:
+                owner.save_pretrained(directory)
+        yield str(directory)
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A directory that goes away. In the cache, which is on a disk, where the temporary directory may be memory."""
+    root = cache_directory() / "live"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(dir=root)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_live(model: Any, dense: bool) -> None:
+    """Name what is wrong with a live model before anything is written."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise SparsifyError(
+            f"model is a {type(model).__name__}; pass a path, a hub id or a transformers model (PreTrainedModel)"
+        )
+    name = type(model).__name__
+    ours = any(isinstance(module, Sparse24Linear) for module in model.modules())
+    if (dense and ours) or (not ours and getattr(model, "is_quantized", False)):
+        raise SparsifyError(f"this {name} is quantized already; pass the dense model it was made from")
+    if meta := next((n for n, p in model.named_parameters() if p.is_meta), None):
+        raise SparsifyError(f"this {name} is on the meta device ({meta} has no values); load its weights first")
+    if model.training and any(p.requires_grad for p in model.parameters()):
+        raise SparsifyError(f"this {name} is in training mode with gradients on; call model.eval() first")
+
+
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer of the directory that a live model was loaded from; None where there is none on this machine."""
+    from transformers import AutoTokenizer
+
+    if not (source := getattr(model, "name_or_path", "")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def _name_model(output: Path, spec: str, name: str) -> None:
+    """What lies beside the weights names the live model and not the directory that stood for it."""
+    for file in (CARD, RECIPE, METRICS, RECORD):
+        atomic_write(output / file, (output / file).read_text(encoding="utf-8").replace(spec, name))
+
+
+def _measure(recipe: Recipe, quiet: bool) -> compiler.Evaluate | None:
+    """The `evaluation` section of a recipe as a call on the finished directory."""
+    asked = recipe.evaluation
+    if asked is None:
+        return None
+    return lambda directory: score(
+        directory, recipe.model, asked.text, asked.sequence_length, asked.chunks, quiet=quiet
+    ).to_json()
+
+
+def _loaded(directory: Path, dtype: torch.dtype | str, device: torch.device | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with without_bars():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    return model.to(device) if device is not None else model
+
+
+def _refuse_inplace(recipe: Recipe) -> None:
+    if recipe.depth is not None:
+        raise SparsifyError(
+            "inplace=True keeps the layers of the live model, and this recipe removes some; leave it out"
+        )
+    if recipe.export.format == "pack-quantized":
+        raise SparsifyError(
+            "inplace=True needs export.format sparse24 or dense; pack-quantized has linears of another package"
+        )
+
+
+def _put_into(model: Any, compressed: Any) -> Any:
+    """Give a live model the modules and tensors of its compressed copy, which is taken apart. Returns the live model."""
+    for name, module in list(compressed.named_modules()):
+        if isinstance(module, Sparse24Linear):
+            model.set_submodule(name, module)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, parameter in compressed.named_parameters(remove_duplicate=False):
+            if name in parameters:
+                parameters[name].copy_(parameter)
+    for key in ("quantization_config", "tie_word_embeddings"):
+        if hasattr(compressed.config, key):
+            setattr(model.config, key, getattr(compressed.config, key))
+    for key in ("hf_quantizer", "is_quantized", "quantization_method", "_is_quantized"):
+        if hasattr(compressed, key):
+            setattr(model, key, getattr(compressed, key))
+    return model

@@ -1,0 +1,169 @@
+"""What a plan will cost, before anything runs: bytes on disk, memory, arithmetic and the time that this takes here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsify.compiler.operations import SOLVER, count_operations, in_words
+from sparsify.compute import for_precision, rates
+from sparsify.distributed import device
+from sparsify.formats import get_format
+from sparsify.model.linear import LinearWeights
+from sparsify.recipe.sources import SELF
+from sparsify.solver.solve import Scheme
+
+if TYPE_CHECKING:
+    from sparsify.compiler.plan import Plan
+    from sparsify.compiler.plan_training import PlannedTraining
+
+OVERHEAD = 2.5  # a walk takes so many times as long as its products alone would
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on disk before and after, the memory that the run needs at least, and its arithmetic without training passes.
+
+    operations: by part, as `operations.count_operations` counts them; a multiply-add is two
+    """
+
+    dense_bytes: int
+    output_bytes: int
+    memory_bytes: int
+    operations: dict[str, int]
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(self.operations.values()) // 2
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "multiply_adds": self.multiply_adds}
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Sizes are exact up to file headers, without a depth pass; memory is that of the part that needs most."""
+    return Estimate(plan.checkpoint.nbytes(), _output_bytes(plan), _memory_bytes(plan), count_operations(plan))
+
+
+def _output_bytes(plan: Plan) -> int:
+    share = 1.0 if plan.depth is None else plan.depth.share
+    saved = sum(
+        planned.weights * plan.checkpoint.dtype(planned.source).itemsize
+        - stored_bytes(planned.scheme, planned.shape, plan)
+        for planned in plan.linears.values()
+        if planned.scheme is not None
+    )
+    blocks = range(len(plan.model.blocks))
+    inside = sum(plan.checkpoint.info(name).nbytes for block in blocks for name in _files_of(plan, block))
+    saved += round((inside - saved) * (1 - share))
+    if plan.head is not None:
+        own = 0 if plan.head.head.tied else plan.checkpoint.info(plan.head.head.source).nbytes
+        saved += own - stored_bytes(plan.head.scheme, plan.head.head.shape, plan)
+    return plan.checkpoint.nbytes() - saved
+
+
+def _files_of(plan: Plan, block: int) -> list[str]:
+    """The tensors of the files that belong to a block, in whatever format they are."""
+    if plan.compressed is None:
+        return plan.model.source_names(block)
+    prefix = plan.model.blocks[block] + "."
+    return [name for name in plan.checkpoint.names() if name.startswith(prefix)]
+
+
+def stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> int:
+    """Bytes of a linear in the export format, found by describing it without any data."""
+    n, k = shape
+    if scheme is None or plan.recipe.export.format == "dense":
+        return n * k * 2
+    group = (scheme.group_size or k) if scheme.quantize else k
+    empty = {"device": "meta"}
+    linear = LinearWeights(
+        scheme.bits,
+        "2:4" if scheme.prune else "dense",
+        group,
+        codes=torch.empty((n, k), dtype=torch.int8, **empty) if scheme.quantize else None,  # type: ignore[call-overload]
+        scale=torch.empty((n, k // group), dtype=plan.store, **empty) if scheme.quantize else None,  # type: ignore[call-overload]
+        values=None if scheme.quantize else torch.empty((n, k), dtype=plan.store, **empty),  # type: ignore[call-overload]
+    )
+    if get_format(plan.recipe.export.format).supports(linear):
+        return n * k * 2
+    kept = 0.5 if scheme.prune and plan.recipe.export.format == "sparse24" else 1.0
+    positions = n * k // 8 if kept < 1 else 0
+    scales = n * (k // group) * 2 if scheme.quantize else 0
+    return int(n * k * kept * scheme.bits / 8) + positions + scales
+
+
+def _memory_bytes(plan: Plan) -> int:
+    blocks = range(len(plan.model.blocks))
+    itemsize = plan.model.dtype.itemsize
+    block_bytes = max(sum(p.numel() for p in plan.model.block(i).parameters()) for i in blocks) * itemsize
+    if not plan.needs_data:
+        return max(3 * block_bytes, _training_bytes(plan))
+    tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
+    streams = 2 if plan.needs_dense_reference else 1
+    widest = max(p.shape[1] for p in plan.linears.values())
+    hidden = min(p.shape[1] for p in plan.linears.values())
+    outside = sum(math.prod(plan.checkpoint.shape(name)) for name in plan.model.source_names(None)) * itemsize
+    activations = streams * tokens * (3 * hidden + widest) * itemsize
+    walk = outside + 3 * block_bytes + activations + 6 * widest * widest * 4
+    return max(walk, writing_bytes(plan), _training_bytes(plan))
+
+
+def writing_bytes(plan: Plan) -> int:
+    """Of a model that writes its own text: all of its weights at once, beside the keys and values of a few rows."""
+    if all(source != SELF for source, _ in plan.recipe.calibration.mixture):
+        return 0
+    return sum(p.numel() for p in plan.model.model.parameters()) * plan.compute.dtype.itemsize
+
+
+def _training_bytes(plan: Plan) -> int:
+    """Weights, gradients and two moments in float32, the weights of the products and the teacher in their precision, and
+    what the backward pass of one micro-batch needs of the forward pass: a few dozen vectors per token and block."""
+    if not plan.training:
+        return 0
+    weights = sum(p.weights for p in plan.linears.values())
+    hidden, widest = (pick(p.shape[1] for p in plan.linears.values()) for pick in (min, max))
+    most = activations = 0
+    for planned in plan.training:
+        settings = planned.settings
+        tokens = (settings.micro_batch_size or settings.batch_size) * settings.sequence_length
+        depth = 1 if settings.gradient_checkpointing else len(plan.model.blocks)
+        itemsize = for_precision(settings.precision).itemsize
+        most = max(most, itemsize)
+        activations = max(activations, tokens * itemsize * (20 * hidden + 10 * widest) * depth)
+    return (16 + 2 * most) * weights + (4 + 2 * most) * plan.model.head_weights() + activations
+
+
+def training_in_words(plan: Plan, planned: PlannedTraining) -> str:
+    """A training pass with its arithmetic, where the amount of data is known: forward and backward of the student, forward
+    of the teacher."""
+    weights = sum(p.weights for p in plan.linears.values()) + plan.model.head_weights()
+    teacher = 1 if planned.teacher is not None else 0
+    work = 2 * (planned.tokens or 0) * weights * (3 + teacher)
+    precision = for_precision(planned.settings.precision)
+    return planned.describe() + (f"; {time_in_words({planned.settings.kind: work}, precision)}" if work else "")
+
+
+def time_in_words(operations: Mapping[str, int], dtype: torch.dtype) -> str:
+    """How long so much arithmetic takes at the speed of matrix products that was once measured here, with the overhead that a
+    walk was seen to have. Measures nothing: where no speed is known yet, the operations themselves are shown.
+
+    operations: by part; the solver's are in float32, all others in `dtype`
+    """
+    count = in_words(sum(operations.values()))
+    if device() != "cpu":
+        return f"{count} on the GPU"
+    measured = rates()
+    if measured is None:
+        return f"{count} (how long that takes is known after the first `apply` or `sparsify doctor` on this machine)"
+    seconds = (
+        sum(work / measured.of(torch.float32 if part in SOLVER else dtype) for part, work in operations.items())
+        / torch.get_num_threads()
+    )
+    minutes = OVERHEAD * seconds / 60
+    time = f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(minutes * 60))} seconds"
+    return f"{count}, about {time} on this machine"

@@ -1,0 +1,57 @@
+"""Linears that vLLM loads as one: they must be stored alike, or the checkpoint cannot be served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from sparsify.solver.solve import Scheme
+
+if TYPE_CHECKING:
+    from sparsify.compiler.plan import Planned
+
+MERGED = (  # what vLLM's model classes put side by side
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+
+
+def _as_sparse24(scheme: Scheme | None, inputs: int) -> tuple[object, ...]:
+    """What the format tells apart of a linear with so many inputs."""
+    if scheme is None:
+        return ("dense",)
+    return ("2:4" if scheme.prune else "any", scheme.bits, (scheme.group_size or inputs) if scheme.quantize else None)
+
+
+def _as_pack_quantized(scheme: Scheme | None, inputs: int) -> tuple[object, ...]:
+    """Zeros are no pattern there, and what is not quantized is written dense."""
+    return _as_sparse24(scheme, inputs)[1:] if scheme is not None and scheme.quantize else ("dense",)
+
+
+STORED: dict[str, Callable[[Scheme | None, int], tuple[object, ...]]] = {
+    "sparse24": _as_sparse24,
+    "pack-quantized": _as_pack_quantized,
+}
+
+
+def merging_problem(linears: Mapping[str, Planned], format: str) -> str | None:
+    """Which two linears would be merged and are not stored alike in `format`, or None. Where nothing merges, nothing is wrong."""
+    stored = STORED.get(format)
+    if stored is None:
+        return None
+    for name, planned in linears.items():
+        parent, dot, leaf = name.rpartition(".")
+        for together in MERGED:
+            others = [f"{parent}{dot}{part}" for part in together if part != leaf] if leaf == together[0] else []
+            for other in others:
+                partner = linears.get(other)
+                if partner is None:
+                    continue
+                if stored(planned.scheme, planned.shape[1]) != stored(partner.scheme, partner.shape[1]):
+                    return (
+                        f"vLLM merges {name} and {other} into one linear, so both must be stored alike, but {name} is "
+                        f"{planned.describe()} and {other} is {partner.describe()}; "
+                        f"match all of {', '.join(together)} in overrides and ignore"
+                    )
+    return None

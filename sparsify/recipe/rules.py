@@ -1,0 +1,210 @@
+"""What parts of a recipe do not go together. Each rule raises a problem by `refuse`, with the place that should change."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sparsify.recipe.methods import PRUNE, QUANTIZE
+from sparsify.recipe.schema.base import refuse
+from sparsify.recipe.schema.training import Distill, Finetune, Lora
+from sparsify.recipe.sources import same_text
+
+if TYPE_CHECKING:
+    from sparsify.recipe.schema.recipe import Recipe
+
+NO_EFFECT = {
+    "damping": "no Hessian is inverted",
+    "error_propagation": "the model never runs, so there are no outputs to aim at",
+    "coordinate_descent": "there is no sweep to go on from",
+}
+
+
+def _duplicates(recipe: "Recipe") -> None:
+    seen: dict[str, int] = {}
+    for index, step in enumerate(recipe.passes):
+        if step.kind in seen:
+            raise refuse(
+                f"pass '{step.kind}' is here a second time (first as passes.{seen[step.kind]}); "
+                f"a weight is decided once, so keep one of the two",
+                "passes",
+                index,
+                step.kind,
+            )
+        seen[step.kind] = index
+
+
+def _order(recipe: "Recipe") -> None:
+    kinds = [step.kind for step in recipe.passes]
+    if "prune" in kinds and "quantize" in kinds and kinds.index("quantize") < kinds.index("prune"):
+        raise refuse(
+            "prune comes after quantize, but then scales would be fitted to weights that are about to be removed "
+            "and nothing could repair the pruning; put prune first",
+            "passes",
+            kinds.index("prune"),
+            "prune",
+        )
+    if "tune" in kinds and not {"prune", "quantize"} & set(kinds[: kinds.index("tune")]):
+        raise refuse(
+            "tune trains what compression left over, so it comes after prune and quantize; put it after them",
+            "passes",
+            kinds.index("tune"),
+            "tune",
+        )
+    if "tune" in kinds and kinds.index("tune") < max(
+        kinds.index(kind) for kind in kinds if kind in ("prune", "quantize")
+    ):
+        raise refuse(
+            "a pass that decides weights comes after tune, which would undo the tuning; put tune last",
+            "passes",
+            kinds.index("tune"),
+            "tune",
+        )
+
+
+def _depth_between(recipe: "Recipe") -> None:
+    """Prune, quantize and tune are one walk over the blocks: depth comes before all of them or after."""
+    kinds = [step.kind for step in recipe.passes]
+    if "depth" not in kinds:
+        return
+    place = kinds.index("depth")
+    walked = {"prune", "quantize", "tune"}
+    if walked & set(kinds[:place]) and walked & set(kinds[place:]):
+        raise refuse(
+            "depth stands between passes that share one walk over the layers (prune, quantize, tune); "
+            "put it before all of them or after",
+            "passes",
+            place,
+            "depth",
+        )
+
+
+def _training_last(recipe: "Recipe") -> None:
+    """Training needs all masks and scales; nothing after it could compress without undoing it."""
+    first = next((index for index, step in enumerate(recipe.passes) if isinstance(step, Distill | Finetune)), None)
+    for index, step in enumerate(recipe.passes):
+        if first is not None and index > first and not isinstance(step, Distill | Finetune):
+            before = recipe.passes[first].kind
+            raise refuse(
+                f"{step.kind} comes after {before}, which trains the compressed model as a whole; put {step.kind} first",
+                "passes",
+                index,
+                step.kind,
+            )
+
+
+def _adapter_last(recipe: "Recipe") -> None:
+    """An adapter belongs to the weights it was trained on."""
+    for index, step in enumerate(recipe.passes[:-1]):
+        if isinstance(step, Lora) and step.export == "adapter":
+            raise refuse(
+                f"{recipe.passes[index + 1].kind} comes after lora and would change the weights that its adapter belongs to; "
+                "put lora last or merge it",
+                "passes",
+                index,
+                "lora",
+                "export",
+            )
+
+
+def _starts_compressed(recipe: "Recipe") -> None:
+    """A recipe that only trains reads a compressed checkpoint, which does not say what the dense model was."""
+    if recipe.compresses or recipe.depth is not None:
+        return
+    for index, step in enumerate(recipe.passes):
+        if isinstance(step, Distill) and step.needs_teacher and step.teacher is None:
+            raise refuse(
+                "this recipe starts from a compressed model, so name the dense one: teacher: MODEL",
+                "passes",
+                index,
+                step.kind,
+            )
+    if recipe.export.head is not None:
+        raise refuse(
+            "a recipe that only trains leaves the output head as it is; quantize it with sparsify export --head",
+            "export",
+            "head",
+        )
+
+
+def _for_linears(recipe: "Recipe") -> None:
+    """What is said of linears needs a pass that decides them."""
+    fields = type(recipe).model_fields
+    if recipe.prune is None and recipe.quantize is None:
+        for name in ("ignore", "solver", "overrides"):
+            if getattr(recipe, name) != fields[name].default:
+                raise refuse(f"{name} has no effect: no pass prunes or quantizes; remove it", name)
+    for index, override in enumerate(recipe.overrides):
+        for name in ("prune", "quantize"):
+            change = getattr(override, name)
+            if getattr(recipe, name) is None and (change is None or change.changes()):
+                what = "leaves out" if change is None else "changes"
+                raise refuse(
+                    f"the override of '{override.match}' {what} {name}, but there is no such pass; "
+                    f"add '- {name}: {{...}}' to passes, or remove {name} here",
+                    "overrides",
+                    index,
+                    name,
+                )
+
+
+def _solver(recipe: "Recipe") -> None:
+    """Settings of the solver that no method honours."""
+    steps = [step for step in (recipe.prune, recipe.quantize) if step is not None]
+    changes = [change for override in recipe.overrides for change in (override.prune, override.quantize) if change]
+    methods = list(dict.fromkeys(step.method for step in [*steps, *changes] if step.method is not None))
+    needs = [{**PRUNE, **QUANTIZE}[method] for method in methods]
+    solver = recipe.solver
+    data = any(need.data for need in needs)
+    honoured = {
+        "damping": any(need.hessian for need in needs) or (data and solver.error_propagation > 0),
+        "error_propagation": data,
+        "coordinate_descent": any(need.sweep for need in needs),
+    }
+    for name, used in honoured.items():
+        if not used and getattr(solver, name) != type(solver).model_fields[name].default:
+            with_what = f"method{'s' if len(methods) > 1 else ''} {' and '.join(methods)}"
+            raise refuse(f"{name} has no effect with {with_what}: {NO_EFFECT[name]}; remove it", "solver", name)
+
+
+def _format(recipe: "Recipe") -> None:
+    if recipe.export.format == "pack-quantized" and recipe.quantize is None and recipe.compresses:
+        raise refuse(
+            "pack-quantized stores integers but no pass quantizes; add a quantize pass or export sparse24",
+            "export",
+            "format",
+        )
+
+
+def _leak(recipe: "Recipe") -> None:
+    if recipe.evaluation is None:
+        return
+    for step in recipe.training:
+        text = step.source if isinstance(step, Distill) else step.data
+        if text is not None and same_text(text, recipe.evaluation.text):
+            raise refuse(
+                f"evaluation reads the text that {step.kind} trains on, which would flatter the result; "
+                "give one of them another file",
+                "evaluation",
+                "text",
+            )
+    for source, _ in recipe.calibration.mixture:
+        if same_text(source, recipe.evaluation.text):
+            raise refuse(
+                f"evaluation reads the same text as calibration ({source}), which would flatter the result; "
+                "never calibrate on what is evaluated: give one of them another file",
+                "evaluation",
+                "text",
+            )
+
+
+RULES: tuple[Callable[["Recipe"], None], ...] = (
+    _duplicates,
+    _depth_between,
+    _training_last,
+    _adapter_last,
+    _order,
+    _starts_compressed,
+    _for_linears,
+    _solver,
+    _format,
+    _leak,
+)

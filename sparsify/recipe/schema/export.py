@@ -1,0 +1,68 @@
+"""What is written, and how it is measured."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from sparsify.recipe.schema.base import Model, refuse
+
+
+def head_format_problem(format: str) -> str | None:
+    """Why `format` cannot hold a quantized output head, or None."""
+    if format == "dense":
+        return "dense stores 16-bit weights, so a quantized head would lose accuracy and save nothing; leave head out"
+    return None
+
+
+class Head(Model):
+    """The output head (lm_head) as a quantized linear without zeros.
+
+    A model that ties it to its embedding gets a head of its own; the embedding stays as it is.
+    """
+
+    bits: Literal[4, 8] = Field(description="bits per weight; 8 is nearly lossless")
+    method: Literal["gptq", "rtn"] | None = Field(
+        default=None,
+        description="gptq (solved on the calibration text) or rtn (round to nearest, no data); "
+        "default gptq for 4 bits where the recipe calibrates, else rtn",
+    )
+    group_size: Literal[32, 64, 128, "channel"] = Field(
+        description="consecutive inputs that share a scale, channel = the whole row; must divide the hidden size"
+    )
+
+
+class Export(Model):
+    """What is written."""
+
+    format: Literal["sparse24", "dense", "pack-quantized"] = Field(
+        default="sparse24",
+        description="sparse24 (smallest, needs the sparsify plugin), pack-quantized (stock vLLM and "
+        "transformers, stores the zeros) or dense (runs everywhere, no smaller)",
+    )
+    dtype: Literal["auto", "bfloat16", "float16"] = Field(
+        default="auto", description="dtype of scales and of what stays dense; auto keeps the model's"
+    )
+    head: Head | None = Field(
+        default=None, description="quantize the output head as well; without it the head stays 16-bit"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Export":
+        if self.head is not None and (problem := head_format_problem(self.format)):
+            raise refuse(problem, "head")
+        return self
+
+
+class Evaluation(Model):
+    """How the result is measured after it is written."""
+
+    text: str = Field(description="file:PATH of a text that was not used for calibration")
+    sequence_length: int = Field(default=1024, ge=2, description="tokens per scored chunk")
+    chunks: int = Field(default=48, ge=1, description="chunks scored, from the start of the text")
+
+    @field_validator("text")
+    @classmethod
+    def _is_file(cls, text: str) -> str:
+        if not text.startswith("file:") or not text[5:]:
+            raise refuse(f"evaluation text must be file:PATH, not '{text}'")
+        return text
