@@ -10,6 +10,7 @@
 #include <cmath>
 #include <vector>
 
+#include "sparse24_half.h"
 #include "sparse24_layout.h"
 
 namespace sparse24 {
