@@ -221,7 +221,7 @@ constexpr SearchChunk kSearches[] = {search_portable};
 // P, E: [panel, outputs]; U: [panel, panel]; scale: [last - first, outputs], or one row when lds is 0; codes: int8
 // [panel, outputs] or null; keep: bool [panel, outputs] or null. Rows first ... last - 1 of P become what is stored,
 // those of E the errors that whoever calls spreads over the inputs after the panel. level: as compilation_of takes it.
-extern "C" void sparsify_sweep_span(float* P, int64_t ldp, float* E, int64_t lde, const float* U, int64_t ldu, int panel,
+extern "C" void sparsify_sweep_block(float* P, int64_t ldp, float* E, int64_t lde, const float* U, int64_t ldu, int panel,
                                     int first, int last, int64_t outputs, const float* scale, int64_t lds, float low,
                                     float high, int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int select,
                                     int to_bf16, int threads, int level) {

@@ -111,7 +111,7 @@ INLINE void repair(const float* h, const float change[4][kChunk], float* g, int 
 }
 
 template <Store S>
-INLINE void refine_rows(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
+INLINE void visit_rows(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
                          const uint8_t* keep, int64_t ldk, int n) {
     float next[4][kChunk], change[4][kChunk], unit[kChunk];
     for (int c = 0; c < n; c++) unit[c] = scale ? scale[c] : 1.0f;
@@ -143,55 +143,55 @@ INLINE void refine_rows(const Panel& p, float* W, int64_t ldw, float* G, int64_t
     }
 }
 
-INLINE void refine_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
+INLINE void visit_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
                          const uint8_t* keep, int64_t ldk, int n) {
-    if (p.store == Store::kGrid) return refine_rows<Store::kGrid>(p, W, ldw, G, ldg, scale, keep, ldk, n);
-    if (p.store == Store::kBf16) return refine_rows<Store::kBf16>(p, W, ldw, G, ldg, scale, keep, ldk, n);
-    refine_rows<Store::kFloat>(p, W, ldw, G, ldg, scale, keep, ldk, n);
+    if (p.store == Store::kGrid) return visit_rows<Store::kGrid>(p, W, ldw, G, ldg, scale, keep, ldk, n);
+    if (p.store == Store::kBf16) return visit_rows<Store::kBf16>(p, W, ldw, G, ldg, scale, keep, ldk, n);
+    visit_rows<Store::kFloat>(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
-using RefineChunk = void (*)(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
+using VisitChunk = void (*)(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
                              int64_t ldk, int n);
 
-void refine_portable(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
+void visit_portable(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
                      int64_t ldk, int n) {
-    refine_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
+    visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
 #if SPARSIFY_X86
 
 TARGET_AVX2
-void refine_avx2(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
+void visit_avx2(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
                  int64_t ldk, int n) {
-    refine_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
+    visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
 TARGET_AVX512
-void refine_avx512(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
+void visit_avx512(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
                    int64_t ldk, int n) {
-    refine_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
+    visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
-constexpr RefineChunk kRefines[] = {refine_portable, refine_avx2, refine_avx512};
+constexpr VisitChunk kVisits[] = {visit_portable, visit_avx2, visit_avx512};
 #else
-constexpr RefineChunk kRefines[] = {refine_portable};
+constexpr VisitChunk kVisits[] = {visit_portable};
 #endif
 
 }  // namespace
 
 // W, G: [size, outputs], weights and half gradient, both changed; H: [size, size]; scale: [outputs], or null for weights
 // without a grid; keep: bool [size, outputs] or null. level: as compilation_of takes it.
-extern "C" void sparsify_refine_panel(float* W, int64_t ldw, float* G, int64_t ldg, const float* H, int64_t ldh, int size,
+extern "C" void sparsify_visit_block(float* W, int64_t ldw, float* G, int64_t ldg, const float* H, int64_t ldh, int size,
                                       int64_t outputs, const float* scale, float low, float high, const uint8_t* keep,
                                       int64_t ldk, int select, int to_bf16, int threads, int level) {
     const Store store = scale ? Store::kGrid : to_bf16 ? Store::kBf16 : Store::kFloat;
     const Panel panel{H, ldh, size, low, high, store, select != 0};
-    const RefineChunk refine = kRefines[sparsify::compilation_of(level)];
+    const VisitChunk visit = kVisits[sparsify::compilation_of(level)];
     const int64_t chunks = (outputs + kChunk - 1) / kChunk;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t c = chunk * kChunk;
         const int n = static_cast<int>(std::min<int64_t>(kChunk, outputs - c));
-        refine(panel, W + c, ldw, G + c, ldg, scale ? scale + c : nullptr, keep ? keep + c : nullptr, ldk, n);
+        visit(panel, W + c, ldw, G + c, ldg, scale ? scale + c : nullptr, keep ? keep + c : nullptr, ldk, n);
     }
 }

@@ -21,7 +21,7 @@ from sparsify.solver.column_sweep import Solved
 from sparsify.solver.dispatch import kernel_for
 from sparsify.solver.grid import Grid
 
-FORCE = "SPARSIFY_REFINE"
+FORCE = "SPARSIFY_COORDINATE_DESCENT"
 BLOCKSIZE = 64
 
 
@@ -45,7 +45,7 @@ def coordinate_descent(
     mask:   bool [N, K], which weights may differ from zero; None for all
     two_four: choose the two of every four instead
     store:  type of the stored values where there is no grid
-    SPARSIFY_REFINE=torch, native or triton forces the kernel.
+    SPARSIFY_COORDINATE_DESCENT=torch, native or triton forces the kernel.
     """
     if not passes:
         return solved

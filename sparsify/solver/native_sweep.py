@@ -27,7 +27,7 @@ def sweep_block(
     mask = mask.contiguous() if mask is not None else None
     scale = scale.contiguous() if scale is not None else None
     assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, errors, U, codes) if t is not None)
-    _library("cpu/column_sweep").sparsify_sweep_span(
+    _library("cpu/column_sweep").sparsify_sweep_block(
         _pointer(W), _int64(W.stride(0)), _pointer(errors), _int64(errors.stride(0)),
         _pointer(U), _int64(U.stride(0)), W.shape[0], first, last, _int64(W.shape[1]),
         _pointer(scale), _int64(0 if scale is None or scale.shape[0] == 1 else scale.stride(0)),
@@ -56,7 +56,7 @@ def visit_block(
 ) -> None:  # fmt: skip
     """As `coordinate_descent.visit_block`."""
     assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, G, H, mask) if t is not None)
-    _library("cpu/coordinate_descent").sparsify_refine_panel(
+    _library("cpu/coordinate_descent").sparsify_visit_block(
         _pointer(W), _int64(W.stride(0)), _pointer(G), _int64(G.stride(0)), _pointer(H), _int64(H.stride(0)),
         W.shape[0], _int64(W.shape[1]), _pointer(scale), *_range(grid), _pointer(mask), _stride(mask),
         int(two_four), int(store == torch.bfloat16), torch.get_num_threads(), kernel_level(),

@@ -143,7 +143,7 @@ def _chosen(support, earlier, later, now, INPUT: tl.constexpr):
 
 
 @triton.jit
-def refine(
+def visit(
     W, G, H, scale, keep, outputs, size, low, high, ld_w, ld_g, ld_h, ld_keep,
     GRID: tl.constexpr, KEEP: tl.constexpr, SELECT: tl.constexpr, TO_BF16: tl.constexpr,
     PANEL: tl.constexpr, BLOCK: tl.constexpr,
@@ -236,7 +236,7 @@ def visit_block(
     """As `coordinate_descent.visit_block`, on a GPU."""
     size, outputs = W.shape
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    refine[_programs(outputs)](
+    visit[_programs(outputs)](
         W, G, H, W if scale is None else scale, W if mask is None else mask, outputs, size,
         float(grid.low if grid else 0), float(grid.high if grid else 0),
         W.stride(0), G.stride(0), H.stride(0), 0 if mask is None else mask.stride(0),

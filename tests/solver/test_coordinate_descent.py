@@ -24,8 +24,8 @@ N, K, TOKENS = 70, 128, 500  # outputs: more than one chunk of the native loop, 
 def way(request, monkeypatch):
     """Every test runs on both ways."""
     if request.param == "native" and build.load("cpu/coordinate_descent") is None:
-        pytest.skip("the native refinement needs a C++ compiler")
-    monkeypatch.setenv("SPARSIFY_REFINE", request.param)
+        pytest.skip("native coordinate descent needs a C++ compiler")
+    monkeypatch.setenv("SPARSIFY_COORDINATE_DESCENT", request.param)
     return request.param
 
 
@@ -128,8 +128,8 @@ def test_both_ways_decide_alike(problem, monkeypatch):
     results = []
     for way in ("torch", "native"):
         if way == "native" and build.load("cpu/coordinate_descent") is None:
-            pytest.skip("the native refinement needs a C++ compiler")
-        monkeypatch.setenv("SPARSIFY_REFINE", way)
+            pytest.skip("native coordinate descent needs a C++ compiler")
+        monkeypatch.setenv("SPARSIFY_COORDINATE_DESCENT", way)
         rows = swept.weight.t().contiguous()
         gradient = factors.damped @ (rows - W.t())
         visit_block(
@@ -180,6 +180,6 @@ def test_compress_refines_what_it_exports(problem, quantize):
 
 def test_an_unknown_way_is_refused(problem, monkeypatch):
     W, factors = problem
-    monkeypatch.setenv("SPARSIFY_REFINE", "numpy")
-    with pytest.raises(SparsifyError, match="SPARSIFY_REFINE=numpy is unknown; choose torch, native or triton"):
+    monkeypatch.setenv("SPARSIFY_COORDINATE_DESCENT", "numpy")
+    with pytest.raises(SparsifyError, match="SPARSIFY_COORDINATE_DESCENT=numpy is unknown; choose torch, native or triton"):
         coordinate_descent(Solved(W), W, factors.damped, 1, two_four=True)

@@ -108,7 +108,7 @@ def test_sweeps_in_another_order_agree(interpreted, monkeypatch, problem):
 
 @pytest.mark.parametrize("mask", ["given", "chosen", "none"])
 @pytest.mark.parametrize("grid", [Grid(4, 8), None], ids=["int4", "values"])
-def test_refinements_agree(interpreted, monkeypatch, problem, mask, grid):
+def test_coordinate_descents_agree(interpreted, monkeypatch, problem, mask, grid):
     target, factors, keep = problem
     start = target * keep
     scale = None
@@ -118,7 +118,7 @@ def test_refinements_agree(interpreted, monkeypatch, problem, mask, grid):
     for store in STORES if grid is None else STORES[:1]:
         start = start.to(store).float()
         torch_way, triton_way = both(
-            monkeypatch, "SPARSIFY_REFINE",
+            monkeypatch, "SPARSIFY_COORDINATE_DESCENT",
             lambda start=start, store=store: coordinate_descent(
                 Solved(start, scale=scale), target, factors.damped, 1, grid=grid,
                 mask=keep if mask == "given" else None, two_four=mask == "chosen", store=store,
@@ -141,7 +141,7 @@ def test_a_panel_leaves_the_gradient_right(interpreted, monkeypatch, problem):
     H = factors.damped[:12, :12].contiguous()
     rows, wanted = torch.zeros(12, N), target[:, :12].t().contiguous()
     gradient = H @ (rows - wanted)
-    monkeypatch.setenv("SPARSIFY_REFINE", "triton")
+    monkeypatch.setenv("SPARSIFY_COORDINATE_DESCENT", "triton")
     visit_block(rows, gradient, H, None, None, None, True, torch.float32)
     assert is_two_four(rows.t()) and rows.any(0).all()
     torch.testing.assert_close(gradient, H @ (rows - wanted), rtol=1e-4, atol=1e-4)
@@ -154,7 +154,7 @@ from triton.compiler import ASTSource
 from sparsify.solver import triton_sweep as panels
 
 found = {}
-for name, fixed in (("sweep", {"PANEL": 128}), ("refine", {"PANEL": 64}), ("refine", {"PANEL": 128})):
+for name, fixed in (("sweep", {"PANEL": 128}), ("visit", {"PANEL": 64}), ("visit", {"PANEL": 128})):
     for choice in ({"KEEP": False, "SELECT": True}, {"KEEP": True, "SELECT": False}):
         kernel = getattr(panels, name)
         values = {**fixed, **choice, "GRID": True, "TO_BF16": True, "BLOCK": panels.BLOCK}
