@@ -167,16 +167,16 @@ INLINE void search_chunk(const Search& s, const float* P, int64_t ldp, const flo
     for (int c = 0; c < n; c++) found[c] = best[c];
 }
 
-using SweepChunk = void (*)(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
-                            int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n);
+using SweepChunk = void (*)(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale,
+                            int64_t lds, int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n);
 
 void sweep_portable(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, const float* scale, int64_t lds,
                     int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int n) {
     sweep_chunk(s, P, ldp, E, lde, scale, lds, codes, ldc, keep, ldk, n);
 }
 
-using SearchChunk = void (*)(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep, int64_t ldk,
-                             int select, float* found, int n);
+using SearchChunk = void (*)(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep,
+                             int64_t ldk, int select, float* found, int n);
 
 void search_portable(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep, int64_t ldk,
                      int select, float* found, int n) {
@@ -198,14 +198,14 @@ void sweep_avx512(const Span& s, float* P, int64_t ldp, float* E, int64_t lde, c
 }
 
 TARGET_AVX2
-void search_avx2(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep, int64_t ldk, int select,
-                 float* found, int n) {
+void search_avx2(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep, int64_t ldk,
+                 int select, float* found, int n) {
     search_chunk(s, P, ldp, d, keep, ldk, select, found, n);
 }
 
 TARGET_AVX512
-void search_avx512(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep, int64_t ldk, int select,
-                   float* found, int n) {
+void search_avx512(const Search& s, const float* P, int64_t ldp, const float* d, const uint8_t* keep, int64_t ldk,
+                   int select, float* found, int n) {
     search_chunk(s, P, ldp, d, keep, ldk, select, found, n);
 }
 
@@ -221,10 +221,10 @@ constexpr SearchChunk kSearches[] = {search_portable};
 // P, E: [panel, outputs]; U: [panel, panel]; scale: [last - first, outputs], or one row when lds is 0; codes: int8
 // [panel, outputs] or null; keep: bool [panel, outputs] or null. Rows first ... last - 1 of P become what is stored,
 // those of E the errors that whoever calls spreads over the inputs after the panel. level: as compilation_of takes it.
-extern "C" void sparsify_sweep_block(float* P, int64_t ldp, float* E, int64_t lde, const float* U, int64_t ldu, int panel,
-                                    int first, int last, int64_t outputs, const float* scale, int64_t lds, float low,
-                                    float high, int8_t* codes, int64_t ldc, const uint8_t* keep, int64_t ldk, int select,
-                                    int to_bf16, int threads, int level) {
+extern "C" void sparsify_sweep_block(float* P, int64_t ldp, float* E, int64_t lde, const float* U, int64_t ldu,
+                                     int panel, int first, int last, int64_t outputs, const float* scale, int64_t lds,
+                                     float low, float high, int8_t* codes, int64_t ldc, const uint8_t* keep,
+                                     int64_t ldk, int select, int to_bf16, int threads, int level) {
     const Span span{U, ldu, panel, first, last, low, high, select != 0, to_bf16 != 0};
     const SweepChunk sweep = kSweeps[sparsify::compilation_of(level)];
     const int64_t chunks = (outputs + kChunk - 1) / kChunk;
@@ -239,9 +239,9 @@ extern "C" void sparsify_sweep_block(float* P, int64_t ldp, float* E, int64_t ld
 
 // P: [size, outputs], the inputs of one group; d, weight: [size]; keep: bool [size, outputs] or null. found: [outputs].
 extern "C" void sparsify_search_scale(const float* P, int64_t ldp, int size, int64_t outputs, const float* d,
-                                      const float* weight, const float* ratios, int tries, float low, float high, int drop,
-                                      float smallest, float largest, const uint8_t* keep, int64_t ldk, int select,
-                                      float* found, int threads, int level) {
+                                      const float* weight, const float* ratios, int tries, float low, float high,
+                                      int drop, float smallest, float largest, const uint8_t* keep, int64_t ldk,
+                                      int select, float* found, int threads, int level) {
     const Search settings{size, ratios, tries, weight, low, high, drop, smallest, largest};
     const SearchChunk search = kSearches[sparsify::compilation_of(level)];
     const int64_t chunks = (outputs + kChunk - 1) / kChunk;

@@ -54,8 +54,8 @@ INLINE float stored(float x, float unit, float low, float high) {
 
 // Inputs i ... i + 3 of a chunk: the best two of four. unit: the scale of each output. next: [4][kChunk], the new weights.
 template <Store S>
-INLINE void choose_two(const Panel& p, int i, const float* W, int64_t ldw, const float* G, int64_t ldg, const float* unit,
-                       float next[4][kChunk], int n) {
+INLINE void choose_two(const Panel& p, int i, const float* W, int64_t ldw, const float* G, int64_t ldg,
+                       const float* unit, float next[4][kChunk], int n) {
     float A[4][4], b[4][kChunk], best[kChunk], first[kChunk], second[kChunk];
     int32_t support[kChunk];
     for (int r = 0; r < 4; r++)
@@ -112,7 +112,7 @@ INLINE void repair(const float* h, const float change[4][kChunk], float* g, int 
 
 template <Store S>
 INLINE void visit_rows(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
-                         const uint8_t* keep, int64_t ldk, int n) {
+                       const uint8_t* keep, int64_t ldk, int n) {
     float next[4][kChunk], change[4][kChunk], unit[kChunk];
     for (int c = 0; c < n; c++) unit[c] = scale ? scale[c] : 1.0f;
     const int step = p.select ? 4 : 1;
@@ -144,17 +144,17 @@ INLINE void visit_rows(const Panel& p, float* W, int64_t ldw, float* G, int64_t 
 }
 
 INLINE void visit_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
-                         const uint8_t* keep, int64_t ldk, int n) {
+                        const uint8_t* keep, int64_t ldk, int n) {
     if (p.store == Store::kGrid) return visit_rows<Store::kGrid>(p, W, ldw, G, ldg, scale, keep, ldk, n);
     if (p.store == Store::kBf16) return visit_rows<Store::kBf16>(p, W, ldw, G, ldg, scale, keep, ldk, n);
     visit_rows<Store::kFloat>(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
-using VisitChunk = void (*)(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
-                             int64_t ldk, int n);
+using VisitChunk = void (*)(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
+                            const uint8_t* keep, int64_t ldk, int n);
 
-void visit_portable(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
-                     int64_t ldk, int n) {
+void visit_portable(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
+                    const uint8_t* keep, int64_t ldk, int n) {
     visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
@@ -162,13 +162,13 @@ void visit_portable(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg
 
 TARGET_AVX2
 void visit_avx2(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
-                 int64_t ldk, int n) {
+                int64_t ldk, int n) {
     visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
 TARGET_AVX512
 void visit_avx512(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
-                   int64_t ldk, int n) {
+                  int64_t ldk, int n) {
     visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
@@ -181,9 +181,10 @@ constexpr VisitChunk kVisits[] = {visit_portable};
 
 // W, G: [size, outputs], weights and half gradient, both changed; H: [size, size]; scale: [outputs], or null for weights
 // without a grid; keep: bool [size, outputs] or null. level: as compilation_of takes it.
-extern "C" void sparsify_visit_block(float* W, int64_t ldw, float* G, int64_t ldg, const float* H, int64_t ldh, int size,
-                                      int64_t outputs, const float* scale, float low, float high, const uint8_t* keep,
-                                      int64_t ldk, int select, int to_bf16, int threads, int level) {
+extern "C" void sparsify_visit_block(float* W, int64_t ldw, float* G, int64_t ldg, const float* H, int64_t ldh,
+                                     int size, int64_t outputs, const float* scale, float low, float high,
+                                     const uint8_t* keep, int64_t ldk, int select, int to_bf16, int threads,
+                                     int level) {
     const Store store = scale ? Store::kGrid : to_bf16 ? Store::kBf16 : Store::kFloat;
     const Panel panel{H, ldh, size, low, high, store, select != 0};
     const VisitChunk visit = kVisits[sparsify::compilation_of(level)];

@@ -50,7 +50,7 @@ namespace {
 constexpr int kMaxBlock = 1024;  // rows of T that any kernel sums in registers; chunks are multiples of it
 constexpr int kMaxPanel = 48;    // columns that any kernel packs together
 
-constexpr int kStep = 32;        // rows of one tdpbf16ps
+constexpr int kStep = 32;  // rows of one tdpbf16ps
 
 // As sparsify/processor.py counts them. AVX-VNNI multiplies integers: here it is AVX2.
 enum Level { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Bf16 = 4, kAmx = 5 };
@@ -92,12 +92,12 @@ void nothing() {}
 
 // How a thread rounds while it lives, whatever the caller had set: to nearest, with or without denormals.
 class Rounding {
-public:
+  public:
 #if SPARSIFY_X86
     explicit Rounding(bool flushes) : before(_mm_getcsr()) { _mm_setcsr(0x1f80u | (flushes ? 0x8040u : 0u)); }
     ~Rounding() { _mm_setcsr(before); }
 
-private:
+  private:
     unsigned before;
 #else
     explicit Rounding(bool) {}
@@ -243,7 +243,8 @@ void dot_fused(const float* a, const float* b, int n_rows, PlainBlock& sum) {
 
 // In steps of 32 rows, each packed as 16 even and 16 odd ones, if `steps`.
 template <bool steps>
-void multiply_plain(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower, const void* ahead) {
+void multiply_plain(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower,
+                    const void* ahead) {
     const bool exact = multiplies_exactly(static_cast<const float*>(left), n_rows) &&
                        multiplies_exactly(static_cast<const float*>(right), n_rows);
     const auto dot = exact ? dot_exact : dot_fused;
@@ -335,7 +336,7 @@ struct Sums256 {
 
 template <bool steps>
 TARGET_AVX2 void multiply_avx2(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower,
-                              const void* ahead) {
+                               const void* ahead) {
     const auto add = [](const float* a, const float* b, int n, float* sums, const char* next) TARGET_AVX2 {
         Sums256 sum;
         if (!steps) {
@@ -428,7 +429,7 @@ struct Sums512 {
 
 template <bool steps>
 TARGET_AVX512 void multiply_avx512(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower,
-                              const void* ahead) {
+                                   const void* ahead) {
     const auto add = [](const float* a, const float* b, int n, float* sums, const char* next) TARGET_AVX512 {
         Sums512 sum;
         if (!steps) {
@@ -515,9 +516,12 @@ void multiply_bf16(const void* left, const void* right, int n_rows, float* c, in
     const uint32_t* b = static_cast<const uint32_t*>(right);
     for (int i = 0; i < kPairPanel; i += kPairRows) {
         const int columns = lower ? i + kPairRows : kPairPanel;
-        if (columns <= 16) strip_bf16<1>(a + i, b, n_rows, c + i * ldc, ldc);
-        else if (columns <= 32) strip_bf16<2>(a + i, b, n_rows, c + i * ldc, ldc);
-        else strip_bf16<3>(a + i, b, n_rows, c + i * ldc, ldc);
+        if (columns <= 16)
+            strip_bf16<1>(a + i, b, n_rows, c + i * ldc, ldc);
+        else if (columns <= 32)
+            strip_bf16<2>(a + i, b, n_rows, c + i * ldc, ldc);
+        else
+            strip_bf16<3>(a + i, b, n_rows, c + i * ldc, ldc);
     }
 }
 
@@ -595,7 +599,8 @@ void pack_amx(const void* const* rows, int n_rows, int columns, void* left, void
     }
 }
 
-TARGET_AMX void multiply_amx(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool, const void*) {
+TARGET_AMX void multiply_amx(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool,
+                             const void*) {
     const uint32_t* a = static_cast<const uint32_t*>(left);
     const uint32_t* b = static_cast<const uint32_t*>(right);
     _tile_zero(0);
@@ -683,7 +688,9 @@ struct Packed {
     Buffer buffer;
 
     Packed(const Kernel& kernel, int64_t columns, int64_t chunk)
-        : kernel(kernel), panels(divide_up(columns, kernel.panel)), chunk(chunk),
+        : kernel(kernel),
+          panels(divide_up(columns, kernel.panel)),
+          chunk(chunk),
           buffer(size_t(panels) * size_t(chunk) * size_t(kernel.panel) * size_t(kernel.packed_bytes)) {}
 
     void* at(int64_t panel, int64_t block) const {
@@ -716,8 +723,8 @@ struct Tile {
 };
 
 // C[lda] += left' right, only i >= j if `lower` (left and right are then the same).
-int accumulate(const Kernel& kernel, const Rows& left, const Rows& right, int64_t total, float* c, int64_t ldc, bool lower,
-               int threads) {
+int accumulate(const Kernel& kernel, const Rows& left, const Rows& right, int64_t total, float* c, int64_t ldc,
+               bool lower, int threads) {
     if (total == 0 || left.columns == 0 || right.columns == 0) return kOk;
     // A chunk of rows is packed at once. Short ones keep the packed operands in cache; adding them to C costs a pass over
     // C each, which matters once C is too large for the cache.
@@ -770,7 +777,8 @@ int accumulate(const Kernel& kernel, const Rows& left, const Rows& right, int64_
             for (int64_t k = 0; k < rhs.panels * blocks; ++k) {
                 const int64_t block = k / rhs.panels, panel = k % rhs.panels;
                 void* also_left = lower && kernel.left_differs ? lhs.at(panel, block) : nullptr;
-                pack(kernel, right, first + block * kernel.order.block, rows_of(block), panel, also_left, rhs.at(panel, block));
+                pack(kernel, right, first + block * kernel.order.block, rows_of(block), panel, also_left,
+                     rhs.at(panel, block));
             }
             if (!lower) {
 #pragma omp for schedule(dynamic, 4) nowait
@@ -792,8 +800,9 @@ int accumulate(const Kernel& kernel, const Rows& left, const Rows& right, int64_
                 for (int64_t block = 0; block < blocks; ++block)
                     for (int64_t q = column; q < column_end; ++q)
                         for (int64_t p = lower ? std::max(row, q) : row; p < row_end; ++p) {
-                            const void* ahead = p + 1 < row_end ? lhs.at(p + 1, block)
-                                                : q + 1 < column_end ? rhs.at(q + 1, block) : rhs.at(column, block + 1);
+                            const void* ahead = p + 1 < row_end      ? lhs.at(p + 1, block)
+                                                : q + 1 < column_end ? rhs.at(q + 1, block)
+                                                                     : rhs.at(column, block + 1);
                             kernel.multiply(lhs.at(p, block), rhs.at(q, block), rows_of(block),
                                             sums + (p - row) * kernel.panel * size + (q - column) * kernel.panel, size,
                                             lower && p == q, ahead);
@@ -821,11 +830,16 @@ const sparsify::CpuFeatures& cpu() {
 
 bool has_level(int level) {
     switch (level) {
-        case kPortable: return true;
-        case kAvx2: case kAvxVnni: return cpu().avx2;
-        case kAvx512: return cpu().avx512;
+        case kPortable:
+            return true;
+        case kAvx2:
+        case kAvxVnni:
+            return cpu().avx2;
+        case kAvx512:
+            return cpu().avx512;
 #if SPARSIFY_COMPILES_AVX512BF16
-        case kAvx512Bf16: return cpu().avx512_bf16;
+        case kAvx512Bf16:
+            return cpu().avx512_bf16;
 #endif
 #if SPARSIFY_COMPILES_AMX
         case kAmx: {
@@ -833,7 +847,8 @@ bool has_level(int level) {
             return granted;
         }
 #endif
-        default: return false;
+        default:
+            return false;
     }
 }
 
@@ -842,14 +857,38 @@ Kernel fused_kernel(int level, const Order& order) {
     const bool steps = order.name == kTiles, arranges = order.name != kFloat32;
 #if SPARSIFY_X86
     if (level >= kAvx512)
-        return {order, kPanel512, 192, 4, false, arranges, {pack_avx512, pack_float32<kPanel512>},
-                steps ? multiply_avx512<true> : multiply_avx512<false>, nothing, nothing};
+        return {order,
+                kPanel512,
+                192,
+                4,
+                false,
+                arranges,
+                {pack_avx512, pack_float32<kPanel512>},
+                steps ? multiply_avx512<true> : multiply_avx512<false>,
+                nothing,
+                nothing};
     if (level >= kAvx2)
-        return {order, kPlainPanel, 192, 4, false, arranges, {pack_avx2, pack_float32<kPlainPanel>},
-                steps ? multiply_avx2<true> : multiply_avx2<false>, nothing, nothing};
+        return {order,
+                kPlainPanel,
+                192,
+                4,
+                false,
+                arranges,
+                {pack_avx2, pack_float32<kPlainPanel>},
+                steps ? multiply_avx2<true> : multiply_avx2<false>,
+                nothing,
+                nothing};
 #endif
-    return {order, kPlainPanel, 192, 4, false, arranges, {pack_plain, pack_float32<kPlainPanel>},
-            steps ? multiply_plain<true> : multiply_plain<false>, nothing, nothing};
+    return {order,
+            kPlainPanel,
+            192,
+            4,
+            false,
+            arranges,
+            {pack_plain, pack_float32<kPlainPanel>},
+            steps ? multiply_plain<true> : multiply_plain<false>,
+            nothing,
+            nothing};
 }
 
 // The instructions that an order is named after, which take bf16 only. `multiply` is null where this build lacks them.

@@ -78,7 +78,8 @@ uint64_t read_plain(const char* p, int64_t lines, int streams, int64_t ahead) {
 #if SPARSIFY_X86
 
 template <int S>
-TARGET("avx2") uint64_t read_avx2_streams(const char* p, int64_t lines, int64_t ahead) {
+TARGET("avx2")
+uint64_t read_avx2_streams(const char* p, int64_t lines, int64_t ahead) {
     __m256i low[S], high[S];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) low[s] = high[s] = _mm256_setzero_si256();
@@ -288,12 +289,17 @@ const sparsify::CpuFeatures& cpu() {
 
 bool available(int level) {
     switch (level) {
-        case kPortable: return true;
-        case kAvx2: return cpu().avx2;
-        case kAvxVnni: return false;  // its reading and its arithmetic in floats are those of kAvx2
-        case kAvx512: return cpu().avx512;
+        case kPortable:
+            return true;
+        case kAvx2:
+            return cpu().avx2;
+        case kAvxVnni:
+            return false;  // its reading and its arithmetic in floats are those of kAvx2
+        case kAvx512:
+            return cpu().avx512;
 #if SPARSIFY_COMPILES_AVX512BF16
-        case kAvx512Bf16: return cpu().avx512_bf16;
+        case kAvx512Bf16:
+            return cpu().avx512_bf16;
 #endif
 #if SPARSIFY_COMPILES_AMX
         case kAmx: {
@@ -301,7 +307,8 @@ bool available(int level) {
             return granted;
         }
 #endif
-        default: return false;
+        default:
+            return false;
     }
 }
 
@@ -362,7 +369,8 @@ int sparsify_peaks_fill(uint64_t* words, int64_t bytes, uint64_t value, int thre
     const int64_t lines = bytes / kLine, words_per_line = kLine / int64_t(sizeof(uint64_t));
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int64_t t = 0; t < threads; ++t)
-        std::fill(words + lines * t / threads * words_per_line, words + lines * (t + 1) / threads * words_per_line, value);
+        std::fill(words + lines * t / threads * words_per_line, words + lines * (t + 1) / threads * words_per_line,
+                  value);
     return kOk;
 }
 
@@ -386,7 +394,8 @@ int sparsify_peaks_read(const void* data, int64_t bytes, int64_t passes, int str
 #pragma omp for schedule(static, 1) nowait
         for (int64_t t = 0; t < threads; ++t) {
             const int64_t first = lines * t / threads, end = lines * (t + 1) / threads;
-            for (int64_t pass = 0; pass < passes; ++pass) total += read(begin + first * kLine, end - first, streams, ahead);
+            for (int64_t pass = 0; pass < passes; ++pass)
+                total += read(begin + first * kLine, end - first, streams, ahead);
         }
         const double stop = now();
 #pragma omp critical(sparsify_peaks_watch)

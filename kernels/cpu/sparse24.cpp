@@ -116,16 +116,21 @@ static int run(const Call& call, int level, int options) {
         if (amx && takes_fixed(call, options)) return run_fixed(call);
 #endif
         const bool forced = options & (kForceDirect | kForceTiles);
-        if (call.rows == 1 && call.type == kBf16 && call.l.sparse && call.l.bits == 4 && !forced) return run_one_fixed(call);
-        if (options & kInt8 && !(options & kForceDirect) && call.l.scaled() && call.rows >= first_int8_row(amx)) return run_int8(call, amx);
+        if (call.rows == 1 && call.type == kBf16 && call.l.sparse && call.l.bits == 4 && !forced)
+            return run_one_fixed(call);
+        if (options & kInt8 && !(options & kForceDirect) && call.l.scaled() && call.rows >= first_int8_row(amx))
+            return run_int8(call, amx);
         const int64_t rows = call.rows * (call.l.sparse || call.l.bits == 4 ? parts_of(call.type) : 1);
-        const int64_t limit = options & kForceDirect ? bf16::kMaxDirectRows : options & kForceTiles ? 0 : kDirectRows[amx][scheme_index(call.l)];
+        const int64_t limit = options & kForceDirect  ? bf16::kMaxDirectRows
+                              : options & kForceTiles ? 0
+                                                      : kDirectRows[amx][scheme_index(call.l)];
         if (rows <= std::min<int64_t>(bf16::kMaxDirectRows, limit)) return run_direct(call);
         return run_tiles(call, amx);
     }
 #endif
 #if SPARSIFY_X86
-    if (const int bytes = bytes_of(call, level, options)) return run_blocks(call, BytesBlocks{call, byte_kernels(call.l, bytes, level), bytes});
+    if (const int bytes = bytes_of(call, level, options))
+        return run_blocks(call, BytesBlocks{call, byte_kernels(call.l, bytes, level), bytes});
 #endif
     (void)options;
     return run_f32(call, f32_kernels(call.l, level));
@@ -179,12 +184,13 @@ void sparse24_set_options(void* packed, int options) {
 // y [rows, n] = x [rows, k] W' + bias. type: of x and y, 0 bf16, 1 fp16, 2 fp32; ldx: elements between rows of x; bias: n
 // values of bias_type, or null; options: the level plus 1, plus kInt8 and others
 // (above); 0: as set for this linear, else the fastest level.
-int sparse24_linear(const void* packed, int64_t packed_bytes, const void* x, int type, int64_t rows, int64_t k, int64_t ldx,
-                    const void* bias, int bias_type, void* y, int64_t n, int options) {
+int sparse24_linear(const void* packed, int64_t packed_bytes, const void* x, int type, int64_t rows, int64_t k,
+                    int64_t ldx, const void* bias, int bias_type, void* y, int64_t n, int options) {
     using namespace sparse24;
     Call call;
     if (!read_layout(static_cast<const uint8_t*>(packed), packed_bytes, &call.l)) return kBadArgument;
-    if (call.l.k != k || call.l.n != n || rows < 0 || type < kBf16 || type > kF32 || (rows > 1 && ldx < k)) return kBadArgument;
+    if (call.l.k != k || call.l.n != n || rows < 0 || type < kBf16 || type > kF32 || (rows > 1 && ldx < k))
+        return kBadArgument;
     if (options == 0) options = reinterpret_cast<const Header*>(packed)->options;
     const int chosen = best_level(options % kFirstOption - 1);
     if (chosen < 0) return kUnsupported;
@@ -196,12 +202,14 @@ int sparse24_linear(const void* packed, int64_t packed_bytes, const void* x, int
 }
 
 // As sparse24_linear, by the plain loops of sparse24_twin.h, one thread; for linears with scales. way: one of twin::Way.
-int sparse24_twin(const void* packed, int64_t packed_bytes, const void* x, int type, int64_t rows, int64_t k, int64_t ldx,
-                  const void* bias, int bias_type, void* y, int64_t n, int way) {
+int sparse24_twin(const void* packed, int64_t packed_bytes, const void* x, int type, int64_t rows, int64_t k,
+                  int64_t ldx, const void* bias, int bias_type, void* y, int64_t n, int way) {
     using namespace sparse24;
     Call call;
-    if (!read_layout(static_cast<const uint8_t*>(packed), packed_bytes, &call.l) || !call.l.scaled()) return kBadArgument;
-    if (call.l.k != k || call.l.n != n || type < kBf16 || type > kF32 || way < 0 || way >= twin::kTwinWays) return kBadArgument;
+    if (!read_layout(static_cast<const uint8_t*>(packed), packed_bytes, &call.l) || !call.l.scaled())
+        return kBadArgument;
+    if (call.l.k != k || call.l.n != n || type < kBf16 || type > kF32 || way < 0 || way >= twin::kTwinWays)
+        return kBadArgument;
     call.blob = static_cast<const uint8_t*>(packed);
     call.x = x, call.type = type, call.rows = rows, call.ldx = ldx;
     call.bias = bias, call.bias_type = bias_type, call.y = y;

@@ -23,9 +23,9 @@ namespace bf16 {
 #define ALWAYS static inline __attribute__((always_inline))
 
 constexpr int kMaxDirectRows = 8;
-constexpr int kSub = 8;             // steps decoded at once: 8 KB of bf16 pairs per panel
-constexpr int kStepBytes = 1024;    // of a decoded step: 32 inputs x 16 outputs x 2 bytes
-constexpr int kQuadBytes = 160;     // of a step of one row of activations, expanded for `direct`
+constexpr int kSub = 8;           // steps decoded at once: 8 KB of bf16 pairs per panel
+constexpr int kStepBytes = 1024;  // of a decoded step: 32 inputs x 16 outputs x 2 bytes
+constexpr int kQuadBytes = 160;   // of a step of one row of activations, expanded for `direct`
 
 // 16 numbers of `type` from x[i] on, as fp32; zero where `mask` is not set, which is not read.
 ALWAYS __m512 load_widened(const void* x, int type, int64_t i, __mmask16 mask) {
@@ -36,13 +36,17 @@ ALWAYS __m512 load_widened(const void* x, int type, int64_t i, __mmask16 mask) {
 }
 
 // The lanes of 16 from `i` on that lie below `k`.
-ALWAYS __mmask16 lanes_below(int64_t k, int64_t i) { return i + 16 <= k ? 0xffff : i >= k ? 0 : __mmask16((1u << (k - i)) - 1); }
+ALWAYS __mmask16 lanes_below(int64_t k, int64_t i) {
+    return i + 16 <= k ? 0xffff : i >= k ? 0 : __mmask16((1u << (k - i)) - 1);
+}
 
 ALWAYS __m512 load_scales(const uint16_t* s, int type) { return load_widened(s, type, 0, 0xffff); }
 
 // code + 8 -> code as bf16; with `holes`, indices 16 .. 31 give zero, without them bit 4 of an index is ignored.
 ALWAYS __m512i code_table(bool holes) {
-#define CODES 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0
+#define CODES                                                                                                       \
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, \
+        0x40c0, 0x40e0
     alignas(64) static const uint16_t tables[2][32] = {{CODES, CODES}, {CODES}};
 #undef CODES
     return _mm512_load_si512(tables[holes]);
@@ -72,7 +76,8 @@ ALWAYS __m512i dot_bytes(__m512i sum, __m512i a, __m512i b) {
 
 // For byte shuffles: in every byte of a dword, the index of the dword's byte `offset` within its 128 bits.
 ALWAYS __m512i first_of_dwords(int offset) {
-    return _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c)), _mm512_set1_epi8(char(offset)));
+    return _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c)),
+                           _mm512_set1_epi8(char(offset)));
 }
 
 // ------------------------------------------------------------------------------------------- rows of activations
@@ -101,10 +106,12 @@ static void split_row(const void* x, int type, int64_t k, int64_t padded, uint16
 }
 
 // Some rows of bf16, `ldx` apart, -> lines of 32 inputs, row after row within a step of a tile; zeros for `empty` rows more.
-static void pack_rows(const uint16_t* x, int64_t ldx, int rows, int empty, int64_t k, uint8_t* out, int64_t step_bytes) {
+static void pack_rows(const uint16_t* x, int64_t ldx, int rows, int empty, int64_t k, uint8_t* out,
+                      int64_t step_bytes) {
     for (int64_t i = 0; i < k; i += kStep, out += step_bytes) {
         const __mmask32 mask = i + kStep <= k ? ~0u : (1u << (k - i)) - 1;
-        for (int r = 0; r < rows; ++r) _mm512_store_si512(out + r * 64, _mm512_maskz_loadu_epi16(mask, x + r * ldx + i));
+        for (int r = 0; r < rows; ++r)
+            _mm512_store_si512(out + r * 64, _mm512_maskz_loadu_epi16(mask, x + r * ldx + i));
         for (int r = rows; r < rows + empty; ++r) _mm512_store_si512(out + r * 64, _mm512_setzero_si512());
     }
 }
@@ -148,8 +155,8 @@ ALWAYS __m512i kept_pair(const uint8_t* codes, __m512i c, __m512i table, __m512i
 
 // Sum: __m512 of bf16 products or __m512i of 16-bit integers, by what x and the table hold.
 template <int BITS, int Q, int R, int CHAINS, class Sum>
-ALWAYS void direct_quad(const uint8_t* codes, __m512i c, __m512i meta, __m512i table, __m512i by_eight, const uint8_t* x,
-                        int64_t x_stride, Sum (&sum)[R][CHAINS]) {
+ALWAYS void direct_quad(const uint8_t* codes, __m512i c, __m512i meta, __m512i table, __m512i by_eight,
+                        const uint8_t* x, int64_t x_stride, Sum (&sum)[R][CHAINS]) {
     constexpr int t = Q & 3, high = Q >> 2;
     const __m512i w = kept_pair<BITS, Q>(codes, c, table, by_eight);
     const __m512i index = t == 0 ? meta : _mm512_srli_epi16(meta, 4 * t);
@@ -179,9 +186,10 @@ constexpr int kAhead = 8192;  // bytes between what is read and what is prefetch
 template <int BITS, int R, int CHAINS, class Sum>
 ALWAYS void direct_step(const uint8_t* p, __m512i table, const uint8_t* x, int64_t x_stride, Sum (&sum)[2][R][CHAINS]) {
     constexpr int bytes = kMetaBytes + 32 * BITS;
-    alignas(64) static const uint8_t shifted[64] = {
-        8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0,
-        8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0};
+    alignas(64) static const uint8_t shifted[64] = {8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0,
+                                                    8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0,
+                                                    8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0,
+                                                    8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56, 0};
     const __m512i by_eight = _mm512_load_si512(shifted);
     prefetch(p + kAhead, 2 * bytes);
 #pragma GCC unroll 2
@@ -246,11 +254,14 @@ ALWAYS __m512i dense_pair(const uint8_t* codes, __m512i table) {
 }
 
 template <int BITS, int P, int R, int CHAINS>
-ALWAYS void direct_pairs(const uint8_t* codes, __m512i table, const uint8_t* x, int64_t x_stride, __m512 (&sum)[R][CHAINS]) {
+ALWAYS void direct_pairs(const uint8_t* codes, __m512i table, const uint8_t* x, int64_t x_stride,
+                         __m512 (&sum)[R][CHAINS]) {
     if constexpr (P < 16) {
         if constexpr (BITS == 8) {  // fp32 multiply-adds: making bf16 pairs of bytes would cost more than they save
-            const __m512 w0 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + P * 32))));
-            const __m512 w1 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + P * 32 + 16))));
+            const __m512 w0 = _mm512_cvtepi32_ps(
+                _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + P * 32))));
+            const __m512 w1 = _mm512_cvtepi32_ps(
+                _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + P * 32 + 16))));
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 float two[2];
@@ -315,7 +326,8 @@ struct Places {
 };
 
 ALWAYS Places places(__m512i meta) {
-    const __m512i x = _mm512_xor_si512(meta, _mm512_set1_epi32(0x55550000));  // 0 and 2: position = slot (+ 2);  3: crosses
+    const __m512i x =
+        _mm512_xor_si512(meta, _mm512_set1_epi32(0x55550000));  // 0 and 2: position = slot (+ 2);  3: crosses
     Places p;
     p.moved = _mm512_rol_epi32(x, 16);
     p.upper = _mm512_srli_epi16(x, 1);
@@ -384,7 +396,8 @@ static void decode(const uint8_t* p, int steps, uint8_t* out, int64_t stride) {
 }
 
 ALWAYS __m512 scale_of(const Pieces& pieces, int piece, int half) {
-    return pieces.scales ? load_scales(pieces.scales + piece * kPair + half * kPanel, pieces.scale_type) : _mm512_set1_ps(1.0f);
+    return pieces.scales ? load_scales(pieces.scales + piece * kPair + half * kPanel, pieces.scale_type)
+                         : _mm512_set1_ps(1.0f);
 }
 
 // Pairs of bf16 times a scale per output, rounded to bf16 once.
@@ -392,7 +405,8 @@ ALWAYS __m512i scale_pairs(__m512i pairs, __m512 scale) {
     alignas(64) static const uint16_t weave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), scale);
-    const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u)))), scale);
+    const __m512 odd =
+        _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000u)))), scale);
     return _mm512_permutexvar_epi16(_mm512_load_si512(weave), (__m512i)_mm512_cvtne2ps_pbh(odd, even));
 }
 
@@ -407,7 +421,8 @@ static void scale_decoded(uint8_t* rows, const Pieces& pieces, int half) {
 }
 
 using Decode = void (*)(const uint8_t* p, int steps, uint8_t* out, int64_t stride);
-using Direct = void (*)(const Layout& l, const uint8_t* p, const uint16_t* scales, const uint8_t* x, int64_t x_stride, float* out);
+using Direct = void (*)(const Layout& l, const uint8_t* p, const uint16_t* scales, const uint8_t* x, int64_t x_stride,
+                        float* out);
 
 static Decode decoder(const Layout& l) {
     if (l.sparse) return l.bits == 4 ? decode<4, true> : l.bits == 8 ? decode<8, true> : decode<16, true>;
@@ -444,7 +459,8 @@ ALWAYS void add_scaled(const __m512 (&sum)[2][ROWS], const Pieces& pieces, int p
 // a: [step][ROWS][32] bf16, b: [step][16 pairs of inputs][16 outputs][2], the second panel b_stride bytes behind; c_stride floats
 // between panels of c.
 template <int ROWS>
-static void multiply_dot(const uint8_t* a, const uint8_t* b, int64_t b_stride, const Pieces& pieces, float* c, int64_t c_stride) {
+static void multiply_dot(const uint8_t* a, const uint8_t* b, int64_t b_stride, const Pieces& pieces, float* c,
+                         int64_t c_stride) {
     for (int piece = 0; piece < pieces.pieces; ++piece) {
         __m512 sum[2][ROWS] = {};
         for (int s = 0; s < pieces.steps_per_piece; ++s, a += ROWS * 64, b += kStepBytes) {
@@ -464,7 +480,8 @@ static void multiply_dot(const uint8_t* a, const uint8_t* b, int64_t b_stride, c
     }
 }
 
-using MultiplyTile = void (*)(const uint8_t* a, const uint8_t* b, int64_t b_stride, const Pieces& pieces, float* c, int64_t c_stride);
+using MultiplyTile = void (*)(const uint8_t* a, const uint8_t* b, int64_t b_stride, const Pieces& pieces, float* c,
+                              int64_t c_stride);
 
 constexpr int kDotRows = 12;  // of a tile: 2 x 12 sums
 
@@ -477,7 +494,8 @@ static MultiplyTile multiplier_dot(int rows) {
 // A quad costs one product and one permute per row, where dense pairs cost two products. Products and permutes share one of
 // three ports on Zen 5 (docs/kernel-log.md), so this is up to 1.5 times the rate of dense products.
 
-constexpr int kSelectRows = 8;    // of a tile of activations: 2 x 8 sums, the decoded pair and what is picked fill the registers
+constexpr int kSelectRows =
+    8;  // of a tile of activations: 2 x 8 sums, the decoded pair and what is picked fill the registers
 constexpr int kSelectSteps = 16;  // of weights between two tiles: 6 KB of 2:4 4-bit, which stay in L1
 
 // 32 inputs of 8 rows of bf16, `offset` bytes into each -> [quad][row][4 inputs]: 8 x 8 quads change places.
@@ -516,7 +534,8 @@ ALWAYS __m512i kept_shifted(const uint8_t* codes, __m512i table) {
 
 // One quad of both panels times R rows.
 template <int BITS, int Q, int R>
-ALWAYS void select_quad(const uint8_t* p, int64_t step_bytes, const __m512i (&meta)[2], __m512i table, const uint8_t* x, __m512 (&sum)[2][R]) {
+ALWAYS void select_quad(const uint8_t* p, int64_t step_bytes, const __m512i (&meta)[2], __m512i table, const uint8_t* x,
+                        __m512 (&sum)[2][R]) {
     if constexpr (Q < 8) {
         constexpr int t = Q & 3, high = Q >> 2;
         __m512i w[2], index[2];
@@ -605,19 +624,21 @@ ALWAYS void store_row(__m512 sum, int type, int columns, void* y) {
     if (type == kF32) {
         _mm512_mask_storeu_ps(y, mask, sum);
     } else {
-        const __m256i v = type == kBf16 ? (__m256i)_mm512_cvtneps_pbh(sum) : _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT);
+        const __m256i v =
+            type == kBf16 ? (__m256i)_mm512_cvtneps_pbh(sum) : _mm512_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT);
         _mm256_mask_storeu_epi16(y, mask, v);
     }
 }
 
 // Some rows of results of a pair, y_bytes apart. parts: rows of `sums` (16 floats, `stride` apart) that make one of them; the sums
 // of the second panel lie `half_stride` floats behind; columns: how many of the pair's outputs exist.
-static void finish_rows(const float* sums, int64_t stride, int64_t half_stride, int64_t rows, int parts, const void* bias, int bias_type, int type,
-                        int columns, void* y, int64_t y_bytes) {
+static void finish_rows(const float* sums, int64_t stride, int64_t half_stride, int64_t rows, int parts,
+                        const void* bias, int bias_type, int type, int columns, void* y, int64_t y_bytes) {
     __m512 added[2];
     for (int half = 0; half < 2; ++half) {
         const int64_t first = half * kPanel;
-        added[half] = bias ? load_widened(static_cast<const uint8_t*>(bias) + first * (bias_type == kF32 ? 4 : 2), bias_type, 0, lanes_below(columns, first))
+        added[half] = bias ? load_widened(static_cast<const uint8_t*>(bias) + first * (bias_type == kF32 ? 4 : 2),
+                                          bias_type, 0, lanes_below(columns, first))
                            : _mm512_setzero_ps();
     }
     const int counts[2] = {columns < kPanel ? columns : kPanel, columns - kPanel};
@@ -637,7 +658,8 @@ static void finish_rows(const float* sums, int64_t stride, int64_t half_stride, 
 TARGET_END
 
 #if SPARSIFY_COMPILES_AMX
-TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,f16c,fma,bmi2,amx-tile,amx-bf16,amx-int8")
+TARGET_BEGIN(
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,f16c,fma,bmi2,amx-tile,amx-bf16,amx-int8")
 namespace sparse24 {
 namespace bf16 {
 
@@ -652,7 +674,8 @@ template <int ROWS>
 ALWAYS void add_scaled(const float* tile, __m512 scale, float* sums) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-        _mm512_store_ps(sums + i * kPanel, _mm512_fmadd_ps(_mm512_load_ps(tile + i * kPanel), scale, _mm512_load_ps(sums + i * kPanel)));
+        _mm512_store_ps(sums + i * kPanel,
+                        _mm512_fmadd_ps(_mm512_load_ps(tile + i * kPanel), scale, _mm512_load_ps(sums + i * kPanel)));
     }
 }
 
@@ -672,7 +695,8 @@ ALWAYS void multiply_steps(const uint8_t* a, const uint8_t* b, int64_t b_stride,
             _tile_dpbf16ps(1, 4, 7);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < rows; ++i) _mm_prefetch(reinterpret_cast<const char*>(a + step_bytes + i * 64), _MM_HINT_T0);
+        for (int i = 0; i < rows; ++i)
+            _mm_prefetch(reinterpret_cast<const char*>(a + step_bytes + i * 64), _MM_HINT_T0);
     }
 }
 
@@ -681,7 +705,8 @@ ALWAYS void multiply_steps(const uint8_t* a, const uint8_t* b, int64_t b_stride,
 //   c_stride floats between panels.
 // What a tile of sums leaves in memory is added one piece later: reading it at once would wait for the store.
 template <int ROWS>
-static void multiply_amx(const uint8_t* a, const uint8_t* b, int64_t b_stride, const Pieces& pieces, float* c, int64_t c_stride) {
+static void multiply_amx(const uint8_t* a, const uint8_t* b, int64_t b_stride, const Pieces& pieces, float* c,
+                         int64_t c_stride) {
     constexpr int kTile = 16 * kPanel;
     alignas(64) float buffer[2][2 * kTile];
     for (int piece = 0; piece <= pieces.pieces; ++piece) {
@@ -704,7 +729,8 @@ static void multiply_amx(const uint8_t* a, const uint8_t* b, int64_t b_stride, c
 // As multiply_amx, for weights that need no scale any more: the sums, fp32 or int32, stay in their tiles. INT8: every dword of
 // a and b is four signed bytes of four inputs instead of a pair of bf16.
 template <bool INT8>
-static void multiply_scaled_amx(const uint8_t* a, const uint8_t* b, int64_t b_stride, int steps, int rows, void* sums, int64_t c_stride) {
+static void multiply_scaled_amx(const uint8_t* a, const uint8_t* b, int64_t b_stride, int steps, int rows, void* sums,
+                                int64_t c_stride) {
     uint32_t* c = static_cast<uint32_t*>(sums);
     _tile_loadd(0, c, 64);
     _tile_loadd(1, c + c_stride, 64);

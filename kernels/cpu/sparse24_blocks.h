@@ -15,12 +15,12 @@ constexpr int64_t kInt8Rows = 3;           // fewest rows of int8 without AMX: f
 constexpr size_t kPackedAlone = 1 << 16;   // most bytes of activations that every thread packs for itself
 
 struct Blocking {
-    int64_t rows;        // split rows of a block
-    int64_t tile_rows;   // of a tile
-    int64_t tiles;       // of a block
-    int64_t run;         // steps of K that a piece of weights has, which serves all tiles
-    int64_t chunk;       // steps of K between two passes over the pairs
-    int64_t row_bytes;   // of a step of a row
+    int64_t rows;       // split rows of a block
+    int64_t tile_rows;  // of a tile
+    int64_t tiles;      // of a block
+    int64_t run;        // steps of K that a piece of weights has, which serves all tiles
+    int64_t chunk;      // steps of K between two passes over the pairs
+    int64_t row_bytes;  // of a step of a row
 
     int64_t step_bytes() const { return tile_rows * row_bytes; }
     int64_t sums_rows() const { return tiles * tile_rows; }
@@ -35,9 +35,10 @@ static int64_t even_run(const Layout& l, int64_t most) {
 
 // block_rows: most rows of a block; tile_rows, multiple: a tile has at most so many rows, and a multiple of these; cached: bytes of
 // activations that are to stay in the second-level cache.
-static Blocking blocking(const Layout& l, int64_t rows, int parts, int64_t block_rows, int64_t tile_rows, int64_t multiple, int64_t run,
-                         int64_t row_bytes = 64, int64_t cached = 1 << 20) {
-    const int64_t blocks = (rows + block_rows - 1) / block_rows, unit = parts == 1 ? 16 : 48;  // parts of a row stay together
+static Blocking blocking(const Layout& l, int64_t rows, int parts, int64_t block_rows, int64_t tile_rows,
+                         int64_t multiple, int64_t run, int64_t row_bytes = 64, int64_t cached = 1 << 20) {
+    const int64_t blocks = (rows + block_rows - 1) / block_rows,
+                  unit = parts == 1 ? 16 : 48;  // parts of a row stay together
     Blocking b;
     b.rows = blocks == 1 ? rows : ((rows + blocks - 1) / blocks + unit - 1) / unit * unit;
     b.tiles = (b.rows + tile_rows - 1) / tile_rows;
@@ -63,7 +64,8 @@ static int run_blocks(const Call& call, const Blocks& blocks) {
     const Layout& l = call.l;
     const Blocking& b = blocks.b;
     const int parts = blocks.parts;
-    const int64_t rows = call.rows * parts, padded = l.steps * kStep, tile_bytes = l.steps * b.step_bytes(), c_stride = b.sums_rows() * kPanel;
+    const int64_t rows = call.rows * parts, padded = l.steps * kStep, tile_bytes = l.steps * b.step_bytes(),
+                  c_stride = b.sums_rows() * kPanel;
     const size_t tiles_bytes = size_t(b.tiles) * tile_bytes;
     const bool alone = rows <= b.rows && tiles_bytes <= kPackedAlone;
     uint8_t* common = alone ? nullptr : shared.get(tiles_bytes);
@@ -83,7 +85,9 @@ static int run_blocks(const Call& call, const Blocks& blocks) {
         blocks.enter();
         for (int64_t start = 0; start < rows; start += b.rows) {
             const int64_t here = std::min(b.rows, rows - start), used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
-            if (mine != nullptr) blocks.pack(start, here, alone ? 0 : thread, alone ? 1 : threads, reinterpret_cast<uint16_t*>(split), tiles);
+            if (mine != nullptr)
+                blocks.pack(start, here, alone ? 0 : thread, alone ? 1 : threads, reinterpret_cast<uint16_t*>(split),
+                            tiles);
             if (!alone) barrier();
             if (failed) break;  // behind a barrier in all threads: each has said so before it
             float* sums = reinterpret_cast<float*>(mine + Blocks::kScratch);
@@ -99,7 +103,8 @@ static int run_blocks(const Call& call, const Blocks& blocks) {
             };
             if (one_pass) shares.each(thread, threads, start / b.rows, [&](int64_t p) { multiply(p, 0, sums); });
             for (int64_t chunk = 0; chunk < l.steps && !one_pass; chunk += b.chunk) {
-                for (int64_t p = pairs.begin; p < pairs.end; ++p) multiply(p, chunk, sums + (p - pairs.begin) * b.sums_rows() * kPair);
+                for (int64_t p = pairs.begin; p < pairs.end; ++p)
+                    multiply(p, chunk, sums + (p - pairs.begin) * b.sums_rows() * kPair);
             }
             if (start + b.rows < rows) barrier();  // the tiles are written again
         }

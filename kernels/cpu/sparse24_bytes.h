@@ -22,7 +22,7 @@
 // Activations of a tile: [step][vector][row][part] 8 bytes (2:4) or 4 (dense). No include guard on purpose.
 
 constexpr int kFixedSteps = 8, kInt8Steps = 16;  // most steps of a piece, and of a run of weights
-constexpr int kInt8Multiple = 4;  // of rows of a tile of int8
+constexpr int kInt8Multiple = 4;                 // of rows of a tile of int8
 constexpr int kQuarters = 4;
 constexpr int kOffsetBytes = kQuarters * 32;  // before the vectors of a decoded piece: 128 times the sums of codes
 
@@ -30,7 +30,7 @@ template <int BITS, bool SPARSE>
 struct Form {
     static constexpr bool kSplit = BITS == 8 && !kVnni;
     static constexpr int kVectors = SPARSE ? 4 : 8;  // of a step
-    static constexpr int kFlush = kSplit ? 4 : 8;  // vectors whose sums 16 bits can hold, and of 4-bit codes a byte
+    static constexpr int kFlush = kSplit ? 4 : 8;    // vectors whose sums 16 bits can hold, and of 4-bit codes a byte
     static constexpr int kBlockSteps = kFlush >= 2 * kVectors ? 2 : 1;
     static constexpr int kInputBytes = SPARSE ? 8 : 4;  // of a part of a row
     static constexpr int kStepBytes = (SPARSE ? kMetaBytes : 0) + (SPARSE ? 32 : 64) * BITS;
@@ -46,7 +46,9 @@ ALWAYS_BYTES void hold(__m256i& v) { __asm__("" : "+x"(v)); }
 // sum += a b, a: unsigned bytes, b: signed; in words without vpdpbusd
 ALWAYS_BYTES void dot(__m256i& sum, __m256i a, __m256i b) {
 #if SPARSIFY_BYTES_VNNI
-    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));  // (GCC 12 copies the sums around the intrinsic)
+    __asm__("%{vex%} vpdpbusd %2, %1, %0"
+            : "+x"(sum)
+            : "x"(a), "x"(b));  // (GCC 12 copies the sums around the intrinsic)
 #else
     sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
     hold(sum);
@@ -59,7 +61,8 @@ struct Constants {
     __m256i nibble, eight, crumbs, second;
 
     ALWAYS_MEMBER void set() {
-        nibble = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8), crumbs = _mm256_set1_epi8(0x33), second = _mm256_set1_epi16(0x4400);
+        nibble = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8), crumbs = _mm256_set1_epi8(0x33),
+        second = _mm256_set1_epi16(0x4400);
         hold(nibble), hold(eight), hold(crumbs), hold(second);
     }
 };
@@ -89,10 +92,12 @@ ALWAYS_BYTES Vector vector_of(const uint8_t* p, int lane, const Constants& k) {
     } else {
         constexpr int q = SPARSE ? V % 2 + V / 2 * 4 : 0;
         const uint8_t* from = codes + lane + (SPARSE ? q * 32 : V * 64);
-        const __m256i c = SPARSE ? by_output(from, from + 64, from + 16, from + 80) : by_output(from, from + 16, from + 32, from + 48);
+        const __m256i c = SPARSE ? by_output(from, from + 64, from + 16, from + 80)
+                                 : by_output(from, from + 16, from + 32, from + 48);
         if constexpr (F::kSplit) {
             v.low = _mm256_and_si256(c, k.nibble);
-            v.codes = _mm256_sub_epi8(_mm256_xor_si256(_mm256_and_si256(_mm256_srli_epi16(c, 4), k.nibble), k.eight), k.eight);
+            v.codes = _mm256_sub_epi8(_mm256_xor_si256(_mm256_and_si256(_mm256_srli_epi16(c, 4), k.nibble), k.eight),
+                                      k.eight);
         } else {
             v.codes = c;
         }
@@ -100,7 +105,8 @@ ALWAYS_BYTES Vector vector_of(const uint8_t* p, int lane, const Constants& k) {
     if constexpr (SPARSE) {
         // two vectors' positions at once: those of the even one in bits 0-1, of the odd one in bits 4-5; second quads plus 4
         const __m256i meta = load(p + lane * 4);
-        const __m256i both = _mm256_or_si256(_mm256_and_si256(V / 2 ? _mm256_srli_epi16(meta, 2) : meta, k.crumbs), k.second);
+        const __m256i both =
+            _mm256_or_si256(_mm256_and_si256(V / 2 ? _mm256_srli_epi16(meta, 2) : meta, k.crumbs), k.second);
         v.positions = V % 2 ? _mm256_srli_epi16(both, 4) : both;  // a shuffle ignores bits 4-6
     }
     return v;
@@ -139,8 +145,10 @@ struct CodeSums {
         if constexpr (BITS == 4) dot(offset, most, sum);
         sum = _mm256_setzero_si256();
 #else
-        offset = _mm256_add_epi32(offset, _mm256_madd_epi16(_mm256_maddubs_epi16(most, sum), _mm256_set1_epi16(F::kSplit ? 16 : 1)));
-        if constexpr (F::kSplit) offset = _mm256_add_epi32(offset, _mm256_madd_epi16(_mm256_maddubs_epi16(most, low), _mm256_set1_epi16(1)));
+        offset = _mm256_add_epi32(
+            offset, _mm256_madd_epi16(_mm256_maddubs_epi16(most, sum), _mm256_set1_epi16(F::kSplit ? 16 : 1)));
+        if constexpr (F::kSplit)
+            offset = _mm256_add_epi32(offset, _mm256_madd_epi16(_mm256_maddubs_epi16(most, low), _mm256_set1_epi16(1)));
         sum = low = _mm256_setzero_si256();
 #endif
     }
@@ -197,7 +205,9 @@ struct Sums {
         return factor > 1 ? _mm256_slli_epi32(sum[r][p], 8) : sum[r][p];
 #else
         const __m256i high = _mm256_madd_epi16(sum[r][p], _mm256_set1_epi16(int16_t(F::kSplit ? 16 * factor : factor)));
-        return F::kSplit ? _mm256_add_epi32(high, _mm256_madd_epi16(low[F::kSplit ? r : 0][p], _mm256_set1_epi16(int16_t(factor)))) : high;
+        return F::kSplit ? _mm256_add_epi32(
+                               high, _mm256_madd_epi16(low[F::kSplit ? r : 0][p], _mm256_set1_epi16(int16_t(factor))))
+                         : high;
 #endif
     }
 
@@ -216,8 +226,8 @@ struct Sums {
 
 // Vectors V .. of STEPS steps. Direct: `p` is the panel's first step; decoded: the first vector.
 template <int BITS, bool SPARSE, int PARTS, int R, bool DECODED, int STEPS, int V, bool FIRST>
-ALWAYS_BYTES void add_vectors(const uint8_t* p, int lane, const uint8_t* x, const Constants& k, Sums<BITS, SPARSE, PARTS, R>& sums,
-                              CodeSums<BITS, SPARSE>& codes) {
+ALWAYS_BYTES void add_vectors(const uint8_t* p, int lane, const uint8_t* x, const Constants& k,
+                              Sums<BITS, SPARSE, PARTS, R>& sums, CodeSums<BITS, SPARSE>& codes) {
     using F = Form<BITS, SPARSE>;
     constexpr int total = STEPS * F::kVectors;
     if constexpr (V < total) {
@@ -248,13 +258,15 @@ ALWAYS_BYTES __m256 load_scales(const uint16_t* s, int type) {
 // c[R][8 of 16] += what a piece comes to. One byte: (sum x scale) x unit, each rounded; more, where unit is a power of two: sum x
 // (scale x unit).
 template <int BITS, bool SPARSE, int PARTS, int R>
-ALWAYS_BYTES void add_scaled(const Sums<BITS, SPARSE, PARTS, R>& sums, __m256i offset, __m256 scale, const float* unit, float* c) {
+ALWAYS_BYTES void add_scaled(const Sums<BITS, SPARSE, PARTS, R>& sums, __m256i offset, __m256 scale, const float* unit,
+                             float* c) {
     const __m256i both = PARTS > 1 ? _mm256_add_epi32(_mm256_slli_epi32(offset, 8), offset) : offset;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r, c += kPanel) {
         __m256 value = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums.whole[r], both));
         if constexpr (PARTS == 3) {
-            value = _mm256_fmadd_ps(value, _mm256_set1_ps(256.0f), _mm256_cvtepi32_ps(_mm256_sub_epi32(sums.rest[r], offset)));
+            value = _mm256_fmadd_ps(value, _mm256_set1_ps(256.0f),
+                                    _mm256_cvtepi32_ps(_mm256_sub_epi32(sums.rest[r], offset)));
         }
         const __m256 one = _mm256_set1_ps(unit[r]);
         if constexpr (PARTS == 1) {
@@ -269,7 +281,8 @@ constexpr int kAhead = 8192;  // bytes between what is read and what is prefetch
 
 // A run of a pair times a tile of R rows: c[R][16] +=, c_stride floats between panels. x: as `quantize` leaves it; unit: [piece][R]
 template <int BITS, bool SPARSE, int PARTS, int R, bool DECODED>
-static void multiply(const uint8_t* p, const Pieces& pieces, const uint8_t* x, const float* unit, float* c, int64_t c_stride) {
+static void multiply(const uint8_t* p, const Pieces& pieces, const uint8_t* x, const float* unit, float* c,
+                     int64_t c_stride) {
     using F = Form<BITS, SPARSE>;
     const int steps = pieces.steps_per_piece;
     constexpr int block_inputs = F::kVectors * R * PARTS * F::kInputBytes;  // of a step
@@ -292,7 +305,8 @@ static void multiply(const uint8_t* p, const Pieces& pieces, const uint8_t* x, c
                 if constexpr (!DECODED) {
                     for (int i = 0; i < count; ++i, ahead += 2 * F::kStepBytes) {
 #pragma GCC unroll 5
-                        for (int line = 0; line <= F::kStepBytes / 2; line += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T0);
+                        for (int line = 0; line <= F::kStepBytes / 2; line += 64)
+                            _mm_prefetch(reinterpret_cast<const char*>(ahead + line), _MM_HINT_T0);
                     }
                 }
             };
@@ -305,13 +319,15 @@ static void multiply(const uint8_t* p, const Pieces& pieces, const uint8_t* x, c
                 if constexpr (F::kBlockSteps == 2) {
                     for (; s + 2 <= steps; s += 2) {
                         fetch(2);
-                        add_vectors<BITS, SPARSE, PARTS, R, DECODED, 2, 0, false>(w + s * step_stride, lane, x + s * block_inputs, k, sums, codes);
+                        add_vectors<BITS, SPARSE, PARTS, R, DECODED, 2, 0, false>(w + s * step_stride, lane,
+                                                                                  x + s * block_inputs, k, sums, codes);
                         if (!kVnni) sums.clear();
                     }
                 }
                 for (; s < steps; ++s) {
                     fetch(1);
-                    add_vectors<BITS, SPARSE, PARTS, R, DECODED, 1, 0, false>(w + s * step_stride, lane, x + s * block_inputs, k, sums, codes);
+                    add_vectors<BITS, SPARSE, PARTS, R, DECODED, 1, 0, false>(w + s * step_stride, lane,
+                                                                              x + s * block_inputs, k, sums, codes);
                     if (!kVnni) sums.clear();
                 }
             }
@@ -325,7 +341,8 @@ static void multiply(const uint8_t* p, const Pieces& pieces, const uint8_t* x, c
 }
 
 template <int BITS, bool SPARSE, int V>
-ALWAYS_BYTES void decode_vectors(const uint8_t* p, int lane, const Constants& k, CodeSums<BITS, SPARSE>& codes, uint8_t* out) {
+ALWAYS_BYTES void decode_vectors(const uint8_t* p, int lane, const Constants& k, CodeSums<BITS, SPARSE>& codes,
+                                 uint8_t* out) {
     using F = Form<BITS, SPARSE>;
     if constexpr (V < F::kVectors) {
         const Vector v = vector_of<BITS, SPARSE, V>(p, lane, k);
@@ -356,7 +373,9 @@ static void decode(const uint8_t* p, const Pieces& pieces, uint8_t* out) {
                 const uint8_t* step = p + (2 * s + quarter / 2) * F::kStepBytes;
 #pragma GCC unroll 5
                 for (int line = 0; line <= F::kStepBytes / 2; line += 64) {
-                    _mm_prefetch(reinterpret_cast<const char*>(p + 2 * s * F::kStepBytes + quarter * F::kStepBytes / 2 + kAhead + line), _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char*>(p + 2 * s * F::kStepBytes + quarter * F::kStepBytes / 2 +
+                                                               kAhead + line),
+                                 _MM_HINT_T0);
                 }
                 decode_vectors<BITS, SPARSE, 0>(step, quarter % 2 * 8, k, codes, out);
             }
@@ -400,7 +419,8 @@ ALWAYS_BYTES Unit unit_of(uint32_t most) {
         uint32_t exponent;
         std::memcpy(&exponent, &largest, 4);
         exponent = exponent >> 23 > 32 ? exponent >> 23 : 32;  // the factors below stay normal
-        const uint32_t factor = finite ? (127 + places + 127 - exponent) << 23 : 0, unit = finite ? (exponent - places) << 23 : 0x7fc00000;
+        const uint32_t factor = finite ? (127 + places + 127 - exponent) << 23 : 0,
+                       unit = finite ? (exponent - places) << 23 : 0x7fc00000;
         Unit u;
         std::memcpy(&u.factor, &factor, 4);
         std::memcpy(&u.unit, &unit, 4);
@@ -423,7 +443,8 @@ static float quantize(const void* from, int type, int64_t inputs, int steps, int
     store(lanes, most);
     const Unit u = unit_of<PARTS>(*std::max_element(lanes, lanes + 8));
     const __m256 factor = _mm256_set1_ps(u.factor);
-    const __m256i by_part = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i by_part =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     constexpr int width = SPARSE ? 8 : 4;
     const int64_t vector = int64_t(tile_rows) * PARTS * width;
     for (int s = 0; s < steps; ++s, out += (SPARSE ? 4 : 8) * vector) {
@@ -464,7 +485,8 @@ ALWAYS_BYTES __m128i to_bf16(__m256 v) {
 }
 
 // Rows of 32 sums, [panel][row][16] -> outputs of `type`, y_bytes from row to row; of the 32 only `columns`.
-static void finish(const float* sums, int64_t c_stride, int64_t rows, const void* bias, int bias_type, int type, int columns, void* y, int64_t y_bytes) {
+static void finish(const float* sums, int64_t c_stride, int64_t rows, const void* bias, int bias_type, int type,
+                   int columns, void* y, int64_t y_bytes) {
     const int size = type == kF32 ? 4 : 2;
     for (int first = 0; first < columns; first += 8) {
         const int count = columns - first < 8 ? columns - first : 8;
@@ -500,12 +522,13 @@ static void add_tiles(ByteKernels& k) {
 template <int BITS, bool SPARSE, int PARTS>
 static ByteKernels kernels_for() {
     // As many rows of a tile as leave their sums in registers.
-    constexpr int whole[3] = {8, 4, 3}, split[3] = {4, 2, 1}, rows = (Form<BITS, SPARSE>::kSplit ? split : whole)[PARTS - 1];
+    constexpr int whole[3] = {8, 4, 3}, split[3] = {4, 2, 1},
+                  rows = (Form<BITS, SPARSE>::kSplit ? split : whole)[PARTS - 1];
     ByteKernels k = {};
     k.tile_rows = rows;
     k.multiple = PARTS == 1 ? kInt8Multiple : 1;
     k.decode = decode<BITS, SPARSE>;
-    k.quantize = quantize<SPARSE, PARTS, !SPARSE && BITS == 4>;
+    k.quantize = quantize < SPARSE, PARTS, !SPARSE && BITS == 4 > ;
     k.finish = finish;
     add_tiles<BITS, SPARSE, PARTS, rows, rows>(k);
     return k;

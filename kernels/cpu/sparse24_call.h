@@ -24,8 +24,12 @@ struct Call {
 
     const void* row(int64_t m) const { return static_cast<const uint8_t*>(x) + m * ldx * (type == kF32 ? 4 : 2); }
     // The bias of the outputs from `n` on, or null.
-    const void* bias_at(int64_t n) const { return bias ? static_cast<const uint8_t*>(bias) + n * (bias_type == kF32 ? 4 : 2) : nullptr; }
-    void* result(int64_t m, int64_t n) const { return static_cast<uint8_t*>(y) + (m * l.n + n) * (type == kF32 ? 4 : 2); }
+    const void* bias_at(int64_t n) const {
+        return bias ? static_cast<const uint8_t*>(bias) + n * (bias_type == kF32 ? 4 : 2) : nullptr;
+    }
+    void* result(int64_t m, int64_t n) const {
+        return static_cast<uint8_t*>(y) + (m * l.n + n) * (type == kF32 ? 4 : 2);
+    }
 };
 
 static void widen_row(const Call& call, int64_t m, int64_t padded, float* out) {

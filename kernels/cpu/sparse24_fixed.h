@@ -26,7 +26,9 @@ struct Cut {
     int64_t pieces;
     int steps;  // of a piece; the last one may have fewer
 
-    int steps_of(const Layout& l, int64_t piece) const { return int(l.steps - piece * steps < steps ? l.steps - piece * steps : steps); }
+    int steps_of(const Layout& l, int64_t piece) const {
+        return int(l.steps - piece * steps < steps ? l.steps - piece * steps : steps);
+    }
 };
 
 inline Cut cut(const Layout& l) {
@@ -36,11 +38,12 @@ inline Cut cut(const Layout& l) {
 
 // One row x of K bf16 -> `padded` words u, zero from K on, and per piece, `unit_stride` apart, what 2^shift of a code times 1 of u
 // is worth; NaN where something in the piece is not finite.
-static void to_words(const Layout& l, const Cut& c, const uint16_t* x, int64_t padded, int shift, int16_t* words, float* unit,
-                     int64_t unit_stride) {
+static void to_words(const Layout& l, const Cut& c, const uint16_t* x, int64_t padded, int shift, int16_t* words,
+                     float* unit, int64_t unit_stride) {
     const __m512i magnitude = _mm512_set1_epi16(0x7fff);
     for (int64_t piece = 0; piece < c.pieces; ++piece, unit += unit_stride) {
-        const int64_t begin = piece * c.steps * kStep, end = begin + c.steps * kStep < l.k ? begin + c.steps * kStep : l.k;
+        const int64_t begin = piece * c.steps * kStep,
+                      end = begin + c.steps * kStep < l.k ? begin + c.steps * kStep : l.k;
         __m512i most = _mm512_setzero_si512();
         for (int64_t i = begin; i < end; i += 32) {
             const __mmask32 mask = i + 32 <= end ? ~0u : (1u << (end - i)) - 1;
@@ -66,7 +69,8 @@ static void to_words(const Layout& l, const Cut& c, const uint16_t* x, int64_t p
         for (int64_t i = begin; i < end; i += 16) {
             // (infinity times zero converts to a number whose lower word is zero)
             const __m512 scaled = _mm512_mul_ps(bf16::load_widened(x, kBf16, i, bf16::lanes_below(end, i)), scale);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + i), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(scaled)));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + i),
+                                _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(scaled)));
         }
     }
     if (padded > l.k) std::memset(words + l.k, 0, (padded - l.k) * 2);
@@ -81,18 +85,20 @@ ALWAYS __m512i code_words() {
 }
 
 // out[32] = the outputs of a 2:4 pair of 4-bit codes for one row. x: expanded words, unit: per piece.
-static void direct_fixed(const Layout& l, const Cut& c, const uint8_t* p, const uint16_t* scales, const uint8_t* x, const float* unit,
-                         float* out) {
+static void direct_fixed(const Layout& l, const Cut& c, const uint8_t* p, const uint16_t* scales, const uint8_t* x,
+                         const float* unit, float* out) {
     const __m512i table = code_words();
     __m512 total[2] = {};
     for (int64_t piece = 0; piece < c.pieces; ++piece) {
         __m512i sum[2][1][2] = {};
         const int steps = c.steps_of(l, piece);
-        for (int s = 0; s < steps; ++s, x += bf16::kQuadBytes, p += 2 * l.step_bytes) bf16::direct_step<4>(p, table, x, 0, sum);
+        for (int s = 0; s < steps; ++s, x += bf16::kQuadBytes, p += 2 * l.step_bytes)
+            bf16::direct_step<4>(p, table, x, 0, sum);
         const uint16_t* scale = scales + piece * c.steps / l.steps_per_group * kPair;
         for (int half = 0; half < 2; ++half) {
             const __m512 whole = _mm512_cvtepi32_ps(_mm512_add_epi32(sum[half][0][0], sum[half][0][1]));
-            const __m512 factor = _mm512_mul_ps(bf16::load_scales(scale + half * kPanel, l.stored_type), _mm512_set1_ps(unit[piece]));
+            const __m512 factor =
+                _mm512_mul_ps(bf16::load_scales(scale + half * kPanel, l.stored_type), _mm512_set1_ps(unit[piece]));
             total[half] = _mm512_fmadd_ps(whole, factor, total[half]);
         }
     }
@@ -105,7 +111,8 @@ TARGET_END
 
 #if SPARSIFY_COMPILES_AMX
 
-TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,f16c,fma,bmi2,amx-tile,amx-bf16,amx-int8")
+TARGET_BEGIN(
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,f16c,fma,bmi2,amx-tile,amx-bf16,amx-int8")
 namespace sparse24 {
 namespace fixed {
 
@@ -124,23 +131,27 @@ inline bool fits_tiles(const Layout& l) { return l.scaled() && (l.groups == 1 ||
 // The order of 64 inputs in a row of a tile. Dense 4-bit codes are not moved within 8 inputs: `decode_step` gives them as the
 // nibbles of a code's bytes lie.
 ALWAYS __m512i order_of_inputs(const Layout& l) {
-    alignas(64) static const uint8_t within[64] = {0,  4,  1,  5,  2,  6,  3,  7,  8,  12, 9,  13, 10, 14, 11, 15, 16, 20, 17, 21, 18, 22,
-                                                   19, 23, 24, 28, 25, 29, 26, 30, 27, 31, 32, 36, 33, 37, 34, 38, 35, 39, 40, 44, 41, 45,
-                                                   42, 46, 43, 47, 48, 52, 49, 53, 50, 54, 51, 55, 56, 60, 57, 61, 58, 62, 59, 63};
-    alignas(64) static const uint8_t same[64] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
-                                                 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
-                                                 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+    alignas(64) static const uint8_t within[64] = {0,  4,  1,  5,  2,  6,  3,  7,  8,  12, 9,  13, 10, 14, 11, 15,
+                                                   16, 20, 17, 21, 18, 22, 19, 23, 24, 28, 25, 29, 26, 30, 27, 31,
+                                                   32, 36, 33, 37, 34, 38, 35, 39, 40, 44, 41, 45, 42, 46, 43, 47,
+                                                   48, 52, 49, 53, 50, 54, 51, 55, 56, 60, 57, 61, 58, 62, 59, 63};
+    alignas(64) static const uint8_t same[64] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+                                                 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47,
+                                                 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
     return _mm512_load_si512(!l.sparse && l.bits == 4 ? within : same);
 }
 
 // Words of a row, a multiple of 64 -> rows of tiles, of their high bytes and of their low ones, `tile_bytes` from tile to tile.
-static void to_tiles(const Layout& l, const int16_t* words, int64_t tiles, uint8_t* high, uint8_t* low, int64_t tile_bytes) {
+static void to_tiles(const Layout& l, const int16_t* words, int64_t tiles, uint8_t* high, uint8_t* low,
+                     int64_t tile_bytes) {
     const __m512i order = order_of_inputs(l), half = _mm512_set1_epi16(128);
     for (int64_t tile = 0; tile < tiles; ++tile, words += kTileInputs, high += tile_bytes, low += tile_bytes) {
         const __m512i u0 = _mm512_loadu_si512(words), u1 = _mm512_loadu_si512(words + 32);
         const __m256i h0 = _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(u0, half), 8));
         const __m256i h1 = _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(u1, half), 8));
-        const __m512i bytes = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(u0)), _mm512_cvtepi16_epi8(u1), 1);
+        const __m512i bytes =
+            _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(u0)), _mm512_cvtepi16_epi8(u1), 1);
         _mm512_store_si512(high, _mm512_permutexvar_epi8(order, _mm512_inserti64x4(_mm512_castsi256_si512(h0), h1, 1)));
         _mm512_store_si512(low, _mm512_permutexvar_epi8(order, bytes));
     }
@@ -152,7 +163,8 @@ static constexpr Select kTwoApart(2), kNext(1);
 
 // code + 8 in the upper nibbles -> 16 code
 ALWAYS __m512i upper_nibbles(__m512i c) {
-    return _mm512_ternarylogic_epi32(c, _mm512_set1_epi8(char(0x80)), _mm512_set1_epi8(char(0xf0)), 0x28);  // (c ^ 0x80) & 0xf0
+    return _mm512_ternarylogic_epi32(c, _mm512_set1_epi8(char(0x80)), _mm512_set1_epi8(char(0xf0)),
+                                     0x28);  // (c ^ 0x80) & 0xf0
 }
 
 // Positions of both slots of quads 0-3, nibble t of an output's low word for quad t, and of quads 4-7.
@@ -200,7 +212,8 @@ ALWAYS void decode_step(const uint8_t* p, uint8_t* out) {
         }
     } else {
 #pragma GCC unroll 8
-        for (int q = 0; q < 8; ++q) _mm512_store_si512(out + q * kQuadBytes, int8::by_output(_mm512_loadu_si512(p + q * 64)));
+        for (int q = 0; q < 8; ++q)
+            _mm512_store_si512(out + q * kQuadBytes, int8::by_output(_mm512_loadu_si512(p + q * 64)));
     }
 }
 
@@ -226,9 +239,11 @@ template <int ROWS>
 ALWAYS void add_scaled(const int32_t* high, const int32_t* low, const float* unit, __m512 scale, float* sums) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-        const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(high + i * kPanel), 8), _mm512_load_si512(low + i * kPanel));
+        const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(high + i * kPanel), 8),
+                                               _mm512_load_si512(low + i * kPanel));
         const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(unit[i]));
-        _mm512_store_ps(sums + i * kPanel, _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), factor, _mm512_load_ps(sums + i * kPanel)));
+        _mm512_store_ps(sums + i * kPanel,
+                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), factor, _mm512_load_ps(sums + i * kPanel)));
     }
 }
 
@@ -244,7 +259,8 @@ ALWAYS void add_waiting(const Waiting& w, int scale_type, int64_t c_stride) {
 #pragma GCC unroll 2
     for (int panel = 0; panel < 2; ++panel) {
         const int32_t* high = w.left + panel * 2 * ROWS * kPanel;
-        add_scaled<ROWS>(high, high + ROWS * kPanel, w.unit, bf16::load_scales(w.scales + panel * kPanel, scale_type), w.sums + panel * c_stride);
+        add_scaled<ROWS>(high, high + ROWS * kPanel, w.unit, bf16::load_scales(w.scales + panel * kPanel, scale_type),
+                         w.sums + panel * c_stride);
     }
 }
 
@@ -254,8 +270,8 @@ ALWAYS void add_waiting(const Waiting& w, int scale_type, int64_t c_stride) {
 // A piece is decoded while the one before it is multiplied and the sums of the one before that, which have to leave their tiles
 // through memory, are scaled: nothing waits for a store.
 template <int BITS, bool SPARSE, int ROWS, bool APART>
-static void multiply_pair(const Layout& l, const Cut& c, const uint8_t* p, const uint16_t* scales, const uint8_t* x, const float* unit, int blocks,
-                          float* sums, int64_t c_stride) {
+static void multiply_pair(const Layout& l, const Cut& c, const uint8_t* p, const uint16_t* scales, const uint8_t* x,
+                          const float* unit, int blocks, float* sums, int64_t c_stride) {
     constexpr int kSums = ROWS * kPanel, kBlockBytes = 2 * ROWS * 64, kPanels = 2;
     alignas(64) uint8_t decoded[2][kPanels * kPanelBytes];
     alignas(64) int32_t left[2][kPanels * 2 * kSums];
@@ -266,7 +282,8 @@ static void multiply_pair(const Layout& l, const Cut& c, const uint8_t* p, const
     for (int64_t piece = 0; piece < c.pieces; ++piece) {
         const int tiles = tiles_of(c.steps_of(l, piece));
         if (piece + 1 < c.pieces) {
-            decode_piece<BITS, SPARSE>(p + (piece + 1) * piece_bytes, c.steps_of(l, piece + 1), decoded[(piece + 1) % 2]);
+            decode_piece<BITS, SPARSE>(p + (piece + 1) * piece_bytes, c.steps_of(l, piece + 1),
+                                       decoded[(piece + 1) % 2]);
         }
         for (int block = 0; block < blocks; ++block, turn ^= 1) {
             int32_t* leaving = left[turn];
@@ -286,24 +303,31 @@ static void multiply_pair(const Layout& l, const Cut& c, const uint8_t* p, const
                 _tile_stored(1, leaving + (2 + part) * kSums, 64);
             }
             if (before.left) add_waiting<ROWS>(before, l.stored_type, c_stride);
-            before = {leaving, scales + piece * c.steps / l.steps_per_group * kPair, unit + (piece * blocks + block) * ROWS, sums + block * kSums};
+            before = {leaving, scales + piece * c.steps / l.steps_per_group * kPair,
+                      unit + (piece * blocks + block) * ROWS, sums + block * kSums};
         }
     }
     add_waiting<ROWS>(before, l.stored_type, c_stride);
 }
 
-using Multiply = void (*)(const Layout& l, const Cut& c, const uint8_t* p, const uint16_t* scales, const uint8_t* x, const float* unit,
-                          int blocks, float* sums, int64_t c_stride);
+using Multiply = void (*)(const Layout& l, const Cut& c, const uint8_t* p, const uint16_t* scales, const uint8_t* x,
+                          const float* unit, int blocks, float* sums, int64_t c_stride);
 
 template <int BITS, bool SPARSE>
 static Multiply multiplier_of(int rows) {
     switch (rows) {
-        case 2: return multiply_pair<BITS, SPARSE, 2, false>;
-        case 4: return multiply_pair<BITS, SPARSE, 4, false>;
-        case 6: return multiply_pair<BITS, SPARSE, 6, false>;
-        case 8: return multiply_pair<BITS, SPARSE, 8, false>;
-        case 12: return multiply_pair<BITS, SPARSE, 12, true>;
-        default: return multiply_pair<BITS, SPARSE, 16, true>;
+        case 2:
+            return multiply_pair<BITS, SPARSE, 2, false>;
+        case 4:
+            return multiply_pair<BITS, SPARSE, 4, false>;
+        case 6:
+            return multiply_pair<BITS, SPARSE, 6, false>;
+        case 8:
+            return multiply_pair<BITS, SPARSE, 8, false>;
+        case 12:
+            return multiply_pair<BITS, SPARSE, 12, true>;
+        default:
+            return multiply_pair<BITS, SPARSE, 16, true>;
     }
 }
 

@@ -26,11 +26,11 @@
 
 namespace sparse24 {
 
-constexpr int kPanel = 16;       // outputs
+constexpr int kPanel = 16;  // outputs
 constexpr int kPair = 2 * kPanel;
-constexpr int kStep = 32;        // inputs
-constexpr int kHeader = 64;      // bytes before the first panel
-constexpr int kMetaBytes = 64;   // of one step
+constexpr int kStep = 32;                        // inputs
+constexpr int kHeader = 64;                      // bytes before the first panel
+constexpr int kMetaBytes = 64;                   // of one step
 constexpr uint64_t kMagic = 0x3130345345535053;  // "SPSES401"
 
 enum Type { kBf16 = 0, kF16 = 1, kF32 = 2 };
@@ -99,7 +99,7 @@ struct Pieces {
     int scale_type;
 };
 
-struct Source {  // the tensors of a checkpoint, rows of one linear
+struct Source {              // the tensors of a checkpoint, rows of one linear
     const uint8_t* packed;   // weight_packed as bytes
     const uint8_t* meta;     // weight_meta
     const uint16_t* scale;   // weight_scale

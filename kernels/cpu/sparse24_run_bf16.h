@@ -15,11 +15,12 @@ static int scheme_index(const Layout& l) { return (l.bits == 4 ? 0 : l.bits == 8
 
 // Rows `start` .. of the result from the sums of a pair; `stride` floats between rows of sums, `parts` of which make one, and
 // `half_stride` between its panels.
-static void finish_rows(const Call& call, int64_t pair, int64_t start, int64_t rows, int parts, const float* sums, int64_t stride, int64_t half_stride) {
+static void finish_rows(const Call& call, int64_t pair, int64_t start, int64_t rows, int parts, const float* sums,
+                        int64_t stride, int64_t half_stride) {
     const int64_t first = pair * kPair;
     const int columns = int(std::min<int64_t>(kPair, call.l.n - first));
-    bf16::finish_rows(sums, stride, half_stride, rows / parts, parts, call.bias_at(first), call.bias_type, call.type, columns,
-                      call.result(start / parts, first), call.l.n * (call.type == kF32 ? 4 : 2));
+    bf16::finish_rows(sums, stride, half_stride, rows / parts, parts, call.bias_at(first), call.bias_type, call.type,
+                      columns, call.result(start / parts, first), call.l.n * (call.type == kF32 ? 4 : 2));
 }
 
 static int run_direct(const Call& call) {
@@ -45,9 +46,11 @@ static int run_direct(const Call& call) {
                 widen_row(call, m, padded, reinterpret_cast<float*>(x + m * stride));
             } else if (l.sparse) {
                 bf16::split_row(call.row(m), call.type, l.k, padded, split, padded);
-                for (int p = 0; p < parts; ++p) bf16::expand_row(split + p * padded, l.steps, x + (m * parts + p) * stride);
+                for (int p = 0; p < parts; ++p)
+                    bf16::expand_row(split + p * padded, l.steps, x + (m * parts + p) * stride);
             } else {
-                bf16::split_row(call.row(m), call.type, l.k, padded, reinterpret_cast<uint16_t*>(x + m * parts * stride), padded);
+                bf16::split_row(call.row(m), call.type, l.k, padded,
+                                reinterpret_cast<uint16_t*>(x + m * parts * stride), padded);
             }
         }
         const uint8_t* from = as_it_is ? static_cast<const uint8_t*>(call.x) : x;
@@ -56,7 +59,8 @@ static int run_direct(const Call& call) {
         shares.each(thread, threads, 0, [&](int64_t p) {
             for (int64_t r = 0; r < rows; r += 4) {
                 const int some = int(std::min<int64_t>(4, rows - r));
-                bf16::direct(l, some)(l, l.pair(call.blob, p), l.scales(call.blob, p), from + r * step, step, sums + r * kPair);
+                bf16::direct(l, some)(l, l.pair(call.blob, p), l.scales(call.blob, p), from + r * step, step,
+                                      sums + r * kPair);
             }
             finish_rows(call, p, 0, rows, parts, sums, kPair, kPanel);
         });
@@ -81,12 +85,13 @@ struct DecodedBlocks {
     const Call& call;
     const bool amx;
     const int parts = parts_of(call.type);
-    const Blocking b = blocking(call.l, call.rows * parts, parts, kBlockRows, amx ? 16 : bf16::kDotRows, 4,
+    const Blocking b = blocking(call.l, call.rows* parts, parts, kBlockRows, amx ? 16 : bf16::kDotRows, 4,
                                 !amx && wants_short_runs(call) ? bf16::kSub / 2 : even_run(call.l, bf16::kSub));
     const bool folded = folds(call), unscaled = folded || !call.l.scaled();
     const bf16::Decode decode = bf16::decoder(call.l);
 #if SPARSIFY_COMPILES_AMX
-    const bf16::MultiplyTile multiply = amx ? bf16::multiplier_amx(int(b.tile_rows)) : bf16::multiplier_dot(int(b.tile_rows));
+    const bf16::MultiplyTile multiply =
+        amx ? bf16::multiplier_amx(int(b.tile_rows)) : bf16::multiplier_dot(int(b.tile_rows));
 #else
     const bf16::MultiplyTile multiply = bf16::multiplier_dot(int(b.tile_rows));
 #endif
@@ -119,7 +124,8 @@ struct DecodedBlocks {
                 const int real = int(std::max<int64_t>(0, std::min(last, rows) - m));
                 uint8_t* to = tiles + m / b.tile_rows * l.steps * b.step_bytes() + m % b.tile_rows * 64;
                 const void* from = real ? call.row(start + m) : nullptr;
-                bf16::pack_rows(static_cast<const uint16_t*>(from), call.ldx, real, int(last - m) - real, l.k, to, b.step_bytes());
+                bf16::pack_rows(static_cast<const uint16_t*>(from), call.ldx, real, int(last - m) - real, l.k, to,
+                                b.step_bytes());
             }
             return;
         }
@@ -143,8 +149,8 @@ struct DecodedBlocks {
 
     // Sums of `count` tiles of activations, tile_bytes apart, += their products with the run of weights that begins with `step`.
     // c: [panel][row][16]
-    void run(const uint8_t* weights, int64_t step, const Pieces& pieces, uint8_t* tiles, int64_t count, int64_t tile_bytes,
-             uint8_t* decoded, float* c, int64_t c_stride) const {
+    void run(const uint8_t* weights, int64_t step, const Pieces& pieces, uint8_t* tiles, int64_t count,
+             int64_t tile_bytes, uint8_t* decoded, float* c, int64_t c_stride) const {
         const int steps = pieces.pieces * pieces.steps_per_piece;
         decode(weights, steps, decoded, kPanelBytes);
         for (int half = 0; half < 2 && folded; ++half) bf16::scale_decoded(decoded + half * kPanelBytes, pieces, half);
@@ -167,7 +173,7 @@ struct SelectBlocks {
     const Call& call;
     const int parts = parts_of(call.type);
     const bool in_one_run = call.rows * parts <= bf16::kSelectRows;  // no other tile reads it again
-    const Blocking b = blocking(call.l, call.rows * parts, parts, kPickedBlockRows, bf16::kSelectRows, 1,
+    const Blocking b = blocking(call.l, call.rows* parts, parts, kPickedBlockRows, bf16::kSelectRows, 1,
                                 in_one_run ? call.l.steps : even_run(call.l, bf16::kSelectSteps));
     const bool folded = folds(call);
     const bf16::Select select = bf16::selector(folded ? 16 : call.l.bits, int(b.tile_rows));
@@ -189,7 +195,8 @@ struct SelectBlocks {
         for (int64_t at = mine.begin, end; at < mine.end; at = end) {  // what of them is in one tile
             const int64_t tile = at / l.steps, top = tile * b.tile_rows, given = std::min(b.tile_rows, rows - top);
             const uint8_t* row[bf16::kSelectRows];
-            for (int64_t i = 0; i < given; ++i) row[i] = static_cast<const uint8_t*>(call.row((start + top + i) / parts));
+            for (int64_t i = 0; i < given; ++i)
+                row[i] = static_cast<const uint8_t*>(call.row((start + top + i) / parts));
             end = std::min(mine.end, (tile + 1) * l.steps);
             for (int64_t s = at; s < end; ++s) {
                 const int64_t first = (s - tile * l.steps) * kStep, inputs = std::min<int64_t>(kStep, l.k - first);
@@ -201,7 +208,8 @@ struct SelectBlocks {
                 for (int64_t i = 0; i < given; ++i) {
                     const uint8_t* from = row[i] + first * size;
                     if (parts > 1 || inputs < kStep) {
-                        if (i == 0 || (top + i) % parts == 0) bf16::split_row(from, call.type, inputs, kStep, split, kStep);
+                        if (i == 0 || (top + i) % parts == 0)
+                            bf16::split_row(from, call.type, inputs, kStep, split, kStep);
                         from = reinterpret_cast<const uint8_t*>(split + (top + i) % parts * kStep);
                     }
                     for (int q = 0; q < 8; ++q) std::memcpy(to + (q * b.tile_rows + i) * 8, from + q * 8, 8);
@@ -213,15 +221,16 @@ struct SelectBlocks {
         }
     }
 
-    void run(const uint8_t* weights, int64_t step, Pieces pieces, uint8_t* tiles, int64_t count, int64_t tile_bytes, uint8_t* scratch,
-             float* c, int64_t c_stride) const {
+    void run(const uint8_t* weights, int64_t step, Pieces pieces, uint8_t* tiles, int64_t count, int64_t tile_bytes,
+             uint8_t* scratch, float* c, int64_t c_stride) const {
         if (folded) {
             bf16::folder(call.l)(weights, pieces, scratch);
             weights = scratch;
             pieces = {pieces.steps_per_piece * pieces.pieces, 1, nullptr, 0};
         }
         const uint8_t* a = tiles + step * b.step_bytes();
-        for (int64_t t = 0; t < count; ++t) select(weights, pieces, a + t * tile_bytes, c + t * b.tile_rows * kPanel, c_stride);
+        for (int64_t t = 0; t < count; ++t)
+            select(weights, pieces, a + t * tile_bytes, c + t * b.tile_rows * kPanel, c_stride);
     }
 };
 

@@ -15,10 +15,12 @@ struct BytesBlocks {
     const int bytes;  // of an activation
     const int parts = 1;
     const int64_t most_steps = bytes == 1 ? avx2::kInt8Steps : avx2::kFixedSteps;
-    const int64_t piece_steps = std::min(call.l.steps_per_group, most_steps), pieces = (call.l.steps + piece_steps - 1) / piece_steps;
-    const bool in_one_run = call.rows <= kernels.tile_rows && call.l.steps_per_group <= most_steps;  // no other tile reads it again
-    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, kernels.tile_rows, kernels.multiple, in_one_run ? call.l.steps : most_steps,
-                                32 * bytes + 32, kCachedBytes);
+    const int64_t piece_steps = std::min(call.l.steps_per_group, most_steps),
+                  pieces = (call.l.steps + piece_steps - 1) / piece_steps;
+    const bool in_one_run =
+        call.rows <= kernels.tile_rows && call.l.steps_per_group <= most_steps;  // no other tile reads it again
+    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, kernels.tile_rows, kernels.multiple,
+                                in_one_run ? call.l.steps : most_steps, 32 * bytes + 32, kCachedBytes);
     const MultiplyRun multiply = (b.tiles > 1 ? kernels.multiply_decoded : kernels.multiply)[b.tile_rows - 1];
 
     static constexpr int64_t kCachedBytes = 1 << 18, kScratch = avx2::kInt8Steps * (avx2::kOffsetBytes + 4 * 8 * 64);
@@ -42,15 +44,17 @@ struct BytesBlocks {
             uint8_t* tile = tiles + at / pieces * l.steps * b.step_bytes();
             for (int64_t i = 0; i < b.tile_rows; ++i) {
                 const bool real = top + i < rows;
-                const uint8_t* from = real ? static_cast<const uint8_t*>(call.row(start + top + i)) + first * size : nullptr;
+                const uint8_t* from =
+                    real ? static_cast<const uint8_t*>(call.row(start + top + i)) + first * size : nullptr;
                 uint8_t* to = inputs_of(tile, step) + i * width;
-                units_of(tile, step)[i] = kernels.quantize(from, call.type, real ? inputs : 0, int(steps), int(b.tile_rows), to);
+                units_of(tile, step)[i] =
+                    kernels.quantize(from, call.type, real ? inputs : 0, int(steps), int(b.tile_rows), to);
             }
         }
     }
 
-    void run(const uint8_t* weights, int64_t step, const Pieces& some, uint8_t* tiles, int64_t count, int64_t tile_bytes, uint8_t* decoded,
-             float* c, int64_t c_stride) const {
+    void run(const uint8_t* weights, int64_t step, const Pieces& some, uint8_t* tiles, int64_t count,
+             int64_t tile_bytes, uint8_t* decoded, float* c, int64_t c_stride) const {
         if (b.tiles > 1) {
             kernels.decode(weights, some, decoded);
             weights = decoded;
@@ -62,8 +66,9 @@ struct BytesBlocks {
 
     void finish(int64_t pair, int64_t start, int64_t rows, const float* sums, int64_t c_stride) const {
         const int64_t first = pair * kPair;
-        kernels.finish(sums, c_stride, rows, call.bias_at(first), call.bias_type, call.type, int(std::min<int64_t>(kPair, call.l.n - first)),
-                       call.result(start, first), call.l.n * (call.type == kF32 ? 4 : 2));
+        kernels.finish(sums, c_stride, rows, call.bias_at(first), call.bias_type, call.type,
+                       int(std::min<int64_t>(kPair, call.l.n - first)), call.result(start, first),
+                       call.l.n * (call.type == kF32 ? 4 : 2));
     }
 };
 

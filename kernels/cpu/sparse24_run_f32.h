@@ -44,7 +44,8 @@ static int run_f32(const Call& call, const F32Kernels& kernels) {
                         kernels.decode(l, data + s * 2 * l.step_bytes, scales, s, steps, decoded);
                         for (int64_t m = 0; m < rows; m += 4) {
                             const int some = int(std::min<int64_t>(4, rows - m));
-                            kernels.multiply[some - 1](x + m * padded + s * kStep, padded, decoded, steps * kStep, c + m * kPair);
+                            kernels.multiply[some - 1](x + m * padded + s * kStep, padded, decoded, steps * kStep,
+                                                       c + m * kPair);
                         }
                     }
                 }

@@ -45,7 +45,8 @@ static int run_fixed(const Call& call) {
     const int blocks = int((call.rows + 15) / 16), even = int((call.rows + blocks - 1) / blocks);  // rows of a block
     const int block_rows = even > 8 ? std::max((even + 3) / 4 * 4, 12) : (even + 1) / 2 * 2;
     const int64_t all_rows = int64_t(blocks) * block_rows, block_bytes = int64_t(block_rows) * 128;
-    const int64_t tile_bytes = blocks * block_bytes, tiles = fixed::tiles_of(int(l.steps)), padded = tiles * fixed::kTileInputs;
+    const int64_t tile_bytes = blocks * block_bytes, tiles = fixed::tiles_of(int(l.steps)),
+                  padded = tiles * fixed::kTileInputs;
     uint8_t* x = shared.get(size_t(tiles * tile_bytes + cut.pieces * all_rows * 4));
     const Shares shares(l.pairs);
     if (x == nullptr || shares.failed()) return kOutOfMemory;
@@ -63,7 +64,8 @@ static int run_fixed(const Call& call) {
             uint8_t* low = high + block_rows * 64;
             if (m < call.rows) {
                 const int shift = l.bits == 4 ? 4 : 0;  // 4-bit codes are decoded times 16
-                fixed::to_words(l, cut, static_cast<const uint16_t*>(call.row(m)), padded, shift, words, units + m, all_rows);
+                fixed::to_words(l, cut, static_cast<const uint16_t*>(call.row(m)), padded, shift, words, units + m,
+                                all_rows);
                 fixed::to_tiles(l, words, tiles, high, low, tile_bytes);
                 continue;
             }

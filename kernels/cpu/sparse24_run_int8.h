@@ -12,11 +12,15 @@ namespace sparse24 {
 struct Int8Blocks {
     const Call& call;
     const int parts = 1;
-    const int64_t piece_steps = std::min<int64_t>(call.l.steps_per_group, int8::kRunSteps), pieces = (call.l.steps + piece_steps - 1) / piece_steps;
-    const bool in_one_run = call.rows <= int8::kDotRows && call.l.steps_per_group <= int8::kRunSteps;  // no other tile reads it again
-    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, int8::kDotRows, 1, in_one_run ? call.l.steps : int8::kRunSteps);
+    const int64_t piece_steps = std::min<int64_t>(call.l.steps_per_group, int8::kRunSteps),
+                  pieces = (call.l.steps + piece_steps - 1) / piece_steps;
+    const bool in_one_run =
+        call.rows <= int8::kDotRows && call.l.steps_per_group <= int8::kRunSteps;  // no other tile reads it again
+    const Blocking b = blocking(call.l, call.rows, 1, kPickedBlockRows, int8::kDotRows, 1,
+                                in_one_run ? call.l.steps : int8::kRunSteps);
     const int8::DecodeRun decode = int8::run_decoder(call.l, b.tiles);  // or null
-    const int8::MultiplyRun multiply = decode ? int8::decoded_multiplier(int(b.tile_rows)) : int8::multiplier(call.l, int(b.tile_rows));
+    const int8::MultiplyRun multiply =
+        decode ? int8::decoded_multiplier(int(b.tile_rows)) : int8::multiplier(call.l, int(b.tile_rows));
 
     static constexpr int64_t kScratch = int8::kRunSteps * (2 * int8::kDecodedBytes + int8::kPieceBytes);
 
@@ -41,15 +45,18 @@ struct Int8Blocks {
             uint8_t* tile = tiles + at / pieces * l.steps * b.step_bytes();
             for (int64_t i = 0; i < b.tile_rows; ++i) {
                 const bool real = top + i < rows;
-                const uint8_t* from = real ? static_cast<const uint8_t*>(call.row(start + top + i)) + first * (call.type == kF32 ? 4 : 2) : nullptr;
+                const uint8_t* from =
+                    real ? static_cast<const uint8_t*>(call.row(start + top + i)) + first * (call.type == kF32 ? 4 : 2)
+                         : nullptr;
                 uint8_t* to = inputs_of(tile, step) + i * (l.sparse ? 8 : 4);
-                units_of(tile, step)[i] = int8::quantize_piece(l, from, call.type, real ? inputs : 0, int(steps), int(b.tile_rows), to);
+                units_of(tile, step)[i] =
+                    int8::quantize_piece(l, from, call.type, real ? inputs : 0, int(steps), int(b.tile_rows), to);
             }
         }
     }
 
-    void run(const uint8_t* weights, int64_t step, const Pieces& some, uint8_t* tiles, int64_t count, int64_t tile_bytes,
-             uint8_t* decoded, float* c, int64_t c_stride) const {
+    void run(const uint8_t* weights, int64_t step, const Pieces& some, uint8_t* tiles, int64_t count,
+             int64_t tile_bytes, uint8_t* decoded, float* c, int64_t c_stride) const {
         if (decode != nullptr) {
             decode(weights, some, decoded);
             weights = decoded;
@@ -89,14 +96,17 @@ static int run_int8_tiles(const Call& call) {
         const int64_t c_stride = sums_rows * kPanel;
         bf16::enter_amx(int(b.tile_rows));
         for (int64_t start = 0; start < call.rows; start += b.rows) {
-            const int64_t here = std::min(b.rows, call.rows - start), used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
+            const int64_t here = std::min(b.rows, call.rows - start),
+                          used_tiles = (here + b.tile_rows - 1) / b.tile_rows;
             const Range rows = part(sums_rows, thread, threads);
             for (int64_t m = rows.begin; m < rows.end; ++m) {
                 if (m < here) row_scales[m] = int8::quantize_row(call.row(start + m), call.type, l.k, padded, row);
                 uint8_t* to = tiles + m / b.tile_rows * tile_bytes + m % b.tile_rows * 64;
                 for (int64_t s = 0; s < steps; ++s) {
-                    if (m < here) std::memcpy(to + s * b.step_bytes(), row + s * 64, 64);
-                    else std::memset(to + s * b.step_bytes(), 0, 64);
+                    if (m < here)
+                        std::memcpy(to + s * b.step_bytes(), row + s * 64, 64);
+                    else
+                        std::memset(to + s * b.step_bytes(), 0, 64);
                 }
             }
             barrier();
@@ -109,13 +119,15 @@ static int run_int8_tiles(const Call& call) {
                     decode(l, l.pair(call.blob, p) + s * 2 * l.step_bytes, s, some, factors, decoded, panel_bytes);
                     for (int64_t t = 0; t < used_tiles; ++t) {
                         const uint8_t* a = tiles + t * tile_bytes + s / int8::kSteps * b.step_bytes();
-                        bf16::multiply_scaled_amx<true>(a, decoded, panel_bytes, wide, int(b.tile_rows), c + t * b.tile_rows * kPanel, c_stride);
+                        bf16::multiply_scaled_amx<true>(a, decoded, panel_bytes, wide, int(b.tile_rows),
+                                                        c + t * b.tile_rows * kPanel, c_stride);
                     }
                 }
                 float* sums = reinterpret_cast<float*>(c);  // in place
                 for (int64_t i = 0; i < 2 * sums_rows; ++i) {
                     const int64_t m = i % sums_rows;
-                    int8::scale_row(c + i * kPanel, m < here ? row_scales[m] : 0.0f, sw + i / sums_rows * kPanel, sums + i * kPanel);
+                    int8::scale_row(c + i * kPanel, m < here ? row_scales[m] : 0.0f, sw + i / sums_rows * kPanel,
+                                    sums + i * kPanel);
                 }
                 finish_rows(call, p, start, here, 1, sums, kPanel, c_stride);
             });

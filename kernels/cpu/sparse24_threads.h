@@ -23,7 +23,8 @@ static void want_huge_pages(uint8_t* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-    if (end > begin && end - begin >= (uintptr_t(2) << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    if (end > begin && end - begin >= (uintptr_t(2) << 20))
+        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
     (void)data, (void)bytes;
 #endif
@@ -88,9 +89,10 @@ static void in_threads(int64_t work, const Body& body) {
 // (sparse24_pack), less and less at a time, then from the parts of threads that are behind, because their core is slower or others
 // use it too.
 class Shares {
-public:
+  public:
     // To be made by the thread that enters the parallel region.
-    explicit Shares(int64_t pairs) : pairs_(pairs), taken_(reinterpret_cast<Taken*>(cursors.get(threads_here() * sizeof(Taken)))) {
+    explicit Shares(int64_t pairs)
+        : pairs_(pairs), taken_(reinterpret_cast<Taken*>(cursors.get(threads_here() * sizeof(Taken)))) {
         if (taken_ != nullptr) std::memset(static_cast<void*>(taken_), 0, threads_here() * sizeof(Taken));
     }
 
@@ -113,7 +115,7 @@ public:
         }
     }
 
-private:
+  private:
     struct alignas(64) Taken {
         std::atomic<int64_t> pairs;  // of an owner's part, in all rounds
     };

@@ -17,21 +17,26 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-using Kernel = int (*)(const void* packed, int64_t packed_bytes, const void* x, int type, int64_t rows, int64_t k, int64_t ldx,
-                       const void* bias, int bias_type, void* y, int64_t n, int options);
+using Kernel = int (*)(const void* packed, int64_t packed_bytes, const void* x, int type, int64_t rows, int64_t k,
+                       int64_t ldx, const void* bias, int bias_type, void* y, int64_t n, int options);
 Kernel kernel = nullptr;
 
 int type_code(const Tensor& t) {
     switch (t.scalar_type()) {
-        case ScalarType::BFloat16: return 0;
-        case ScalarType::Half: return 1;
-        case ScalarType::Float: return 2;
-        default: STD_TORCH_CHECK(false, "sparse24_linear_cpu: activations and bias must be bfloat16, float16 or float32");
+        case ScalarType::BFloat16:
+            return 0;
+        case ScalarType::Half:
+            return 1;
+        case ScalarType::Float:
+            return 2;
+        default:
+            STD_TORCH_CHECK(false, "sparse24_linear_cpu: activations and bias must be bfloat16, float16 or float32");
     }
     return -1;
 }
 
-Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features) {
+Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                           int64_t out_features) {
     STD_TORCH_CHECK(kernel != nullptr, "sparse24_linear_cpu: the kernel is not loaded");
     const int64_t dims = x.dim();
     STD_TORCH_CHECK(dims > 0, "sparse24_linear_cpu: x must have at least one dimension");
@@ -48,8 +53,8 @@ Tensor sparse24_linear_cpu(const Tensor& x, const Tensor& weight, const std::opt
     STD_TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == ScalarType::Byte,
                     "sparse24_linear_cpu: weight must be the contiguous bytes that the back end prepared");
     Tensor y = torch::stable::new_empty(input, shape);
-    const int status = kernel(weight.const_data_ptr(), weight.numel(), input.const_data_ptr(), type_code(input), rows, k,
-                              strided ? input.stride(0) : k, bias ? bias->const_data_ptr() : nullptr,
+    const int status = kernel(weight.const_data_ptr(), weight.numel(), input.const_data_ptr(), type_code(input), rows,
+                              k, strided ? input.stride(0) : k, bias ? bias->const_data_ptr() : nullptr,
                               bias ? type_code(*bias) : 0, y.mutable_data_ptr(), out_features, 0);
     STD_TORCH_CHECK(status != 1, "sparse24_linear_cpu: x, weight and out_features do not belong together");
     STD_TORCH_CHECK(status != 2, "sparse24_linear_cpu: this processor cannot run the forced level");

@@ -112,7 +112,8 @@ static Rescaled rescaled(const Layout& l, const std::vector<int32_t>& codes, con
 }
 
 // out[N] = a row x[K] of fp32 times the weights of a layout.
-static void multiply(const Layout& l, const uint8_t* blob, const std::vector<float>& x, int way, int bytes, float* out) {
+static void multiply(const Layout& l, const uint8_t* blob, const std::vector<float>& x, int way, int bytes,
+                     float* out) {
     const int64_t most = (way == kTwinPieces ? kTwinInt8Steps : kTwinFixedSteps) * kStep;
     const int64_t piece = way == kTwinRows ? l.k : l.group < most ? l.group : most;
     std::vector<Integers> pieces;
@@ -124,7 +125,8 @@ static void multiply(const Layout& l, const uint8_t* blob, const std::vector<flo
         std::vector<int32_t> codes(size_t(l.k), 0);
         std::vector<float> scales(static_cast<size_t>(l.groups));
         for (int64_t i = 0; i < l.k; ++i) codes[size_t(i)] = code_at(l, blob, n, i);
-        for (int64_t g = 0; g < l.groups; ++g) scales[size_t(g)] = to_float(l.scales(blob, n / kPair), l.stored_type, g * kPair + n % kPair);
+        for (int64_t g = 0; g < l.groups; ++g)
+            scales[size_t(g)] = to_float(l.scales(blob, n / kPair), l.stored_type, g * kPair + n % kPair);
         const Rescaled weights = way == kTwinRows ? rescaled(l, codes, scales) : Rescaled{codes, 1.0f};
         float total = 0;
         for (size_t p = 0; p < pieces.size(); ++p) {
@@ -132,7 +134,8 @@ static void multiply(const Layout& l, const uint8_t* blob, const std::vector<flo
             int64_t whole = 0, rest = 0;
             for (size_t i = 0; i < a.u.size(); ++i) {
                 const int32_t low = bytes == 3 && way == kTwinFixed ? ((a.u[i] + 128) & 255) - 128 : 0;
-                whole += int64_t(weights.v[p * size_t(piece) + i]) * ((a.u[i] - low) / (bytes == 3 && way == kTwinFixed ? 256 : 1));
+                whole += int64_t(weights.v[p * size_t(piece) + i]) *
+                         ((a.u[i] - low) / (bytes == 3 && way == kTwinFixed ? 256 : 1));
                 rest += int64_t(weights.v[p * size_t(piece) + i]) * low;
             }
             const float sum = float(int32_t(whole)), scale = scales[p * size_t(piece) / size_t(l.group)];
@@ -141,7 +144,8 @@ static void multiply(const Layout& l, const uint8_t* blob, const std::vector<flo
             } else if (way == kTwinPieces) {
                 total = std::fmaf(sum * scale, a.unit, total);
             } else {
-                total = std::fmaf(bytes == 3 ? std::fmaf(sum, 256.0f, float(int32_t(rest))) : sum, scale * a.unit, total);
+                total =
+                    std::fmaf(bytes == 3 ? std::fmaf(sum, 256.0f, float(int32_t(rest))) : sum, scale * a.unit, total);
             }
         }
         out[n] = total;

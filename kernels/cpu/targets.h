@@ -5,7 +5,8 @@
 
 #define SPARSIFY_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define TARGET_BEGIN(features) SPARSIFY_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define TARGET_BEGIN(features) \
+    SPARSIFY_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define TARGET_END SPARSIFY_PRAGMA(clang attribute pop)
 #elif defined(__GNUC__)
 #define TARGET_BEGIN(features) SPARSIFY_PRAGMA(GCC push_options) SPARSIFY_PRAGMA(GCC target(features))

@@ -58,36 +58,42 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 }
 
 // Since PTX 8.5 an instruction of its own says that positions ascend; the older one is slow on sm_90 and newer.
-#if defined(__CUDACC_VER_MAJOR__) && (__CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5))
+#if defined(__CUDACC_VER_MAJOR__) && \
+    (__CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5))
 #define SPARSIFY_MMA_SP "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32"
 #else
 #define SPARSIFY_MMA_SP "mma.sp.sync.aligned.m16n8k32.row.col.f32"
 #endif
-#define SPARSIFY_MMA_SP_OF(type)                                                                                 \
+#define SPARSIFY_MMA_SP_OF(type)                                                                                      \
     asm(SPARSIFY_MMA_SP type " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n" \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e), "n"(SELECTOR))
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                              \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e),             \
+          "n"(SELECTOR))
 
 // d += a b with a sparse: [16, 32] from 16 kept values a row, b: [32, 8], d: [16, 8]. SELECTOR: which two lanes of every four hold e.
 template <class T, int SELECTOR>
 __device__ __forceinline__ void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t e);
 template <>
-__device__ __forceinline__ void mma_sp<__half, 0>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t e) {
+__device__ __forceinline__ void mma_sp<__half, 0>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                  uint32_t e) {
     constexpr int SELECTOR = 0;
     SPARSIFY_MMA_SP_OF(".f16.f16.f32");
 }
 template <>
-__device__ __forceinline__ void mma_sp<__half, 1>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t e) {
+__device__ __forceinline__ void mma_sp<__half, 1>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                  uint32_t e) {
     constexpr int SELECTOR = 1;
     SPARSIFY_MMA_SP_OF(".f16.f16.f32");
 }
 template <>
-__device__ __forceinline__ void mma_sp<__nv_bfloat16, 0>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t e) {
+__device__ __forceinline__ void mma_sp<__nv_bfloat16, 0>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                         uint32_t e) {
     constexpr int SELECTOR = 0;
     SPARSIFY_MMA_SP_OF(".bf16.bf16.f32");
 }
 template <>
-__device__ __forceinline__ void mma_sp<__nv_bfloat16, 1>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t e) {
+__device__ __forceinline__ void mma_sp<__nv_bfloat16, 1>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                         uint32_t e) {
     constexpr int SELECTOR = 1;
     SPARSIFY_MMA_SP_OF(".bf16.bf16.f32");
 }
@@ -158,13 +164,16 @@ struct Shape {  // of the linear
     __host__ __device__ int tiles() const { return k / UNIT_INPUTS; }
     __host__ __device__ int units() const { return n / UNIT_ROWS; }
     __host__ __device__ int groups() const { return k / group; }
-    __host__ __device__ int tile_shift() const { return group == k ? 31 : group / UNIT_INPUTS - 1; }  // tile >> this: its group, 64 and up
+    __host__ __device__ int tile_shift() const {
+        return group == k ? 31 : group / UNIT_INPUTS - 1;
+    }  // tile >> this: its group, 64 and up
     __host__ __device__ size_t scales_at() const { return size_t(units()) * tiles() * UNIT_BYTES; }
 };
 
 bool served(int64_t n, int64_t k, int64_t group) {
     const bool whole = group == k || group == 32 || group == 64 || group == 128;
-    return n > 0 && k > 0 && n <= (1 << 24) && k <= (1 << 24) && n % 64 == 0 && k % UNIT_INPUTS == 0 && whole && k % group == 0;
+    return n > 0 && k > 0 && n <= (1 << 24) && k <= (1 << 24) && n % 64 == 0 && k % UNIT_INPUTS == 0 && whole &&
+           k % group == 0;
 }
 
 __device__ __forceinline__ uint32_t code(const uint32_t* words, size_t row_words, int row, int kept) {
@@ -172,7 +181,8 @@ __device__ __forceinline__ uint32_t code(const uint32_t* words, size_t row_words
 }
 
 // One thread per lane of a unit, then one per 16 bits of scales.
-__global__ void pack_kernel(Shape shape, const uint32_t* words, const uint8_t* meta, const uint16_t* scales, uint8_t* packed) {
+__global__ void pack_kernel(Shape shape, const uint32_t* words, const uint8_t* meta, const uint16_t* scales,
+                            uint8_t* packed) {
     const size_t unit_lanes = size_t(shape.units()) * shape.tiles() * LANES;
     const size_t index = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (index < unit_lanes) {
@@ -183,7 +193,8 @@ __global__ void pack_kernel(Shape shape, const uint32_t* words, const uint8_t* m
             const int row = unit * UNIT_ROWS + 16 * m + g;
             for (int s = 0; s < 2; ++s) {
                 uint32_t word = 0;
-                for (int j = 0; j < 4; ++j) {  // matrix register j: row g or g + 8, the first or the second eight kept values
+                for (int j = 0; j < 4;
+                     ++j) {  // matrix register j: row g or g + 8, the first or the second eight kept values
                     const int kept = tile * UNIT_INPUTS / 2 + 16 * s + 8 * (j / 2) + 2 * t;
                     word |= code(words, shape.k / 16, row + 8 * (j % 2), kept) << (4 * j);
                     word |= code(words, shape.k / 16, row + 8 * (j % 2), kept + 1) << (4 * j + 16);
@@ -203,7 +214,8 @@ __global__ void pack_kernel(Shape shape, const uint32_t* words, const uint8_t* m
     if (i >= size_t(shape.n) * shape.groups()) return;
     const int place = i % UNIT_ROWS, group = i / UNIT_ROWS % shape.groups(), unit = i / UNIT_ROWS / shape.groups();
     const int row = unit * UNIT_ROWS + place % 4 * 8 + place / 4;
-    global_store<uint16_t>(packed + shape.scales_at() + i * 2, global_load<uint16_t>(scales + size_t(row) * shape.groups() + group));
+    global_store<uint16_t>(packed + shape.scales_at() + i * 2,
+                           global_load<uint16_t>(scales + size_t(row) * shape.groups() + group));
 }
 
 // ------------------------------------------------------------------------------------------------- decoding
@@ -212,7 +224,7 @@ struct Type;
 template <>
 struct Type<__nv_bfloat16> {
     static constexpr uint32_t MAGIC = 0x43004300, ONE = 0x3F803F80, OFFSET = 0xC308C308;  // 128 + code, 1, -(128 + 8)
-    static constexpr uint32_t MINUS_ZERO = 0x80008000;  // what fma adds to multiply
+    static constexpr uint32_t MINUS_ZERO = 0x80008000;                                    // what fma adds to multiply
     static __device__ __forceinline__ uint16_t round(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
     static __device__ __forceinline__ float widen(uint16_t v) { return __bfloat162float(__ushort_as_bfloat16(v)); }
 };
@@ -248,7 +260,7 @@ struct Config {
     static constexpr int WR = WR_, WT = WT_, WK = WK_, STAGES = STAGES_;
     static constexpr int THREADS = WR * WT * WK * LANES;
     static constexpr int BLOCK_UNITS = UNITS * WR, ROWS = BLOCK_UNITS * UNIT_ROWS, TOKENS = SLICES * 8 * WT;
-    static constexpr int INPUTS = UNIT_INPUTS * WK;  // per stage
+    static constexpr int INPUTS = UNIT_INPUTS * WK;      // per stage
     static constexpr bool SCALES_WEIGHTS = SLICES >= 4;  // rather than sums
 };
 
@@ -270,16 +282,21 @@ constexpr int shared_bytes() {
 }
 
 // Where chunk `chunk` (16 bytes) of token `row` lies: rotated so that eight tokens' chunks fall into different banks.
-__device__ __forceinline__ int swizzled(int row, int chunk) { return row * UNIT_INPUTS * 2 + ((chunk ^ (row & 7)) * CHUNK); }
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+    return row * UNIT_INPUTS * 2 + ((chunk ^ (row & 7)) * CHUNK);
+}
 
 // What a thread copies in every stage, in pieces of 16 bytes. Worked out once: the loop only adds where the stage begins.
 template <class C, bool GROUP32>
 struct Copies {
     using S = Stage<C, GROUP32>;
-    static constexpr int UNIT_CHUNKS = UNIT_BYTES / CHUNK, SCALE_CHUNKS = S::SCALES / CHUNK, ROW_CHUNKS = UNIT_INPUTS * 2 / CHUNK;
-    static constexpr int ALL_WEIGHTS = C::BLOCK_UNITS * C::WK * UNIT_CHUNKS, ALL_SCALES = C::BLOCK_UNITS * C::WK * SCALE_CHUNKS;
+    static constexpr int UNIT_CHUNKS = UNIT_BYTES / CHUNK, SCALE_CHUNKS = S::SCALES / CHUNK,
+                         ROW_CHUNKS = UNIT_INPUTS * 2 / CHUNK;
+    static constexpr int ALL_WEIGHTS = C::BLOCK_UNITS * C::WK * UNIT_CHUNKS,
+                         ALL_SCALES = C::BLOCK_UNITS * C::WK * SCALE_CHUNKS;
     static constexpr int ALL_X = C::TOKENS * C::WK * ROW_CHUNKS;
-    static constexpr int WEIGHTS = (ALL_WEIGHTS + C::THREADS - 1) / C::THREADS, SCALES = (ALL_SCALES + C::THREADS - 1) / C::THREADS;
+    static constexpr int WEIGHTS = (ALL_WEIGHTS + C::THREADS - 1) / C::THREADS,
+                         SCALES = (ALL_SCALES + C::THREADS - 1) / C::THREADS;
     static constexpr int X = (ALL_X + C::THREADS - 1) / C::THREADS;
 
     // Of the block's first unit and token; offsets from them, in bytes, fit into 32 bits. -1: nothing to copy.
@@ -290,8 +307,8 @@ struct Copies {
     static_assert(C::THREADS % (ROW_CHUNKS * C::WK) == 0, "a thread copies the same chunk of several rows");
     int tiles, shift;
 
-    __device__ __forceinline__ Copies(const Shape& shape, const uint8_t* packed, const uint16_t* activations, int ldx, int unit0,
-                                      int token0, int tokens)
+    __device__ __forceinline__ Copies(const Shape& shape, const uint8_t* packed, const uint16_t* activations, int ldx,
+                                      int unit0, int token0, int tokens)
         : weights(packed + size_t(unit0) * shape.tiles() * UNIT_BYTES),
           scales(packed + shape.scales_at() + size_t(unit0) * shape.groups() * SCALE_BYTES),
           x(reinterpret_cast<const uint8_t*>(activations + size_t(token0) * ldx)),
@@ -314,7 +331,8 @@ struct Copies {
         x_step = X_STEP * ldx * 2;
         x_copies = (tokens - row + X_STEP - 1) / X_STEP;
 #pragma unroll
-        for (int j = 0; j < X; ++j) {  // rows that lie a multiple of eight apart are rotated alike; saying so saves registers
+        for (int j = 0; j < X;
+             ++j) {  // rows that lie a multiple of eight apart are rotated alike; saying so saves registers
             x_to[j] = X_STEP % 8 == 0 && j > 0 ? x_to[0] + j * X_STEP * UNIT_INPUTS * 2
                                                : tile * S::X_TILE + swizzled(row + j * X_STEP, chunk);
         }
@@ -329,13 +347,15 @@ struct Copies {
         for (int j = 0; j < WEIGHTS; ++j) {
             const int i = j * C::THREADS + tid;
             const bool there = WHOLE || tile0 + i % (C::WK * UNIT_CHUNKS) / UNIT_CHUNKS < tiles;
-            if (weights_from[j] >= 0 && there) cp_async_16(stage + S::WEIGHTS_AT + i * CHUNK, weights_at + weights_from[j]);
+            if (weights_from[j] >= 0 && there)
+                cp_async_16(stage + S::WEIGHTS_AT + i * CHUNK, weights_at + weights_from[j]);
         }
 #pragma unroll
         for (int j = 0; j < SCALES; ++j) {
             const int i = j * C::THREADS + tid, tile = tile0 + i / SCALE_CHUNKS % C::WK;
             const uint8_t* from = scales + (GROUP32 ? 2 * tile : tile >> shift) * SCALE_BYTES;
-            if (scales_from[j] >= 0 && (WHOLE || tile < tiles)) cp_async_16(stage + S::SCALES_AT + i * CHUNK, from + scales_from[j]);
+            if (scales_from[j] >= 0 && (WHOLE || tile < tiles))
+                cp_async_16(stage + S::SCALES_AT + i * CHUNK, from + scales_from[j]);
         }
 #pragma unroll
         for (int j = 0; j < X; ++j) {
@@ -348,8 +368,9 @@ struct Copies {
 // acc[unit][m][slice] += the product of one tile of 64 inputs. In shared memory: the warp's weights, and what its lane reads of
 // scales and of x for the first step of 32 inputs; for the second it reads x second_step bytes further on.
 template <class T, class C, bool GROUP32>
-__device__ __forceinline__ void multiply_tile(float (&acc)[C::UNITS][2][C::SLICES][4], const uint8_t* weights, const uint8_t* scales,
-                                              const uint8_t* x, int second_step, int scale_type) {
+__device__ __forceinline__ void multiply_tile(float (&acc)[C::UNITS][2][C::SLICES][4], const uint8_t* weights,
+                                              const uint8_t* scales, const uint8_t* x, int second_step,
+                                              int scale_type) {
     using S = Stage<C, GROUP32>;
     const int lane = threadIdx.x % LANES;
     uint32_t a[C::UNITS][2][2][4], e[C::UNITS][2];
@@ -394,7 +415,7 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[C::UNITS][2][C::SLICE
 #pragma unroll
         for (int i = 0; i < 2 * PRODUCTS; ++i) {
             const int s = i / PRODUCTS, t = i / (C::UNITS * 2) % ABREAST, u = i / 2 % C::UNITS, m = i % 2;
-            float(&sum)[4] = C::SCALES_WEIGHTS ? acc[u][m][c + t] : sums[t][u][m];
+            float (&sum)[4] = C::SCALES_WEIGHTS ? acc[u][m][c + t] : sums[t][u][m];
             if (s == 0) mma_sp<T, 0>(sum, a[u][m][0], b[t][0], e[u][m]);
             if (s == 1) mma_sp<T, 1>(sum, a[u][m][1], b[t][1], e[u][m]);
             if (C::SCALES_WEIGHTS || (s == 0 && !GROUP32)) continue;
@@ -429,7 +450,8 @@ __global__ void __launch_bounds__(C::THREADS) linear_kernel(Arguments args) {
     const Copies<C, GROUP32> copies(shape, args.packed, args.x, args.ldx, unit0, token0, tokens);
     // this split's tiles of inputs, in whole stages
     const int stages = (shape.tiles() + C::WK - 1) / C::WK;
-    const int first = int(int64_t(stages) * blockIdx.z / args.splits), last = int(int64_t(stages) * (blockIdx.z + 1) / args.splits);
+    const int first = int(int64_t(stages) * blockIdx.z / args.splits),
+              last = int(int64_t(stages) * (blockIdx.z + 1) / args.splits);
     const int whole = last < shape.tiles() / C::WK ? last : shape.tiles() / C::WK;
 
     for (int i = tid; i < C::STAGES * C::WK * (C::TOKENS - tokens) * UNIT_INPUTS * 2 / CHUNK; i += C::THREADS) {
@@ -453,7 +475,8 @@ __global__ void __launch_bounds__(C::THREADS) linear_kernel(Arguments args) {
     const int place = wr * C::UNITS * C::WK + wk;
     const uint8_t* weights = shared + S::WEIGHTS_AT + place * UNIT_BYTES;
     const uint8_t* scales = shared + S::SCALES_AT + place * S::SCALES + lane / 4 * 8;
-    const uint8_t* x = shared + S::X_AT + wk * S::X_TILE + wt * C::SLICES * 8 * UNIT_INPUTS * 2 + swizzled(lane % 8, lane / 8);
+    const uint8_t* x =
+        shared + S::X_AT + wk * S::X_TILE + wt * C::SLICES * 8 * UNIT_INPUTS * 2 + swizzled(lane % 8, lane / 8);
     const int second_step = swizzled(lane % 8, 4 + lane / 8) - swizzled(lane % 8, lane / 8);
     const bool works = unit0 + wr * C::UNITS < shape.units();  // n is a multiple of UNITS units
 
@@ -501,7 +524,8 @@ __global__ void __launch_bounds__(C::THREADS) linear_kernel(Arguments args) {
             for (int mj = 0; mj < 4; ++mj) {  // 16 m + 8 j
                 const int row = row0 + u * UNIT_ROWS + mj * 8, output = unit0 * UNIT_ROWS + row;
                 if (output >= shape.n) continue;
-                const float bias = args.bias && args.splits == 1 ? Type<T>::widen(global_load<uint16_t>(args.bias + output)) : 0.0f;
+                const float bias =
+                    args.bias && args.splits == 1 ? Type<T>::widen(global_load<uint16_t>(args.bias + output)) : 0.0f;
 #pragma unroll
                 for (int c = 0; c < C::SLICES; ++c) {
 #pragma unroll
@@ -512,7 +536,8 @@ __global__ void __launch_bounds__(C::THREADS) linear_kernel(Arguments args) {
                         if (args.splits == 1) {
                             shared_store<uint16_t>(shared + (token * PITCH + row) * 2, Type<T>::round(value + bias));
                         } else {
-                            float* out = args.partial + (size_t(blockIdx.z) * args.m + token0 + token) * shape.n + output;
+                            float* out =
+                                args.partial + (size_t(blockIdx.z) * args.m + token0 + token) * shape.n + output;
                             global_store<float>(out, value);
                         }
                     }
@@ -553,13 +578,13 @@ __global__ void __launch_bounds__(256) sum_kernel(Arguments args) {
 
 // ------------------------------------------------------------------------------------------------- choice and launch
 // units, slices per warp; warps along outputs, tokens, inputs; stages; blocks that a multiprocessor of sm_90 holds
-#define SPARSIFY_CONFIGS(X)       \
-    X(0, 1, 1, 1, 1, 8, 4, 3)     \
-    X(1, 1, 1, 2, 1, 4, 4, 3)     \
-    X(2, 1, 1, 4, 1, 2, 6, 3)     \
-    X(3, 1, 2, 1, 1, 8, 3, 2)     \
-    X(4, 1, 2, 4, 1, 2, 4, 2)     \
-    X(5, 1, 4, 4, 1, 2, 4, 2)     \
+#define SPARSIFY_CONFIGS(X)   \
+    X(0, 1, 1, 1, 1, 8, 4, 3) \
+    X(1, 1, 1, 2, 1, 4, 4, 3) \
+    X(2, 1, 1, 4, 1, 2, 6, 3) \
+    X(3, 1, 2, 1, 1, 8, 3, 2) \
+    X(4, 1, 2, 4, 1, 2, 4, 2) \
+    X(5, 1, 4, 4, 1, 2, 4, 2) \
     X(6, 2, 8, 4, 1, 1, 4, 2)
 
 struct Tile {
@@ -567,9 +592,12 @@ struct Tile {
     bool scales_weights;
     const char* name;
 };
-#define SPARSIFY_TILE(i, u, s, wr, wt, wk, st, resident)                                                      \
-    {Config<u, s, wr, wt, wk, st>::ROWS, Config<u, s, wr, wt, wk, st>::TOKENS, Config<u, s, wr, wt, wk, st>::INPUTS, resident, \
-     Config<u, s, wr, wt, wk, st>::SCALES_WEIGHTS,                                                            \
+#define SPARSIFY_TILE(i, u, s, wr, wt, wk, st, resident) \
+    {Config<u, s, wr, wt, wk, st>::ROWS,                 \
+     Config<u, s, wr, wt, wk, st>::TOKENS,               \
+     Config<u, s, wr, wt, wk, st>::INPUTS,               \
+     resident,                                           \
+     Config<u, s, wr, wt, wk, st>::SCALES_WEIGHTS,       \
      #u "x32 outputs, " #s "x8 tokens a warp; warps " #wr "x" #wt "x" #wk "; " #st " stages"},
 constexpr Tile TILES[] = {SPARSIFY_CONFIGS(SPARSIFY_TILE)};
 constexpr int CONFIGS = sizeof(TILES) / sizeof(TILES[0]);
@@ -583,10 +611,18 @@ int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 // The tile shape, and into how many parts the inputs are split so that every multiprocessor has work. Measured on an H100 over the
 // linears of models of 1 to 70 billion parameters; the best of all shapes and splits is seldom more than a tenth faster.
 Plan plan_for(int64_t m, const Shape& shape, int sm_count, int config, bool same_types) {
-    const auto blocks_of = [&](int c) { return int64_t(ceil_div(shape.n, TILES[c].rows)) * ceil_div(m, TILES[c].tokens); };
+    const auto blocks_of = [&](int c) {
+        return int64_t(ceil_div(shape.n, TILES[c].rows)) * ceil_div(m, TILES[c].tokens);
+    };
     if (config < 0) {
-        const bool small = blocks_of(0) <= 2 * sm_count && shape.k <= 8192;  // whole rows to a block: no second kernel that sums
-        config = m <= 8 ? (small ? 0 : blocks_of(2) * 4 >= sm_count * 5 ? 2 : 1) : m <= 16 ? (shape.n <= 2048 ? 3 : 4) : m <= 32 ? 5 : 6;
+        const bool small =
+            blocks_of(0) <= 2 * sm_count && shape.k <= 8192;  // whole rows to a block: no second kernel that sums
+        config = m <= 8    ? (small                              ? 0
+                              : blocks_of(2) * 4 >= sm_count * 5 ? 2
+                                                                 : 1)
+                 : m <= 16 ? (shape.n <= 2048 ? 3 : 4)
+                 : m <= 32 ? 5
+                           : 6;
         if (small && m <= 8) return {config, 1};
     }
     if (TILES[config].scales_weights && !same_types) config = 4;
@@ -602,7 +638,9 @@ template <class T, class C, bool GROUP32>
 int launch(const Arguments& args, void* stream) {
     constexpr int bytes = shared_bytes<C, GROUP32>();
     const auto kernel = linear_kernel<T, C, GROUP32>;
-    if (bytes > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) return 2;
+    if (bytes > 48 * 1024 &&
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
+        return 2;
     const dim3 grid(ceil_div(args.shape.n, C::ROWS), ceil_div(args.m, C::TOKENS), args.splits);
     SPARSIFY_LAUNCH(kernel, grid, dim3(C::THREADS), bytes, stream, args);
     if (args.splits > 1) {
@@ -616,9 +654,9 @@ template <class T>
 int launch_config(int config, const Arguments& args, void* stream) {
     const bool group32 = args.shape.group == 32;
     switch (config) {
-#define SPARSIFY_CASE(i, u, s, wr, wt, wk, st, resident)                                         \
-    case i:                                                                                      \
-        return group32 ? launch<T, Config<u, s, wr, wt, wk, st>, true>(args, stream)             \
+#define SPARSIFY_CASE(i, u, s, wr, wt, wk, st, resident)                             \
+    case i:                                                                          \
+        return group32 ? launch<T, Config<u, s, wr, wt, wk, st>, true>(args, stream) \
                        : launch<T, Config<u, s, wr, wt, wk, st>, false>(args, stream);
         SPARSIFY_CONFIGS(SPARSIFY_CASE)
     }
@@ -637,42 +675,51 @@ extern "C" int64_t sparse24_cuda_packed_bytes(int64_t n, int64_t k, int64_t grou
 }
 
 // The tensors of a checkpoint (weight_packed, weight_meta, weight_scale of sparsify/formats/sparse24.py) into `packed`.
-extern "C" int sparse24_cuda_pack(int64_t n, int64_t k, int64_t group_size, int /* scale_type: either is copied as it is */,
-                                  const void* weight_packed, const void* weight_meta, const void* weight_scale, void* packed,
-                                  void* stream) {
+extern "C" int sparse24_cuda_pack(int64_t n, int64_t k, int64_t group_size,
+                                  int /* scale_type: either is copied as it is */, const void* weight_packed,
+                                  const void* weight_meta, const void* weight_scale, void* packed, void* stream) {
     if (!served(n, k, group_size)) return 1;
     const Shape shape{int(n), int(k), int(group_size)};
     const int64_t threads = int64_t(shape.units()) * shape.tiles() * LANES + n * shape.groups();
-    SPARSIFY_LAUNCH(pack_kernel, dim3(ceil_div(threads, 256)), dim3(256), 0, stream, shape, static_cast<const uint32_t*>(weight_packed),
-                    static_cast<const uint8_t*>(weight_meta), static_cast<const uint16_t*>(weight_scale), static_cast<uint8_t*>(packed));
+    SPARSIFY_LAUNCH(pack_kernel, dim3(ceil_div(threads, 256)), dim3(256), 0, stream, shape,
+                    static_cast<const uint32_t*>(weight_packed), static_cast<const uint8_t*>(weight_meta),
+                    static_cast<const uint16_t*>(weight_scale), static_cast<uint8_t*>(packed));
     return cudaGetLastError() == cudaSuccess ? 0 : 2;
 }
 
 extern "C" int sparse24_cuda_config_count() { return CONFIGS; }
 
-extern "C" const char* sparse24_cuda_config_name(int config) { return config >= 0 && config < CONFIGS ? TILES[config].name : ""; }
+extern "C" const char* sparse24_cuda_config_name(int config) {
+    return config >= 0 && config < CONFIGS ? TILES[config].name : "";
+}
 
 // 1 when this product multiplies with weights rounded to the type of x, 0 when it rounds nothing but the result.
-extern "C" int sparse24_cuda_rounds_weights(int64_t m, int64_t n, int64_t k, int64_t group_size, int type, int scale_type, int config) {
+extern "C" int sparse24_cuda_rounds_weights(int64_t m, int64_t n, int64_t k, int64_t group_size, int type,
+                                            int scale_type, int config) {
     if (!served(n, k, group_size) || m <= 0 || config >= CONFIGS) return 0;
-    return TILES[plan_for(m, Shape{int(n), int(k), int(group_size)}, 1, config, type == scale_type).config].scales_weights;
+    return TILES[plan_for(m, Shape{int(n), int(k), int(group_size)}, 1, config, type == scale_type).config]
+        .scales_weights;
 }
 
 // Bytes of scratch memory that a product of m rows needs; it need not be cleared.
-extern "C" int64_t sparse24_cuda_workspace_bytes(int64_t m, int64_t n, int64_t k, int64_t group_size, int sm_count, int config) {
+extern "C" int64_t sparse24_cuda_workspace_bytes(int64_t m, int64_t n, int64_t k, int64_t group_size, int sm_count,
+                                                 int config) {
     if (!served(n, k, group_size) || m <= 0 || config >= CONFIGS) return 0;
     const Shape shape{int(n), int(k), int(group_size)};
-    const int same = plan_for(m, shape, sm_count, config, true).splits, mixed = plan_for(m, shape, sm_count, config, false).splits;
+    const int same = plan_for(m, shape, sm_count, config, true).splits,
+              mixed = plan_for(m, shape, sm_count, config, false).splits;
     const int splits = same > mixed ? same : mixed;
     return splits > 1 ? int64_t(splits) * m * n * 4 : 0;
 }
 
 // y = x W' + bias. x: [m, k], 16-byte aligned, rows ldx apart (a multiple of 8); y: [m, n]; config -1 chooses by shape.
-extern "C" int sparse24_cuda_linear(const void* x, int64_t ldx, int type, int64_t m, const void* packed, int64_t n, int64_t k,
-                                    int64_t group_size, int scale_type, const void* bias, void* y, void* workspace, int config,
-                                    int sm_count, void* stream) {
+extern "C" int sparse24_cuda_linear(const void* x, int64_t ldx, int type, int64_t m, const void* packed, int64_t n,
+                                    int64_t k, int64_t group_size, int scale_type, const void* bias, void* y,
+                                    void* workspace, int config, int sm_count, void* stream) {
     const bool types = (type == BFLOAT16 || type == FLOAT16) && (scale_type == BFLOAT16 || scale_type == FLOAT16);
-    if (!served(n, k, group_size) || !types || m < 0 || m > (1 << 24) || ldx < k || ldx > (1 << 23) || ldx % 8 || config >= CONFIGS) return 1;
+    if (!served(n, k, group_size) || !types || m < 0 || m > (1 << 24) || ldx < k || ldx > (1 << 23) || ldx % 8 ||
+        config >= CONFIGS)
+        return 1;
     if (reinterpret_cast<uintptr_t>(x) % 16 || reinterpret_cast<uintptr_t>(y) % 16) return 1;
     if (m == 0) return 0;
     const Shape shape{int(n), int(k), int(group_size)};

@@ -7,7 +7,8 @@ namespace {
 // One warp per unit of 32 outputs by 64 inputs. A lane (g, t) decodes quads t and t + 4 of both steps for rows g + 8 i; four lanes
 // write the 16 inputs of a row that lie together. Each weight is code x scale in float32, rounded once, as the dense export has it.
 template <class T>
-__global__ void __launch_bounds__(256) decode_kernel(Shape shape, const uint8_t* packed, int scale_type, uint16_t* weight) {
+__global__ void __launch_bounds__(256)
+    decode_kernel(Shape shape, const uint8_t* packed, int scale_type, uint16_t* weight) {
     const size_t index = size_t(blockIdx.x) * 256 + threadIdx.x;
     if (index >= size_t(shape.units()) * shape.tiles() * LANES) return;
     const int lane = index % LANES, tile = index / LANES % shape.tiles(), unit = index / LANES / shape.tiles();
@@ -18,8 +19,8 @@ __global__ void __launch_bounds__(256) decode_kernel(Shape shape, const uint8_t*
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
         const int input = tile * UNIT_INPUTS + 32 * s;
-        const uint2 scales =
-            global_load<uint2>(packed + shape.scales_at() + (size_t(unit) * shape.groups() + input / shape.group) * SCALE_BYTES + g * 8);
+        const uint2 scales = global_load<uint2>(
+            packed + shape.scales_at() + (size_t(unit) * shape.groups() + input / shape.group) * SCALE_BYTES + g * 8);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // quads 0 to 3, quads 4 to 7
             const uint2 meta = global_load<uint2>(from + CODE_BYTES + (g * 4 + 2 * s + half) * 8);
@@ -41,14 +42,14 @@ __global__ void __launch_bounds__(256) decode_kernel(Shape shape, const uint8_t*
 }  // namespace
 
 // The packed weight as a dense matrix [n, k] of `type`.
-extern "C" int sparse24_cuda_decode(const void* packed, int64_t n, int64_t k, int64_t group_size, int scale_type, int type,
-                                    void* weight, void* stream) {
+extern "C" int sparse24_cuda_decode(const void* packed, int64_t n, int64_t k, int64_t group_size, int scale_type,
+                                    int type, void* weight, void* stream) {
     const bool types = (type == BFLOAT16 || type == FLOAT16) && (scale_type == BFLOAT16 || scale_type == FLOAT16);
     if (!served(n, k, group_size) || !types) return 1;
     const Shape shape{int(n), int(k), int(group_size)};
     const auto kernel = type == BFLOAT16 ? decode_kernel<__nv_bfloat16> : decode_kernel<__half>;
     const int64_t threads = int64_t(shape.units()) * shape.tiles() * LANES;
-    SPARSIFY_LAUNCH(kernel, dim3(ceil_div(threads, 256)), dim3(256), 0, stream, shape, static_cast<const uint8_t*>(packed), scale_type,
-                    static_cast<uint16_t*>(weight));
+    SPARSIFY_LAUNCH(kernel, dim3(ceil_div(threads, 256)), dim3(256), 0, stream, shape,
+                    static_cast<const uint8_t*>(packed), scale_type, static_cast<uint16_t*>(weight));
     return cudaGetLastError() == cudaSuccess ? 0 : 2;
 }

@@ -6,8 +6,8 @@ namespace {
 struct Resources {
     int threads, shared[2];  // of a block; bytes of shared memory without and with groups of 32
 };
-#define SPARSIFY_RESOURCES(i, u, s, wr, wt, wk, st, ...)                                                                 \
-    {Config<u, s, wr, wt, wk, st>::THREADS,                                                                              \
+#define SPARSIFY_RESOURCES(i, u, s, wr, wt, wk, st, ...) \
+    {Config<u, s, wr, wt, wk, st>::THREADS,              \
      {shared_bytes<Config<u, s, wr, wt, wk, st>, false>(), shared_bytes<Config<u, s, wr, wt, wk, st>, true>()}},
 constexpr Resources RESOURCES[] = {SPARSIFY_CONFIGS(SPARSIFY_RESOURCES)};
 

@@ -26,8 +26,8 @@ using WorkspaceBytes = int64_t (*)(int64_t m, int64_t n, int64_t k, int64_t grou
 using Linear = int (*)(const void* x, int64_t ldx, int type, int64_t m, const void* packed, int64_t n, int64_t k,
                        int64_t group_size, int scale_type, const void* bias, void* y, void* workspace, int config,
                        int sm_count, void* stream);
-using Decode = int (*)(const void* packed, int64_t n, int64_t k, int64_t group_size, int scale_type, int type, void* weight,
-                       void* stream);
+using Decode = int (*)(const void* packed, int64_t n, int64_t k, int64_t group_size, int scale_type, int type,
+                       void* weight, void* stream);
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
 
 struct Kernels {
@@ -37,8 +37,8 @@ struct Kernels {
     Decode decode = nullptr;
     CurrentStream current_stream = nullptr;  // null: the kernels run on the processor (tests)
     std::vector<int> sm_counts;              // of each device
-    std::vector<int> dense_rows;             // of each device: from so many rows on, decode and multiply densely; 0: never
-    int config = -1;                         // a tile shape of the kernel; -1: as is best; -2: decode and multiply densely
+    std::vector<int> dense_rows;  // of each device: from so many rows on, decode and multiply densely; 0: never
+    int config = -1;              // a tile shape of the kernel; -1: as is best; -2: decode and multiply densely
 };
 Kernels kernels;
 
@@ -48,9 +48,12 @@ constexpr int64_t kAlignment = 16;  // bytes, of a row of x
 
 int type_code(const Tensor& t) {
     switch (t.scalar_type()) {
-        case ScalarType::BFloat16: return 0;
-        case ScalarType::Half: return 1;
-        default: STD_TORCH_CHECK(false, "sparse24_linear_cuda: activations and bias must be bfloat16 or float16");
+        case ScalarType::BFloat16:
+            return 0;
+        case ScalarType::Half:
+            return 1;
+        default:
+            STD_TORCH_CHECK(false, "sparse24_linear_cuda: activations and bias must be bfloat16 or float16");
     }
     return -1;
 }
@@ -70,11 +73,12 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<T
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor sparse24_linear_cuda(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features,
-                            int64_t group_size, int64_t scale_type) {
+Tensor sparse24_linear_cuda(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                            int64_t out_features, int64_t group_size, int64_t scale_type) {
     STD_TORCH_CHECK(kernels.linear != nullptr, "sparse24_linear_cuda: the kernels are not loaded");
     const bool on_gpu = kernels.current_stream != nullptr;
-    STD_TORCH_CHECK(x.is_cuda() == on_gpu, "sparse24_linear_cuda: x is not on the device that the kernels were built for");
+    STD_TORCH_CHECK(x.is_cuda() == on_gpu,
+                    "sparse24_linear_cuda: x is not on the device that the kernels were built for");
     STD_TORCH_CHECK(same_device(x, packed) && (!bias || same_device(x, *bias)),
                     "sparse24_linear_cuda: x, weight and bias must be on the same device");
     const int64_t dims = x.dim();
@@ -108,10 +112,11 @@ Tensor sparse24_linear_cuda(const Tensor& x, const Tensor& packed, const std::op
     const int64_t ldx = dims == 2 && rows > 1 ? input.stride(0) : k;
 
     if (rows == 0) return torch::stable::new_empty(x, shape);
-    if (kernels.config == kDecode || (kernels.config == -1 && kernels.dense_rows[device] > 0 && rows >= kernels.dense_rows[device])) {
+    if (kernels.config == kDecode ||
+        (kernels.config == -1 && kernels.dense_rows[device] > 0 && rows >= kernels.dense_rows[device])) {
         Tensor weight = torch::stable::new_empty(x, {out_features, k});
-        const int status = kernels.decode(packed.const_data_ptr(), out_features, k, group_size, static_cast<int>(scale_type), type,
-                                          weight.mutable_data_ptr(), stream);
+        const int status = kernels.decode(packed.const_data_ptr(), out_features, k, group_size,
+                                          static_cast<int>(scale_type), type, weight.mutable_data_ptr(), stream);
         STD_TORCH_CHECK(status == 0, "sparse24_linear_cuda: the weight could not be decoded, status ", status);
         return dense_linear(x, weight, bias);
     }
@@ -121,10 +126,10 @@ Tensor sparse24_linear_cuda(const Tensor& x, const Tensor& packed, const std::op
     STD_TORCH_CHECK(bytes >= 0, "sparse24_linear_cuda: the kernel does not serve this shape");
     std::optional<Tensor> workspace;
     if (bytes > 0) workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
-    const int status = kernels.linear(input.const_data_ptr(), ldx, type, rows, packed.const_data_ptr(), out_features, k,
-                                      group_size, static_cast<int>(scale_type), bias ? bias->const_data_ptr() : nullptr,
-                                      y.mutable_data_ptr(), workspace ? workspace->mutable_data_ptr() : nullptr,
-                                      kernels.config, sm_count, stream);
+    const int status =
+        kernels.linear(input.const_data_ptr(), ldx, type, rows, packed.const_data_ptr(), out_features, k, group_size,
+                       static_cast<int>(scale_type), bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr(),
+                       workspace ? workspace->mutable_data_ptr() : nullptr, kernels.config, sm_count, stream);
     STD_TORCH_CHECK(status != 1, "sparse24_linear_cuda: the kernel does not serve these arguments");
     STD_TORCH_CHECK(status == 0, "sparse24_linear_cuda: CUDA refused to launch the kernel");
     return y;
@@ -135,7 +140,8 @@ Tensor sparse24_linear_cuda(const Tensor& x, const Tensor& packed, const std::op
 // The functions of sparse24.cu, torch's aoti_torch_get_current_cuda_stream (or null, see above), and for every device its number
 // of multiprocessors and from how many rows on a weight is decoded (0: never).
 extern "C" void sparse24_set_cuda_kernels(void* packed_bytes, void* workspace_bytes, void* linear, void* decode,
-                                          void* current_stream, const int* sm_counts, const int* dense_rows, int devices) {
+                                          void* current_stream, const int* sm_counts, const int* dense_rows,
+                                          int devices) {
     kernels.packed_bytes = reinterpret_cast<PackedBytes>(packed_bytes);
     kernels.workspace_bytes = reinterpret_cast<WorkspaceBytes>(workspace_bytes);
     kernels.linear = reinterpret_cast<Linear>(linear);
@@ -150,7 +156,8 @@ extern "C" void sparse24_set_cuda_config(int config) { kernels.config = config; 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparsify, m) {
     m.def(
-        "sparse24_linear_cuda(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, SymInt group_size, int scale_type)"
+        "sparse24_linear_cuda(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, SymInt group_size, int "
+        "scale_type)"
         " -> Tensor");
 }
 

@@ -38,14 +38,10 @@
 #define blockDim (emulator::machine().block_size)
 #define gridDim (emulator::machine().grid_size)
 
-#define SPARSIFY_VECTORS(type, name)                                                       \
-    struct alignas(2 * sizeof(type)) name##2 {                                             \
-        type x, y;                                                                         \
-    };                                                                                     \
-    struct alignas(4 * sizeof(type)) name##4 {                                             \
-        type x, y, z, w;                                                                   \
-    };                                                                                     \
-    inline name##2 make_##name##2(type x, type y) { return {x, y}; }                       \
+#define SPARSIFY_VECTORS(type, name)                                 \
+    struct alignas(2 * sizeof(type)) name##2 { type x, y; };         \
+    struct alignas(4 * sizeof(type)) name##4 { type x, y, z, w; };   \
+    inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
     inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 SPARSIFY_VECTORS(int, int)
 SPARSIFY_VECTORS(unsigned, uint)
@@ -102,12 +98,13 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
         void (*kernel)(Parameters...);
         std::tuple<Parameters...> arguments;
     } const call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
-    machine().launch(name, grid, block, shared_bytes, shared_allowance(reinterpret_cast<const void*>(kernel)),
-                     [](const void* that) {
-                         const Call& made = *static_cast<const Call*>(that);
-                         std::apply(made.kernel, made.arguments);
-                     },
-                     &call);
+    machine().launch(
+        name, grid, block, shared_bytes, shared_allowance(reinterpret_cast<const void*>(kernel)),
+        [](const void* that) {
+            const Call& made = *static_cast<const Call*>(that);
+            std::apply(made.kernel, made.arguments);
+        },
+        &call);
 }
 
 }  // namespace emulator
@@ -139,7 +136,9 @@ inline __attribute__((used)) void emulator_register(const void* pointer, size_t 
 inline __attribute__((used)) void emulator_register_uninitialized(const void* pointer, size_t bytes) {
     emulator::machine().global.add(pointer, bytes, false);
 }
-inline __attribute__((used)) void emulator_unregister(const void* pointer) { emulator::machine().global.remove(pointer); }
+inline __attribute__((used)) void emulator_unregister(const void* pointer) {
+    emulator::machine().global.remove(pointer);
+}
 
 // What ended a launch, or "". Nothing is launched until it is cleared.
 inline __attribute__((used)) const char* emulator_error() { return emulator::machine().error(); }
@@ -149,6 +148,8 @@ inline __attribute__((used)) void emulator_clear_error() { emulator::machine().c
 inline __attribute__((used)) void emulator_block_order(int order) { emulator::machine().set_block_order(order); }
 
 // What ran since the counters were reset.
-inline __attribute__((used)) void emulator_counters(emulator::Counters* counters) { *counters = emulator::machine().counters; }
+inline __attribute__((used)) void emulator_counters(emulator::Counters* counters) {
+    *counters = emulator::machine().counters;
+}
 inline __attribute__((used)) void emulator_reset_counters() { emulator::machine().counters = {}; }
 }

@@ -22,11 +22,13 @@ namespace emulator {
 
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
-constexpr size_t kSharedWithoutAsking = 48 * 1024, kSharedAtMost = 227 * 1024;  // CUDA C++ Programming Guide, compute capability 9.0
+constexpr size_t kSharedWithoutAsking = 48 * 1024,
+                 kSharedAtMost = 227 * 1024;  // CUDA C++ Programming Guide, compute capability 9.0
 
 struct Counters {  // what a launch did, summed over launches; see emulator_counter
     uint64_t blocks, barriers, mma, ldmatrix, copies, global_bytes_read, global_bytes_written;
-    uint64_t ldmatrix_conflicts, load_conflicts, store_conflicts, copy_conflicts;  // in the banks of shared memory, see banks.h
+    uint64_t ldmatrix_conflicts, load_conflicts, store_conflicts,
+        copy_conflicts;  // in the banks of shared memory, see banks.h
 };
 
 struct Copy {  // one cp.async that has not been waited for
@@ -47,12 +49,12 @@ struct Thread {
 enum Access { kLoad, kStore, kCopy, kAccesses };  // of shared memory, other than ldmatrix
 
 struct Warp {
-    uint32_t all;        // lanes that exist
-    uint32_t runnable;   // lanes that are not waiting
-    uint32_t waiting;    // lanes that have arrived at the collective below
-    uint32_t finished;   // lanes that have left the kernel
-    uint32_t time;       // counts barriers, see Moment
-    const char* what;    // the collective
+    uint32_t all;       // lanes that exist
+    uint32_t runnable;  // lanes that are not waiting
+    uint32_t waiting;   // lanes that have arrived at the collective below
+    uint32_t finished;  // lanes that have left the kernel
+    uint32_t time;      // counts barriers, see Moment
+    const char* what;   // the collective
     int parameter;
     const void* operands[kLanes];
     WarpAccesses accesses[kAccesses][5];  // by kind and by the logarithm of their bytes
@@ -86,8 +88,8 @@ class Machine {
             warp.what = what;
             warp.parameter = parameter;
         } else if (std::strcmp(warp.what, what) != 0 || warp.parameter != parameter) {
-            trap("divergence: lane %d of warp %d reaches %s (%d) while lane %d waits at %s (%d)", lane, current_->id / kLanes, what,
-                 parameter, first(warp.waiting), warp.what, warp.parameter);
+            trap("divergence: lane %d of warp %d reaches %s (%d) while lane %d waits at %s (%d)", lane,
+                 current_->id / kLanes, what, parameter, first(warp.waiting), warp.what, warp.parameter);
         }
         warp.operands[lane] = operand;
         warp.waiting |= 1u << lane;
@@ -141,19 +143,22 @@ class Machine {
 
     // ---- what the host sees
     // Runs `body` once per thread of the grid. Returns false after a trap, of this launch or an earlier one.
-    bool launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, size_t shared_allowed, void (*body)(const void*),
-                const void* arguments) {
+    bool launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, size_t shared_allowed,
+                void (*body)(const void*), const void* arguments) {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (error_[0]) return false;
         kernel_ = kernel;
         const uint64_t threads = uint64_t(block.x) * block.y * block.z;
-        if (threads == 0 || threads > kMaxThreads || uint64_t(grid.x) * grid.y * grid.z == 0 || grid.y > 65535 || grid.z > 65535)
-            return fail("launch of %s: a grid of (%u, %u, %u) blocks of (%u, %u, %u) threads", kernel, grid.x, grid.y, grid.z, block.x,
-                        block.y, block.z);
+        if (threads == 0 || threads > kMaxThreads || uint64_t(grid.x) * grid.y * grid.z == 0 || grid.y > 65535 ||
+            grid.z > 65535)
+            return fail("launch of %s: a grid of (%u, %u, %u) blocks of (%u, %u, %u) threads", kernel, grid.x, grid.y,
+                        grid.z, block.x, block.y, block.z);
         if (shared_bytes > kSharedAtMost || (shared_bytes > kSharedWithoutAsking && shared_bytes > shared_allowed))
-            return fail("launch of %s: %zu bytes of shared memory, but %zu without cudaFuncAttributeMaxDynamicSharedMemorySize, here "
-                        "%zu, and %zu at most",
-                        kernel, shared_bytes, kSharedWithoutAsking, shared_allowed, kSharedAtMost);
+            return fail(
+                "launch of %s: %zu bytes of shared memory, but %zu without "
+                "cudaFuncAttributeMaxDynamicSharedMemorySize, here "
+                "%zu, and %zu at most",
+                kernel, shared_bytes, kSharedWithoutAsking, shared_allowed, kSharedAtMost);
         grid_size = grid;
         block_size = block;
         body_ = body;
@@ -178,9 +183,10 @@ class Machine {
     void set_block_order(int order) { block_order_ = order; }
 
     [[noreturn]] void end_launch(const char* format, va_list arguments) {
-        int length = std::snprintf(error_, sizeof(error_), "%.300s, block (%u, %u, %u)", kernel_, block_index.x, block_index.y,
-                                   block_index.z);
-        if (current_) length += std::snprintf(error_ + length, sizeof(error_) - size_t(length), ", thread %d", current_->id);
+        int length = std::snprintf(error_, sizeof(error_), "%.300s, block (%u, %u, %u)", kernel_, block_index.x,
+                                   block_index.y, block_index.z);
+        if (current_)
+            length += std::snprintf(error_ + length, sizeof(error_) - size_t(length), ", thread %d", current_->id);
         length += std::snprintf(error_ + length, sizeof(error_) - size_t(length), ": ");
         std::vsnprintf(error_ + length, sizeof(error_) - size_t(length), format, arguments);
         if (!current_) throw Trapped();  // between threads, caught in `launch`
@@ -243,16 +249,20 @@ class Machine {
     }
 
     void count_conflicts(Warp& warp) {
-        uint64_t* const counts[kAccesses] = {&counters.load_conflicts, &counters.store_conflicts, &counters.copy_conflicts};
+        uint64_t* const counts[kAccesses] = {&counters.load_conflicts, &counters.store_conflicts,
+                                             &counters.copy_conflicts};
         for (int kind = 0; kind < kAccesses; ++kind)
-            for (int log = 0; log < 5; ++log) *counts[kind] += warp.accesses[kind][log].take_conflicts(size_t(1) << log);
+            for (int log = 0; log < 5; ++log)
+                *counts[kind] += warp.accesses[kind][log].take_conflicts(size_t(1) << log);
     }
 
     // Every thread waits at block_barrier or has left the kernel. True when all wait, false when all have left.
     bool all_meet() {
         int left = -1, waits = -1;
-        for (int id = 0; id < thread_count_; ++id) (warps_[size_t(id / kLanes)].finished >> id % kLanes & 1 ? left : waits) = id;
-        if (left >= 0 && waits >= 0) trap("block_barrier: thread %d waits, but thread %d has left the kernel", waits, left);
+        for (int id = 0; id < thread_count_; ++id)
+            (warps_[size_t(id / kLanes)].finished >> id % kLanes & 1 ? left : waits) = id;
+        if (left >= 0 && waits >= 0)
+            trap("block_barrier: thread %d waits, but thread %d has left the kernel", waits, left);
         for (int id = 0; id < thread_count_; ++id) {
             unfenced_ = unfenced_ || threads_[size_t(id)].unfenced;
             threads_[size_t(id)].unfenced = false;
@@ -268,8 +278,9 @@ class Machine {
         if (warp.runnable == 0) {
             if (warp.waiting) {
                 const int missing = first(warp.all & ~warp.waiting);
-                trap("divergence: lane %d of warp %d waits at %s, but lane %d %s", first(warp.waiting), from.id / kLanes, warp.what,
-                     missing, warp.finished >> missing & 1 ? "has left the kernel" : "waits at block_barrier");
+                trap("divergence: lane %d of warp %d waits at %s, but lane %d %s", first(warp.waiting),
+                     from.id / kLanes, warp.what, missing,
+                     warp.finished >> missing & 1 ? "has left the kernel" : "waits at block_barrier");
             }
             scheduler_.enter(from.fiber);
         } else {

@@ -41,10 +41,12 @@ class SharedMemory {
     // What raw pointers did behind our back.
     void end_block() const {
         for (size_t i = 0; i < kGuard; i += 2) {
-            if (!is_poison(base_ - kGuard + i)) trap("shared memory was written %zu bytes before its begin", kGuard - i);
+            if (!is_poison(base_ - kGuard + i))
+                trap("shared memory was written %zu bytes before its begin", kGuard - i);
             const uint8_t* behind = base_ + (bytes_ + 1) / 2 * 2 + i;
             if (behind + 2 <= base_ + bytes_ + kGuard && !is_poison(behind))
-                trap("shared memory was written %zu bytes behind its end (%zu bytes)", size_t(behind - base_) - bytes_, bytes_);
+                trap("shared memory was written %zu bytes behind its end (%zu bytes)", size_t(behind - base_) - bytes_,
+                     bytes_);
         }
         for (size_t i = 0; i + 1 < bytes_; i += 2)
             if (shadow_[i].state == kEmpty && shadow_[i + 1].state == kEmpty && !is_poison(base_ + i))
@@ -58,9 +60,11 @@ class SharedMemory {
     size_t locate(const char* what, const void* pointer, size_t size, size_t alignment) const {
         const ptrdiff_t offset = reinterpret_cast<intptr_t>(pointer) - reinterpret_cast<intptr_t>(base_);
         if (offset < 0 || size_t(offset) + size > bytes_)
-            trap("%s: %zu bytes at byte %td are out of bounds of the block's shared memory (%zu bytes)", what, size, offset, bytes_);
+            trap("%s: %zu bytes at byte %td are out of bounds of the block's shared memory (%zu bytes)", what, size,
+                 offset, bytes_);
         if (size_t(offset) % alignment)
-            trap("%s: byte %td of shared memory is misaligned, %zu bytes need a multiple of %zu", what, offset, size, alignment);
+            trap("%s: byte %td of shared memory is misaligned, %zu bytes need a multiple of %zu", what, offset, size,
+                 alignment);
         return size_t(offset);
     }
 
@@ -68,13 +72,14 @@ class SharedMemory {
     void read(const char* what, size_t offset, size_t size, const Moment& now, bool whole_warp = false) {
         for (size_t i = offset; i < offset + size; ++i) {
             Byte& byte = shadow_[i];
-            if (byte.state == kEmpty) trap("%s: byte %zu of shared memory is uninitialised: nothing has written it yet", what, i);
+            if (byte.state == kEmpty)
+                trap("%s: byte %zu of shared memory is uninitialised: nothing has written it yet", what, i);
             if (byte.state == kPending)
-                trap("%s: byte %zu of shared memory is the target of a cp.async of thread %d that was not waited for", what, i,
-                     byte.write.thread);
+                trap("%s: byte %zu of shared memory is the target of a cp.async of thread %d that was not waited for",
+                     what, i, byte.write.thread);
             if ((byte.write.thread != now.thread || whole_warp) && !ordered(byte.write, now))
-                trap("race: %s reads byte %zu of shared memory, written by thread %d with no barrier in between", what, i,
-                     byte.write.thread);
+                trap("race: %s reads byte %zu of shared memory, written by thread %d with no barrier in between", what,
+                     i, byte.write.thread);
             const Reader reader = whole_warp ? Reader::warp : Reader::thread;
             if (byte.readers != Reader::none && !ordered_read(byte, now)) {
                 if (byte.readers == Reader::many || byte.read.warp() != now.warp())
@@ -92,15 +97,17 @@ class SharedMemory {
         for (size_t i = offset; i < offset + size; ++i) {
             Byte& byte = shadow_[i];
             if (byte.state == kPending)
-                trap("race: %s writes byte %zu of shared memory, the target of a cp.async of thread %d that was not waited for", what,
-                     i, byte.write.thread);
+                trap(
+                    "race: %s writes byte %zu of shared memory, the target of a cp.async of thread %d that was not "
+                    "waited for",
+                    what, i, byte.write.thread);
             if (byte.state == kWritten && byte.write.thread != now.thread && !ordered(byte.write, now))
-                trap("race: %s writes byte %zu of shared memory, written by thread %d with no barrier in between", what, i,
-                     byte.write.thread);
+                trap("race: %s writes byte %zu of shared memory, written by thread %d with no barrier in between", what,
+                     i, byte.write.thread);
             const bool own = byte.readers == Reader::thread && byte.read.thread == now.thread;
             if (byte.state == kWritten && byte.readers != Reader::none && !own && !ordered_read(byte, now))
-                trap("race: %s writes byte %zu of shared memory, read by %sthread %d with no barrier in between", what, i,
-                     byte.readers == Reader::many ? "other threads, last " : "", byte.read.thread);
+                trap("race: %s writes byte %zu of shared memory, read by %sthread %d with no barrier in between", what,
+                     i, byte.readers == Reader::many ? "other threads, last " : "", byte.read.thread);
             byte.state = pending ? kPending : kWritten;
             byte.write = now;
             byte.readers = Reader::none;
@@ -135,7 +142,9 @@ class SharedMemory {
     static bool ordered_read(const Byte& byte, const Moment& now) {
         return byte.readers == Reader::many ? byte.read.epoch != now.epoch : ordered(byte.read, now);
     }
-    static uint8_t poison_byte(const uint8_t* at) { return uint8_t(kPoison >> (reinterpret_cast<uintptr_t>(at) % 2 * 8)); }
+    static uint8_t poison_byte(const uint8_t* at) {
+        return uint8_t(kPoison >> (reinterpret_cast<uintptr_t>(at) % 2 * 8));
+    }
     static bool is_poison(const uint8_t* at) { return at[0] == poison_byte(at) && at[1] == poison_byte(at + 1); }
     std::vector<uint8_t> storage_;
     std::vector<Byte> shadow_;
@@ -159,8 +168,9 @@ class GlobalMemory {
     }
     void remove(const void* pointer) {
         const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
-        ranges_.erase(std::remove_if(ranges_.begin(), ranges_.end(), [=](const Allocation& r) { return r.begin == begin; }),
-                      ranges_.end());
+        ranges_.erase(
+            std::remove_if(ranges_.begin(), ranges_.end(), [=](const Allocation& r) { return r.begin == begin; }),
+            ranges_.end());
         last_ = 0;
     }
 
@@ -182,15 +192,19 @@ class GlobalMemory {
         for (size_t i = offset; i < offset + size; ++i) {
             const Byte& byte = range.state[i];
             if (!byte.initialised)
-                trap("%s: byte %zu of an allocation of %zu bytes in global memory is uninitialised", what, i, range.bytes);
+                trap("%s: byte %zu of an allocation of %zu bytes in global memory is uninitialised", what, i,
+                     range.bytes);
             if (byte.writer == 0) continue;
             if (read_only)
-                trap("%s: byte %zu of an allocation of %zu bytes in global memory was written by this launch", what, i, range.bytes);
+                trap("%s: byte %zu of an allocation of %zu bytes in global memory was written by this launch", what, i,
+                     range.bytes);
             const uint32_t released = releases_[byte.writer];
             if (byte.writer != block_ && !(released > byte.time && acquired_ > released))
-                trap("race: %s reads byte %zu of an allocation of %zu bytes in global memory, written by block %u with no fence and "
-                     "atomic operation in between",
-                     what, i, range.bytes, byte.writer - 1);
+                trap(
+                    "race: %s reads byte %zu of an allocation of %zu bytes in global memory, written by block %u with "
+                    "no fence and "
+                    "atomic operation in between",
+                    what, i, range.bytes, byte.writer - 1);
         }
     }
     // `atomic`: an operation that blocks may do on the same bytes.
@@ -202,12 +216,13 @@ class GlobalMemory {
             Byte& byte = range.state[i];
             if (atomic) {
                 if (!byte.initialised)
-                    trap("%s: byte %zu of an allocation of %zu bytes in global memory is uninitialised", what, i, range.bytes);
+                    trap("%s: byte %zu of an allocation of %zu bytes in global memory is uninitialised", what, i,
+                         range.bytes);
                 continue;
             }
             if (byte.writer && byte.writer != block_)
-                trap("race: %s writes byte %zu of an allocation of %zu bytes in global memory, written by block %u", what, i,
-                     range.bytes, byte.writer - 1);
+                trap("race: %s writes byte %zu of an allocation of %zu bytes in global memory, written by block %u",
+                     what, i, range.bytes, byte.writer - 1);
             byte = Byte{block_, clock_, true};
         }
     }
@@ -248,11 +263,14 @@ class GlobalMemory {
     Allocation& locate(const char* what, const void* pointer, size_t size, size_t alignment) {
         const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
         if (at % alignment)
-            trap("%s: global address %p is misaligned, %zu bytes need a multiple of %zu", what, pointer, size, alignment);
-        if (last_ >= ranges_.size() || at < ranges_[last_].begin || at + size > ranges_[last_].begin + ranges_[last_].bytes) {
+            trap("%s: global address %p is misaligned, %zu bytes need a multiple of %zu", what, pointer, size,
+                 alignment);
+        if (last_ >= ranges_.size() || at < ranges_[last_].begin ||
+            at + size > ranges_[last_].begin + ranges_[last_].bytes) {
             const auto next = std::upper_bound(ranges_.begin(), ranges_.end(), at,
                                                [](uintptr_t a, const Allocation& range) { return a < range.begin; });
-            if (next == ranges_.begin()) outside(what, pointer, size, nullptr, next == ranges_.end() ? nullptr : &*next);
+            if (next == ranges_.begin())
+                outside(what, pointer, size, nullptr, next == ranges_.end() ? nullptr : &*next);
             const Allocation& range = *(next - 1);
             if (at + size > range.begin + range.bytes)
                 outside(what, pointer, size, &range, next == ranges_.end() ? nullptr : &*next);
@@ -263,13 +281,15 @@ class GlobalMemory {
     [[noreturn]] static void outside(const char* what, const void* pointer, size_t size, const Allocation* before,
                                      const Allocation* behind) {
         const uintptr_t at = reinterpret_cast<uintptr_t>(pointer);
-        const uintptr_t past = before ? at - before->begin : UINTPTR_MAX, ahead = behind ? behind->begin - at : UINTPTR_MAX;
-        if (past == UINTPTR_MAX && ahead == UINTPTR_MAX) trap("%s: %zu bytes at %p, no global memory is registered", what, size, pointer);
+        const uintptr_t past = before ? at - before->begin : UINTPTR_MAX,
+                        ahead = behind ? behind->begin - at : UINTPTR_MAX;
+        if (past == UINTPTR_MAX && ahead == UINTPTR_MAX)
+            trap("%s: %zu bytes at %p, no global memory is registered", what, size, pointer);
         if (ahead == UINTPTR_MAX || (past != UINTPTR_MAX && past - before->bytes <= ahead))
             trap("%s: %zu bytes are out of bounds of global memory: byte %zu of an allocation of %zu bytes", what, size,
                  size_t(past), before->bytes);
-        trap("%s: %zu bytes are out of bounds of global memory: %zu bytes before an allocation of %zu bytes", what, size,
-             size_t(ahead), behind->bytes);
+        trap("%s: %zu bytes are out of bounds of global memory: %zu bytes before an allocation of %zu bytes", what,
+             size, size_t(ahead), behind->bytes);
     }
 
     std::vector<Allocation> ranges_;  // by address, disjoint

@@ -146,7 +146,8 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                 m.shared.read("ldmatrix_x4", offset, 16, m.now(), true);
                 rows.add(lane, offset);
                 for (int reader = 4 * i; reader < 4 * i + 4; ++reader)
-                    std::memcpy(&at(reader)->registers[matrix], static_cast<const uint8_t*>(at(lane)->row) + reader % 4 * 4, 4);
+                    std::memcpy(&at(reader)->registers[matrix],
+                                static_cast<const uint8_t*>(at(lane)->row) + reader % 4 * 4, 4);
             }
         }
         m.counters.ldmatrix_conflicts += rows.take_conflicts(16);
@@ -186,12 +187,13 @@ inline void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]
                 const uint32_t place[2] = {places & 3, places >> 2};
                 if (place[0] >= place[1]) {
                     m.act_as(holder);
-                    trap("mma_sp: invalid metadata 0x%x for quad %d of row %d (places must ascend), in e = 0x%08x", places, quad, row,
-                         at(holder).e);
+                    trap("mma_sp: invalid metadata 0x%x for quad %d of row %d (places must ascend), in e = 0x%08x",
+                         places, quad, row, at(holder).e);
                 }
                 for (int i = 0; i < 2; ++i) {
                     const int kept = 2 * quad + i, lane = row % 8 * 4 + kept % 8 / 2;
-                    const double left = Number<T>::widen(uint16_t(at(lane).a[row / 8 + 2 * (kept / 8)] >> 16 * (kept % 2)));
+                    const double left =
+                        Number<T>::widen(uint16_t(at(lane).a[row / 8 + 2 * (kept / 8)] >> 16 * (kept % 2)));
                     const double* values = right[4 * quad + place[i]];
                     for (int column = 0; column < 8; ++column) sums[row][column] += left * values[column];
                 }

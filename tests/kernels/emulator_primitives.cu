@@ -71,7 +71,8 @@ __global__ void mma_f16(const uint8_t* in, uint8_t* out, int selector) { multipl
 
 // in: 32 offsets in shared memory (int32), then the shared memory (mode bytes)
 __global__ void matrices(const uint8_t* in, uint8_t* out, int bytes) {
-    for (int i = threadIdx.x; i < bytes; i += 32) shared_store<uint8_t>(extern_shared() + i, global_load<uint8_t>(in + 128 + i));
+    for (int i = threadIdx.x; i < bytes; i += 32)
+        shared_store<uint8_t>(extern_shared() + i, global_load<uint8_t>(in + 128 + i));
     block_barrier();
     uint32_t r[4];
     ldmatrix_x4(r, extern_shared() + get<int>(in, threadIdx.x));
@@ -104,7 +105,8 @@ __global__ void copies(const uint8_t* in, uint8_t* out, int mode) {
     }
     const int groups = mode == 3 || mode == 4 ? 1 : mode == 1 ? 2 : 3;
     const int other = i ? i - 1 : 0;
-    for (int group = 0; group < groups; ++group) put<uint4>(out, group * 32 + i, shared_load<uint4>(slot(group * 32 + other, 16)));
+    for (int group = 0; group < groups; ++group)
+        put<uint4>(out, group * 32 + i, shared_load<uint4>(slot(group * 32 + other, 16)));
 }
 
 // A thread waits and reads its own copies with no barrier: allowed.
@@ -183,10 +185,16 @@ __global__ void strided(const uint8_t* in, uint8_t*, int mode) {
 __global__ void uninitialised(const uint8_t*, uint8_t* out, int) { put<int>(out, 0, shared_load<int>(slot(0))); }
 __global__ void shared_access(const uint8_t*, uint8_t*, int offset) { shared_store<int>(extern_shared() + offset, 0); }
 __global__ void raw_write(const uint8_t*, uint8_t*, int offset) { *(extern_shared() + offset) = 1; }
-__global__ void global_access(const uint8_t* in, uint8_t* out, int offset) { put<int>(out, 0, global_load<int>(in + offset)); }
+__global__ void global_access(const uint8_t* in, uint8_t* out, int offset) {
+    put<int>(out, 0, global_load<int>(in + offset));
+}
 __global__ void global_write(const uint8_t*, uint8_t* out, int offset) { global_store<int>(out + offset, 0); }
-__global__ void global_copy(const uint8_t* in, uint8_t*, int offset) { cp_async_16(extern_shared(), in + offset, true); }
-__global__ void empty_copy(const uint8_t* in, uint8_t*, int offset) { cp_async_16(extern_shared(), in + offset, false); }
+__global__ void global_copy(const uint8_t* in, uint8_t*, int offset) {
+    cp_async_16(extern_shared(), in + offset, true);
+}
+__global__ void empty_copy(const uint8_t* in, uint8_t*, int offset) {
+    cp_async_16(extern_shared(), in + offset, false);
+}
 __global__ void read_only_of_written(const uint8_t*, uint8_t* out, int wide) {
     put<uint4>(out, 0, uint4{1, 2, 3, 4});
     if (wide) {
@@ -201,7 +209,7 @@ __global__ void read_only(const uint8_t* in, uint8_t* out, int) {
 }
 __global__ void half_a_warp(const uint8_t*, uint8_t* out, int mode) {
     float v = float(threadIdx.x);
-    if (mode == 0 && threadIdx.x % 32 < 16) v = shuffle_xor(v, 1);               // the others leave
+    if (mode == 0 && threadIdx.x % 32 < 16) v = shuffle_xor(v, 1);  // the others leave
     if (mode == 1) v = threadIdx.x % 32 < 16 ? shuffle_xor(v, 1) : shuffle_xor(v, 2);
     if (mode == 2) v = threadIdx.x % 32 < 16 ? shuffle_xor(v, 1) : shuffle_down(v, 1);
     if (mode == 3) threadIdx.x % 32 < 16 ? block_barrier() : warp_barrier();
@@ -279,13 +287,13 @@ const Named KERNELS[] = {
 
 }  // namespace
 
-extern "C" int primitive(const char* name, const void* in, void* out, int mode, const unsigned* grid, const unsigned* block,
-                         int shared_bytes) {
+extern "C" int primitive(const char* name, const void* in, void* out, int mode, const unsigned* grid,
+                         const unsigned* block, int shared_bytes) {
     for (const Named& named : KERNELS) {
         if (strcmp(named.name, name) != 0) continue;
         const auto kernel = named.kernel;
-        SPARSIFY_LAUNCH(kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), shared_bytes, nullptr,
-                        static_cast<const uint8_t*>(in), static_cast<uint8_t*>(out), mode);
+        SPARSIFY_LAUNCH(kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), shared_bytes,
+                        nullptr, static_cast<const uint8_t*>(in), static_cast<uint8_t*>(out), mode);
         return cudaGetLastError();
     }
     return -1;
@@ -294,6 +302,7 @@ extern "C" int primitive(const char* name, const void* in, void* out, int mode, 
 extern "C" int clear_bytes(void* out, int value, int64_t bytes) { return cudaMemsetAsync(out, value, bytes, nullptr); }
 extern "C" int allow_shared(const char* name, int bytes) {
     for (const Named& named : KERNELS)
-        if (strcmp(named.name, name) == 0) return cudaFuncSetAttribute(named.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (strcmp(named.name, name) == 0)
+            return cudaFuncSetAttribute(named.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     return -1;
 }

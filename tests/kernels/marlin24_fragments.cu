@@ -36,12 +36,14 @@ __global__ void multiply(const uint32_t* codes, const uint8_t* meta, const uint8
                 };
                 a[r] = value(nibble[r]) | value(nibble[r] + 4) << 16;
             }
-            block % 2 ? mma_sp<__half, 1>(sums[block], a, b, e[block / 2]) : mma_sp<__half, 0>(sums[block], a, b, e[block / 2]);
+            block % 2 ? mma_sp<__half, 1>(sums[block], a, b, e[block / 2])
+                      : mma_sp<__half, 0>(sums[block], a, b, e[block / 2]);
         }
     }
     for (int block = 0; block < 4; ++block)
         for (int i = 0; i < 4; ++i)  // row g or g + 8 of the instruction, token 2 t or 2 t + 1
-            global_store<float>(y + (2 * t + i % 2) * n + blockIdx.x * 64 + 8 * g + 4 * (i / 2) + block, sums[block][i]);
+            global_store<float>(y + (2 * t + i % 2) * n + blockIdx.x * 64 + 8 * g + 4 * (i / 2) + block,
+                                sums[block][i]);
 }
 
 }  // namespace

@@ -55,8 +55,8 @@ int sparse24_cuda_rounds_weights(int64_t, int64_t, int64_t, int64_t, int, int, i
 
 const char* sparse24_cuda_config_name(int config) { return config ? "one" : "zero"; }
 
-int sparse24_cuda_decode(const void* packed, int64_t n, int64_t k, int64_t group, int scale_type, int type, void* weight,
-                         void* stream) {
+int sparse24_cuda_decode(const void* packed, int64_t n, int64_t k, int64_t group, int scale_type, int type,
+                         void* weight, void* stream) {
     if (stream) return 2;
     last[2] = -2;
     const char* at = static_cast<const char*>(packed);
@@ -77,11 +77,15 @@ int sparse24_cuda_decode(const void* packed, int64_t n, int64_t k, int64_t group
 }
 
 // Odd numbers of rows are given a workspace.
-int64_t sparse24_cuda_workspace_bytes(int64_t m, int64_t n, int64_t, int64_t, int, int) { return m % 2 ? m * n * 4 : 0; }
+int64_t sparse24_cuda_workspace_bytes(int64_t m, int64_t n, int64_t, int64_t, int, int) {
+    return m % 2 ? m * n * 4 : 0;
+}
 
-int sparse24_cuda_linear(const void* x, int64_t ldx, int type, int64_t m, const void* packed, int64_t n, int64_t k, int64_t group,
-                         int scale_type, const void* bias, void* y, void* workspace, int config, int sm_count, void* stream) {
-    if (stream || sm_count != 7 || ldx % 8 || ldx < k || reinterpret_cast<uintptr_t>(x) % 16 || (m % 2 && !workspace)) return 1;
+int sparse24_cuda_linear(const void* x, int64_t ldx, int type, int64_t m, const void* packed, int64_t n, int64_t k,
+                         int64_t group, int scale_type, const void* bias, void* y, void* workspace, int config,
+                         int sm_count, void* stream) {
+    if (stream || sm_count != 7 || ldx % 8 || ldx < k || reinterpret_cast<uintptr_t>(x) % 16 || (m % 2 && !workspace))
+        return 1;
     last[0] = int(m), last[1] = int(ldx), last[2] = config, last[3] = workspace != nullptr;
     if (workspace) std::memset(workspace, 0xFF, m * n * 4);
     const char* at = static_cast<const char*>(packed);
@@ -97,7 +101,8 @@ int sparse24_cuda_linear(const void* x, int64_t ldx, int type, int64_t m, const 
                 const int nibble = meta[out * (k / 8) + quad / 2] >> (4 * (quad % 2)) & 15;
                 const int64_t input = 4 * quad + (nibble >> (2 * (kept % 2)) & 3);
                 const int code = int(words[out * (k / 16) + kept / 8] >> (4 * (kept % 8)) & 15) - 8;
-                sum += double(code) * widen(scale[out * (k / group) + input / group], scale_type) * widen(in[row * ldx + input], type);
+                sum += double(code) * widen(scale[out * (k / group) + input / group], scale_type) *
+                       widen(in[row * ldx + input], type);
             }
             static_cast<uint16_t*>(y)[row * n + out] = narrow(float(sum), type);
         }
