@@ -17,34 +17,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
-
-from sparsify.compiler import apply as compiler
-from sparsify.compiler.convert import export as convert
-from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD
-from sparsify.compiler.plan import Plan, make_plan
-from sparsify.data.given import write_calibration
 from sparsify.errors import RecipeError, SparsifyError
-from sparsify.evaluation import EvaluationResult
-from sparsify.evaluation import evaluate as score
 from sparsify.files import atomic_write, cache_directory
-from sparsify.formats.inspect import Inspection
-from sparsify.formats.inspect import inspect as look
-from sparsify.model.decoder import without_bars
-from sparsify.recipe import Evaluation, Recipe
-from sparsify.recipe import load_recipe as load
-from sparsify.runtime.module import Sparse24Linear
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
+    from rich.table import Table
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsify.compiler.apply import Evaluate
+    from sparsify.compiler.plan import Plan
+    from sparsify.evaluation import EvaluationResult
+    from sparsify.formats.inspect import Inspection
+    from sparsify.recipe import Recipe
 
 __all__ = ["Result", "apply", "evaluate", "export", "inspect", "load_recipe", "plan"]
 
-RecipeLike = str | Path | Mapping[str, Any] | Recipe
+RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
 
 
 @dataclass
@@ -53,10 +46,12 @@ class Result:
 
     metrics: what metrics.json holds: sizes, the error of every linear, what stayed dense and why, the evaluation
     output:  the checkpoint directory; None where none was named
+    record:  what run.json holds: versions, threads, seconds, memory
     """
 
     metrics: dict[str, Any]
     output: Path | None
+    record: dict[str, Any] = field(default_factory=dict, repr=False)
     _model: Any = field(default=None, repr=False)
 
     @property
@@ -67,6 +62,16 @@ class Result:
             assert self.output is not None
             self._model = _loaded(self.output, "auto", None)
         return self._model
+
+    def table(self) -> Table:
+        """The summary that the command line shows."""
+        from sparsify.compiler.summary import summary
+
+        return summary(self.metrics, str(self.output or "in memory"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values: the output directory, the metrics, and under `run` the record."""
+        return {"output": str(self.output), **self.metrics, "run": self.record}
 
 
 def apply(
@@ -79,6 +84,7 @@ def apply(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     resume: bool = False,
+    spill: bool = False,
     quiet: bool = False,
 ) -> Result:
     """Compress `model` by `recipe`.
@@ -93,9 +99,13 @@ def apply(
     inplace:     put the compressed linears into the live model instead of into a copy of it
     tokenizer:   of a live model, where it was not loaded from a directory that has one; for text only
     resume:      go on with an interrupted run into the same `output`
+    spill:       keep the calibration activations in a file beside the output, not in memory
 
     Raises SparsifyError for what the command line refuses, with the same words.
     """
+    from sparsify.compiler.apply import apply as run
+    from sparsify.recipe import Evaluation
+
     asked = load_recipe(recipe)
     if inplace and (model is None or isinstance(model, str | Path)):
         raise SparsifyError("inplace=True changes a live model; pass the model object, or leave inplace out for a path")
@@ -106,22 +116,26 @@ def apply(
     with ExitStack() as stack:
         spec = stack.enter_context(_on_disk(_named(asked, model), tokenizer, dense=True))
         if calibration is not None:
+            from sparsify.data.given import write_calibration
+
             folder = Path(stack.enter_context(_scratch()))
             given = write_calibration(calibration, asked.calibration, folder)
             asked = asked.model_copy(update={"calibration": given})
         if evaluate is not None:
             text = str(evaluate) if str(evaluate).startswith("file:") else f"file:{evaluate}"
             asked = asked.model_copy(update={"evaluation": Evaluation(text=text)})
-        asked = load_recipe(asked.model_copy(update={"model": spec}).model_dump(mode="json"))  # all checks once more
+        asked = asked.model_copy(update={"model": spec})
+        if calibration is not None or evaluate is not None:
+            asked = load_recipe(asked.model_dump(mode="json"))  # all checks once more
         where = Path(output) if output is not None else Path(stack.enter_context(_scratch())) / "model"
-        done = compiler.apply(asked, spec, where, resume=resume, quiet=quiet, evaluate=_measure(asked, quiet))
+        done = run(asked, spec, where, resume=resume, quiet=quiet, evaluate=_measure(asked, quiet), spill=spill)
         if isinstance(model, str | Path | None):
             name = spec
         else:
             name = getattr(model, "name_or_path", "") or type(model).__name__
             _name_model(done.output, spec, name)
         metrics = {**done.metrics, "base_model": name}
-        result = Result(metrics, done.output if output is not None else None)
+        result = Result(metrics, done.output if output is not None else None, done.record)
         if model is not None and not isinstance(model, str | Path):
             loaded = _loaded(done.output, model.dtype, model.device)
             result._model = _put_into(model, loaded) if inplace else loaded
@@ -132,6 +146,8 @@ def apply(
 
 def plan(recipe: RecipeLike, model: str | Path | PreTrainedModel | None = None) -> Plan:
     """What a recipe will do to every linear of a model, and what it costs; computes nothing. `print` its `.table()` with rich."""
+    from sparsify.compiler.plan import make_plan
+
     asked = load_recipe(recipe)
     stack = ExitStack()
     try:
@@ -151,20 +167,26 @@ def export(
     head: int | None = None,
     calibration: str | None = None,
     *,
+    head_group_size: str | None = None,
     quiet: bool = False,
 ) -> Path:
     """Write a checkpoint in another format: sparse24, pack-quantized, dense or marlin-24. Returns the directory.
 
-    head: 4 or 8 quantizes the output head on the way, 16 dequantizes it; calibration: the text on which 4 bits are solved
+    head: 4 or 8 quantizes the output head on the way, 16 dequantizes it; head_group_size: "32", "64", "128" or "channel"
+    calibration: self, file:PATH or hub:ID, the text on which the head is solved; it is rounded to nearest without
     """
+    from sparsify.compiler.convert import export as convert
+
     if head not in (None, 4, 8, 16):
         raise SparsifyError(f"head={head}: 4 or 8 quantizes the output head, 16 dequantizes it")
     bits: Any = head
-    return convert(source, format, output, bits, quiet=quiet, calibration=calibration)
+    return convert(source, format, output, bits, head_group_size, quiet, calibration)
 
 
 def inspect(source: str | Path, *, quiet: bool = False) -> Inspection:
     """Check every compressed tensor of a checkpoint and say what it holds."""
+    from sparsify.formats.inspect import inspect as look
+
     return look(source, quiet=quiet)
 
 
@@ -179,6 +201,8 @@ def evaluate(
     quiet: bool = False,
 ) -> EvaluationResult:
     """Perplexity on a text, and with `dense` the divergence from it. Without `text`, the dense model writes it."""
+    from sparsify.evaluation import evaluate as score
+
     with ExitStack() as stack:
         specs = [None if m is None else stack.enter_context(_on_disk(m, tokenizer)) for m in (model, dense)]
         assert specs[0] is not None
@@ -187,6 +211,8 @@ def evaluate(
 
 def load_recipe(recipe: RecipeLike) -> Recipe:
     """A recipe from a built-in name, a file, a dict or an object, validated. Raises RecipeError."""
+    from sparsify.recipe import load_recipe as load
+
     return load(recipe)
 
 
@@ -195,7 +221,9 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
 
 def _named(recipe: Recipe, model: Any) -> Any:
     if model is None and recipe.model is None:
-        raise RecipeError("no model: name one in the recipe (model: ...) or pass it")
+        raise RecipeError(
+            "the recipe names no model: add --model (in Python the argument model) with a directory, a Hub id or embedded:NAME"
+        )
     return recipe.model if model is None else model
 
 
@@ -207,6 +235,8 @@ def _on_disk(model: Any, tokenizer: Any, dense: bool = False) -> Iterator[str]:
         return
     _refuse_live(model, dense)
     with _scratch() as folder:
+        from sparsify.model.decoder import without_bars
+
         directory = Path(folder) / "model"
         with without_bars():
             model.save_pretrained(directory)
@@ -231,6 +261,8 @@ def _scratch() -> Iterator[str]:
 def _refuse_live(model: Any, dense: bool) -> None:
     """Name what is wrong with a live model before anything is written."""
     from transformers import PreTrainedModel
+
+    from sparsify.runtime.module import Sparse24Linear
 
     if not isinstance(model, PreTrainedModel):
         raise SparsifyError(
@@ -260,15 +292,19 @@ def _tokenizer_of(model: Any) -> Any:
 
 def _name_model(output: Path, spec: str, name: str) -> None:
     """What lies beside the weights names the live model and not the directory that stood for it."""
+    from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD
+
     for file in (CARD, RECIPE, METRICS, RECORD):
         atomic_write(output / file, (output / file).read_text(encoding="utf-8").replace(spec, name))
 
 
-def _measure(recipe: Recipe, quiet: bool) -> compiler.Evaluate | None:
+def _measure(recipe: Recipe, quiet: bool) -> Evaluate | None:
     """The `evaluation` section of a recipe as a call on the finished directory."""
     asked = recipe.evaluation
     if asked is None:
         return None
+    from sparsify.evaluation import evaluate as score
+
     return lambda directory: score(
         directory, recipe.model, asked.text, asked.sequence_length, asked.chunks, quiet=quiet
     ).to_json()
@@ -276,6 +312,8 @@ def _measure(recipe: Recipe, quiet: bool) -> compiler.Evaluate | None:
 
 def _loaded(directory: Path, dtype: torch.dtype | str, device: torch.device | None) -> Any:
     from transformers import AutoModelForCausalLM
+
+    from sparsify.model.decoder import without_bars
 
     with without_bars():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
@@ -295,6 +333,10 @@ def _refuse_inplace(recipe: Recipe) -> None:
 
 def _put_into(model: Any, compressed: Any) -> Any:
     """Give a live model the modules and tensors of its compressed copy, which is taken apart. Returns the live model."""
+    import torch
+
+    from sparsify.runtime.module import Sparse24Linear
+
     for name, module in list(compressed.named_modules()):
         if isinstance(module, Sparse24Linear):
             model.set_submodule(name, module)

@@ -163,7 +163,7 @@ def test_what_does_not_go_together_is_refused(live, tmp_path):
         sparsify.apply(depth, live, inplace=True)
     with pytest.raises(SparsifyError, match="name it with output="):
         sparsify.apply(JOINT, live, resume=True)
-    with pytest.raises(RecipeError, match="no model"):
+    with pytest.raises(RecipeError, match="names no model"):
         sparsify.apply(JOINT)
     with pytest.raises(RecipeError, match="matches no linear"):
         sparsify.apply({**JOINT, "overrides": [{"match": "*no_proj", "prune": None}]}, live, calibration=token_ids())

@@ -17,7 +17,7 @@ import pytest
 
 from sparsify import __version__, cli
 from sparsify.cli import bench, checkpoint, compress, doctor
-from sparsify.errors import CheckpointError, RecipeError
+from sparsify.errors import CheckpointError
 
 COMMANDS = [
     "apply",
@@ -218,10 +218,9 @@ def test_tracebacks_are_for_those_who_ask(
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_recipe_without_a_model_needs_one() -> None:
-    assert compress.named_model("org/name") == "org/name"
-    with pytest.raises(RecipeError, match="--model"):
-        compress.named_model(None)
+def test_a_recipe_without_a_model_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "2of4"]) == 1
+    assert "names no model: add --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

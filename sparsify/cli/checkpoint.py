@@ -8,9 +8,10 @@ from sparsify.cli.command import IS_QUIET, SHOWS_JSON, Commands, Outcome, add_co
 
 def inspect(args: argparse.Namespace) -> Outcome:
     """Run `inspect`."""
-    from sparsify.formats.inspect import inspect, render
+    from sparsify import api
+    from sparsify.formats.inspect import render
 
-    result = inspect(args.directory, quiet=args.quiet)
+    result = api.inspect(args.directory, quiet=args.quiet)
     return Outcome(result.to_json(), [render(result)])
 
 
@@ -26,11 +27,12 @@ def add_inspect(commands: Commands) -> None:
 
 def export(args: argparse.Namespace) -> Outcome:
     """Run `export`."""
-    from sparsify.compiler.convert import export
+    from sparsify import api
 
-    written = export(
-        args.source, args.format, args.output, args.head, args.head_group_size, args.quiet, args.calibration
-    )
+    written = api.export(
+        args.source, args.format, args.output, args.head, args.calibration,
+        head_group_size=args.head_group_size, quiet=args.quiet,
+    )  # fmt: skip
     shown = [f"{args.format} checkpoint written to {written}"]
     if args.head == 4 and args.calibration is None:
         shown.append(

@@ -1,54 +1,18 @@
 """`sparsify apply`, `plan` and `recipes`: from a recipe and a dense model to a compressed checkpoint."""
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from sparsify.cli.command import IS_QUIET, SHOWS_JSON, TAKES_RECIPE, Commands, Outcome, add_command
-from sparsify.errors import RecipeError
-
-if TYPE_CHECKING:
-    from sparsify.recipe import Recipe
 
 
 def apply(args: argparse.Namespace) -> Outcome:
     """Run `apply`."""
-    from sparsify.compiler.apply import apply
+    from sparsify import api
     from sparsify.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.set, args.model)
-    result = apply(
-        recipe,
-        named_model(recipe.model),
-        args.output,
-        resume=args.resume,
-        quiet=args.quiet,
-        evaluate=recipe_evaluation(recipe, args.quiet),
-        spill=args.spill,
-    )
+    result = api.apply(recipe, output=args.output, resume=args.resume, quiet=args.quiet, spill=args.spill)
     return Outcome(result.to_json(), [result.table()])
-
-
-def recipe_evaluation(recipe: "Recipe", quiet: bool) -> Callable[[Path], dict[str, Any]] | None:
-    """What the `evaluation` section of a recipe asks for, as a call on the finished directory."""
-    asked = recipe.evaluation
-    if asked is None:
-        return None
-
-    def measure(directory: Path) -> dict[str, Any]:
-        from sparsify.evaluation import evaluate
-
-        return evaluate(directory, recipe.model, asked.text, asked.sequence_length, asked.chunks, quiet=quiet).to_json()
-
-    return measure
-
-
-def named_model(model: str | None) -> str:
-    """The model of a recipe after `--model` was applied; a recipe may leave it open."""
-    if model is None:
-        raise RecipeError("the recipe names no model: add --model with a directory, a Hub id or embedded:NAME")
-    return model
 
 
 def add_apply(commands: Commands) -> None:
@@ -75,11 +39,10 @@ def add_apply(commands: Commands) -> None:
 
 def plan(args: argparse.Namespace) -> Outcome:
     """Run `plan`."""
-    from sparsify.compiler.plan import make_plan
+    from sparsify import api
     from sparsify.recipe import load_recipe
 
-    recipe = load_recipe(args.recipe, args.set, args.model)
-    result = make_plan(recipe, named_model(recipe.model))
+    result = api.plan(load_recipe(args.recipe, args.set, args.model))
     return Outcome(result.to_json(), [result.table()])
 
 

@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data
 from sparsify.compiler.checkpoint_names import OUTSIDE
-from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD, Before, Notes, counted, json_text, metrics_of
-from sparsify.compiler.model_card import head_in_words, model_card, shown_perplexity, training_in_words
+from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
+from sparsify.compiler.model_card import model_card
 from sparsify.compiler.plan import Plan, make_plan
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.run import Run
 from sparsify.compiler.run_training import ADAPTER
-from sparsify.compiler.shorten import describe_note, shorten
+from sparsify.compiler.shorten import shorten
 from sparsify.distributed import is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CheckpointError
 from sparsify.files import atomic_write, read_json, write_json
@@ -46,37 +45,6 @@ class Applied:
     output: Path
     metrics: dict[str, Any]
     record: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"output": str(self.output), **self.metrics, "run": self.record}
-
-    def table(self) -> Table:
-        """The summary a person reads at the end."""
-        sizes, layers = self.metrics["sizes"], self.metrics["layers"]
-        table = Table(title=f"{self.output}", show_header=False)
-        table.add_row("linears compressed", f"{len(layers)} in {self.metrics['blocks']} blocks")
-        if depth := self.metrics.get("depth"):
-            table.add_row("depth", describe_note(depth))
-        ratio = sizes["dense_bytes"] / sizes["compressed_bytes"]
-        table.add_row(
-            "size",
-            f"{sizes['dense_bytes'] / 1e6:.0f} MB -> {sizes['compressed_bytes'] / 1e6:.0f} MB ({ratio:.2f} times smaller)",
-        )
-        table.add_row("bits per linear weight", f"{sizes['bits_per_weight']:.2f}")
-        if head := self.metrics["head"]:
-            table.add_row("output head", head_in_words(head, sizes["head_bytes"]))
-        errors = [layer["relative_error"] for layer in layers if layer["relative_error"] is not None]
-        if errors:
-            worst = max(layers, key=lambda layer: layer["relative_error"] or 0)
-            table.add_row("output error, mean", f"{sum(errors) / len(errors):.4f}")
-            table.add_row("output error, worst", f"{worst['relative_error']:.4f} at {worst['module']}")
-        for reason, count in counted(entry["reason"] for entry in self.metrics["dense_modules"]).items():
-            table.add_row("left dense", f"{count}: {reason}")
-        for training in self.metrics["training"]:
-            table.add_row(training["kind"], training_in_words(training))
-        if evaluation := self.metrics.get("evaluation"):
-            table.add_row("perplexity", shown_perplexity(evaluation["perplexity"]))
-        return table
 
 
 @quietly

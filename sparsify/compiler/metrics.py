@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,13 +143,6 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
 def _reads_text(plan: Plan, whole: Plan) -> bool:
     depth = whole.recipe.depth
     return plan.needs_data or (depth is not None and (depth.needs_data or whole.needs_data))
-
-
-def counted(reasons: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for reason in reasons:
-        counts[reason] = counts.get(reason, 0) + 1
-    return counts
 
 
 def json_text(value: Any) -> str:

@@ -10,7 +10,7 @@ They differ in the decision only. GPTQ rounds column k to its grid. SparseGPT lo
 two with the largest W[n, k]^2 / U[k, k]^2. Here both can happen in the same sweep. Columns are taken in blocks of BLOCKSIZE,
 after each of which all later ones are updated by one matrix product (GPTQ, section 3.3: lazy batch updates).
 
-W is held transposed, [K, N]: a column of the papers is a row in memory. `_decide_columns` is the inner loop as the papers
+W is held transposed, [K, N]: a column of the papers is a row in memory. `sweep_block` ends with the inner loop as the papers
 write it; C++ (`native_sweep.py`) and Triton (`triton_sweep.py`) do the same faster.
 """
 
@@ -142,25 +142,12 @@ def sweep_block(
     SPARSIFY_SWEEP=torch, native or triton forces the kernel.
     """
     known = select in (None, sparsegpt_select) and (grid is not None or store in (torch.bfloat16, torch.float32))
-    kernel = kernel_for(FORCE, "cpu/column_sweep", block.W.device) if known else None
-    if kernel is None:
-        _decide_columns(block, first, last, grid, scale, select, store)
-    else:
+    if known and (kernel := kernel_for(FORCE, "cpu/column_sweep", block.W.device)) is not None:
         kernel.sweep_block(
             block.W, block.errors, block.U, block.codes, block.mask,
             first, last, grid, scale, select is not None, store,
         )  # fmt: skip
-
-
-def _decide_columns(
-    block: Block,
-    first: int,
-    last: int,
-    grid: Grid | None,
-    scale: Tensor | None,
-    select: Select | None,
-    store: torch.dtype,
-) -> None:
+        return
     W, U, d = block.W, block.U, block.U.diagonal()
     for i in range(first, last):
         kept = block.mask[i] if block.mask is not None else None

@@ -99,17 +99,10 @@ def visit_block(
 ) -> None:  # fmt: skip
     """Decide every column of a block once. W, mask: [B, N]; G: [B, N] half gradient; H: [B, B]; scale: [N]. Changes W and G."""
     known = grid is not None or store in (torch.bfloat16, torch.float32)
-    kernel = kernel_for(FORCE, "cpu/coordinate_descent", W.device) if known else None
-    if kernel is None:
-        _decide_columns(W, G, H, scale, grid, mask, two_four, store)
-    else:
+    if known and (kernel := kernel_for(FORCE, "cpu/coordinate_descent", W.device)) is not None:
         kernel.visit_block(W, G, H, scale, grid, mask, two_four, store)
+        return
 
-
-def _decide_columns(
-    W: Tensor, G: Tensor, H: Tensor, scale: Tensor | None, grid: Grid | None,
-    mask: Tensor | None, two_four: bool, store: torch.dtype,
-) -> None:  # fmt: skip
     def stored(x: Tensor) -> Tensor:
         if grid is None or scale is None:
             return x.to(store).float()

@@ -181,5 +181,7 @@ def test_compress_refines_what_it_exports(problem, quantize):
 def test_an_unknown_way_is_refused(problem, monkeypatch):
     W, factors = problem
     monkeypatch.setenv("SPARSIFY_COORDINATE_DESCENT", "numpy")
-    with pytest.raises(SparsifyError, match="SPARSIFY_COORDINATE_DESCENT=numpy is unknown; choose torch, native or triton"):
+    with pytest.raises(
+        SparsifyError, match="SPARSIFY_COORDINATE_DESCENT=numpy is unknown; choose torch, native or triton"
+    ):
         coordinate_descent(Solved(W), W, factors.damped, 1, two_four=True)

@@ -1,0 +1,41 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from sparsify.compiler.model_card import head_in_words, shown_perplexity, training_in_words
+from sparsify.compiler.shorten import describe_note
+
+
+def summary(metrics: Mapping[str, Any], title: str) -> Table:
+    """What metrics.json holds, as the table that a person reads at the end of a run."""
+    sizes, layers = metrics["sizes"], metrics["layers"]
+    table = Table(title=title, show_header=False)
+    table.add_row("linears compressed", f"{len(layers)} in {metrics['blocks']} blocks")
+    if depth := metrics.get("depth"):
+        table.add_row("depth", describe_note(depth))
+    ratio = sizes["dense_bytes"] / sizes["compressed_bytes"]
+    table.add_row(
+        "size",
+        f"{sizes['dense_bytes'] / 1e6:.0f} MB -> {sizes['compressed_bytes'] / 1e6:.0f} MB ({ratio:.2f} times smaller)",
+    )
+    table.add_row("bits per linear weight", f"{sizes['bits_per_weight']:.2f}")
+    if head := metrics["head"]:
+        table.add_row("output head", head_in_words(head, sizes["head_bytes"]))
+    errors = [layer["relative_error"] for layer in layers if layer["relative_error"] is not None]
+    if errors:
+        worst = max(layers, key=lambda layer: layer["relative_error"] or 0)
+        table.add_row("output error, mean", f"{sum(errors) / len(errors):.4f}")
+        table.add_row("output error, worst", f"{worst['relative_error']:.4f} at {worst['module']}")
+    for reason, count in Counter(entry["reason"] for entry in metrics["dense_modules"]).items():
+        table.add_row("left dense", f"{count}: {reason}")
+    for training in metrics["training"]:
+        table.add_row(training["kind"], training_in_words(training))
+    if evaluation := metrics.get("evaluation"):
+        table.add_row("perplexity", shown_perplexity(evaluation["perplexity"]))
+    return table
