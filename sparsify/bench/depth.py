@@ -1,4 +1,4 @@
-"""Depth methods against each other: every method at several shares of the layers, before and after what is to make up for it.
+"""Depth methods against each other: every method at several shares of the layers, before and after the training that makes up for it.
 
 The recipes are written into the output directory and run by `bench recipes`, so an interrupted table goes on where it was, and
 each of its rows can be made again with `sparsify apply`.

@@ -189,14 +189,14 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, s
             seed = plan.recipe.calibration.seed
             write_json(writer.work / DEPTH_NOTE, shorten(depth, spec, tokens, short, seed, quiet))
     note = read_json(writer.work / DEPTH_NOTE)
-    taught = [
+    passes_left = [
         step.model_copy(update={"teacher": model})
         if isinstance(step, Distill) and step.needs_teacher and step.teacher is None
         else step
         for step in after.passes
     ]
     whole = Shortened(note["layers_before"], tuple(note["teacher_blocks"]))
-    rest = make_plan(after.model_copy(update={"passes": taught}), str(short), whole)
+    rest = make_plan(after.model_copy(update={"passes": passes_left}), str(short), whole)
     return rest, Before(plan, note, _renamed(plan, rest, note["layers"], errors), head)
 
 

@@ -40,7 +40,7 @@ EIGEN = 9  # times K^3: a symmetric eigenproblem with its vectors (Golub and Van
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that read one tensor. shapes: (outputs N, inputs K) with what is to become of each; K is the same for all."""
+    """Linears that read one tensor. shapes: (outputs N, inputs K) with the scheme of each; K is the same for all."""
 
     members: tuple[tuple[tuple[int, int], Scheme], ...]
 

@@ -48,7 +48,7 @@ class Planned:
         return self.shape[0] * self.shape[1]
 
     def describe(self) -> str:
-        """What becomes of it, in words."""
+        """Its new form, in words."""
         if self.given is not None:
             groups = (
                 "one scale per channel"
@@ -70,7 +70,7 @@ class PlannedHead:
     scheme: Scheme
 
     def describe(self) -> str:
-        """In words, with what becomes of the embedding."""
+        """In words, with the form of the embedding."""
         return describe(self.scheme) + ("; the embedding that it was tied to stays dense" if self.head.tied else "")
 
 

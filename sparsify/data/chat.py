@@ -40,8 +40,8 @@ def conversation_rows(
         if samples is not None and read == samples:
             break
         read += 1
-        ids, said = render(tokenizer, messages_of(record, columns, place), place)
-        row = training_row(ids[:sequence_length], said[:sequence_length])
+        ids, by_assistant = render(tokenizer, messages_of(record, columns, place), place)
+        row = training_row(ids[:sequence_length], by_assistant[:sequence_length])
         if (row["labels"] != IGNORED).any():
             rows.append(row)
     if not rows:
@@ -127,7 +127,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]], place: str) -> tuple[
     try:
         if MARKED.search(tokenizer.get_chat_template()):
             encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            return list(encoded["input_ids"]), [bool(said) for said in encoded["assistant_masks"]]
+            return list(encoded["input_ids"]), [bool(one) for one in encoded["assistant_masks"]]
         text = _text(tokenizer, messages)
         spans = [
             _answer(tokenizer, messages, index, text, place)
@@ -141,11 +141,11 @@ def render(tokenizer: Any, messages: list[dict[str, str]], place: str) -> tuple[
     ) as error:  # templates are programs that come with the model: whatever they raise is about the record
         raise CalibrationError(f"{place}: the chat template refuses these messages ({error})") from None
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    said = [
+    by_assistant = [
         any(start < span_end and end > span_start for span_start, span_end in spans)
         for start, end in encoded["offset_mapping"]
     ]
-    return list(encoded["input_ids"]), said
+    return list(encoded["input_ids"]), by_assistant
 
 
 def _answer(tokenizer: Any, messages: list[dict[str, str]], index: int, text: str, place: str) -> tuple[int, int]:
@@ -164,8 +164,8 @@ def _text(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
-def training_row(ids: Iterable[int], said: Iterable[bool]) -> dict[str, Tensor]:
+def training_row(ids: Iterable[int], by_assistant: Iterable[bool]) -> dict[str, Tensor]:
     """Inputs and next-token labels: a token that the assistant says is what its predecessor has to predict."""
     tokens = torch.tensor(list(ids), dtype=torch.long)
-    labels = torch.where(torch.tensor(list(said), dtype=torch.bool), tokens, IGNORED)
+    labels = torch.where(torch.tensor(list(by_assistant), dtype=torch.bool), tokens, IGNORED)
     return {"input_ids": tokens, "labels": torch.cat([labels[1:], torch.full((1,), IGNORED)])}

@@ -1,4 +1,4 @@
-"""`dense`: an ordinary Hugging Face checkpoint, with the zeros in place and the codes multiplied out."""
+"""`dense`: an ordinary Hugging Face checkpoint, with the zeros in place and the codes dequantized."""
 
 from collections.abc import Mapping
 from typing import Any

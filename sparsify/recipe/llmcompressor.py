@@ -225,7 +225,7 @@ def _all_linears(settings: _Settings) -> None:
 
 
 def _damping(settings: _Settings) -> Body:
-    """None where it is not said."""
+    """None where it is not given."""
     return {"damping": (settings.take("dampening_frac"), settings.place("dampening_frac"))}
 
 

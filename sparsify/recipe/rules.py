@@ -126,7 +126,7 @@ def _starts_compressed(recipe: "Recipe") -> None:
 
 
 def _for_linears(recipe: "Recipe") -> None:
-    """What is said of linears needs a pass that decides them."""
+    """Settings of linears need a pass that decides them."""
     fields = type(recipe).model_fields
     if recipe.prune is None and recipe.quantize is None:
         for name in ("ignore", "solver", "overrides"):

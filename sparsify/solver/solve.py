@@ -21,7 +21,7 @@ from sparsify.solver.hessian import Factors, Statistics, factor, propagated_targ
 
 @dataclass(frozen=True)
 class Scheme:
-    """What is to become of a linear.
+    """Settings of the solver for one linear.
 
     prune:      name in `solver.masks.METHODS`, or None to keep it dense
     quantize:   "rtn", "gptq", or None to keep 16 bits

@@ -1,7 +1,7 @@
 """LoRA and QLoRA on a compressed model: low-rank adapters heal it while its own weights stand still.
 
 Hu et al. 2021 (LoRA, arXiv:2106.09685): y = x (W + s B A)', with A: [r, K], B: [N, r] and s = alpha / r. Dettmers et al. 2023
-(QLoRA, arXiv:2305.14314): W stays in its codes and is multiplied out for each product.
+(QLoRA, arXiv:2305.14314): W stays in its codes and is dequantized for each product.
 
 A dense B A would fill the zeros of a 2:4 weight. An adapter that is to be merged is therefore trained as what it will be,
 inside the mask and, where the weight is quantized, on its grid; one that is exported beside the checkpoint is trained as
@@ -38,7 +38,7 @@ SAVED_PREFIX = "base_model.model."  # what PeftModel, and so vLLM, puts before t
 class FrozenLinear(nn.Module):
     """A compressed linear that is not trained.
 
-    quantized: the codes stay codes, two to a byte where they have 4 bits, and are multiplied out in each forward pass;
+    quantized: the codes stay codes, two to a byte where they have 4 bits, and are dequantized in each forward pass;
     otherwise, and for weights of 16 bits, `weight` holds [N, K] in `dtype`.
     """
 

@@ -194,7 +194,7 @@ class DistillTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _end_of_step(self) -> None:
-        """Stop before the optimiser makes anything of a loss that is no number or has gone astray."""
+        """Stop before the optimizer uses a loss that is NaN or infinite or has diverged."""
         sums = {name: self.accelerator.reduce(value, "sum").item() for name, value in self._sums.items()}
         self._sums = {}
         problem = self.watch.add(sums)

@@ -231,14 +231,14 @@ def choose_sublayers(settings: Depth, source: Source, tokens: Tensor, bar: Task)
                 return len(kept) <= total - drop
             return reached(settings, weights, weights.of(kept))
 
-        def said(gone: int) -> None:
+        def report(gone: int) -> None:
             bar.describe(f"depth: {gone} of {drop or 'as many as it takes'} sublayers removed")
 
-        said(0)
+        report(0)
         record = _Record(settings, source, tokens, search)
 
         def advance(removals: list[Removal]) -> None:
-            said(total - len(search.kept))
+            report(total - len(search.kept))
             record.keep(removals)
 
         removals, exceeded = finercut(search, enough, bound, advance, record.known)

@@ -150,14 +150,14 @@ def weights_of(model: BlockModel, structures: Mapping[int, Structure]) -> Weight
 def describe_note(note: Mapping[str, Any]) -> str:
     """`angular: 30 layers became 24, without 21 to 26; 134.5M parameters became 113.3M`"""
     before, after = (short(note["parameters"][key]) for key in ("before", "after"))
-    said = f"{note['method']}: {note['layers_before']} layers became {note['layers_after']}"
+    text = f"{note['method']}: {note['layers_before']} layers became {note['layers_after']}"
     if "first" in note:
-        said += f", without {note['first']} to {note['first'] + note['count'] - 1}"
+        text += f", without {note['first']} to {note['first'] + note['count'] - 1}"
     else:
-        said += f", without {len(note['removed'])} sublayers"
+        text += f", without {len(note['removed'])} sublayers"
     if replacement := note.get("replacement"):
-        said += f", one {replacement['kind']} trained in their place (loss {replacement['before']:.4g} to {replacement['after']:.4g})"
-    said += f"; {before} parameters became {after}"
+        text += f", one {replacement['kind']} trained in their place (loss {replacement['before']:.4g} to {replacement['after']:.4g})"
+    text += f"; {before} parameters became {after}"
     if note.get("divergence") is not None:
-        said += f"; {note['divergence']:.4g} nats per token from the model before"
-    return said
+        text += f"; {note['divergence']:.4g} nats per token from the model before"
+    return text

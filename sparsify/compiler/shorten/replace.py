@@ -48,10 +48,10 @@ def replace_block(settings: Depth, source: Source, choice: Choice, tokens: Tenso
         epochs=settings.epochs, learning_rate=settings.learning_rate, batch=settings.batch_size, seed=seed
     )  # fmt: skip
 
-    def said(what: str) -> Callable[[int, int], None]:
+    def report(what: str) -> Callable[[int, int], None]:
         return lambda step, steps: bar.describe(f"depth: {what}, step {step} of {steps}")
 
-    tuned = train_replacement(block, linears, samples, tuning, LOSSES[settings.loss], structure, said("replacement"))
+    tuned = train_replacement(block, linears, samples, tuning, LOSSES[settings.loss], structure, report("replacement"))
     tuned = _as_stored(tuned, source, first)
     note: dict[str, Any] = {
         "kind": settings.replacement,
@@ -69,11 +69,11 @@ def replace_block(settings: Depth, source: Source, choice: Choice, tokens: Tenso
         as_tuple = isinstance(block(entering[0], *call.args, **call.kwargs), tuple)
         loss = next_token_loss(model, first + count, as_tuple)
         rows = tokens.to(device()).split(1)
-        taught = [Sample(one.entering, row, one.call) for one, row in zip(samples, rows, strict=True)]
+        distilled = [Sample(one.entering, row, one.call) for one, row in zip(samples, rows, strict=True)]
         tuning = BlockTuning(
             epochs=settings.llm_epochs, learning_rate=settings.learning_rate / 5, batch=settings.batch_size, seed=seed
         )  # fmt: skip
-        better = train_replacement(block, tuned.linears, taught, tuning, loss, structure, said("next-token loss"))
+        better = train_replacement(block, tuned.linears, distilled, tuning, loss, structure, report("next-token loss"))
         better = _as_stored(better, source, first)
         tuned = Tuned(better.linears, tuned.others | better.others, better.before, better.after, better.steps)
         note["next_token"] = {"before": better.before, "after": better.after, "steps": better.steps}
