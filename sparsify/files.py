@@ -31,9 +31,9 @@ def fsync(path: Path) -> None:
 
 
 def publish(aside: Path, final: Path) -> None:
-    """Make the finished file or flat directory `aside` appear as `final`: fsync the contents, rename, fsync the parent."""
+    """Make the finished file or directory `aside` appear as `final`: fsync the contents, rename, fsync the parent."""
     if aside.is_dir():
-        for entry in aside.iterdir():
+        for entry in aside.rglob("*"):
             fsync(entry)
     fsync(aside)
     os.replace(aside, final)
@@ -67,15 +67,16 @@ def atomic_directory(final: str | Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON atomically; NaN is refused because JSON has none."""
-    atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+def write_json(path: str | Path, value: Any, allow_nan: bool = False) -> None:
+    """Write indented JSON atomically. NaN and infinities are refused because JSON has none, but with `allow_nan`, for the
+    config of a model, which is written back as Python and transformers read it."""
+    atomic_write(path, json.dumps(value, indent=2, allow_nan=allow_nan) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; a missing or damaged one raises CheckpointError with its name."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is this a complete checkpoint directory?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

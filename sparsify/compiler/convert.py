@@ -33,6 +33,7 @@ from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.model.sequential import TOKENS_PER_MICRO_BATCH
+from sparsify.model.sidecars import inside
 from sparsify.progress import progress, quietly, stage
 from sparsify.recipe import Calibration, Head, dump_recipe, head_format_problem, parse_recipe
 from sparsify.solver.head_quantization import SolvedHead, head_problem, head_scheme, solve_head
@@ -116,6 +117,7 @@ def convert(
     get_format(format)
     opened = open_compressed(source)
     linears = _linears(opened, format, output)
+    beside = {name: inside(opened.directory, name) for name in CARRIED if (opened.directory / name).is_file()}
     asked = None if head is None else _asked(opened, format, head)
     work = partial_directory(Path(output))
     if (work / "writer.json").is_file() and read_json(work / "writer.json").get("identity") == IDENTITY:
@@ -137,7 +139,7 @@ def convert(
             biases = {f"{module}.bias" for module, linear in chosen.items() if linear.bias is not None}
             others = [name for name in names if name not in linears and name not in biases]
             writer.write_part(part, chosen, {name: opened.tensor(name) for name in others})
-        carried = {name: file.read_bytes() for name in CARRIED if (file := opened.directory / name).is_file()}
+        carried = {name: file.read_bytes() for name, file in beside.items()}
         if rounded is not None and head is not None:
             carried = _with_head(head, format, carried, rounded, writer)
         with stage(f"writing {output}"):

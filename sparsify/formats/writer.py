@@ -90,6 +90,7 @@ class CheckpointWriter:
         self.stage = max((int(d.name.rpartition("-")[2]) for d in self.work.glob("parts-*")), default=0)
         if self.output.exists():
             raise CheckpointError(f"{self.output} exists already; choose another output or remove it first")
+        self._sidecars()  # what is wrong with these files is better known before a run than after it
         record = {"format": format, "source": source.spec, "identity": identity}
         finished = list(self._parts.glob("*.safetensors"))
         if finished and not resume:
@@ -234,9 +235,10 @@ class CheckpointWriter:
         config = self._config(modules, tensors, linears)
         config.update(config_updates or {})
         with writing(final):
-            write_json(final / "config.json", config)
-            for sidecar in self.source.sidecar_files():
-                shutil.copyfile(sidecar, final / sidecar.name)
+            write_json(final / "config.json", config, allow_nan=True)
+            for name, sidecar in self._sidecars().items():
+                (final / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(sidecar, final / name)
             for name, content in (extra_files or {}).items():
                 if Path(name).is_absolute() or ".." in Path(name).parts:
                     raise CheckpointError(f"extra file {name!r} must lie inside the directory")
@@ -247,6 +249,9 @@ class CheckpointWriter:
             publish(final, self.output)
         shutil.rmtree(self.work, ignore_errors=True)
         return self.output
+
+    def _sidecars(self) -> dict[str, Path]:
+        return self.source.sidecar_files(apart_from=(self.output, self.work))
 
     def _file(self, part: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", part):

