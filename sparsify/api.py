@@ -280,12 +280,12 @@ def _refuse_live(model: Any, dense: bool) -> None:
 
 def _tokenizer_of(model: Any) -> Any:
     """The tokenizer of the directory that a live model was loaded from; None where there is none on this machine."""
-    from transformers import AutoTokenizer
+    from sparsify.model.pretrained import load_tokenizer
 
     if not (source := getattr(model, "name_or_path", "")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+        return load_tokenizer(source, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         return None
 
@@ -311,12 +311,11 @@ def _measure(recipe: Recipe, quiet: bool) -> Evaluate | None:
 
 
 def _loaded(directory: Path, dtype: torch.dtype | str, device: torch.device | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
     from sparsify.model.decoder import without_bars
+    from sparsify.model.pretrained import load_causal_lm
 
     with without_bars():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        model = load_causal_lm(directory, dtype=dtype)
     return model.to(device) if device is not None else model
 
 

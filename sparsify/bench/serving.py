@@ -17,6 +17,7 @@ from sparsify.bench.engine_setup import (
 )
 from sparsify.bench.machine import BIND, serving_environment, thread_binding, thread_environment
 from sparsify.model.checkpoint import open_checkpoint
+from sparsify.model.pretrained import trusts_remote_code
 
 
 def serve(
@@ -37,6 +38,8 @@ def serve(
     checkpoint = open_checkpoint(directory)
     build_for([str((checkpoint.config.get("quantization_config") or {}).get("format"))])
     command = [sys.executable, "-m", "sparsify.bench.vllm_cli", "serve", str(checkpoint.directory), *extra_args]
+    if trusts_remote_code():
+        command.append("--trust-remote-code")
     if not any(argument.split("=")[0] == "--served-model-name" for argument in extra_args):
         # A path of the server makes a poor name in every client; the directory's name is what people call the model.
         command += [

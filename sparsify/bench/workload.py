@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparsify.errors import SparsifyError
+from sparsify.model.pretrained import trusts_remote_code
 
 CHAT_TOKENS = 256  # room for a short prompt in its chat template and the answer
 
@@ -73,6 +74,8 @@ def engine_arguments(
     arguments = ["--max-model-len", str(longest), "--no-enable-prefix-caching"]
     if options.eager:
         arguments.append("--enforce-eager")
+    if trusts_remote_code():
+        arguments.append("--trust-remote-code")
     return [*arguments, *options.engine_args]
 
 

@@ -22,6 +22,7 @@ from sparsify.cli.command import FAILED, Outcome
 from sparsify.cli.parser import parse
 from sparsify.distributed import is_main
 from sparsify.errors import SparsifyError
+from sparsify.model.pretrained import trusting
 from sparsify.progress import on_terminal, patiently, silenced
 from sparsify.threads import prepare
 
@@ -38,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # before a handler imports the libraries that read these once
     prepare(NO_BARS if (quiet or not on_terminal()) and args.command != "serve" else None)
     try:
-        with only_results_on_stdout(args.command != "serve"), silenced(quiet), patiently("loading libraries"):
+        with (
+            trusting(getattr(args, "trust_remote_code", False)),
+            only_results_on_stdout(args.command != "serve"),
+            silenced(quiet),
+            patiently("loading libraries"),
+        ):
             outcome = args.handler(args)
         if is_main():  # of several processes that torchrun started, one prints
             show(outcome, getattr(args, "json", False))

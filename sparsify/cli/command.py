@@ -73,6 +73,13 @@ SHOWS_JSON.add_argument("--json", action="store_true", help="print one JSON obje
 IS_QUIET = argparse.ArgumentParser(add_help=False)
 IS_QUIET.add_argument("--quiet", "-q", action="store_true", help="print the result and errors, no progress")
 
+TRUSTS_CODE = argparse.ArgumentParser(add_help=False)
+TRUSTS_CODE.add_argument(
+    "--trust-remote-code",
+    action="store_true",
+    help="run Python code that comes with a model or its tokenizer (auto_map)",
+)
+
 TAKES_RECIPE = argparse.ArgumentParser(add_help=False)
 TAKES_RECIPE.add_argument(
     "recipe", metavar="RECIPE", help="name of a built-in recipe (see `sparsify recipes`) or a YAML file"

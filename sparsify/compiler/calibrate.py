@@ -24,6 +24,7 @@ from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import read_header
 from sparsify.model.linear import LinearWeights
+from sparsify.model.pretrained import load_tokenizer
 from sparsify.model.sequential import BlockVisit, GroupVisit, Walk
 from sparsify.native.build import build_ahead
 from sparsify.progress import Task, progress_bar, stage
@@ -67,11 +68,9 @@ def _refuse_unknown_tokens(tokens: Tensor, plan: Plan, file: Path) -> None:
 
 
 def _text_rows(plan: Plan, quiet: bool) -> Tensor:
-    from transformers import AutoTokenizer
-
     directory, dtype = plan.checkpoint.directory, plan.compute.dtype
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = load_tokenizer(directory, plan.checkpoint.spec)
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
             f"{plan.checkpoint.spec} has no tokenizer, which calibration text needs ({str(error).splitlines()[0]}); "

@@ -32,6 +32,7 @@ from sparsify.model.capture import head_input
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.model.output_head import OutputHead, find_head
+from sparsify.model.pretrained import load_tokenizer
 from sparsify.model.sequential import TOKENS_PER_MICRO_BATCH
 from sparsify.model.sidecars import inside
 from sparsify.progress import progress, quietly, stage
@@ -254,11 +255,9 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
 
     The model is loaded whole, as `transformers` loads it, and runs on the kernels that serve it.
     """
-    from transformers import AutoTokenizer
-
     checkpoint = open_checkpoint(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+        tokenizer = load_tokenizer(checkpoint.directory, str(source))
         dtype = choose(measure=True).dtype
         with stage(f"loading {source}", quiet):
             model = open_writer(checkpoint.directory, dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsify.errors import CheckpointError
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.model.pretrained import load_tokenizer
 from sparsify.recipe import Distill, Finetune, Recipe
 from sparsify.training.distill import check_same_language
 
@@ -96,10 +97,8 @@ def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:
     """Vocabularies of one size may still be different languages."""
     if student.directory == teacher.directory:
         return
-    from transformers import AutoTokenizer
-
     try:
-        one, other = (AutoTokenizer.from_pretrained(c.directory).get_vocab() for c in (student, teacher))
+        one, other = (load_tokenizer(c.directory, c.spec).get_vocab() for c in (student, teacher))
     except (OSError, ValueError):
         return  # a checkpoint without a tokenizer says nothing about its tokens; the text will need one and say so
     if one != other:

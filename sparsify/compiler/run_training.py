@@ -32,6 +32,7 @@ from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import load_state, meta_model, target_names, without_bars
 from sparsify.model.linear import LinearWeights
+from sparsify.model.pretrained import load_causal_lm, load_tokenizer
 from sparsify.progress import stage
 from sparsify.recipe import Calibration, Distill, Finetune, Lora
 from sparsify.recipe.sources import SELF
@@ -265,8 +266,6 @@ def training_rows(
     planned: PlannedTraining, checkpoint: Checkpoint, calibration: Calibration, directory: Path, quiet: bool
 ) -> Any:
     """The rows to train on; a resumed run takes those of the first one, whatever became of their source."""
-    from transformers import AutoTokenizer
-
     settings = planned.settings
     file = directory / "rows.safetensors"
     if isinstance(settings, Distill):
@@ -275,7 +274,7 @@ def training_rows(
         return TextRows(made["tokens"])
 
     def read() -> dict[str, Tensor]:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+        tokenizer = load_tokenizer(checkpoint.directory, checkpoint.spec)
         rows = conversation_rows(
             settings.data, settings.columns, tokenizer, settings.sequence_length, settings.samples, settings.seed
         )
@@ -301,12 +300,10 @@ def training_text(settings: Distill, calibration: Calibration) -> Calibration:
 
 def text_tokens(asked: Calibration, settings: Distill, writes: Checkpoint, quiet: bool) -> Tensor:
     """Tokens [samples, sequence_length]; `self` means the teacher."""
-    from transformers import AutoTokenizer
-
     try:
         return calibration_tokens(
             asked,
-            AutoTokenizer.from_pretrained(writes.directory),
+            load_tokenizer(writes.directory, writes.spec),
             lambda: open_writer(writes.directory, for_precision(settings.precision)),
             cache_dir=cache_directory() / "calibration",
             key=writer_key(writes, for_precision(settings.precision)),
@@ -327,12 +324,11 @@ def kept(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
 
 def open_teacher(planned: PlannedTraining, device: str) -> Teacher:
     """The dense model, in the precision of the products."""
-    from transformers import AutoModelForCausalLM
-
     assert planned.teacher is not None
     settings = planned.settings
     with without_bars():
-        model = AutoModelForCausalLM.from_pretrained(planned.teacher.directory, dtype=for_precision(settings.precision))
+        teacher = planned.teacher
+        model = load_causal_lm(teacher.directory, teacher.spec, dtype=for_precision(settings.precision))
     model.to(device)
     loss = settings.loss
     return Teacher(model, feature=loss.squarehead > 0, logits=loss.kl > 0, blocks=planned.teacher_blocks)

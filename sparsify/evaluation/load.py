@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import CheckpointError
+from sparsify.model import pretrained
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.decoder import without_bars
 from sparsify.progress import stage
@@ -41,12 +42,10 @@ def pick_device(device: str | None = None) -> torch.device:
 
 def load_model(spec: str | Path, device: str | None = None) -> LoadedModel:
     """Loads a directory, a hub id, a .gguf file or `embedded:NAME` in float32."""
-    from transformers import AutoModelForCausalLM
-
     checkpoint = open_checkpoint(spec)
     try:
         with stage(f"loading {spec}"), without_bars():
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
+            model = pretrained.load_causal_lm(checkpoint.directory, str(spec), dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{spec}: transformers cannot load this model ({reason})") from error
@@ -56,11 +55,9 @@ def load_model(spec: str | Path, device: str | None = None) -> LoadedModel:
 
 def load_tokenizer(spec: str | Path) -> Any:
     """The tokenizer that belongs to a model."""
-    from transformers import AutoTokenizer
-
     checkpoint = open_checkpoint(spec)
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.directory)
+        return pretrained.load_tokenizer(checkpoint.directory, str(spec))
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise CheckpointError(
             f"{spec} has no usable tokenizer ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "

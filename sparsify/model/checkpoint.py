@@ -263,9 +263,7 @@ def _from_hub(repository: str) -> Path:
 
     try:
         with stage(f"looking for {repository} in the cache and on the Hub"):
-            return Path(
-                snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=NOT_FROM_HUB)
-            )
+            return Path(snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=NOT_FROM_HUB))
     except LocalEntryNotFoundError:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise CheckpointError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparsify import compute
 from sparsify.errors import CheckpointError
 from sparsify.model.checkpoint import Checkpoint
+from sparsify.model.pretrained import causal_lm_of, load_config
 
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # mixture-of-experts routers that are plain linears
 
@@ -176,14 +177,13 @@ def find_blocks(model: nn.Module) -> list[str]:
 def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     """The model that config.json describes, its parameters on the meta device. A compressed one is built as if dense."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory)
+        config = load_config(checkpoint.directory, checkpoint.spec)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: nn.Module = causal_lm_of(config, checkpoint.directory, checkpoint.spec, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
             f"{checkpoint.spec}: transformers cannot build this model from config.json: {error}"

@@ -52,7 +52,9 @@ def test_everything_but_weights_and_credentials_comes_along(tmp_path):
 
 
 def test_apply_and_export_carry_them(tmp_path):
-    model = fill(save_tiny(tmp_path / "model"), ["modeling_mine.py", "additional_chat_templates/a.jinja", "a/b/LICENSE", ".env"])
+    model = fill(
+        save_tiny(tmp_path / "model"), ["modeling_mine.py", "additional_chat_templates/a.jinja", "a/b/LICENSE", ".env"]
+    )
     out = apply(parse_recipe(DATA_FREE), str(model), tmp_path / "out", quiet=True).output
     again = export(out, "pack-quantized", tmp_path / "again", quiet=True)
     for directory in (out, again):

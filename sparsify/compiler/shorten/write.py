@@ -25,6 +25,7 @@ from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.capture import capture_calls, run_block
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.linear import LinearWeights
+from sparsify.model.pretrained import load_config
 from sparsify.model.sublayers import FEED_FORWARD, KINDS, Structure, run_without
 from sparsify.training.block_tuning import Tuned
 
@@ -109,10 +110,8 @@ def renumbered(name: str, old: int, new: int) -> str:
 
 def shortened_config(checkpoint: Checkpoint, layers: Sequence[Layer], blocks: int) -> dict[str, Any]:
     """config.json for the layers that are left: their number, and every setting that lists a value per layer."""
-    from transformers import AutoConfig
-
     config = copy.deepcopy(checkpoint.config)
-    whole: Any = AutoConfig.from_pretrained(checkpoint.directory)
+    whole: Any = load_config(checkpoint.directory, checkpoint.spec)
     text = whole.get_text_config(decoder=True)
     level = config["text_config"] if text is not whole and isinstance(config.get("text_config"), dict) else config
     level[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)

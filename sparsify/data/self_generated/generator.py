@@ -8,6 +8,7 @@ import torch
 from sparsify.distributed import device
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import without_bars
+from sparsify.model.pretrained import load_causal_lm
 
 SHARE_OF_GPU = 0.5  # of its free memory that the weights may take; the rest is for keys and values
 
@@ -19,10 +20,8 @@ def writer_key(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
 
 def open_writer(directory: Path, dtype: torch.dtype) -> Any:
     """The causal language model of a directory: on the GPU where all of it fits there, else on the CPU."""
-    from transformers import AutoModelForCausalLM
-
     with without_bars():
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        model = load_causal_lm(directory, dtype=dtype)
     place = device()
     if place != "cpu" and model.get_memory_footprint() < SHARE_OF_GPU * torch.cuda.mem_get_info(place)[0]:
         model.to(place)
