@@ -303,8 +303,11 @@ def _measure(recipe: Recipe, quiet: bool) -> Evaluate | None:
     asked = recipe.evaluation
     if asked is None:
         return None
+    from sparsify.evaluation import check_text
     from sparsify.evaluation import evaluate as score
 
+    if recipe.model is not None:  # not after hours of compressing
+        check_text(recipe.model, asked.text, asked.sequence_length, asked.chunks)
     return lambda directory: score(
         directory, recipe.model, asked.text, asked.sequence_length, asked.chunks, quiet=quiet
     ).to_json()

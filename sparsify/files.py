@@ -1,5 +1,6 @@
 """Files appear under their final name only when they are whole: write aside, fsync, rename."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -12,6 +13,10 @@ from sparsify.errors import CheckpointError
 
 PACKAGE = Path(__file__).resolve().parent  # the directory of the `sparsify` package
 PARTIAL = ".partial"
+MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)  # fmt: skip
 
 
 def cache_directory() -> Path:
@@ -65,6 +70,27 @@ def atomic_directory(final: str | Path) -> Iterator[Path]:
         publish(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def encoding_problem(path: str | Path) -> str | None:
+    """Where a file stops being text in UTF-8, as `byte 0xe9 at offset 17`, and what its encoding may be; None where it does not."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    start = 0
+    with Path(path).open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            if not start and (name := next((name for mark, name in MARKS if block.startswith(mark)), None)):
+                return f"byte 0x{block[0]:02x} at offset 0, the mark of {name}; save it as UTF-8"
+            pending = decoder.getstate()[0]
+            try:
+                text = decoder.decode(block)
+            except UnicodeDecodeError as error:
+                return f"byte 0x{error.object[error.start]:02x} at offset {start - len(pending) + error.start}; save it as UTF-8"
+            if "\0" in text:
+                return f"byte 0x00 at offset {start + block.index(0)}: UTF-16, or no text at all; save it as UTF-8"
+            start += len(block)
+    if pending := decoder.getstate()[0]:
+        return f"byte 0x{pending[0]:02x} at offset {start - len(pending)}, where the file ends; it may be cut off"
+    return None
 
 
 def write_json(path: str | Path, value: Any, allow_nan: bool = False) -> None:

@@ -22,7 +22,7 @@ from sparsify.compiler.model_card import model_card
 from sparsify.compiler.plan import Plan, make_plan
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.run import Run
-from sparsify.compiler.run_training import ADAPTER
+from sparsify.compiler.run_training import ADAPTER, ROWS, read_ahead
 from sparsify.compiler.shorten import shorten
 from sparsify.distributed import is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CheckpointError
@@ -85,6 +85,8 @@ def apply(
     wait_for_all()  # nobody writes a part before everybody knows which ones were there
     with announced(arithmetic, plan, quiet).in_force():
         before = Before(plan)
+        with main_first():
+            _read_ahead(plan, writer, quiet)
         if plan.depth is not None:
             plan, before = shortened(plan, writer, resume, quiet, spill)
             writer.source = plan.checkpoint
@@ -97,11 +99,21 @@ def _kept(arithmetic: Arithmetic, plan: Plan, writer: CheckpointWriter, identity
     if plan.depth is not None:
         refuse_other_run(writer.work, identity, resume)
     if not resume:
-        (writer.work / CALIBRATION).unlink(missing_ok=True)  # of a run that was killed before its first part
+        for stale in (writer.work / CALIBRATION, *writer.work.glob(f"training-*/{ROWS}")):
+            stale.unlink(missing_ok=True)  # of a run that was killed before its first part
     if plan.needs_data:
         arithmetic = arithmetic.for_statistics()
     arithmetic.keep(writer.work)
     return arithmetic
+
+
+def _read_ahead(plan: Plan, writer: CheckpointWriter, quiet: bool) -> None:
+    """Read the texts of the training passes that are left, before anything is computed."""
+    for number, planned in enumerate(plan.training, 1):
+        if writer.stage < number:
+            # the passes are numbered anew behind a depth pass
+            kept_in = writer.work / f"training-{number}" if plan.depth is None else None
+            read_ahead(planned, plan.checkpoint, plan.recipe.calibration, kept_in, quiet)
 
 
 def _carry_out(run: Run, start: float, evaluate: Evaluate | None) -> Applied:

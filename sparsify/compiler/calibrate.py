@@ -58,13 +58,18 @@ def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tenso
 
 def _refuse_unknown_tokens(tokens: Tensor, plan: Plan, file: Path) -> None:
     """Token ids that the embedding of the model does not have."""
-    embedding: Any = plan.model.model.get_input_embeddings()  # type: ignore[operator]
+    known = _embedding_rows(plan)
     least, most = int(tokens.min()), int(tokens.max())
-    if least < 0 or most >= embedding.num_embeddings:
+    if least < 0 or most >= known:
         raise CalibrationError(
-            f"{file} holds the token ids {least} to {most}, the model knows 0 to {embedding.num_embeddings - 1}; "
+            f"{file} holds the token ids {least} to {most}, the model knows 0 to {known - 1}; "
             "were they made by another tokenizer?"
         )
+
+
+def _embedding_rows(plan: Plan) -> int:
+    embedding: Any = plan.model.model.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.num_embeddings)
 
 
 def _text_rows(plan: Plan, quiet: bool) -> Tensor:
@@ -83,6 +88,7 @@ def _text_rows(plan: Plan, quiet: bool) -> Tensor:
         cache_dir=cache_directory() / "calibration",
         key=writer_key(plan.checkpoint, dtype),
         quiet=quiet,
+        vocabulary=_embedding_rows(plan),
     )
 
 

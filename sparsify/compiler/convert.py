@@ -21,6 +21,7 @@ from sparsify.compiler.metrics import CARD, METRICS, RECIPE, json_text
 from sparsify.compiler.model_card import head_note, model_card
 from sparsify.compute import choose
 from sparsify.data.calibration import calibration_tokens, check_sources
+from sparsify.data.fitting import vocabulary_of
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.files import cache_directory, read_json
@@ -273,6 +274,7 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
         cache_dir=cache_directory() / "calibration",
         key=writer_key(checkpoint, dtype),
         quiet=quiet,
+        vocabulary=vocabulary_of(model.config),
     )
     hessian = HessianAccumulator()
     rows = tokens.to(model.device).split(max(1, TOKENS_PER_MICRO_BATCH // tokens.shape[1]))

@@ -22,6 +22,7 @@ from sparsify.compiler.plan_training import PlannedTraining
 from sparsify.compute import for_precision
 from sparsify.data.calibration import calibration_tokens
 from sparsify.data.chat import conversation_rows
+from sparsify.data.fitting import vocabulary_of
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.distributed import device, is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CalibrationError, CheckpointError
@@ -32,16 +33,17 @@ from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import load_state, meta_model, target_names, without_bars
 from sparsify.model.linear import LinearWeights
-from sparsify.model.pretrained import load_causal_lm, load_tokenizer
+from sparsify.model.pretrained import load_causal_lm, load_config, load_tokenizer
 from sparsify.progress import stage
 from sparsify.recipe import Calibration, Distill, Finetune, Lora
-from sparsify.recipe.sources import SELF
+from sparsify.recipe.sources import SELF, parse_source
 from sparsify.training.distill import TextRows, cache_teacher, collate, online
 from sparsify.training.qat_linear import make_trainable
 from sparsify.training.student import Student, Teacher, trainable_parameters
 from sparsify.training.trainer import PREFIX, load_parameters, train
 
 ADAPTER = "adapter"  # folder of an output directory
+ROWS = "rows.safetensors"  # what a training pass reads, in its folder of the work directory
 
 
 @dataclass
@@ -262,12 +264,30 @@ def rewrite(
         conclude(inside)
 
 
+def read_ahead(
+    planned: PlannedTraining, checkpoint: Checkpoint, calibration: Calibration, directory: Path | None, quiet: bool
+) -> None:
+    """Read the rows to train on, if they lie in files: what is wrong with them is better known before hours of compressing.
+
+    directory: where they are kept for the training, None to read them only.
+    """
+    settings = planned.settings
+    if isinstance(settings, Distill):
+        sources = [name for name, _ in training_text(settings, calibration).mixture]
+    else:
+        sources = [settings.data]
+    if all(parse_source(name).kind == "file" for name in sources):
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        training_rows(planned, checkpoint, calibration, directory, quiet)
+
+
 def training_rows(
-    planned: PlannedTraining, checkpoint: Checkpoint, calibration: Calibration, directory: Path, quiet: bool
+    planned: PlannedTraining, checkpoint: Checkpoint, calibration: Calibration, directory: Path | None, quiet: bool
 ) -> Any:
     """The rows to train on; a resumed run takes those of the first one, whatever became of their source."""
     settings = planned.settings
-    file = directory / "rows.safetensors"
+    file = None if directory is None else directory / ROWS
     if isinstance(settings, Distill):
         asked = training_text(settings, calibration)
         made = kept(file, lambda: {"tokens": text_tokens(asked, settings, planned.teacher or checkpoint, quiet)})
@@ -276,7 +296,13 @@ def training_rows(
     def read() -> dict[str, Tensor]:
         tokenizer = load_tokenizer(checkpoint.directory, checkpoint.spec)
         rows = conversation_rows(
-            settings.data, settings.columns, tokenizer, settings.sequence_length, settings.samples, settings.seed
+            settings.data,
+            settings.columns,
+            tokenizer,
+            settings.sequence_length,
+            settings.samples,
+            settings.seed,
+            vocabulary_of(load_config(checkpoint.directory, checkpoint.spec)),
         )
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         return {"lengths": lengths, **{key: torch.cat([row[key] for row in rows]) for key in ("input_ids", "labels")}}
@@ -308,13 +334,16 @@ def text_tokens(asked: Calibration, settings: Distill, writes: Checkpoint, quiet
             cache_dir=cache_directory() / "calibration",
             key=writer_key(writes, for_precision(settings.precision)),
             quiet=quiet,
+            vocabulary=vocabulary_of(load_config(writes.directory, writes.spec)),
         )
     except CalibrationError as error:
         raise CalibrationError(str(error).replace("calibration.", f"passes.{settings.kind}.")) from None
 
 
-def kept(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file, which is written whole when it is not there."""
+def kept(file: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file, which is written whole when it is not there. Without a file they are made and not kept."""
+    if file is None:
+        return make()
     if not file.exists():
         aside = file.with_suffix(".partial")
         save_file({name: tensor.contiguous() for name, tensor in make().items()}, aside)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsify.data.cache import cached, model_key, tokenizer_key
 from sparsify.data.files import RECORD_FILES, file_records, hub_records, read_text
+from sparsify.data.fitting import refuse_beyond
 from sparsify.data.mixture import interleave
 from sparsify.data.packing import documents, rows_of, tokenize
 from sparsify.errors import CalibrationError
@@ -29,6 +30,7 @@ def calibration_tokens(
     cache_dir: Path | None = None,
     key: str | None = None,
     quiet: bool = False,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """The rows that a recipe calibrates on. Returns int64 [samples, sequence_length] on the CPU.
 
@@ -39,13 +41,15 @@ def calibration_tokens(
 
     With `cache_dir`, written and downloaded rows are kept there. `key` identifies the model (a hash of its checkpoint);
     given, a hit calls no `model_factory`, not given, the weights of the loaded model are hashed.
-    Raises CalibrationError when the text is missing, unreadable or too short."""
+    Raises CalibrationError when the text is missing, unreadable, too short, or holds tokens beyond `vocabulary`, the number
+    of tokens that the model has an embedding for."""
     check_sources(spec)  # before the model writes for minutes
     parts = []
     for (source, _), samples in zip(spec.mixture, spec.rows, strict=True):
         own = spec.self if source == SELF else None
         alone = spec.model_copy(update={"source": source, "sources": None, "samples": samples, "self": own})
         parts.append(_rows(alone, source, tokenizer, model_factory, cache_dir, key, quiet))
+        refuse_beyond(parts[-1], vocabulary, tokenizer, source)
     return interleave(parts, spec.seed)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.data.files import RECORD_FILES, file_records, hub_records
+from sparsify.data.fitting import refuse_beyond, refuse_surrogates
 from sparsify.errors import CalibrationError, MissingDependency
 from sparsify.recipe import Columns
 from sparsify.recipe.sources import parse_source
@@ -21,13 +22,19 @@ IGNORED = -100  # a label that does not count, as everywhere in transformers
 
 
 def conversation_rows(
-    data: str, columns: Columns | None, tokenizer: Any, sequence_length: int, samples: int | None, seed: int
+    data: str,
+    columns: Columns | None,
+    tokenizer: Any,
+    sequence_length: int,
+    samples: int | None,
+    seed: int,
+    vocabulary: int | None = None,
 ) -> list[dict[str, Tensor]]:
     """One row per conversation, cut to `sequence_length`: input_ids int64 [T]; labels int64 [T], the next token where the
     assistant says it and IGNORED elsewhere.
 
     A conversation whose answers lie beyond the cut has nothing to teach and is left out. CalibrationError when a record is
-    no conversation, or none is left.
+    no conversation, none is left, or one holds a token beyond the `vocabulary` of the model.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
@@ -41,6 +48,7 @@ def conversation_rows(
             break
         read += 1
         ids, by_assistant = render(tokenizer, messages_of(record, columns, place), place)
+        refuse_beyond(ids[:sequence_length], vocabulary, tokenizer, place)
         row = training_row(ids[:sequence_length], by_assistant[:sequence_length])
         if (row["labels"] != IGNORED).any():
             rows.append(row)
@@ -81,6 +89,10 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{path} row {row}", record
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path}: a text after row {row} is not UTF-8 ({error}); create the file again"
+        ) from None
     except (ArrowException, OSError) as error:
         raise CalibrationError(f"{path} is not a readable parquet file ({error}); create it again") from None
 
@@ -120,6 +132,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]], place: str) -> tuple[
     conversation up to it adds to the prompt before it, end mark included: characters of one rendering, which is tokenised
     once, since text that is tokenised in pieces may not be what the model will see.
     """
+    refuse_surrogates(messages, place)
     if not getattr(tokenizer, "is_fast", False):
         raise CalibrationError(
             "fine-tuning needs a fast tokenizer (tokenizer.json), which knows where each token stands"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import CalibrationError, MissingDependency
+from sparsify.files import encoding_problem
 from sparsify.recipe.sources import Source
 
 FIELDS = ("messages", "text")
@@ -17,15 +18,19 @@ RECORD_FILES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 def read_text(path: Path, limit: int) -> str:
     """A plain text file, or its first `limit` characters up to a line end when it is longer."""
     try:
-        with path.open(encoding="utf-8") as stream:
+        with path.open(encoding="utf-8-sig") as stream:
             text = stream.read(limit)
-            return text if len(text) < limit else text + stream.readline()
+            text = text if len(text) < limit else text + stream.readline()
+        if "\0" not in text:
+            return text
+        problem = encoding_problem(path)
     except UnicodeDecodeError:
-        raise CalibrationError(
-            f"{path} is not a UTF-8 text; calibration reads plain text, .jsonl and .parquet files"
-        ) from None
+        problem = encoding_problem(path)
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read ({error.strerror}); give the path of a text file") from None
+    raise CalibrationError(
+        f"{path} is not a UTF-8 text ({problem}); text is read from plain, .jsonl and .parquet files"
+    )
 
 
 def file_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -35,21 +40,22 @@ def file_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        with path.open(encoding="utf-8") as stream:
+        with path.open(encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream, 1):
                 if not line.strip():
                     continue
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise CalibrationError(
-                        f"{path}:{number}: not a JSON record ({error.msg}); repair the line"
-                    ) from None
+                except (ValueError, RecursionError) as error:
+                    if "\0" in line:
+                        raise CalibrationError(f"{path} is not UTF-8 ({encoding_problem(path)})") from None
+                    reason = getattr(error, "msg", str(error))
+                    raise CalibrationError(f"{path}:{number}: not a JSON record ({reason}); repair the line") from None
                 if not isinstance(record, dict):
                     raise CalibrationError(f'{path}:{number}: a record must be a JSON object such as {{"text": "..."}}')
                 yield f"{path}:{number}", record
     except UnicodeDecodeError:
-        raise CalibrationError(f"{path} is not UTF-8; JSON Lines must be") from None
+        raise CalibrationError(f"{path} is not UTF-8 ({encoding_problem(path)}); JSON Lines must be") from None
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read ({error.strerror}); give the path of a .jsonl file") from None
 
@@ -71,6 +77,10 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{path} row {row}", record if present else dict.fromkeys(file.schema_arrow.names)
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path}: a text after row {row} is not UTF-8 ({error}); create the file again"
+        ) from None
     except (ArrowException, OSError) as error:
         raise CalibrationError(f"{path} is not a readable parquet file ({error}); create it again") from None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsify.data.files import RECORD_FILES
+from sparsify.data.fitting import refuse_surrogates
 from sparsify.errors import CalibrationError
 from sparsify.files import PARTIAL
 from sparsify.recipe.schema import Calibration
@@ -106,6 +107,8 @@ def _write_records(records: Iterable[Mapping[str, Any]], folder: Path) -> Path:
     file = folder / "documents.jsonl"
     aside = file.with_name(file.name + PARTIAL)
     with aside.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        for number, record in enumerate(records, 1):
+            refuse_surrogates(record, f"calibration document {number}")
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
     aside.replace(file)
     return file

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsify.data.files import FIELDS
+from sparsify.data.fitting import refuse_surrogates
 from sparsify.errors import CalibrationError
 
 
@@ -18,6 +19,7 @@ def tokenize(tokenizer: Any, text: str, special: bool = True) -> list[int]:
 def documents(records: Iterable[tuple[str, Mapping[str, Any]]], tokenizer: Any) -> Iterator[list[int]]:
     """Token ids of each record, ended by the tokenizer's end-of-text token so that documents stay apart."""
     for place, record in records:
+        refuse_surrogates([record.get(field) for field in FIELDS], place)
         if record.get("messages") is not None:
             yield tokenize(tokenizer, _chat(tokenizer, record["messages"], place), special=False)
         elif isinstance(text := record.get("text"), str):

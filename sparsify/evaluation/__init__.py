@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sparsify._version import __version__
 from sparsify.errors import SparsifyError
-from sparsify.evaluation.load import LoadedModel, format_name, load_model, load_tokenizer, pick_device
+from sparsify.evaluation.load import LoadedModel, format_name, load_model, load_tokenizer, load_vocabulary, pick_device
 from sparsify.evaluation.result import EvaluationResult, table
 from sparsify.evaluation.score import Score, chunked, score_logits, score_models
 from sparsify.evaluation.text import SELF, file_chunks, self_chunks
@@ -23,7 +23,7 @@ from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import progress, quietly, stage
 
 __all__ = [
-    "EvaluationResult", "LoadedModel", "Score", "chunked", "evaluate", "evaluate_all", "format_name", "load_model",
+    "EvaluationResult", "LoadedModel", "Score", "check_text", "chunked", "evaluate", "evaluate_all", "format_name", "load_model",
     "load_tokenizer", "pick_device", "score_logits", "score_models", "table",
 ]  # fmt: skip
 
@@ -73,16 +73,16 @@ def evaluate_all(
     """
     if not models:
         raise SparsifyError("nothing to evaluate: give at least one model directory")
-    own = text is None or str(text) == SELF
+    own = _is_own(text)
     if own and dense is None:
         raise SparsifyError("no text to score: give --text FILE, or --dense MODEL whose own samples are the text")
-    default_length, default_chunks = SELF_SIZE if own else FILE_SIZE
-    length, count = sequence_length or default_length, chunks or default_chunks
+    length, count = _size(text, sequence_length, chunks)
 
     # The cheap things that can be wrong come first: text and tokenizer, then the weights.
     with stage("reading the text"):
-        tokenizer = load_tokenizer(models[0] if dense is None else dense)
-        ids = None if text is None or own else file_chunks(text, tokenizer, length, count)
+        first = models[0] if dense is None else dense
+        tokenizer = load_tokenizer(first)
+        ids = None if own else file_chunks(str(text), tokenizer, length, count, load_vocabulary(first))
     checkpoints = [open_checkpoint(spec) for spec in models]
     reference = None if dense is None else load_model(dense, device)
     loaded = _load_all(models, reference, device)
@@ -130,6 +130,24 @@ def evaluate_all(
             )
         )
     return results
+
+
+def check_text(
+    model: str | Path, text: str | Path | None, sequence_length: int | None = None, chunks: int | None = None
+) -> None:
+    """Raise the error that scoring a text with this model's tokenizer would end with, without loading the model."""
+    if not _is_own(text):
+        file_chunks(str(text), load_tokenizer(model), *_size(text, sequence_length, chunks), load_vocabulary(model))
+
+
+def _is_own(text: str | Path | None) -> bool:
+    return text is None or str(text) == SELF
+
+
+def _size(text: str | Path | None, sequence_length: int | None, chunks: int | None) -> tuple[int, int]:
+    """Length of a chunk and number of chunks, as asked for or as usual for such a text."""
+    usual_length, usual_chunks = SELF_SIZE if _is_own(text) else FILE_SIZE
+    return sequence_length or usual_length, chunks or usual_chunks
 
 
 def _load_all(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsify.data.fitting import vocabulary_of
 from sparsify.errors import CheckpointError
 from sparsify.model import pretrained
 from sparsify.model.checkpoint import open_checkpoint
@@ -51,6 +52,15 @@ def load_model(spec: str | Path, device: str | None = None) -> LoadedModel:
         raise CheckpointError(f"{spec}: transformers cannot load this model ({reason})") from error
     model.to(pick_device(device)).eval()
     return LoadedModel(str(spec), checkpoint.directory, model, checkpoint.nbytes(), format_name(checkpoint.config))
+
+
+def load_vocabulary(spec: str | Path) -> int | None:
+    """How many tokens a model has an embedding for; None where its config does not say."""
+    checkpoint = open_checkpoint(spec)
+    try:
+        return vocabulary_of(pretrained.load_config(checkpoint.directory, str(spec)))
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
+        return None  # loading the model says what is wrong
 
 
 def load_tokenizer(spec: str | Path) -> Any:

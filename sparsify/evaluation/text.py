@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.data.calibration import calibration_tokens
+from sparsify.data.fitting import refuse_beyond, vocabulary_of
 from sparsify.errors import SparsifyError
 from sparsify.evaluation.score import chunked
+from sparsify.files import encoding_problem
 from sparsify.recipe.schema import Calibration
 
 SELF = "self"
@@ -20,15 +22,23 @@ SELF = "self"
 SELF_SEED = 0x5EED_0E7A
 
 
-def file_chunks(path: str | Path, tokenizer: Any, sequence_length: int, chunks: int) -> Tensor:
-    """The protocol: the whole file is tokenised at once and cut into consecutive chunks. Returns [C, S]."""
+def file_chunks(
+    path: str | Path, tokenizer: Any, sequence_length: int, chunks: int, vocabulary: int | None = None
+) -> Tensor:
+    """The protocol: the whole file is tokenised at once and cut into consecutive chunks. Returns [C, S].
+
+    vocabulary: how many tokens the model has an embedding for; a token beyond is refused by name.
+    """
     path = Path(str(path).removeprefix("file:")).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
+        problem = encoding_problem(path) if "\0" in text else None
     except OSError as error:
         raise SparsifyError(f"{path}: cannot read the evaluation text ({error.strerror or error})") from None
     except UnicodeDecodeError:
-        raise SparsifyError(f"{path}: the evaluation text is not UTF-8; evaluation reads plain text files") from None
+        problem = encoding_problem(path)
+    if problem is not None:
+        raise SparsifyError(f"{path}: the evaluation text is not UTF-8 ({problem}); evaluation reads plain text files")
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
     result = chunked(ids, sequence_length, chunks)
     if not len(result):
@@ -36,6 +46,7 @@ def file_chunks(path: str | Path, tokenizer: Any, sequence_length: int, chunks: 
             f"{path} gives {len(ids)} tokens, fewer than one chunk of {sequence_length}: "
             "use a longer text or a smaller --sequence-length"
         )
+    refuse_beyond(result, vocabulary, tokenizer, f"{path}: the evaluation text")
     return result
 
 
@@ -49,4 +60,5 @@ def self_chunks(
 ) -> Tensor:
     """Text that the dense model samples from itself at temperature 1. Returns [C, S]."""
     spec = Calibration(source=SELF, samples=chunks, sequence_length=sequence_length, seed=SELF_SEED)
-    return calibration_tokens(spec, tokenizer, lambda: dense, cache_dir=cache_dir, quiet=quiet)
+    vocabulary = vocabulary_of(dense.config)
+    return calibration_tokens(spec, tokenizer, lambda: dense, cache_dir=cache_dir, quiet=quiet, vocabulary=vocabulary)

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sparsify.errors import RecipeError
+from sparsify.files import encoding_problem
 from sparsify.recipe import llmcompressor
 from sparsify.recipe.builtin import ready_recipes
 from sparsify.recipe.document import Document, dump, parse
@@ -89,9 +90,10 @@ def load_recipe(
         return recipe_from(source, overrides=overrides, model=model)
     path = find_recipe(source)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not a text file; a recipe is YAML in UTF-8") from None
+        problem = encoding_problem(path)
+        raise RecipeError(f"{path}: not a text file ({problem}); a recipe is YAML in UTF-8") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     return parse_recipe(text, _short(path), overrides, model)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.data.fitting import refuse_beyond
 from sparsify.data.mixture import interleave
 from sparsify.data.self_generated.prompts import chat_script, chat_turns, document_mark, documents_script, endings_of
 from sparsify.data.self_generated.ptb_style import corpus_rows
@@ -37,6 +38,9 @@ def own_rows(
     written = [math.ceil(count * options.candidates) for count in kept]
     mark = document_mark(tokenizer, turns)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    given = [] if turns is None else [*turns.first, *turns.answer, *turns.further]
+    refuse_beyond(given, vocabulary, tokenizer, "the chat template")
+    refuse_beyond([] if mark is None else [mark], vocabulary, tokenizer, "the beginning of a document")
 
     def script(row: int) -> Script:
         random = Random(f"{seed} {row}")  # of its own per row, so that the text does not depend on the batching
@@ -44,6 +48,10 @@ def own_rows(
             return chat_script(turns, random)
         return documents_script(tokenizer, mark, vocabulary, options.openings, random)
 
+    for row in range(sum(written)):  # what the model is to go on from, before it writes for minutes
+        refuse_beyond(
+            next(iter(script(row))).tokens, vocabulary, tokenizer, "calibration.self, the beginning of a text,"
+        )
     marks = endings_of(tokenizer, model, mark, turns)
     heats = [heat for count in written for heat in _evenly(options.coolest, options.temperature, count)]
     tokens, likelihood = sample_rows(
