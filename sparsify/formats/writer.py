@@ -26,6 +26,8 @@ from sparsify.formats.scheme import Format, ModuleScheme
 from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_tensors, writing
 from sparsify.model.checkpoint import INDEX, Checkpoint, TensorInfo, read_header
 from sparsify.model.linear import LinearWeights
+from sparsify.model.sidecars import secrets
+from sparsify.progress import say
 
 SHARD_BYTES = 2_000_000_000
 
@@ -234,6 +236,8 @@ class CheckpointWriter:
         _write_shards(final, tensors)
         config = self._config(modules, tensors, linears)
         config.update(config_updates or {})
+        if behind := secrets(self.source.directory):
+            say(f"left out, as it looks like a credential: {', '.join(behind)}")
         with writing(final):
             write_json(final / "config.json", config, allow_nan=True)
             for name, sidecar in self._sidecars().items():

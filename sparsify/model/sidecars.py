@@ -47,6 +47,11 @@ def sidecars(directory: Path, apart_from: Collection[Path] = ()) -> dict[str, Pa
     return dict(sorted(found.items()))
 
 
+def secrets(directory: Path) -> list[str]:
+    """Names in the top folder that stay behind because they look like a credential, so that a user can be told."""
+    return sorted(entry.name for entry in directory.iterdir() if entry.name[0] != "." and _is_secret(entry.name))
+
+
 def inside(directory: Path, name: str) -> Path:
     """The file `name` of a directory with all links followed; CheckpointError when they lead out, or nowhere."""
     root = directory.resolve()
@@ -89,5 +94,8 @@ def _walk(root: Path, folder: str, skipped: Collection[Path], within: tuple[Path
 def _comes_along(name: str) -> bool:
     if name.startswith(".") and name not in HIDDEN:
         return False
-    secret = (SECRET_CODE if CODE.fullmatch(name) else SECRETS).fullmatch(name)
-    return not (secret or WEIGHTS.fullmatch(name) or WASTE.fullmatch(name))
+    return not (_is_secret(name) or WEIGHTS.fullmatch(name) or WASTE.fullmatch(name))
+
+
+def _is_secret(name: str) -> bool:
+    return (SECRET_CODE if CODE.fullmatch(name) else SECRETS).fullmatch(name) is not None

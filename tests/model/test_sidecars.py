@@ -51,6 +51,12 @@ def test_everything_but_weights_and_credentials_comes_along(tmp_path):
     assert all(file.read_text() == f"this is {name}" for name, file in found.items())
 
 
+def test_what_looks_like_a_credential_is_said_to_stay(tmp_path, capsys):
+    model = fill(save_tiny(tmp_path / "model"), ["hf_token.txt", ".env"])
+    apply(parse_recipe(DATA_FREE), str(model), tmp_path / "out")
+    assert "left out, as it looks like a credential: hf_token.txt" in capsys.readouterr().err
+
+
 def test_apply_and_export_carry_them(tmp_path):
     model = fill(
         save_tiny(tmp_path / "model"), ["modeling_mine.py", "additional_chat_templates/a.jinja", "a/b/LICENSE", ".env"]
