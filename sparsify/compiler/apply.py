@@ -16,7 +16,7 @@ import torch
 from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data
-from sparsify.compiler.checkpoint_names import OUTSIDE
+from sparsify.compiler.checkpoint_names import OUTSIDE, refuse_unstorable
 from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
 from sparsify.compiler.model_card import model_card
 from sparsify.compiler.plan import Plan, make_plan
@@ -77,6 +77,7 @@ def apply(
         arithmetic = begin(partial_directory(output), resume or not is_main())  # the main process has kept it by then
         with arithmetic.in_force(), stage(f"reading {model}"):
             plan = make_plan(recipe, model, served=served)
+            refuse_unstorable(plan)
         identity = dump_recipe(resumable(recipe))
         writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume=resume, identity=identity)
         finished = writer.parts()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
+from sparsify.formats.scheme import in_block
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
 from sparsify.model.output_head import OutputHead, find_head
@@ -115,6 +118,26 @@ class Plan:
     @property
     def needs_dense_reference(self) -> bool:
         return self.recipe.tune is not None or any(scheme.error_propagation > 0 for scheme in self.schemes.values())
+
+    @cached_property
+    def source_is_narrow(self) -> bool:
+        """Whether most floating numbers of the blocks are stored in at most 16 bits: what is wider there is so on purpose."""
+        infos = {n: info for n, info in self.checkpoint.infos.items() if info.dtype.is_floating_point}
+        inside = [info for name, info in infos.items() if in_block(name)] or [*infos.values()]
+        wide = sum(math.prod(info.shape) for info in inside if info.dtype.itemsize > 2)
+        return 2 * wide < sum(math.prod(info.shape) for info in inside)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type in the output of a tensor of the checkpoint that is not compressed.
+
+        That of the recipe, except for float32 and float64 among 16-bit tensors and what the model class keeps in float32.
+        """
+        dtype = self.checkpoint.dtype(name)
+        if not dtype.is_floating_point or (dtype.itemsize > 2 and self.source_is_narrow):
+            return dtype
+        if name in self.model.kept_wide:
+            return dtype if dtype == self.store else torch.float32
+        return self.store
 
     def dense_linear_bytes(self, module: str) -> int:
         """Bytes of a linear before it was compressed: 16-bit where that was done before this recipe."""

@@ -48,12 +48,12 @@ class Run:
             if part in self.finished:
                 continue
             mine = {name for name, owner in owners.items() if owner == index}
-            linears = {m: in_store(plan, compressed.linear(m)) for m in compressed.modules if f"{m}.weight" in mine}
+            linears = {m: in_store(plan, m, compressed.linear(m)) for m in compressed.modules if f"{m}.weight" in mine}
             biases = {f"{module}.bias" for module, linear in linears.items() if linear.bias is not None}
             plain = [name for name in compressed.other_names() if name in mine and name not in biases]
             if index is not None:
                 self.notes.write(index, layer_notes(index, by_module(plan, linears), self.before.errors), {})
-            self.writer.write_part(part, linears, {name: stored(plan, compressed.tensor(name)) for name in plain})
+            self.writer.write_part(part, linears, {name: stored(plan, name, compressed.tensor(name)) for name in plain})
 
     def train(self) -> None:
         """The training passes, each on what the one before left. Notes of the layers follow the weights."""
@@ -104,4 +104,5 @@ class Run:
             linears[head.module] = solved.linear
             self.notes.write_head(head_note(head, solved))
             names = [name for name in names if head.tied or name != head.source]
-        self.writer.write_part(OUTSIDE, linears, {name: stored(plan, plan.checkpoint.tensor(name)) for name in names})
+        tensors = {name: stored(plan, name, plan.checkpoint.tensor(name)) for name in names}
+        self.writer.write_part(OUTSIDE, linears, tensors)
