@@ -19,7 +19,7 @@ from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_
 from sparsify.compiler.checkpoint_names import OUTSIDE, refuse_unstorable
 from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
 from sparsify.compiler.model_card import model_card
-from sparsify.compiler.plan import Plan, make_plan
+from sparsify.compiler.plan import Plan, keep_zeros, make_plan
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.run import Run
 from sparsify.compiler.run_training import ADAPTER
@@ -76,7 +76,7 @@ def apply(
     with main_first():
         arithmetic = begin(partial_directory(output), resume or not is_main())  # the main process has kept it by then
         with arithmetic.in_force(), stage(f"reading {model}"):
-            plan = make_plan(recipe, model, served=served)
+            plan = keep_zeros(make_plan(recipe, model, served=served))
             refuse_unstorable(plan)
         identity = dump_recipe(resumable(recipe))
         writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume=resume, identity=identity)
@@ -115,6 +115,8 @@ def _carry_out(run: Run, start: float, evaluate: Evaluate | None) -> Applied:
             run.take_over(plan.compressed)
         elif not plan.needs_data:
             run.compress_without_data()
+        if plan.compressed is None:
+            run.refuse_nothing_done()
         if OUTSIDE not in writer.parts():
             with stage("embeddings and output head"):
                 run.write_outside(None if plan.head is None else run.solve_head(plan.head))
@@ -197,7 +199,7 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, s
         for step in after.passes
     ]
     whole = Shortened(note["layers_before"], tuple(note["teacher_blocks"]))
-    rest = make_plan(after.model_copy(update={"passes": passes_left}), str(short), whole)
+    rest = keep_zeros(make_plan(after.model_copy(update={"passes": passes_left}), str(short), whole))
     return rest, Before(plan, note, _renamed(plan, rest, note["layers"], errors), head)
 
 

@@ -12,6 +12,7 @@ from sparsify.compiler.plan import Plan
 from sparsify.files import read_json, write_json
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.linear import LinearWeights
+from sparsify.recipe.methods import KEEP
 
 METRICS = "metrics.json"
 RECORD = "run.json"
@@ -127,6 +128,8 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
         "tuning": [note["tuning"] for note in found] if plan.recipe.tune is not None else None,
         "head": head,
         "dense_modules": [{"module": module, "reason": reason} for module, reason in dense.items()],
+        "kept_zeros": [name for name, scheme in plan.schemes.items() if scheme.prune == KEEP],
+        "carried": plan.carried_json(),
         "sizes": {
             "dense_bytes": whole.dense_bytes(),
             "compressed_bytes": sum(writer.tensor_bytes().values()),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,9 +13,10 @@ import torch
 from rich.table import Table
 
 from sparsify.compiler.estimate import Estimate, estimate, time_in_words, training_in_words
-from sparsify.compiler.merged import merging_problem
+from sparsify.compiler.merged import merged_with, merging_problem
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
 from sparsify.compiler.shorten import PlannedDepth, plan_depth
+from sparsify.compiler.zeros import two_four_sources
 from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme
@@ -23,11 +26,12 @@ from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
-from sparsify.recipe.methods import QUANTIZE, needs_of
+from sparsify.recipe.methods import KEEP, QUANTIZE, needs_of
 from sparsify.recipe.sources import sources_in_words
 from sparsify.solver.head_quantization import head_problem, head_scheme
 from sparsify.solver.solve import Scheme
 
+MANY_CARRIED = 6  # kinds of unknown tensors that a table names
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,6 +40,7 @@ class Planned:
     """One linear of a decoder block. source: its tensor in the checkpoint; scheme: None when it stays dense, and why.
 
     given: how it is compressed already, in a recipe that starts from a compressed checkpoint
+    asked: what the recipe asks of any such linear, before it was known whether it is 2:4 already
     """
 
     module: str
@@ -45,6 +50,7 @@ class Planned:
     scheme: Scheme | None
     reason: str | None
     given: ModuleScheme | None = None
+    asked: Scheme | None = None
 
     @property
     def weights(self) -> int:
@@ -153,6 +159,22 @@ class Plan:
         packed = sum(self.compressed.nbytes(module) for module in inside)
         return self.checkpoint.nbytes() - packed + sum(2 * n * k for n, k in inside.values())
 
+    def carried(self) -> list[str]:
+        """Tensors of the checkpoint that the model class does not know, such as a layer for predicting further tokens. No
+        pass reads them; they come into the output as they are."""
+        names = self.checkpoint.names() if self.compressed is None else self.compressed.other_names()
+        return [name for name in names if name not in self.model.sources]
+
+    def carried_json(self) -> dict[str, Any] | None:
+        """What metrics.json says of them."""
+        names = self.carried()
+        nbytes = sum(self.checkpoint.info(name).nbytes for name in names)
+        return (
+            {"reason": f"unknown to {type(self.model.model).__name__}", "bytes": nbytes, "tensors": names}
+            if names
+            else None
+        )
+
     def dense_modules(self) -> dict[str, str]:
         """What stays dense and why."""
         kept = {name: planned.reason for name, planned in self.linears.items() if planned.reason is not None}
@@ -178,6 +200,7 @@ class Plan:
             "depth": None if self.depth is None else self.depth.to_json(),
             "head": self._head_json(),
             "dense_modules": self.dense_modules(),
+            "carried": self.carried_json(),
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
@@ -234,16 +257,30 @@ class Plan:
             f"memory about {cost.memory_bytes / 1e9:.1f} GB"
             + (f", {time_in_words(cost.operations, self.compute.dtype)}" if cost.operations else "")
             + (f"\n{self.compute.describe()}" if self.computes else "")
+            + (f"\n{carried_in_words(carried)}" if (carried := self.carried_json()) else "")
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
         )
         return table
+
+
+def carried_in_words(carried: Mapping[str, Any]) -> str:
+    """`carried over as they are: 11 tensors (2.1 MB) unknown to LlamaForCausalLM: model.layers.2.*`"""
+    kinds: dict[str, None] = {}
+    for name in carried["tensors"]:
+        block = re.match(r"(?:.*?\.)?\d+\.", name)
+        kinds[f"{block.group()}*" if block else name] = None
+    shown = ", ".join([*kinds][:MANY_CARRIED]) + (", ..." if len(kinds) > MANY_CARRIED else "")
+    count = len(carried["tensors"])
+    what = f"{count} tensor{'s' if count > 1 else ''} ({carried['bytes'] / 1e6:.1f} MB)"
+    return f"carried over as stored: {what} {carried['reason']}: {shown}"
 
 
 def describe(scheme: Scheme) -> str:
     """A scheme in words: `2:4 sparsegpt + 4-bit gptq, groups of 64`."""
     parts = []
     if scheme.prune:
-        parts.append(f"2:4 {scheme.prune}")
+        kept = ", stored as dense" if scheme.as_dense else ""
+        parts.append(f"2:4 already, zeros kept{kept}" if scheme.prune == KEEP else f"2:4 {scheme.prune}")
     if scheme.quantize:
         groups = f"groups of {scheme.group_size}" if scheme.group_size else "one scale per channel"
         parts.append(f"{scheme.bits}-bit {scheme.quantize}, {groups}")
@@ -257,9 +294,49 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     served: the result is what is exported, and vLLM has to load it
     """
     plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None)
+    plan = keep_zeros(plan, whole=False)
     if served and (problem := merging_problem(plan.linears, recipe.export.format)):
         raise RecipeError(problem)
     return plan if recipe.depth is None else replace(plan, depth=plan_depth(recipe.depth, plan.model))
+
+
+def keep_zeros(plan: Plan, whole: bool = True) -> Plan:
+    """The plan in which linears that are 2:4 already keep their masks: existing zeros are never revived or chosen anew.
+
+    whole: read the weights, as a run does before it begins; a plan looks at their first rows only
+    Raises RecipeError for a linear that is not 2:4 although the recipe says `prune: {method: keep}`.
+    """
+    asked = {p.module: p for p in plan.linears.values() if p.asked is not None and p.reason is None}
+    sources = {p.source for p in asked.values()}
+    found = two_four_sources(plan.checkpoint, sources, whole) if sources else set()
+    kept = {module for module, planned in asked.items() if planned.source in found}
+    linears = dict(plan.linears)
+    for module, planned in asked.items():
+        scheme = planned.asked
+        assert scheme is not None
+        if module in kept:
+            scheme = _kept(scheme, module, kept, plan)
+        elif scheme.prune == KEEP:
+            raise RecipeError(
+                f"prune: {{method: keep}} keeps the zeros of linears that are 2:4 already, and {planned.source} of "
+                f"{plan.checkpoint.spec} is not: some group of 4 inputs holds more than two non-zero weights; "
+                "leave it out with an override or ignore, or prune it by another method"
+            )
+        linears[module] = replace(planned, scheme=scheme)
+    return replace(plan, linears=linears)
+
+
+def _kept(scheme: Scheme, module: str, kept: set[str], plan: Plan) -> Scheme:
+    """What is asked of a linear that is 2:4 already, inside its mask."""
+    needs = needs_of(KEEP, scheme.quantize)
+    return replace(
+        scheme,
+        prune=KEEP,
+        error_propagation=scheme.error_propagation if needs.data else 0.0,
+        coordinate_descent=scheme.coordinate_descent if needs.sweep else 0,
+        as_dense=scheme.prune is None
+        and any(other in plan.linears and other not in kept for other in merged_with(module)),
+    )
 
 
 def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Plan:
@@ -284,7 +361,8 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
             reason = settings.dense if scheme is None else scheme.reason_dense(shape[1])
             if ROUTER.search(name):
                 reason = "routes tokens to experts"
-            linears[module] = Planned(module, source, index, shape, None if reason else scheme, reason)
+            asked = None if reason else scheme
+            linears[module] = Planned(module, source, index, shape, asked, reason, asked=asked)
         other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
     if shortened is None and (
         problem := override_problem(recipe, linears, model)
