@@ -176,6 +176,7 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, s
     with main_first():
         tokens = calibration_rows(plan, writer, quiet) if depth.needs_data or plan.needs_data else None
     errors: dict[str, float] = {}
+    kept: dict[str, float] = {}
     head: dict[str, Any] | None = None
     spec = model
     if before is not None:
@@ -186,6 +187,7 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, s
         metrics = read_json(compressed / METRICS)
         errors = {layer["module"]: layer["relative_error"] for layer in metrics["layers"]}
         head = metrics["head"]
+        kept = dict.fromkeys(metrics["kept_zeros"], 0.0)
     with main_first():
         if not (writer.work / DEPTH_NOTE).exists():  # written last: the directory was compared with the old model
             shutil.rmtree(short, ignore_errors=True)
@@ -200,7 +202,8 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, s
     ]
     whole = Shortened(note["layers_before"], tuple(note["teacher_blocks"]))
     rest = keep_zeros(make_plan(after.model_copy(update={"passes": passes_left}), str(short), whole))
-    return rest, Before(plan, note, _renamed(plan, rest, note["layers"], errors), head)
+    zeros = tuple(_renamed(plan, rest, note["layers"], kept))
+    return rest, Before(plan, note, _renamed(plan, rest, note["layers"], errors), head, zeros)
 
 
 def refuse_other_run(work: Path, identity: str, resume: bool) -> None:

@@ -28,12 +28,14 @@ class Before:
     depth:  what metrics.json says of the depth pass
     errors: output errors of linears that were compressed before it, by their new names
     head:   what metrics.json says of the output head, when that was quantized before it
+    kept_zeros: linears that were 2:4 before they were compressed before it, by their new names
     """
 
     plan: Plan
     depth: dict[str, Any] | None = None
     errors: dict[str, float] = field(default_factory=dict)
     head: dict[str, Any] | None = None
+    kept_zeros: tuple[str, ...] = ()
 
 
 class Notes:
@@ -128,7 +130,10 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
         "tuning": [note["tuning"] for note in found] if plan.recipe.tune is not None else None,
         "head": head,
         "dense_modules": [{"module": module, "reason": reason} for module, reason in dense.items()],
-        "kept_zeros": [name for name, scheme in plan.schemes.items() if scheme.prune == KEEP],
+        "kept_zeros": [
+            *before.kept_zeros,
+            *(name for name, scheme in plan.schemes.items() if scheme.prune == KEEP),
+        ],
         "carried": plan.carried_json(),
         "sizes": {
             "dense_bytes": whole.dense_bytes(),

@@ -326,6 +326,12 @@ def keep_zeros(plan: Plan, whole: bool = True) -> Plan:
     return replace(plan, linears=linears)
 
 
+def _stored_without_mask(module: str, kept: set[str], plan: Plan) -> bool:
+    """Whether this linear is there and not stored as 2:4."""
+    planned = plan.linears.get(module)
+    return planned is not None and module not in kept and (planned.asked is None or planned.asked.prune is None)
+
+
 def _kept(scheme: Scheme, module: str, kept: set[str], plan: Plan) -> Scheme:
     """What is asked of a linear that is 2:4 already, inside its mask."""
     needs = needs_of(KEEP, scheme.quantize)
@@ -334,8 +340,7 @@ def _kept(scheme: Scheme, module: str, kept: set[str], plan: Plan) -> Scheme:
         prune=KEEP,
         error_propagation=scheme.error_propagation if needs.data else 0.0,
         coordinate_descent=scheme.coordinate_descent if needs.sweep else 0,
-        as_dense=scheme.prune is None
-        and any(other in plan.linears and other not in kept for other in merged_with(module)),
+        as_dense=scheme.prune is None and any(_stored_without_mask(other, kept, plan) for other in merged_with(module)),
     )
 
 

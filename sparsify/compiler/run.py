@@ -50,12 +50,12 @@ class Run:
     spill: bool = False
 
     def refuse_nothing_done(self) -> None:
-        """CheckpointError, and no output, when not one linear could become what the recipe asks of it."""
+        """CheckpointError, and no output, when not one linear of the blocks could become what the recipe asks of it."""
         plan = self.plan
         found = [self.notes.read(index) for index in range(len(plan.model.blocks))]
         unpacked = self.writer.dense_modules()
         done = [layer["module"] for note in found for layer in note["layers"]]
-        if plan.head is not None or any(exported_name(plan, module) not in unpacked for module in done):
+        if any(exported_name(plan, module) not in unpacked for module in done):
             return
         reasons = [why for note in found for module, why in note["skipped"].items() if module in plan.schemes]
         reasons += unpacked.values()

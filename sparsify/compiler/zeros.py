@@ -22,7 +22,8 @@ def two_four_sources(checkpoint: Checkpoint, names: Iterable[str], whole: bool) 
     """
     by_file: dict[Path, list[str]] = {}
     for name in names:
-        if len(checkpoint.shape(name)) == 2 and checkpoint.shape(name)[1] % 4 == 0:
+        shape = checkpoint.shape(name)
+        if len(shape) == 2 and shape[1] % 4 == 0 and checkpoint.dtype(name).itemsize > 1:
             by_file.setdefault(checkpoint.info(name).file, []).append(name)
     found: set[str] = set()
     for path, inside in by_file.items():

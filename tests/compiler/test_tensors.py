@@ -160,7 +160,7 @@ def test_tensors_that_the_model_does_not_know_are_carried_over_and_named(tmp_pat
 def test_a_depth_pass_keeps_a_layer_behind_the_last_behind_the_last(tmp_path):
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     state = changed(source, extra)
-    recipe = parse_recipe("version: 1\npasses: [{depth: {method: deepest, layers: 1}}]\nexport: {format: dense}\n")
+    recipe = parse_recipe("version: 1\npasses: [{depth: {method: deepest, drop: 1}}]\nexport: {format: dense}\n")
     apply(recipe, str(source), tmp_path / "out", quiet=True)
     written = load_file(tmp_path / "out" / "model.safetensors")
     for name in ("model.layers.3.eh_proj.weight", "model.layers.3.mlp.up_proj.weight", "counter"):
@@ -198,6 +198,7 @@ def test_zeros_of_a_two_four_model_stay_zero(tmp_path, passes, propagation):
     recipe = parse_recipe(RTN) if passes == ["rtn"] else on_text(tmp_path, *passes, propagation=propagation)
     plan = make_plan(recipe, str(source))
     assert all(scheme.prune == "keep" for scheme in plan.schemes.values())
+    assert any("2:4 already, zeros kept" in str(cell) for column in plan.table().columns for cell in column.cells)
     result = apply(recipe, str(source), tmp_path / "out", quiet=True)
     opened = open_compressed(tmp_path / "out")
     assert len(opened.modules) == 21
