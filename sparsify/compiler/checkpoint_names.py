@@ -61,9 +61,10 @@ def _why_not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> str:
     if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
         return f"{name}: the tensor holds NaN or Inf; the model itself is damaged, get it again"
     kind = str(dtype).removeprefix("torch.")
+    hint = "set export.dtype to bfloat16" if dtype == torch.float16 else "no 16-bit type holds it"
     return (
         f"{name}: its largest value {tensor.abs().max().item():g} leaves the range of {kind}, which ends at "
-        f"{torch.finfo(dtype).max:g}; set export.dtype to bfloat16 or leave it out"
+        f"{torch.finfo(dtype).max:g}; {hint}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,8 +22,8 @@ from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
-from sparsify.formats.scheme import in_block
-from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.formats.scheme import FLOATS, in_block
+from sparsify.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
@@ -128,18 +129,20 @@ class Plan:
     @cached_property
     def source_is_narrow(self) -> bool:
         """Whether most floating numbers of the blocks are stored in at most 16 bits: what is wider there is so on purpose."""
-        infos = {n: info for n, info in self.checkpoint.infos.items() if info.dtype.is_floating_point}
-        inside = [info for name, info in infos.items() if in_block(name)] or [*infos.values()]
+        inside = _inside(self.checkpoint)
         wide = sum(math.prod(info.shape) for info in inside if info.dtype.itemsize > 2)
         return 2 * wide < sum(math.prod(info.shape) for info in inside)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The type in the output of a tensor of the checkpoint that is not compressed.
 
-        That of the recipe, except for float32 and float64 among 16-bit tensors and what the model class keeps in float32.
+        That of the recipe, except for float32 and float64 among 16-bit tensors and what the model class keeps in float32;
+        without one in the recipe, what has 16 bits already stays as it is.
         """
         dtype = self.checkpoint.dtype(name)
         if not dtype.is_floating_point or (dtype.itemsize > 2 and self.source_is_narrow):
+            return dtype
+        if dtype in FLOATS and self.recipe.export.dtype == "auto":
             return dtype
         if name in self.model.kept_wide:
             return dtype if dtype == self.store else torch.float32
@@ -471,8 +474,17 @@ def _head(recipe: Recipe, opened: BlockModel, store: torch.dtype, calibrates: bo
 
 
 def _storage_type(checkpoint: Checkpoint) -> torch.dtype:
-    stored = {checkpoint.dtype(name) for name in checkpoint.names()}
-    return torch.float16 if torch.float16 in stored else torch.bfloat16
+    """The 16-bit type of most numbers in the blocks; bfloat16 where there is none."""
+    numbers: Counter[torch.dtype] = Counter()
+    for info in _inside(checkpoint):
+        numbers[info.dtype] += math.prod(info.shape)
+    return torch.float16 if numbers[torch.float16] > numbers[torch.bfloat16] else torch.bfloat16
+
+
+def _inside(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """The floating tensors of the blocks; of the whole model where no name tells what a block is."""
+    floating = {name: info for name, info in checkpoint.infos.items() if info.dtype.is_floating_point}
+    return [info for name, info in floating.items() if in_block(name)] or [*floating.values()]
 
 
 def _scheme(recipe: Recipe, settings: LinearSettings, store: torch.dtype) -> Scheme | None:

@@ -99,6 +99,19 @@ def test_a_float32_model_is_cast_as_the_recipe_says(tmp_path):
         assert same_bits(opened.tensor(name), state[name].bfloat16())
 
 
+def test_one_float16_tensor_makes_no_float16_model(tmp_path):
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    state = changed(source, lambda s: {**s, NORM: s[NORM].half() + 2**-10})
+    apply(parse_recipe(RTN), str(source), tmp_path / "out", quiet=True)
+    opened = open_compressed(tmp_path / "out")
+    assert opened.config["dtype"] == "bfloat16"
+    assert {opened.linear(module).scale.dtype for module in opened.modules} == {torch.bfloat16}
+    for name in opened.other_names():
+        assert same_bits(opened.tensor(name), state[name]), name
+    apply(parse_recipe(RTN, overrides=["export.dtype=bfloat16"]), str(source), tmp_path / "cast", quiet=True)
+    assert same_bits(open_compressed(tmp_path / "cast").tensor(NORM), state[NORM].bfloat16())
+
+
 def test_nan_in_a_float32_tensor_is_named_before_anything_is_written(tmp_path):
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
 
