@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from tests.passes.recover.test_student import batch, compressed, stored
+from tests.training.test_student import batch, compressed, stored
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
