@@ -16,10 +16,10 @@ import torch
 from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data
-from sparsify.compiler.checkpoint_names import OUTSIDE
+from sparsify.compiler.checkpoint_names import OUTSIDE, refuse_unstorable
 from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
 from sparsify.compiler.model_card import model_card
-from sparsify.compiler.plan import Plan, make_plan
+from sparsify.compiler.plan import Plan, keep_zeros, make_plan
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.run import Run
 from sparsify.compiler.run_training import ADAPTER, ROWS, read_ahead
@@ -76,7 +76,8 @@ def apply(
     with main_first():
         arithmetic = begin(partial_directory(output), resume or not is_main())  # the main process has kept it by then
         with arithmetic.in_force(), stage(f"reading {model}"):
-            plan = make_plan(recipe, model, served=served)
+            plan = keep_zeros(make_plan(recipe, model, served=served))
+            refuse_unstorable(plan)
         identity = dump_recipe(resumable(recipe))
         writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume=resume, identity=identity)
         finished = writer.parts()
@@ -126,6 +127,8 @@ def _carry_out(run: Run, start: float, evaluate: Evaluate | None) -> Applied:
             run.take_over(plan.compressed)
         elif not plan.needs_data:
             run.compress_without_data()
+        if plan.compressed is None:
+            run.refuse_nothing_done()
         if OUTSIDE not in writer.parts():
             with stage("embeddings and output head"):
                 run.write_outside(None if plan.head is None else run.solve_head(plan.head))
@@ -185,6 +188,7 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, s
     with main_first():
         tokens = calibration_rows(plan, writer, quiet) if depth.needs_data or plan.needs_data else None
     errors: dict[str, float] = {}
+    kept: dict[str, float] = {}
     head: dict[str, Any] | None = None
     spec = model
     if before is not None:
@@ -195,6 +199,7 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, s
         metrics = read_json(compressed / METRICS)
         errors = {layer["module"]: layer["relative_error"] for layer in metrics["layers"]}
         head = metrics["head"]
+        kept = dict.fromkeys(metrics["kept_zeros"], 0.0)
     with main_first():
         if not (writer.work / DEPTH_NOTE).exists():  # written last: the directory was compared with the old model
             shutil.rmtree(short, ignore_errors=True)
@@ -208,8 +213,9 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, s
         for step in after.passes
     ]
     whole = Shortened(note["layers_before"], tuple(note["teacher_blocks"]))
-    rest = make_plan(after.model_copy(update={"passes": passes_left}), str(short), whole)
-    return rest, Before(plan, note, _renamed(plan, rest, note["layers"], errors), head)
+    rest = keep_zeros(make_plan(after.model_copy(update={"passes": passes_left}), str(short), whole))
+    zeros = tuple(_renamed(plan, rest, note["layers"], kept))
+    return rest, Before(plan, note, _renamed(plan, rest, note["layers"], errors), head, zeros)
 
 
 def refuse_other_run(work: Path, identity: str, resume: bool) -> None:

@@ -194,8 +194,12 @@ class _Tuning:
             lambda step, steps: self.bar.describe(f"{block}: tuning, step {step} of {steps}"),
         )  # fmt: skip
         self.note = {"before": tuned.before, "after": tuned.after, "steps": tuned.steps}
-        others = {prefix + name: tensor.to(self.plan.store) for name, tensor in tuned.others.items()}
-        kept = {name: tensor for name, tensor in others.items() if self.plan.model.source_of(name) is not None}
+        sources = {prefix + name: self.plan.model.source_of(prefix + name) for name in tuned.others}
+        kept = {
+            prefix + name: tensor.to(self.plan.stored_dtype(source))
+            for name, tensor in tuned.others.items()
+            if (source := sources[prefix + name]) is not None
+        }
         return {prefix + name: linear for name, linear in tuned.linears.items()}, kept
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from sparsify.compiler.plan import Plan
-from sparsify.model.linear import LinearWeights
+from sparsify.errors import NumericalError
+from sparsify.model.linear import CODE_RANGE, LinearWeights
 
 OUTSIDE = "outside"  # the part that holds what lies outside of the blocks
 
@@ -17,17 +19,62 @@ def part_name(index: int) -> str:
     return f"block-{index:04d}"
 
 
-def stored(plan: Plan, tensor: Tensor) -> Tensor:
-    return tensor.to(plan.store) if tensor.is_floating_point() else tensor
+def stored(plan: Plan, name: str, tensor: Tensor) -> Tensor:
+    """A tensor that is not compressed in the type that it has in the output. name: its own in the checkpoint.
+
+    Raises NumericalError for NaN or Inf in it, and for a value that leaves the range of that type.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    kept = tensor.to(plan.stored_dtype(name))
+    if not torch.isfinite(kept if kept.element_size() > 1 else kept.float()).all():
+        raise NumericalError(_why_not_finite(name, tensor, kept.dtype))
+    return kept
 
 
-def in_store(plan: Plan, linear: LinearWeights) -> LinearWeights:
+def refuse_unstorable(plan: Plan) -> None:
+    """Before anything is written: NumericalError names the first tensor that the output could not hold as a finite number.
+
+    Reads what is cast to a type of smaller range, and what keeps a wider type than the model; in all else nothing can
+    overflow, and NaN and Inf are named when it is compressed or written.
+    """
+    schemes = {plan.linears[module].source: scheme for module, scheme in plan.schemes.items()}
+    if plan.head is not None:
+        schemes.setdefault(plan.head.head.source, plan.head.scheme)
+    for name in plan.checkpoint.names():
+        dtype = plan.checkpoint.dtype(name)
+        if name not in plan.model.sources or not dtype.is_floating_point:
+            continue
+        scheme = schemes.get(name)
+        target = plan.store if scheme is not None else plan.stored_dtype(name)
+        narrowed = torch.finfo(target).max < torch.finfo(dtype).max
+        if not narrowed and (scheme is not None or target.itemsize <= 2):
+            continue
+        tensor = plan.checkpoint.tensor(name)
+        if scheme is not None and scheme.quantize and torch.isfinite(tensor).all():
+            tensor = tensor / CODE_RANGE[scheme.bits][1]  # a scale is stored, not the weight
+        if not torch.isfinite(tensor.to(target)).all():
+            raise NumericalError(_why_not_finite(name, tensor, target))
+
+
+def _why_not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> str:
+    if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
+        return f"{name}: the tensor holds NaN or Inf; the model itself is damaged, get it again"
+    kind = str(dtype).removeprefix("torch.")
+    hint = "set export.dtype to bfloat16" if dtype == torch.float16 else "no 16-bit type holds it"
+    return (
+        f"{name}: its largest value {tensor.abs().max().item():g} leaves the range of {kind}, which ends at "
+        f"{torch.finfo(dtype).max:g}; {hint}"
+    )
+
+
+def in_store(plan: Plan, module: str, linear: LinearWeights) -> LinearWeights:
     """A linear that is only trained is stored like any other tensor; what is compressed already stays to the bit."""
     if linear.bits < 16 or linear.pattern != "dense":
         return linear
     assert linear.values is not None
-    bias = None if linear.bias is None else stored(plan, linear.bias)
-    return replace(linear, values=stored(plan, linear.values), bias=bias)
+    bias = None if linear.bias is None else stored(plan, f"{module}.bias", linear.bias)
+    return replace(linear, values=stored(plan, f"{module}.weight", linear.values), bias=bias)
 
 
 def exported_name(plan: Plan, module: str) -> str:
@@ -50,7 +97,7 @@ def block_tensors(
     changed = {plan.model.source_of(name): tensor for name, tensor in (others or {}).items()}
     names = [name for name in plan.model.source_names(index) if name not in replaced]
     tensors = {name: changed[name] if name in changed else plan.checkpoint.tensor(name) for name in names}
-    return linears, {name: stored(plan, tensor) for name, tensor in tensors.items()}
+    return linears, {name: stored(plan, name, tensor) for name, tensor in tensors.items()}
 
 
 def block_parameters(plan: Plan, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ def stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> i
     empty = {"device": "meta"}
     linear = LinearWeights(
         scheme.bits,
-        "2:4" if scheme.prune else "dense",
+        scheme.pattern,
         group,
         codes=torch.empty((n, k), dtype=torch.int8, **empty) if scheme.quantize else None,  # type: ignore[call-overload]
         scale=torch.empty((n, k // group), dtype=plan.store, **empty) if scheme.quantize else None,  # type: ignore[call-overload]
@@ -91,7 +91,7 @@ def stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> i
     )
     if get_format(plan.recipe.export.format).supports(linear):
         return n * k * 2
-    kept = 0.5 if scheme.prune and plan.recipe.export.format == "sparse24" else 1.0
+    kept = 0.5 if scheme.pattern == "2:4" and plan.recipe.export.format == "sparse24" else 1.0
     positions = n * k // 8 if kept < 1 else 0
     scales = n * (k // group) * 2 if scheme.quantize else 0
     return int(n * k * kept * scheme.bits / 8) + positions + scales

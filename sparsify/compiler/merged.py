@@ -21,7 +21,11 @@ def _as_sparse24(scheme: Scheme | None, inputs: int) -> tuple[object, ...]:
     """What the format tells apart of a linear with so many inputs."""
     if scheme is None:
         return ("dense",)
-    return ("2:4" if scheme.prune else "any", scheme.bits, (scheme.group_size or inputs) if scheme.quantize else None)
+    return (
+        "2:4" if scheme.pattern == "2:4" else "any",
+        scheme.bits,
+        (scheme.group_size or inputs) if scheme.quantize else None,
+    )
 
 
 def _as_pack_quantized(scheme: Scheme | None, inputs: int) -> tuple[object, ...]:
@@ -33,6 +37,12 @@ STORED: dict[str, Callable[[Scheme | None, int], tuple[object, ...]]] = {
     "sparse24": _as_sparse24,
     "pack-quantized": _as_pack_quantized,
 }
+
+
+def merged_with(name: str) -> list[str]:
+    """The linears that vLLM puts beside this one, where the model has them."""
+    parent, dot, leaf = name.rpartition(".")
+    return [f"{parent}{dot}{other}" for together in MERGED if leaf in together for other in together if other != leaf]
 
 
 def merging_problem(linears: Mapping[str, Planned], format: str) -> str | None:

@@ -12,6 +12,7 @@ from sparsify.compiler.plan import Plan
 from sparsify.files import read_json, write_json
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.linear import LinearWeights
+from sparsify.recipe.methods import KEEP
 
 METRICS = "metrics.json"
 RECORD = "run.json"
@@ -27,12 +28,14 @@ class Before:
     depth:  what metrics.json says of the depth pass
     errors: output errors of linears that were compressed before it, by their new names
     head:   what metrics.json says of the output head, when that was quantized before it
+    kept_zeros: linears that were 2:4 before they were compressed before it, by their new names
     """
 
     plan: Plan
     depth: dict[str, Any] | None = None
     errors: dict[str, float] = field(default_factory=dict)
     head: dict[str, Any] | None = None
+    kept_zeros: tuple[str, ...] = ()
 
 
 class Notes:
@@ -127,6 +130,11 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
         "tuning": [note["tuning"] for note in found] if plan.recipe.tune is not None else None,
         "head": head,
         "dense_modules": [{"module": module, "reason": reason} for module, reason in dense.items()],
+        "kept_zeros": [
+            *before.kept_zeros,
+            *(name for name, scheme in plan.schemes.items() if scheme.prune == KEEP),
+        ],
+        "carried": plan.carried_json(),
         "sizes": {
             "dense_bytes": whole.dense_bytes(),
             "compressed_bytes": sum(writer.tensor_bytes().values()),

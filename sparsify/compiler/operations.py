@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsify.compiler.shorten import SEARCHED_ROWS
+from sparsify.recipe.methods import needs_of
 from sparsify.recipe.schema import SelfText
 from sparsify.recipe.sources import SELF
 from sparsify.solver.coordinate_descent import BLOCKSIZE
@@ -108,7 +109,7 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
         ratios = len(SHRINK) if grid.search else 1
         parts["sweep"] = parts.get("sweep", 0) + TRY_SCALE * ratios * weights
     if scheme.sweeps and scheme.coordinate_descent:
-        choice = CHOOSE_TWO if scheme.prune is not None else CHOOSE_ONE
+        choice = CHOOSE_TWO if needs_of(scheme.prune, None).sweep else CHOOSE_ONE
         group = 0 if grid is None else grid.group_size
         scales = 2 * weights * (group if group <= 2 * BLOCKSIZE else BLOCKSIZE)  # H @ codes inside every group
         parts["coordinate descent"] = 2 * weights * k + scheme.coordinate_descent * (

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from sparsify.compiler.estimate import Estimate, estimate, time_in_words, training_in_words
-from sparsify.compiler.merged import merging_problem
+from sparsify.compiler.merged import merged_with, merging_problem
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
 from sparsify.compiler.shorten import PlannedDepth, plan_depth
+from sparsify.compiler.zeros import two_four_sources
 from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
-from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.formats.scheme import FLOATS, in_block
+from sparsify.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
-from sparsify.recipe.methods import QUANTIZE, needs_of
+from sparsify.recipe.methods import KEEP, QUANTIZE, needs_of
 from sparsify.recipe.sources import sources_in_words
 from sparsify.solver.head_quantization import head_problem, head_scheme
 from sparsify.solver.solve import Scheme
 
+MANY_CARRIED = 6  # kinds of unknown tensors that a table names
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,6 +41,7 @@ class Planned:
     """One linear of a decoder block. source: its tensor in the checkpoint; scheme: None when it stays dense, and why.
 
     given: how it is compressed already, in a recipe that starts from a compressed checkpoint
+    asked: what the recipe asks of any such linear, before it was known whether it is 2:4 already
     """
 
     module: str
@@ -42,6 +51,7 @@ class Planned:
     scheme: Scheme | None
     reason: str | None
     given: ModuleScheme | None = None
+    asked: Scheme | None = None
 
     @property
     def weights(self) -> int:
@@ -116,6 +126,28 @@ class Plan:
     def needs_dense_reference(self) -> bool:
         return self.recipe.tune is not None or any(scheme.error_propagation > 0 for scheme in self.schemes.values())
 
+    @cached_property
+    def source_is_narrow(self) -> bool:
+        """Whether most floating numbers of the blocks are stored in at most 16 bits: what is wider there is so on purpose."""
+        inside = _inside(self.checkpoint)
+        wide = sum(math.prod(info.shape) for info in inside if info.dtype.itemsize > 2)
+        return 2 * wide < sum(math.prod(info.shape) for info in inside)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type in the output of a tensor of the checkpoint that is not compressed.
+
+        That of the recipe, except for float32 and float64 among 16-bit tensors and what the model class keeps in float32;
+        without one in the recipe, what has 16 bits already stays as it is.
+        """
+        dtype = self.checkpoint.dtype(name)
+        if not dtype.is_floating_point or (dtype.itemsize > 2 and self.source_is_narrow):
+            return dtype
+        if dtype in FLOATS and self.recipe.export.dtype == "auto":
+            return dtype
+        if name in self.model.kept_wide:
+            return dtype if dtype == self.store else torch.float32
+        return self.store
+
     def dense_linear_bytes(self, module: str) -> int:
         """Bytes of a linear before it was compressed: 16-bit where that was done before this recipe."""
         planned = self.linears[module]
@@ -129,6 +161,22 @@ class Plan:
         inside = {module: scheme.shape for module, scheme in self.compressed.modules.items()}
         packed = sum(self.compressed.nbytes(module) for module in inside)
         return self.checkpoint.nbytes() - packed + sum(2 * n * k for n, k in inside.values())
+
+    def carried(self) -> list[str]:
+        """Tensors of the checkpoint that the model class does not know, such as a layer for predicting further tokens. No
+        pass reads them; they come into the output as they are."""
+        names = self.checkpoint.names() if self.compressed is None else self.compressed.other_names()
+        return [name for name in names if name not in self.model.sources]
+
+    def carried_json(self) -> dict[str, Any] | None:
+        """What metrics.json says of them."""
+        names = self.carried()
+        nbytes = sum(self.checkpoint.info(name).nbytes for name in names)
+        return (
+            {"reason": f"unknown to {type(self.model.model).__name__}", "bytes": nbytes, "tensors": names}
+            if names
+            else None
+        )
 
     def dense_modules(self) -> dict[str, str]:
         """What stays dense and why."""
@@ -155,6 +203,7 @@ class Plan:
             "depth": None if self.depth is None else self.depth.to_json(),
             "head": self._head_json(),
             "dense_modules": self.dense_modules(),
+            "carried": self.carried_json(),
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
@@ -211,16 +260,30 @@ class Plan:
             f"memory about {cost.memory_bytes / 1e9:.1f} GB"
             + (f", {time_in_words(cost.operations, self.compute.dtype)}" if cost.operations else "")
             + (f"\n{self.compute.describe()}" if self.computes else "")
+            + (f"\n{carried_in_words(carried)}" if (carried := self.carried_json()) else "")
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
         )
         return table
+
+
+def carried_in_words(carried: Mapping[str, Any]) -> str:
+    """`carried over as they are: 11 tensors (2.1 MB) unknown to LlamaForCausalLM: model.layers.2.*`"""
+    kinds: dict[str, None] = {}
+    for name in carried["tensors"]:
+        block = re.match(r"(?:.*?\.)?\d+\.", name)
+        kinds[f"{block.group()}*" if block else name] = None
+    shown = ", ".join([*kinds][:MANY_CARRIED]) + (", ..." if len(kinds) > MANY_CARRIED else "")
+    count = len(carried["tensors"])
+    what = f"{count} tensor{'s' if count > 1 else ''} ({carried['bytes'] / 1e6:.1f} MB)"
+    return f"carried over as stored: {what} {carried['reason']}: {shown}"
 
 
 def describe(scheme: Scheme) -> str:
     """A scheme in words: `2:4 sparsegpt + 4-bit gptq, groups of 64`."""
     parts = []
     if scheme.prune:
-        parts.append(f"2:4 {scheme.prune}")
+        kept = ", stored as dense" if scheme.as_dense else ""
+        parts.append(f"2:4 already, zeros kept{kept}" if scheme.prune == KEEP else f"2:4 {scheme.prune}")
     if scheme.quantize:
         groups = f"groups of {scheme.group_size}" if scheme.group_size else "one scale per channel"
         parts.append(f"{scheme.bits}-bit {scheme.quantize}, {groups}")
@@ -234,9 +297,54 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     served: the result is what is exported, and vLLM has to load it
     """
     plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None)
+    plan = keep_zeros(plan, whole=False)
     if served and (problem := merging_problem(plan.linears, recipe.export.format)):
         raise RecipeError(problem)
     return plan if recipe.depth is None else replace(plan, depth=plan_depth(recipe.depth, plan.model))
+
+
+def keep_zeros(plan: Plan, whole: bool = True) -> Plan:
+    """The plan in which linears that are 2:4 already keep their masks: existing zeros are never revived or chosen anew.
+
+    whole: read the weights, as a run does before it begins; a plan looks at their first rows only
+    Raises RecipeError for a linear that is not 2:4 although the recipe says `prune: {method: keep}`.
+    """
+    asked = {p.module: p for p in plan.linears.values() if p.asked is not None and p.reason is None}
+    sources = {p.source for p in asked.values()}
+    found = two_four_sources(plan.checkpoint, sources, whole) if sources else set()
+    kept = {module for module, planned in asked.items() if planned.source in found}
+    linears = dict(plan.linears)
+    for module, planned in asked.items():
+        scheme = planned.asked
+        assert scheme is not None
+        if module in kept:
+            scheme = _kept(scheme, module, kept, plan)
+        elif scheme.prune == KEEP:
+            raise RecipeError(
+                f"prune: {{method: keep}} keeps the zeros of linears that are 2:4 already, and {planned.source} of "
+                f"{plan.checkpoint.spec} is not: some group of 4 inputs holds more than two non-zero weights; "
+                "leave it out with an override or ignore, or prune it by another method"
+            )
+        linears[module] = replace(planned, scheme=scheme)
+    return replace(plan, linears=linears)
+
+
+def _stored_without_mask(module: str, kept: set[str], plan: Plan) -> bool:
+    """Whether this linear is there and not stored as 2:4."""
+    planned = plan.linears.get(module)
+    return planned is not None and module not in kept and (planned.asked is None or planned.asked.prune is None)
+
+
+def _kept(scheme: Scheme, module: str, kept: set[str], plan: Plan) -> Scheme:
+    """What is asked of a linear that is 2:4 already, inside its mask."""
+    needs = needs_of(KEEP, scheme.quantize)
+    return replace(
+        scheme,
+        prune=KEEP,
+        error_propagation=scheme.error_propagation if needs.data else 0.0,
+        coordinate_descent=scheme.coordinate_descent if needs.sweep else 0,
+        as_dense=scheme.prune is None and any(_stored_without_mask(other, kept, plan) for other in merged_with(module)),
+    )
 
 
 def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Plan:
@@ -261,7 +369,8 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
             reason = settings.dense if scheme is None else scheme.reason_dense(shape[1])
             if ROUTER.search(name):
                 reason = "routes tokens to experts"
-            linears[module] = Planned(module, source, index, shape, None if reason else scheme, reason)
+            asked = None if reason else scheme
+            linears[module] = Planned(module, source, index, shape, asked, reason, asked=asked)
         other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
     if shortened is None and (
         problem := override_problem(recipe, linears, model)
@@ -365,8 +474,17 @@ def _head(recipe: Recipe, opened: BlockModel, store: torch.dtype, calibrates: bo
 
 
 def _storage_type(checkpoint: Checkpoint) -> torch.dtype:
-    stored = {checkpoint.dtype(name) for name in checkpoint.names()}
-    return torch.float16 if torch.float16 in stored else torch.bfloat16
+    """The 16-bit type of most numbers in the blocks; bfloat16 where there is none."""
+    numbers: Counter[torch.dtype] = Counter()
+    for info in _inside(checkpoint):
+        numbers[info.dtype] += math.prod(info.shape)
+    return torch.float16 if numbers[torch.float16] > numbers[torch.bfloat16] else torch.bfloat16
+
+
+def _inside(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """The floating tensors of the blocks; of the whole model where no name tells what a block is."""
+    floating = {name: info for name, info in checkpoint.infos.items() if info.dtype.is_floating_point}
+    return [info for name, info in floating.items() if in_block(name)] or [*floating.values()]
 
 
 def _scheme(recipe: Recipe, settings: LinearSettings, store: torch.dtype) -> Scheme | None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from sparsify.compiler.checkpoint_names import OUTSIDE, block_tensors, by_module, in_store, part_name, stored
+from sparsify.compiler.checkpoint_names import (
+    OUTSIDE,
+    block_tensors,
+    by_module,
+    exported_name,
+    in_store,
+    part_name,
+    stored,
+)
 from sparsify.compiler.metrics import Before, Notes, layer_notes
 from sparsify.compiler.model_card import head_note
 from sparsify.compiler.plan import Plan, PlannedHead
 from sparsify.compiler.run_training import train_stage
+from sparsify.errors import CheckpointError
 from sparsify.formats.reader import CompressedCheckpoint
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.linear import LinearWeights
@@ -39,6 +49,22 @@ class Run:
     quiet: bool = False
     spill: bool = False
 
+    def refuse_nothing_done(self) -> None:
+        """CheckpointError, and no output, when not one linear of the blocks could become what the recipe asks of it."""
+        plan = self.plan
+        found = [self.notes.read(index) for index in range(len(plan.model.blocks))]
+        unpacked = self.writer.dense_modules()
+        done = [layer["module"] for note in found for layer in note["layers"]]
+        if any(exported_name(plan, module) not in unpacked for module in done):
+            return
+        reasons = [why for note in found for module, why in note["skipped"].items() if module in plan.schemes]
+        reasons += unpacked.values()
+        self.writer.discard()
+        raise CheckpointError(
+            f"none of the {len(plan.schemes)} linears of {plan.checkpoint.spec} that the recipe names can be compressed: "
+            + "; ".join(f"{why} ({count})" for why, count in Counter(reasons).most_common())
+        )
+
     def take_over(self, compressed: CompressedCheckpoint) -> None:
         """Take over a checkpoint that is compressed already, block by block, as compressing it would have left it."""
         plan = self.plan
@@ -48,12 +74,15 @@ class Run:
             if part in self.finished:
                 continue
             mine = {name for name, owner in owners.items() if owner == index}
-            linears = {m: in_store(plan, compressed.linear(m)) for m in compressed.modules if f"{m}.weight" in mine}
+            linears = {m: in_store(plan, m, compressed.linear(m)) for m in compressed.modules if f"{m}.weight" in mine}
             biases = {f"{module}.bias" for module, linear in linears.items() if linear.bias is not None}
             plain = [name for name in compressed.other_names() if name in mine and name not in biases]
             if index is not None:
                 self.notes.write(index, layer_notes(index, by_module(plan, linears), self.before.errors), {})
-            self.writer.write_part(part, linears, {name: stored(plan, compressed.tensor(name)) for name in plain})
+            tensors = {name: stored(plan, name, compressed.tensor(name)) for name in plain}
+            if index is None:
+                tensors |= {name: compressed.tensor(name) for name in plan.carried() if name not in biases}
+            self.writer.write_part(part, linears, tensors)
 
     def train(self) -> None:
         """The training passes, each on what the one before left. Notes of the layers follow the weights."""
@@ -104,4 +133,6 @@ class Run:
             linears[head.module] = solved.linear
             self.notes.write_head(head_note(head, solved))
             names = [name for name in names if head.tied or name != head.source]
-        self.writer.write_part(OUTSIDE, linears, {name: stored(plan, plan.checkpoint.tensor(name)) for name in names})
+        tensors = {name: stored(plan, name, plan.checkpoint.tensor(name)) for name in names}
+        tensors |= {name: plan.checkpoint.tensor(name) for name in plan.carried()}
+        self.writer.write_part(OUTSIDE, linears, tensors)

@@ -76,7 +76,7 @@ def open_student(writer: CheckpointWriter, checkpoint: Checkpoint) -> OpenedStud
     model: Any = meta_model(checkpoint, torch.float32)
     targets = target_names(model, [*others, *(f"{module}.weight" for module in linears)])
     modules = {module: targets[f"{module}.weight"][0].removesuffix(".weight") for module in linears}
-    state = {**others}
+    state = {name: tensor for name, tensor in others.items() if name in targets}  # the model knows no others
     for module, linear in linears.items():
         state[f"{module}.weight"] = linear.dense(torch.float32)
         if linear.bias is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from sparsify.compiler.model_card import head_in_words, shown_perplexity, training_in_words
+from sparsify.compiler.plan import carried_in_words
 from sparsify.compiler.shorten import describe_note
 
 
@@ -34,6 +35,10 @@ def summary(metrics: Mapping[str, Any], title: str) -> Table:
         table.add_row("output error, worst", f"{worst['relative_error']:.4f} at {worst['module']}")
     for reason, count in Counter(entry["reason"] for entry in metrics["dense_modules"]).items():
         table.add_row("left dense", f"{count}: {reason}")
+    if kept := metrics.get("kept_zeros"):
+        table.add_row("zeros kept", f"in {len(kept)} linears that were 2:4 already")
+    if carried := metrics.get("carried"):
+        table.add_row("carried over", carried_in_words(carried).partition(": ")[2])
     for training in metrics["training"]:
         table.add_row(training["kind"], training_in_words(training))
     if evaluation := metrics.get("evaluation"):

@@ -341,6 +341,8 @@ def _main_dtype(modules: Mapping[str, ModuleScheme], tensors: Mapping[str, LazyT
     for name, tensor in floating.items():
         if name.rpartition(".")[0] not in modules:
             outside[tensor.dtype] += tensor.nbytes
+    if modules and any(dtype.itemsize == 2 for dtype in outside):  # a packed model is no float32 one, whatever stays so
+        outside = Counter({dtype: nbytes for dtype, nbytes in outside.items() if dtype.itemsize <= 2})
     if not outside:
         outside.update(tensor.dtype for tensor in floating.values())
     return outside.most_common(1)[0][0] if outside else torch.bfloat16

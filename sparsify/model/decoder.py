@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +40,18 @@ class BlockModel:
     sources: dict[str, tuple[str, bool]]
     dtype: torch.dtype
     _by_prefix: dict[str, list[str]] = field(default_factory=dict)
+
+    @cached_property
+    def kept_wide(self) -> set[str]:
+        """Checkpoint tensors that the model class keeps in float32 whatever it is loaded in (`_keep_in_fp32_modules`)."""
+        from transformers.core_model_loading import build_glob_alternation
+
+        kinds = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        patterns = sorted({pattern for kind in kinds for pattern in getattr(self.model, kind, None) or ()})
+        if not patterns:
+            return set()
+        wide = build_glob_alternation(patterns)[0]
+        return {source for source, (target, _) in self.sources.items() if wide.search(target)}
 
     def head_weights(self) -> int:
         """Weights of the output head, whether they are tied to the embedding or not."""
@@ -122,7 +135,8 @@ def without_bars() -> Iterator[None]:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Put checkpoint tensors into a model on the meta device, as transformers would: renamed, assembled, in `dtype`."""
+    """Put checkpoint tensors into a model on the meta device, as transformers would: renamed, assembled, in `dtype` but for
+    what the model class keeps in float32."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -131,7 +145,11 @@ def load_state(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -
         info, _ = convert_and_load_state_dict_in_model(
             model=model,
             state_dict=state,
-            load_config=LoadStateDictConfig(dtype=dtype, weight_mapping=get_model_conversion_mapping(model)),
+            load_config=LoadStateDictConfig(
+                dtype=dtype,
+                dtype_plan=model._get_dtype_plan(dtype),  # type: ignore[operator]
+                weight_mapping=get_model_conversion_mapping(model),
+            ),
         )
     if info.mismatched_keys or info.conversion_errors:
         problem = sorted(map(str, info.mismatched_keys or info.conversion_errors))[0]

@@ -42,6 +42,7 @@ class _Translator:
         self.origins: dict[KeyPath, str] = {}
         self.ignored: dict[str, tuple[Any, str]] = {}
         self.damping: dict[str, tuple[Any, str]] = {}
+        self.keeps: str | None = None
 
     def run(self) -> Document:
         for key, value in self.document.data.items():
@@ -55,6 +56,8 @@ class _Translator:
                 continue
             else:
                 self._refuse((key,), f"'{key}' of an llm-compressor recipe has no counterpart here; remove it")
+        if self.keeps is not None and not any("prune" in entry for entry in self.passes):
+            self._insert_keep(self.keeps)
         if not self.passes:
             self._refuse((), "this llm-compressor recipe holds no modifier that sparsify knows")
         kinds = [kind for entry in self.passes for kind in entry]
@@ -147,11 +150,19 @@ class _Translator:
         self.passes.append({kind: {key: value for key, (value, _) in body.items()}})
 
     def _keep_mask(self, settings: "_Settings") -> None:
-        """Zeros stay zero in every pass here, so the modifier asks for what happens anyway, if there is a mask."""
+        """Zeros stay zero in every pass here; without a pass that makes them, the model brings them along."""
         settings.drop("targets", *_LIFECYCLE)
         settings.finish()
-        if not any("prune" in entry for entry in self.passes):
-            settings.refuse(None, "keeps the zeros of an already sparse model, which sparsify does not start from yet")
+        self.keeps = settings.place()
+
+    def _insert_keep(self, place: str) -> None:
+        """`prune: {method: keep}` before all other passes. place: where the modifier stands"""
+        moved = {
+            (path[0], path[1] + 1, *path[2:]) if path[0] == "passes" and isinstance(path[1], int) else path: origin
+            for path, origin in ((path, origin) for path, origin in self.origins.items() if path)
+        }
+        self.origins = {**moved, ("passes", 0, "prune"): place}
+        self.passes.insert(0, {"prune": {"method": "keep", "pattern": "2:4"}})
 
 
 Body = dict[str, tuple[Any, str]]  # key of our recipe -> value and the place it was written

@@ -24,7 +24,9 @@ class Needs:
 
 
 NOTHING = Needs()
+KEEP = "keep"  # the zeros of a linear that is 2:4 already
 PRUNE = {
+    KEEP: NOTHING,
     "magnitude": NOTHING,
     "wanda": Needs(data=True),
     "sparsegpt": Needs(data=True, hessian=True, sweep=True),

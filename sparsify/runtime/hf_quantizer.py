@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightRenaming, build_glob_alternation, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -47,6 +47,7 @@ class Sparse24Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
+        self._wanted = _wanted_dtypes(model)
         header = _read_headers(checkpoint_files)
         shapes = {name: info.shape for name, info in header.items()}
         schemes = get_format(METHOD).schemes(self.quantization_config.to_dict(), shapes)
@@ -69,6 +70,12 @@ class Sparse24Quantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        packed = {name for name, module in model.named_modules() if isinstance(module, Sparse24Linear)}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            # transformers leaves what it renames or assembles in the type of the files, as for any quantized checkpoint
+            wanted = self._wanted.get(name)
+            if wanted is not None and name.rpartition(".")[0] not in packed and not tensor.is_meta:
+                tensor.data = tensor.data.to(wanted)
         for module in model.modules():
             if isinstance(module, Sparse24Linear):
                 module.prepare(model.dtype)
@@ -85,6 +92,17 @@ class Sparse24Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _wanted_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """The type that every floating tensor of a dense model would be loaded in: its own here, or float32 by its class."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)  # type: ignore[operator]
+    wide, groups, _ = build_glob_alternation([*plan]) if plan else (None, {}, None)
+    wanted = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    for name in wanted if wide is not None else ():
+        if (match := wide.search(name)) is not None:
+            wanted[name] = plan[groups[match.lastgroup]]
+    return wanted
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsify.distributed import gathered, processes, share
 from sparsify.errors import NumericalError
 from sparsify.model.linear import LinearWeights
-from sparsify.recipe.methods import NOTHING, PRUNE, needs_of
+from sparsify.recipe.methods import KEEP, NOTHING, PRUNE, needs_of
 from sparsify.solver import masks
 from sparsify.solver.column_sweep import column_sweep
 from sparsify.solver.coordinate_descent import coordinate_descent
@@ -30,6 +30,7 @@ class Scheme:
     error_propagation: alpha of QEP, how far the target moves toward the dense outputs; 0 aims at the original weights
     activation_order: sweep the inputs of largest second moment first
     coordinate_descent: passes of it after the sweep
+    as_dense:   the format is not told of the zeros, because vLLM merges this linear with one that has none
     dtype:      how scales and 16-bit values are stored
     """
 
@@ -43,6 +44,12 @@ class Scheme:
     scale_search: bool = True
     coordinate_descent: int = 0
     dtype: torch.dtype = torch.bfloat16
+    as_dense: bool = False
+
+    @property
+    def pattern(self) -> str:
+        """What is stored: "2:4" or "dense"."""
+        return "2:4" if self.prune and not self.as_dense else "dense"
 
     @property
     def sweeps(self) -> bool:
@@ -114,7 +121,8 @@ def _solve(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str) 
     """W: [N, K] float32, stacked. In this order: error propagation, mask, column sweep, coordinate descent; or rounding."""
     k = W.shape[1]
     grid = scheme.grid(k)
-    pattern = "2:4" if scheme.prune else "dense"
+    pattern = scheme.pattern
+    given = W
     if not W.any():
         return _removed(W, grid, pattern, scheme.dtype)
     factors: Factors | None = None
@@ -126,7 +134,8 @@ def _solve(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str) 
     method = masks.METHODS[scheme.prune] if scheme.prune else None
     needs = PRUNE[scheme.prune] if scheme.prune else NOTHING
     H = factors.damped if factors and needs.hessian else statistics.H if statistics else None
-    mask = method.mask(W, H) if method and method.mask else None
+    # error propagation moves what is zero; the mask to keep is that of the weights as they were given
+    mask = method.mask(given if scheme.prune == KEEP else W, H) if method and method.mask else None
     select = method.select if method else None
     if scheme.sweeps:
         assert factors is not None and statistics is not None

@@ -114,7 +114,6 @@ def test_overrides_apply_to_the_translation() -> None:
             5,
             "cannot be translated",
         ),
-        ("s_stage:\n  s_modifiers:\n    ConstantPruningModifier: {targets: x}\n", 3, "already sparse model"),
         (gptq("scheme: W8A8"), 4, "scheme: W8A8 has no counterpart in sparsify; write W4A16 or W8A16"),
         (gptq("ignore: [lm_head]"), 3, "needs a scheme or config_groups"),
         (gptq("{scheme: W4A16, ignore: [LlamaAttention]}"), 4, "'LlamaAttention' in ignore is a class"),
@@ -156,3 +155,16 @@ def test_ignore_is_what_all_modifiers_ignore_and_the_rest_is_overrides() -> None
     assert recipe.overrides == [Override(match="down_proj", prune=None), Override(match="o_proj", quantize=None)]
     with pytest.raises(RecipeError, match=r"^r.yaml:20: 're:\(' is not a valid regular expression"):
         parse_recipe(text.replace("o_proj", "'re:('"), "r.yaml")
+
+
+def test_a_constant_mask_without_pruning_keeps_the_zeros_of_the_model():
+    text = (
+        "s_stage:\n  s_modifiers:\n    GPTQModifier: {scheme: W4A16, ignore: [lm_head], dampening_frac: 0.02}\n"
+        "    ConstantPruningModifier: {targets: ['re:.*weight'], start: 0}\n"
+    )
+    recipe = parse_recipe(text)
+    assert [step.kind for step in recipe.passes] == ["prune", "quantize"]
+    assert recipe.prune.method == "keep" and recipe.quantize.method == "gptq"
+    assert recipe.export.format == "sparse24" and recipe.solver.damping == 0.02
+    alone = parse_recipe("s_stage:\n  s_modifiers:\n    ConstantPruningModifier: {targets: x}\n")
+    assert alone.prune.method == "keep" and alone.quantize is None

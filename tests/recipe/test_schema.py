@@ -140,7 +140,7 @@ def test_dump_gives_the_same_recipe_back_and_other_yaml_readers_agree() -> None:
         (PRUNE + "calibraton: {}\n", 5, "unknown key 'calibraton' in the recipe; did you mean 'calibration'?"),
         (PRUNE + "calibration:\n  samples: 8\n  xyz: 1\n", 7, "unknown key 'xyz' in calibration; known keys: source,"),
         (PRUNE + "      kind: prune\n", 5, "unknown key 'kind' in prune"),
-        ("version: 1\npasses:\n  - prune: {}\n", 3, "prune needs the key 'method': magnitude, wanda, sparsegpt or alps"),
+        ("version: 1\npasses:\n  - prune: {}\n", 3, "prune needs the key 'method': magnitude, wanda, sparsegpt, alps or keep"),
         ("passes:\n  - prune: {method: wanda}\n", 1, "start the file with 'version: 1'"),
         ("\nversion: 2\npasses:\n  - prune: {method: wanda}\n", 2, "version 1, not 2"),
         ("version: 1\n", 1, "the recipe needs the key 'passes'"),

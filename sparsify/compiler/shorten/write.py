@@ -60,8 +60,30 @@ def write_shortened(source: Source, choice: Choice, structures: Mapping[int, Str
     linears = {heads[name]: source.compressed.linear(heads[name]) for name in outside if name in heads}
     biases = {f"{module}.bias" for module in linears}
     plain = [name for name in outside if name not in heads and name not in biases]
-    writer.write_part("outside", linears, {name: source.checkpoint.tensor(name) for name in plain})
+    tensors = {name: source.checkpoint.tensor(name) for name in plain}
+    for name in source.compressed.other_names():
+        kept = name if name in source.model.sources else None
+        if kept is None and (kept := _carried_name(name, source, choice.layers)) is not None:
+            tensors[kept] = source.checkpoint.tensor(name)
+    writer.write_part("outside", linears, tensors)
     writer.finish()
+
+
+def _carried_name(name: str, source: Source, layers: Sequence[Layer]) -> str | None:
+    """What a tensor that the model does not know is called in the shortened one; None where its layer is gone.
+
+    A layer behind the last, such as one that predicts further tokens, stays behind the last.
+    """
+    blocks = source.model.blocks
+    parent = re.escape(blocks[0].rpartition(".")[0])
+    found = re.match(rf"{parent}\.(\d+)\.", name)
+    if found is None:
+        return name
+    old = int(found.group(1))
+    if old >= len(blocks):
+        return renumbered(name, old, old - len(blocks) + len(layers))
+    new = [number for number, layer in enumerate(layers) if layer.source(KINDS[0]) == old]
+    return renumbered(name, old, new[0]) if new else None
 
 
 def _take(

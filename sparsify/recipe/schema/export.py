@@ -40,7 +40,9 @@ class Export(Model):
         "transformers, stores the zeros) or dense (runs everywhere, no smaller)",
     )
     dtype: Literal["auto", "bfloat16", "float16"] = Field(
-        default="auto", description="dtype of scales and of what stays dense; auto keeps the model's"
+        default="auto",
+        description="dtype of scales and of what stays dense; auto keeps the model's. "
+        "What a 16-bit model stores in float32, or its class keeps so, stays float32",
     )
     head: Head | None = Field(
         default=None, description="quantize the output head as well; without it the head stays 16-bit"

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 from sparsify.recipe.methods import QUANTIZE
 from sparsify.recipe.schema.base import Model, PassModel, Rate, Share, check_pattern, refuse
 
-PruneMethod = Literal["magnitude", "wanda", "sparsegpt", "alps"]
+PruneMethod = Literal["magnitude", "wanda", "sparsegpt", "alps", "keep"]
 Pattern = Literal["2:4"]
 QuantizeMethod = Literal["rtn", "gptq"]
 Bits = Literal[4, 8]
@@ -41,8 +41,9 @@ class Prune(PassModel):
     kind: ClassVar[Literal["prune"]] = "prune"
 
     method: PruneMethod = Field(
-        description="magnitude (no data), wanda (activation norms), sparsegpt (second order, kept weights repair) or "
-        "alps (second order, the mask of all inputs at once: better and slower)"
+        description="magnitude (no data), wanda (activation norms), sparsegpt (second order, kept weights repair), alps "
+        "(second order, the mask of all inputs at once: better and slower) or keep (the zeros of linears that are 2:4 "
+        "already; others are refused). A linear that is 2:4 already keeps its zeros under every method"
     )
     pattern: Pattern = Field(default="2:4", description="two kept of every four: what sparse tensor cores run")
 

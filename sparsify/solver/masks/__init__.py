@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsify.solver.masks.alps import alps_mask
+from sparsify.solver.masks.keep import keep_mask
 from sparsify.solver.masks.magnitude import magnitude_mask
 from sparsify.solver.masks.sparsegpt import sparsegpt_select
 from sparsify.solver.masks.wanda import wanda_mask
@@ -28,6 +29,7 @@ class PruneMethod:
 
 
 METHODS = {
+    "keep": PruneMethod(mask=keep_mask),
     "magnitude": PruneMethod(mask=magnitude_mask),
     "wanda": PruneMethod(mask=wanda_mask),
     "sparsegpt": PruneMethod(select=sparsegpt_select),
