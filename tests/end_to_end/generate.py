@@ -75,6 +75,7 @@ def become(job: dict[str, Any]) -> None:
     """Makes this process look as if it had been started for the job."""
     os.environ.clear()
     os.environ.update(job["environment"])
+    hold_vllm_down()  # its variables went with the others
     os.chdir(job["folder"])
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -2,13 +2,13 @@
 
 import torch
 import torch.distributed as dist
-from tests.training.test_student import batch, compressed, stored
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sparsify.recipe import LossWeights
 from sparsify.training.student import Student, Teacher, trainable_parameters
 from tests.helpers.tiny import tiny_model
+from tests.training.test_student import batch, compressed, stored
 
 
 def student_of(weights: LossWeights) -> Student:
