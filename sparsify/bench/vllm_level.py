@@ -6,6 +6,7 @@ Called in every process that is going to import vLLM, before it does. What vLLM'
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from sparsify.files import cache_directory
 from sparsify.processor import LEVELS, forced_level
@@ -19,6 +20,9 @@ QUESTIONS = {
     "_is_amx_fp16_supported": "amx",
 }
 
+INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+DEFAULT_CACHE = "torchinductor_"  # how the directory begins that torch itself puts into the variable
+
 
 def hold_vllm_down() -> None:
     """Makes vLLM take this processor for one of the level that SPARSIFY_CPU_LEVEL names; without it nothing changes.
@@ -29,7 +33,8 @@ def hold_vllm_down() -> None:
     forced = forced_level()
     if forced is None:
         return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor" / forced))
+    if Path(os.environ.get(INDUCTOR_CACHE, DEFAULT_CACHE)).name.startswith(DEFAULT_CACHE):
+        os.environ[INDUCTOR_CACHE] = str(cache_directory() / "inductor" / forced)
     import torch
 
     for question, level in QUESTIONS.items():

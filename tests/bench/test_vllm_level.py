@@ -26,7 +26,7 @@ def answers(level: str | None) -> list[int]:
 
 def seen(level: str | None) -> tuple[str, str]:
     """What a process that imports vLLM's worker is told, and where torch.compile keeps its kernels there."""
-    environment = {k: v for k, v in os.environ.items() if k not in (FORCE, "TORCHINDUCTOR_CACHE_DIR")}
+    environment = {k: v for k, v in os.environ.items() if k != FORCE}
     environment |= {} if level is None else {FORCE: level}
     script = ASK.format(names=list(QUESTIONS))
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
@@ -34,8 +34,13 @@ def seen(level: str | None) -> tuple[str, str]:
     return told, cache.strip()
 
 
-def test_compiled_kernels_of_a_level_are_not_used_at_another() -> None:
+def test_compiled_kernels_of_a_level_are_not_used_at_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor finds a kernel by its graph, whatever the level: one made for AVX-512 gave wrong indices at AVX2."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/of/the/user")
+    assert seen("avx2")[1] == "/somewhere/of/the/user"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_me")  # as torch leaves it behind
+    assert seen("avx2")[1].endswith("avx2")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     caches = [seen(level)[1] for level in (None, "avx2", "avx512")]
     assert len(set(caches)) == 3 and caches[0] == "" and caches[1].endswith("avx2")
 
