@@ -1,6 +1,6 @@
 """Draws docs/images/speed.svg, the picture of the README, from the records in benchmarks/results.
 
-python benchmarks/plot_readme.py
+python benchmarks/plot_docs.py
 """
 
 from __future__ import annotations

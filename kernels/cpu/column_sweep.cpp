@@ -7,7 +7,6 @@
 #include "exact.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,13 +14,12 @@
 
 namespace {
 
-constexpr int kChunk = 64;      // outputs: 128 inputs x 64 outputs x 4 bytes fill 32 KiB
-constexpr int kMaxGroup = 128;  // inputs per scale that search_chunk takes: MOST in sparsify/solver/span.py
-constexpr auto kAll = [] {
-    std::array<uint8_t, kChunk> ones{};
-    for (auto& one : ones) one = 1;
-    return ones;
-}();
+using sparsify::kAll;
+using sparsify::kChunk;
+using sparsify::round_to;
+using sparsify::round_to_bf16;
+
+constexpr int kMaxGroup = 128;  // inputs per scale: SEARCHED_NATIVELY in sparsify/solver/column_sweep.py
 
 // What does not change from chunk to chunk. Rows of P, E, codes, keep and (unless shared) scale are inputs of the panel.
 struct Span {
@@ -32,14 +30,6 @@ struct Span {
     bool select;             // decide 2:4 here: keep the two of four whose removal costs most
     bool to_bf16;            // without codes: store kept values as bf16
 };
-
-INLINE float round_to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
 
 // Keep two of four: rank by (w / d)^2, earlier inputs first among equals. P: the four rows; d: that of input j at j * step.
 // kept: [4][kChunk].
@@ -111,15 +101,6 @@ struct Search {
     int drop;
     float smallest, largest;  // positive scales that can be stored
 };
-
-INLINE float round_to(float x, int drop) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint32_t half = (1u << drop) >> 1, odd = (bits >> drop) & (drop > 0);
-    bits = (bits + half - (drop > 0) + odd) & ~((1u << drop) - 1u);
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
 
 // d: [size], the diagonal of U, by which `select` chooses two of four; else the mask is `keep`, or nothing is pruned.
 // found: [n], the scales.

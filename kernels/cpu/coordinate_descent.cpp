@@ -11,19 +11,15 @@
 #include "exact.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 namespace {
 
-constexpr int kChunk = 64;  // outputs
-constexpr auto kAll = [] {
-    std::array<uint8_t, kChunk> ones{};
-    for (auto& one : ones) one = 1;
-    return ones;
-}();
+using sparsify::kAll;
+using sparsify::kChunk;
+using sparsify::round_to_bf16;
 
 enum class Store { kGrid, kBf16, kFloat };
 
@@ -36,14 +32,6 @@ struct Panel {
     Store store;
     bool select;  // choose two of four here; else stay inside `keep`, or change every input when there is none
 };
-
-INLINE float round_to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
 
 // The loops over outputs below have no branch, or compilers would not vectorise them.
 template <Store S>

@@ -10,6 +10,10 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+#include <array>
+#include <cstdint>
+#include <cstring>
+
 #include "cpu_features.h"
 
 // A loop is an INLINE function; a TARGET function into which it is inlined is what the compiler vectorises.
@@ -20,6 +24,27 @@
 #endif
 
 namespace sparsify {
+
+constexpr int kChunk = 64;  // outputs that a loop takes at once: 128 inputs x 64 outputs x 4 bytes fill 32 KiB
+
+// A mask that keeps every output of a chunk.
+constexpr auto kAll = [] {
+    std::array<uint8_t, kChunk> ones{};
+    for (auto& one : ones) one = 1;
+    return ones;
+}();
+
+// x with `drop` bits fewer than a float32 has, rounded to nearest even. 16: bfloat16; 13: float16 within its range; 0: as it is.
+INLINE float round_to(float x, int drop) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t half = (1u << drop) >> 1, odd = (bits >> drop) & (drop > 0);
+    bits = (bits + half - (drop > 0) + odd) & ~((1u << drop) - 1u);
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE float round_to_bf16(float x) { return round_to(x, 16); }
 
 // Which compilation runs at a level of sparsify/processor.py, or the fastest at -1: 0 portable, 1 AVX2, 2 AVX-512; never
 // more than the processor has.

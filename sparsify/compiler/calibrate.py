@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from sparsify.compiler.metrics import layer_notes
 from sparsify.compiler.plan import Plan
 from sparsify.compiler.run import Run
 from sparsify.data.calibration import calibration_tokens
+from sparsify.data.fitting import refuse_beyond
 from sparsify.data.given import read_tokens, token_file
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.distributed import device, is_main, main_first, processes, rank
@@ -47,24 +47,13 @@ def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tenso
     if (given := token_file(plan.recipe.calibration)) is not None:
         settings = plan.recipe.calibration
         tokens = read_tokens(given, settings.samples, settings.sequence_length)
-        _refuse_unknown_tokens(tokens, plan, given)
+        refuse_beyond(tokens, _embedding_rows(plan), None, str(given))
     else:
         tokens = _text_rows(plan, quiet)
     aside = file.with_suffix(".partial")
     write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {})
     aside.replace(file)
     return tokens
-
-
-def _refuse_unknown_tokens(tokens: Tensor, plan: Plan, file: Path) -> None:
-    """Token ids that the embedding of the model does not have."""
-    known = _embedding_rows(plan)
-    least, most = int(tokens.min()), int(tokens.max())
-    if least < 0 or most >= known:
-        raise CalibrationError(
-            f"{file} holds the token ids {least} to {most}, the model knows 0 to {known - 1}; "
-            "were they made by another tokenizer?"
-        )
 
 
 def _embedding_rows(plan: Plan) -> int:

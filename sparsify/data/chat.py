@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify.data.files import RECORD_FILES, file_records, hub_records
 from sparsify.data.fitting import refuse_beyond, refuse_surrogates
-from sparsify.errors import CalibrationError, MissingDependency
+from sparsify.errors import CalibrationError
 from sparsify.recipe import Columns
 from sparsify.recipe.sources import parse_source
 
@@ -72,29 +72,7 @@ def conversations(data: str, seed: int) -> Iterator[tuple[str, Mapping[str, Any]
             f"{path} is neither .jsonl nor .parquet; "
             'write one {"messages": [{"role": "user", "content": "..."}, ...]} per line'
         )
-    return file_records(path) if RECORD_FILES[path.suffix.lower()] == "jsonl" else _parquet(path)
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All columns, not only those that calibration reads."""
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise MissingDependency(f"reading {path} needs pyarrow: pip install 'sparsify-24[data]'") from None
-    row = 0
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{path} row {row}", record
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path}: a text after row {row} is not UTF-8 ({error}); create the file again"
-        ) from None
-    except (ArrowException, OSError) as error:
-        raise CalibrationError(f"{path} is not a readable parquet file ({error}); create it again") from None
+    return file_records(path, whole=True)
 
 
 def messages_of(record: Mapping[str, Any], columns: Columns | None, place: str) -> list[dict[str, str]]:

@@ -33,9 +33,12 @@ def read_text(path: Path, limit: int) -> str:
     )
 
 
-def file_records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, record) of each record of a jsonl or parquet file; the place is what errors name."""
-    return _jsonl(path) if RECORD_FILES[path.suffix.lower()] == "jsonl" else _parquet(path)
+def file_records(path: Path, whole: bool = False) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, record) of each record of a jsonl or parquet file; the place is what errors name.
+
+    whole: all columns of a parquet file, not only those that calibration reads
+    """
+    return _jsonl(path) if RECORD_FILES[path.suffix.lower()] == "jsonl" else _parquet(path, whole)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -60,7 +63,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise CalibrationError(f"{path} cannot be read ({error.strerror}); give the path of a .jsonl file") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet(path: Path, whole: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -71,12 +74,13 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     row = 0
     try:
         with ParquetFile(path) as file:
-            present = [name for name in FIELDS if name in file.schema_arrow.names]
-            names = present or file.schema_arrow.names[:1]  # without either field one column is enough to say so
+            columns = file.schema_arrow.names
+            present = columns if whole else [name for name in FIELDS if name in columns]
+            names = present or columns[:1]  # without either field one column is enough to say so
             for batch in file.iter_batches(batch_size=256, columns=names):
                 for record in batch.to_pylist():
                     row += 1
-                    yield f"{path} row {row}", record if present else dict.fromkeys(file.schema_arrow.names)
+                    yield f"{path} row {row}", record if present else dict.fromkeys(columns)
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"{path}: a text after row {row} is not UTF-8 ({error}); create the file again"

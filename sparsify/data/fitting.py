@@ -15,12 +15,20 @@ def vocabulary_of(config: Any) -> int | None:
 
 
 def refuse_beyond(tokens: Tensor | Sequence[int], vocabulary: int | None, tokenizer: Any, place: str) -> None:
-    """Refuse token ids that the embedding does not have. place: the text they come from."""
+    """Refuse token ids that the embedding does not have.
+
+    tokenizer: None where the ids were given as such; place: the text they come from
+    """
     if vocabulary is None or not len(tokens):
         return
     least, most = (int(tokens.min()), int(tokens.max())) if isinstance(tokens, Tensor) else (min(tokens), max(tokens))
     if least >= 0 and most < vocabulary:
         return
+    if tokenizer is None:
+        raise CalibrationError(
+            f"{place} holds the token ids {least} to {most}, the model knows 0 to {vocabulary - 1}; "
+            "were they made by another tokenizer?"
+        )
     wrong = least if least < 0 else most
     token = tokenizer.convert_ids_to_tokens(wrong) if wrong >= 0 else None
     raise CalibrationError(

@@ -1,6 +1,6 @@
 """transformers: `AutoModelForCausalLM.from_pretrained` on a sparse24 directory.
 
-`import sparsify` registers the classes below as soon as transformers' quantizers are imported (`lazy.py`).
+`import sparsify` registers the classes below as soon as transformers' quantizers are imported (`import_hook.py`).
 """
 
 from collections.abc import Callable
