@@ -240,9 +240,9 @@ def _on_disk(model: Any, tokenizer: Any, dense: bool = False) -> Iterator[str]:
         directory = Path(folder) / "model"
         with without_bars():
             model.save_pretrained(directory)
-        for owner in (tokenizer, _tokenizer_of(model) if tokenizer is None else None):
-            if owner is not None:
-                owner.save_pretrained(directory)
+        tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
         yield str(directory)
 
 

@@ -139,19 +139,19 @@ def train_stage(
     if planned.teacher is not None:
         with stage(f"{settings.kind}: loading the teacher", quiet):
             teacher = open_teacher(planned, device())
-    lessons: Any = None
+    outputs_of_teacher: Any = None
     if teacher is not None and isinstance(settings, Distill) and settings.teacher_logits == "cached":
         with main_first():
-            lessons = cache_teacher(teacher, rows.tokens, settings.top_k, directory / "teacher", quiet)
+            outputs_of_teacher = cache_teacher(teacher, rows.tokens, settings.top_k, directory / "teacher", quiet)
         teacher = None
     elif teacher is not None:
-        lessons = online(teacher)
+        outputs_of_teacher = online(teacher)
     with stage(f"{settings.kind}: loading the student", quiet):
         opened, student, groups = prepare(settings, writer, checkpoint)
     if processes() == 1:
         student.to(device())  # FSDP moves its shards itself
     masked = {} if isinstance(settings, Lora) else opened.linears
-    watch = train(student, groups, masked, rows, collate, settings, steps, directory, lessons, quiet)
+    watch = train(student, groups, masked, rows, collate, settings, steps, directory, outputs_of_teacher, quiet)
     summary = {
         "kind": settings.kind,
         "precision": str(for_precision(settings.precision)).removeprefix("torch."),

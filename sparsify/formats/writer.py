@@ -30,11 +30,7 @@ from sparsify.model.sidecars import secrets
 from sparsify.progress import say
 
 SHARD_BYTES = 2_000_000_000
-
-
 METADATA = {"format": "pt"}  # what transformers expects in the header of a weights file
-
-
 STALE = ("quantization_config", "compression_config", "sparsity_config", "torch_dtype", "_name_or_path")
 
 

@@ -19,7 +19,7 @@ from sparsify.errors import CheckpointError
 from sparsify.files import publish
 from sparsify.progress import progress
 from sparsify.training.losses import IGNORED, Given, Projected, TopK
-from sparsify.training.student import Lesson, Teacher
+from sparsify.training.student import Teacher, TeacherOutputs
 
 ROWS_PER_FILE = 64
 TOKENS_AT_ONCE = 4096
@@ -57,7 +57,7 @@ def _filled(row: Tensor, length: int, value: int) -> Tensor:
     return torch.nn.functional.pad(row, (0, length - len(row)), value=value)
 
 
-def online(teacher: Teacher) -> Callable[[Mapping[str, Tensor]], Lesson]:
+def online(teacher: Teacher) -> Callable[[Mapping[str, Tensor]], TeacherOutputs]:
     """A teacher that runs on each batch."""
     return lambda batch: teacher(batch["input_ids"])
 
@@ -68,11 +68,11 @@ class CachedTeacher:
     def __init__(self, directory: Path, rows: int):
         self.files = [directory / f"{start:08d}.safetensors" for start in range(0, rows, ROWS_PER_FILE)]
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> Lesson:
+    def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
         found = [self._read(int(row)) for row in batch["row"]]
         device = batch["input_ids"].device
         values, indices, log_sum = (torch.cat(parts).to(device) for parts in zip(*found, strict=True))
-        return Lesson([], TopK(values, indices, log_sum))
+        return TeacherOutputs([], TopK(values, indices, log_sum))
 
     def _read(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         file = self.files[row // ROWS_PER_FILE]

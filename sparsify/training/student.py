@@ -54,7 +54,7 @@ class BlockOutputs:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherOutputs:
     """What the teacher says about a micro-batch. hidden: [B, T, d] after each block; target: over B * T tokens."""
 
     hidden: list[Tensor]
@@ -76,18 +76,18 @@ class Teacher(nn.Module):
         self.plain_head = has_plain_head(model)
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor) -> Lesson:
+    def forward(self, input_ids: Tensor) -> TeacherOutputs:
         """input_ids: [B, T]"""
         with self.outputs.recording() as hidden:
             if not self.logits:
                 self.model.base_model(input_ids=input_ids, use_cache=False)
-                return Lesson(self._compared(hidden), None)
+                return TeacherOutputs(self._compared(hidden), None)
             if not self.plain_head:
                 logits = self.model(input_ids=input_ids, use_cache=False).logits
-                return Lesson(self._compared(hidden), Given(logits.flatten(0, 1)))
+                return TeacherOutputs(self._compared(hidden), Given(logits.flatten(0, 1)))
             last = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings().weight
-        return Lesson(self._compared(hidden), Projected(last.flatten(0, 1), whole(head)))
+        return TeacherOutputs(self._compared(hidden), Projected(last.flatten(0, 1), whole(head)))
 
     def _compared(self, hidden: list[Tensor]) -> list[Tensor]:
         if not self.feature:
@@ -111,13 +111,18 @@ class Student(nn.Module):
         self.plain_head = has_plain_head(model)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, items: Tensor, lesson: Lesson | None = None, keep: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        items: Tensor,
+        teacher_outputs: TeacherOutputs | None = None,
+        keep: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of one micro-batch, as its share of a step whose losses are averaged over `items` tokens.
 
         input_ids: [B, T]; labels: [B, T], the next token, IGNORED where nothing counts; keep: bool [B, T], no padding
         """
-        lesson = lesson or Lesson([], None)
+        teacher_outputs = teacher_outputs or TeacherOutputs([], None)
         counted = labels.ne(-100).sum()
         loss = torch.zeros((), device=input_ids.device)
         parts: dict[str, Tensor] = {}
@@ -125,11 +130,11 @@ class Student(nn.Module):
             with self.outputs.recording() as hidden:
                 last = self._run(input_ids)
         if self.weights.squarehead:
-            distance = squarehead(hidden, lesson.hidden, keep)
+            distance = squarehead(hidden, teacher_outputs.hidden, keep)
             loss = loss + self.weights.squarehead * distance * (counted / items)
             parts["squarehead"] = distance.detach() * (counted / items)
         if self.weights.kl or self.weights.cross_entropy:
-            total, kl, cross_entropy = self._next_token(last.flatten(0, 1), lesson.target, labels.flatten())
+            total, kl, cross_entropy = self._next_token(last.flatten(0, 1), teacher_outputs.target, labels.flatten())
             loss = loss + total / items
             parts["cross_entropy"] = cross_entropy / items
             if self.weights.kl:

@@ -89,7 +89,7 @@ def train(
 
     groups: parameters by kind (weights, scales, norms); linears: by name, whose masks must not change;
     rows: a sequence of mappings; collate: makes a batch with input_ids, labels (and keep) of several;
-    teacher: called with a batch, gives the Lesson. Returns the losses of all steps.
+    teacher: called with a batch, gives the TeacherOutputs. Returns the losses of all steps.
     """
     discard_unfinished(directory)
     last = last_checkpoint(directory)
@@ -182,9 +182,13 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        lesson = None if self.teacher is None else self.teacher(inputs)
+        teacher_outputs = None if self.teacher is None else self.teacher(inputs)
         outputs = model(
-            inputs["input_ids"], inputs["labels"], num_items_in_batch, lesson=lesson, keep=inputs.get("keep")
+            inputs["input_ids"],
+            inputs["labels"],
+            num_items_in_batch,
+            teacher_outputs=teacher_outputs,
+            keep=inputs.get("keep"),
         )
         for name, value in outputs.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()

@@ -88,8 +88,8 @@ def test_the_loss_is_that_of_the_models_own_logits_and_hidden_states(family):
         )
         / 3
     )
-    lesson = Teacher(dense, True, True)(ids)
-    found = Student(model, ALL, 1.0, torch.float32)(ids, labels, labels.ne(-100).sum(), lesson)
+    teacher_outputs = Teacher(dense, True, True)(ids)
+    found = Student(model, ALL, 1.0, torch.float32)(ids, labels, labels.ne(-100).sum(), teacher_outputs)
     assert found["squarehead"].item() == pytest.approx(feature.item(), rel=1e-4)
     assert found["kl"].item() == pytest.approx(kl.item(), rel=1e-4)
     assert found["cross_entropy"].item() == pytest.approx(ce.item(), rel=1e-4)
@@ -168,8 +168,8 @@ def test_the_model_sees_norms_as_they_will_be_stored():
 def test_the_teacher_is_left_alone():
     dense = tiny_model(seed=2)
     before = copy.deepcopy(dense.state_dict())
-    lesson = Teacher(dense, True, True)(batch()[0])
-    assert len(lesson.hidden) == 3 and not any(h.requires_grad for h in lesson.hidden)
+    teacher_outputs = Teacher(dense, True, True)(batch()[0])
+    assert len(teacher_outputs.hidden) == 3 and not any(h.requires_grad for h in teacher_outputs.hidden)
     assert not any(p.requires_grad for p in dense.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.state_dict().items())
 
