@@ -75,7 +75,7 @@ def _text_rows(plan: Plan, quiet: bool) -> Tensor:
         tokenizer,
         lambda: open_writer(directory, dtype),
         cache_dir=cache_directory() / "calibration",
-        key=writer_key(plan.checkpoint, dtype),
+        key=lambda: writer_key(plan.checkpoint, dtype),
         quiet=quiet,
         vocabulary=_embedding_rows(plan),
     )

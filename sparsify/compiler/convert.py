@@ -272,7 +272,7 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
         tokenizer,
         lambda: model,
         cache_dir=cache_directory() / "calibration",
-        key=writer_key(checkpoint, dtype),
+        key=lambda: writer_key(checkpoint, dtype),
         quiet=quiet,
         vocabulary=vocabulary_of(model.config),
     )

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
+from sparsify.formats.writer import partial_directory
 from sparsify.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
 from sparsify.model.output_head import OutputHead, find_head
@@ -161,6 +163,17 @@ class Plan:
         inside = {module: scheme.shape for module, scheme in self.compressed.modules.items()}
         packed = sum(self.compressed.nbytes(module) for module in inside)
         return self.checkpoint.nbytes() - packed + sum(2 * n * k for n, k in inside.values())
+
+    def input_digests(self, output: Path, whole: bool = True) -> dict[str, str]:
+        """Digests of the files of the model, and of the teachers by their place in the recipe. whole: as for
+        `Checkpoint.digests`. output: the directory that is written, which may lie inside of the model's."""
+        apart = (output, partial_directory(output))
+        found = self.checkpoint.digests(whole, apart)
+        for number, planned in enumerate(self.training, 1):
+            if planned.teacher is not None and planned.teacher.directory != self.checkpoint.directory:
+                digests = planned.teacher.digests(whole, apart)
+                found |= {f"teacher {number}: {name}": digest for name, digest in digests.items()}
+        return found
 
     def carried(self) -> list[str]:
         """Tensors of the checkpoint that the model class does not know, such as a layer for predicting further tokens. No

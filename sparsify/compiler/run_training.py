@@ -332,7 +332,7 @@ def text_tokens(asked: Calibration, settings: Distill, writes: Checkpoint, quiet
             load_tokenizer(writes.directory, writes.spec),
             lambda: open_writer(writes.directory, for_precision(settings.precision)),
             cache_dir=cache_directory() / "calibration",
-            key=writer_key(writes, for_precision(settings.precision)),
+            key=lambda: writer_key(writes, for_precision(settings.precision)),
             quiet=quiet,
             vocabulary=vocabulary_of(load_config(writes.directory, writes.spec)),
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sparsify.errors import CheckpointError, MissingDependency
 from sparsify.files import atomic_directory, cache_directory, read_json
+from sparsify.fingerprint import combined, file_digest, file_digests
 from sparsify.model.sidecars import sidecars
 from sparsify.progress import stage
 
@@ -26,6 +28,7 @@ NOT_FROM_HUB = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.npz", "*.tflite", "*.pte", "*.onnx",
     "*.onnx_data", "*.onnx.data", "original/*", "consolidated*", "*/consolidated*", "checkpoint-*/*",
 ]  # fmt: skip
+DECIDING = re.compile(r"generation_config\.json|.*\.py")  # files beside the weights that change what a model computes
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -172,10 +175,20 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.infos.values())
 
+    def digests(self, whole: bool = True, apart_from: Collection[Path] = ()) -> dict[str, str]:
+        """A digest of every byte of every file that goes into what is made of the model, by its path in the directory.
+
+        whole: not only weights, settings and code, which decide what the model computes, but all files beside them
+        apart_from: as for `sidecar_files`
+        """
+        names = [*(file.name for file in self.weight_files()), "config.json", INDEX]
+        model = {name: self.directory / name for name in names if (self.directory / name).exists()}
+        beside = self.sidecar_files(apart_from).items()
+        return file_digests(model | {n: file for n, file in beside if whole or DECIDING.fullmatch(n)}, self.spec)
+
     def fingerprint(self) -> str:
-        """Changes when the weights do: name, size and time of every file. Cheap, reads no tensor."""
-        stats = [(file.resolve(), file.stat()) for file in self.weight_files()]
-        return ";".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
+        """A digest of what decides what the model computes, the same wherever its files lie."""
+        return combined(self.digests(whole=False))
 
     def sidecar_files(self, apart_from: Collection[Path] = ()) -> dict[str, Path]:
         """Every file beside the weights by its path in the directory: tokenizer, templates, code, licence; see `sidecars`."""
@@ -225,8 +238,7 @@ def _from_gguf(file: Path) -> Path:
         raise CheckpointError(f"{file} does not exist; give the path of a .gguf file")
     if find_spec("gguf") is None:
         raise MissingDependency(f"reading {file.name} needs the gguf package: pip install 'sparsify-24[demo]'")
-    stat = file.stat()
-    target = cache_directory() / "gguf" / f"{file.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    target = cache_directory() / "gguf" / f"{file.stem}-{file_digest(file)[:32]}"
     if not target.exists():
         with stage(f"unpacking {file.name} (once; kept in {target.parent})"):
             _unpack(file, target)
