@@ -1,6 +1,8 @@
 """Opening checkpoints: every kind of source, and one clear sentence for each that is missing or damaged."""
 
 import json
+import os
+import shutil
 import struct
 
 import huggingface_hub
@@ -67,6 +69,36 @@ def test_the_embedded_model_is_unpacked_once(embedded, monkeypatch):
     assert (opened.directory / "chat_template.jinja").is_file()
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # a second time nothing is converted
     assert open_checkpoint(embedded).directory == opened.directory
+
+
+def test_what_was_unpacked_belongs_to_the_bytes_of_the_file(tmp_path, monkeypatch):
+    """Not to its name, size and time, which two quantizations of a model may share."""
+
+    def unpack(file, target):
+        target.mkdir(parents=True)
+        (target / "held").write_bytes(file.read_bytes())
+
+    monkeypatch.setattr(module, "_unpack", unpack)
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+    found = []
+    for folder, content in (("a", b"one"), ("b", b"two"), ("c", b"one")):
+        file = tmp_path / folder / "model.gguf"
+        file.parent.mkdir()
+        file.write_bytes(content)
+        os.utime(file, ns=(10**18, 10**18))
+        found.append(module._from_gguf(file))
+        assert (found[-1] / "held").read_bytes() == content
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_fingerprint_is_of_what_the_model_computes(directory, tmp_path):
+    first = open_checkpoint(directory).fingerprint()
+    shutil.copytree(directory, tmp_path / "model")
+    moved = open_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "LICENSE").write_text("free")
+    assert moved.fingerprint() == first and "LICENSE" in moved.digests()
+    (tmp_path / "model" / "modeling_own.py").write_text("pass")
+    assert moved.fingerprint() != first
 
 
 def test_a_missing_embedded_package_says_how_to_get_it(monkeypatch):
