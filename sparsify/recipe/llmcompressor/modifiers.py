@@ -398,6 +398,38 @@ def _group_order(weights: Settings, order: Order | None, written: bool) -> Order
     return order
 
 
+_QUANTIZATION = ("config_groups", "targets", "scheme", "kv_cache_scheme", "weight_observer", "observer")
+_OF_SCHEME = (*_QUANTIZATION, "ignore")
+
+
+def transform(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a modifier that llm-compressor runs itself, and those of the quantization that an AWQModifier of old holds."""
+    settings.drop(*NO_EFFECT)
+    if settings.values.get("offload_device") == "not_provided":
+        settings.drop("offload_device")
+    values = {key: value for key, value in settings.values.items() if value is not None}
+    if settings.modifier == "SpinQuantModifier" and {"R3", "R4"} & set(values.get("rotations", ())):
+        settings.refuse(
+            "rotations", "R3 and R4 turn activations while the model runs, which no format here can say; keep R1 and R2"
+        )
+    if settings.modifier != "AWQModifier" or not set(values) & set(_QUANTIZATION):
+        return values, {}
+    quantization = {key: values.pop(key) for key in _OF_SCHEME if key in values}
+    return values, quantization
+
+
+def without_quantization(scheme: dict[str, Any]) -> dict[str, Any]:
+    """What a QuantizationModifier must know of a modifier that quantizes: which linears, and how many bits."""
+    return {key: value for key, value in scheme.items() if key in _OF_SCHEME and value is not None}
+
+
+NO_COUNTERPART = {
+    "AutoRoundModifier": "which cannot take over the rounding that it learns; run it in llm-compressor",
+    "QuIPModifier": "whose formats cannot say that activations are turned while the model runs; run it in llm-compressor",
+    "REAPPruningModifier": "which does not remove experts; run it in llm-compressor and give sparsify the model that it writes",
+}
+"""Modifiers of llm-compressor that can neither be translated nor run before us, and why."""
+
 MODIFIERS: dict[str, tuple[str, Callable[[Settings, str], Work]]] = {
     "SparseGPTModifier": ("sparsegpt", prune),
     "WandaPruningModifier": ("wanda", prune),

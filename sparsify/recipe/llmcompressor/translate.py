@@ -4,9 +4,20 @@ from typing import Any
 
 from sparsify.errors import RecipeError
 from sparsify.recipe.document import Document, KeyPath
-from sparsify.recipe.llmcompressor.modifiers import MODIFIERS, Rule, Work, gptq_after, quantize, says_nothing
+from sparsify.recipe.llmcompressor.modifiers import (
+    MODIFIERS,
+    NO_COUNTERPART,
+    Rule,
+    Work,
+    gptq_after,
+    quantize,
+    says_nothing,
+    transform,
+    without_quantization,
+)
 from sparsify.recipe.llmcompressor.settings import Body, Settings
 from sparsify.recipe.llmcompressor.targets import USUAL, names, names_head
+from sparsify.recipe.methods import TRANSFORMS
 
 DAMPING = 0.01  # llm-compressor's dampening_frac where none is given
 KEEP = "ConstantPruningModifier"
@@ -25,6 +36,8 @@ class _Translator:
         self.document = document
         self.works: list[Work] = []
         self.kept: Work | None = None
+        self.handed: list[tuple[str, dict[str, Any], KeyPath]] = []
+        self.schemes: list[dict[str, Any]] = []
         self.origins: dict[KeyPath, str] = {}
         self.overrides: list[dict[str, Any]] = []
 
@@ -42,6 +55,12 @@ class _Translator:
                 self._refuse((key,), f"'{key}' of an llm-compressor recipe has no counterpart here; remove it")
         if self.kept is not None and all(work.kind != "prune" for work in self.works):
             self.works.insert(0, self.kept)
+        if not self.works and self.handed:
+            self._refuse(
+                self.handed[0][2],
+                f"{self.handed[0][0]} has no counterpart in sparsify, which lets llm-compressor run it before it compresses; "
+                "but no modifier follows that prunes or quantizes",
+            )
         if not self.works:
             self._refuse((), "this llm-compressor recipe holds no modifier that sparsify knows")
         return self._recipe()
@@ -76,8 +95,12 @@ class _Translator:
 
     def _modifier(self, name: str, values: Any, path: KeyPath) -> None:
         settings = Settings(self.document, name, self._mapping({} if values is None else values, path), path)
+        if name in TRANSFORMS:
+            self._hand_over(settings, path)
+            return
         if name not in MODIFIERS:
-            self._refuse(path, f"{name} has no counterpart in sparsify, which translates {', '.join(MODIFIERS)}")
+            why = NO_COUNTERPART.get(name, f"which translates {', '.join([*MODIFIERS, *TRANSFORMS])}")
+            self._refuse(path, f"{name} has no counterpart in sparsify, {why}")
         method, read = MODIFIERS[name]
         if name == KEEP:  # all passes keep zeros; without a pass that makes them, the model brings them along
             self.kept = read(settings, method)
@@ -86,9 +109,38 @@ class _Translator:
         if read is quantize and method == "gptq" and says_nothing(settings) and before and before.kind == "quantize":
             self.works[-1] = gptq_after(settings, before)
             return
+        scheme = dict(settings.values)
         work = read(settings, method)
+        if work.kind == "quantize":
+            self.schemes.append(scheme)
         self._check_apart(work, path)
         self.works.append(work)
+
+    def _hand_over(self, settings: Settings, path: KeyPath) -> None:
+        """A modifier that llm-compressor runs itself, on the dense model. An AWQModifier of old quantizes as well."""
+        if self.works:
+            self._refuse(
+                path,
+                f"{settings.modifier} changes the dense model but stands after {self.works[-1].modifier}; put it first",
+            )
+        own, quantization = transform(settings)
+        self.handed.append((settings.modifier, own, path))
+        if quantization:
+            self._modifier("QuantizationModifier", quantization, path)
+
+    def _handed_over(self) -> dict[str, Any]:
+        """`llm_compressor` of our recipe. AWQ looks for what its quantization loses least by, so that goes along."""
+        if not self.handed:
+            return {}
+        entries = [{name: settings} for name, settings, _ in self.handed]
+        if any(name == "AWQModifier" for name, _, _ in self.handed):
+            if not self.schemes:
+                self._refuse(
+                    self.handed[0][2], "AWQModifier prepares for quantization, and no modifier follows that quantizes"
+                )
+            entries += [{"QuantizationModifier": without_quantization(scheme)} for scheme in self.schemes]
+        self.origins["llm_compressor",] = self.document.origin(self.handed[0][2])
+        return {"llm_compressor": entries}
 
     def _check_apart(self, work: Work, path: KeyPath) -> None:
         """Two modifiers of one kind must name different linears and ignore the same, or it is not clear who decides."""
@@ -117,6 +169,7 @@ class _Translator:
             export["head"] = self._written(head, ("export", "head"))
         data = {
             "version": 1,
+            **self._handed_over(),
             "ignore": ignore,
             **self._solver(),
             "passes": passes,
