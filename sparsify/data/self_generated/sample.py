@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparsify.errors import CalibrationError
+from sparsify.model.few_rows import few_rows_linears
 from sparsify.progress import progress_bar
 
 CACHE_BYTES = 2 << 30  # keys and values of one batch stay below this
@@ -129,7 +130,8 @@ def sample_rows(
     model.eval()
     torch.set_num_threads(useful_threads(threads, len(batches[0]) * model.num_parameters(), some.dtype))
     try:
-        with progress_bar("sampling calibration text", total=len(batches) * sequence_length, quiet=quiet) as bar:
+        total = len(batches) * sequence_length
+        with few_rows_linears(model), progress_bar("sampling calibration text", total=total, quiet=quiet) as bar:
             written = [
                 _sample_batch(model, list(islice(rows, len(batch))), batch, frozenset(endings), bar.advance)
                 for batch in batches
