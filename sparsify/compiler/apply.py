@@ -17,12 +17,12 @@ from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data
 from sparsify.compiler.checkpoint_names import OUTSIDE, refuse_unstorable
-from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
+from sparsify.compiler.metrics import ADAPTER, CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
 from sparsify.compiler.model_card import model_card
 from sparsify.compiler.plan import Plan, keep_zeros, make_plan
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.run import Run
-from sparsify.compiler.run_training import ADAPTER, ROWS, read_ahead
+from sparsify.compiler.run_training import ROWS, read_ahead
 from sparsify.compiler.shorten import shorten
 from sparsify.distributed import is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CheckpointError

@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sparsify.compiler.metrics import CARD, METRICS, RECIPE, json_text
+from sparsify.compiler.metrics import ADAPTER, CARD, METRICS, RECIPE, json_text
 from sparsify.compiler.model_card import head_note, model_card
 from sparsify.compute import choose
 from sparsify.data.calibration import calibration_tokens, check_sources
@@ -119,7 +119,7 @@ def convert(
     get_format(format)
     opened = open_compressed(source)
     linears = _linears(opened, format, output)
-    beside = {name: inside(opened.directory, name) for name in CARRIED if (opened.directory / name).is_file()}
+    beside = _beside(opened.directory)
     asked = None if head is None else _asked(opened, format, head)
     work = partial_directory(Path(output))
     if (work / "writer.json").is_file() and read_json(work / "writer.json").get("identity") == IDENTITY:
@@ -149,6 +149,12 @@ def convert(
     except BaseException:
         writer.discard()
         raise
+
+
+def _beside(directory: Path) -> dict[str, Path]:
+    """What `apply` wrote beside the weights and still belongs to them: its papers, and the adapter of the lora pass."""
+    names = [*CARRIED, *(f"{ADAPTER}/{file.name}" for file in sorted((directory / ADAPTER).glob("*")))]
+    return {name: inside(directory, name) for name in names if (directory / name).is_file()}
 
 
 def _asked(opened: CompressedCheckpoint, format: str, head: Head) -> tuple[OutputHead, Scheme]:

@@ -18,6 +18,7 @@ METRICS = "metrics.json"
 RECORD = "run.json"
 CARD = "README.md"
 RECIPE = "recipe.yaml"
+ADAPTER = "adapter"  # folder of an adapter that was trained beside the weights
 
 
 @dataclass(frozen=True)

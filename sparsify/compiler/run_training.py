@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from sparsify.compiler.metrics import ADAPTER
 from sparsify.compiler.plan_training import PlannedTraining
 from sparsify.compute import for_precision
 from sparsify.data.calibration import calibration_tokens
@@ -42,7 +43,6 @@ from sparsify.training.qat_linear import make_trainable
 from sparsify.training.student import Student, Teacher, trainable_parameters
 from sparsify.training.trainer import PREFIX, load_parameters, train
 
-ADAPTER = "adapter"  # folder of an output directory
 ROWS = "rows.safetensors"  # what a training pass reads, in its folder of the work directory
 
 
