@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sparsify.errors import CheckpointError
 from sparsify.files import read_json
-from sparsify.formats import ModuleScheme, writer
+from sparsify.formats import ModuleScheme, tensor_file
 from sparsify.formats.reader import natural, open_compressed
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import open_checkpoint
@@ -140,7 +140,7 @@ def test_dense_checkpoints_hold_no_codes(llama, compress, tmp_path):
 
 def test_large_checkpoints_are_sharded(llama, compress, same, tmp_path, monkeypatch):
     whole, linears = compress(llama(), tmp_path / "whole", "sparse24")
-    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", 20_000)
     out, _ = compress(llama(), tmp_path / "out", "sparse24")
     index = read_json(out / "model.safetensors.index.json")
     files = sorted(p.name for p in out.glob("*.safetensors"))
@@ -440,7 +440,7 @@ def test_a_damaged_config_file_is_refused(good, content):
 
 @pytest.fixture
 def sharded(llama, compress, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(tensor_file, "SHARD_BYTES", 20_000)
     return compress(llama(), tmp_path / "sharded", "sparse24")[0]
 
 
