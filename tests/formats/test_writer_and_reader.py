@@ -420,7 +420,10 @@ def override(name, **entry):
         (override(UP, group_size=64), f"{UP}.weight_scale: expected"),
         (override(UP, group_size=48), "no multiple of the group size 48"),
         (lambda c: c["quantization_config"]["ignore"].append(UP), f"{UP} is packed, but config.json says"),
-        (lambda c: c["quantization_config"].update(quant_method="awq"), "quantized with awq.*it reads sparse24, dense"),
+        (
+            lambda c: c["quantization_config"].update(quant_method="hqq"),
+            "quantized with hqq.*transformers with hqq reads it",
+        ),
         (lambda c: c["quantization_config"].clear(), "unnamed method"),
         (lambda c: c.update(quantization_config="4 bits"), "must be an object"),
     ],

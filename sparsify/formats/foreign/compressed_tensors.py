@@ -75,7 +75,8 @@ class CompressedTensors:
     marks = frozenset({"weight_packed", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_g_idx"})
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
-        if config.get("quant_method", METHOD) != METHOD:
+        said = {"config_groups", "sparsity_config"} & config.keys()  # before 0.6 the method was not named
+        if config.get("quant_method", METHOD if said else None) != METHOD:
             return False
         if _is_dense(config):
             return True
