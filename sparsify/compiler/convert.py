@@ -30,7 +30,6 @@ from sparsify.formats.reader import CompressedCheckpoint, natural, open_compress
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import CheckpointWriter, partial_directory
 from sparsify.model.capture import head_input
-from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.model.pretrained import load_tokenizer
@@ -262,12 +261,12 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
 
     The model is loaded whole, as `transformers` loads it, and runs on the kernels that serve it.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_compressed(source).checkpoint
     try:
         tokenizer = load_tokenizer(checkpoint.directory, str(source))
         dtype = choose(measure=True).dtype
         with stage(f"loading {source}", quiet):
-            model = open_writer(checkpoint.directory, dtype)
+            model = open_writer(checkpoint.loadable_directory(), dtype)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{source}: transformers cannot load this model to run it on text ({str(error).splitlines()[0]}); "

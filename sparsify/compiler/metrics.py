@@ -136,6 +136,7 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
             *(name for name, scheme in plan.schemes.items() if scheme.prune == KEEP),
         ],
         "carried": plan.carried_json(),
+        "source": whole.source_json(),
         "sizes": {
             "dense_bytes": whole.dense_bytes(),
             "compressed_bytes": sum(writer.tensor_bytes().values()),

@@ -22,10 +22,11 @@ from sparsify.compiler.zeros import two_four_sources
 from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme
+from sparsify.formats.foreign import DequantizedCheckpoint, open_dense, source_in_words
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import partial_directory
-from sparsify.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from sparsify.model.checkpoint import Checkpoint, TensorInfo
 from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
@@ -191,6 +192,10 @@ class Plan:
             else None
         )
 
+    def source_json(self) -> dict[str, Any] | None:
+        """What metrics.json says of a source that is quantized itself."""
+        return self.checkpoint.to_json() if isinstance(self.checkpoint, DequantizedCheckpoint) else None
+
     def dense_modules(self) -> dict[str, str]:
         """What stays dense and why."""
         kept = {name: planned.reason for name, planned in self.linears.items() if planned.reason is not None}
@@ -217,6 +222,7 @@ class Plan:
             "head": self._head_json(),
             "dense_modules": self.dense_modules(),
             "carried": self.carried_json(),
+            "source": self.source_json(),
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
@@ -273,6 +279,7 @@ class Plan:
             f"memory about {cost.memory_bytes / 1e9:.1f} GB"
             + (f", {time_in_words(cost.operations, self.compute.dtype)}" if cost.operations else "")
             + (f"\n{self.compute.describe()}" if self.computes else "")
+            + (f"\nthe source is {source_in_words(source)}" if (source := self.source_json()) else "")
             + (f"\n{carried_in_words(carried)}" if (carried := self.carried_json()) else "")
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
         )
@@ -364,7 +371,7 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
     """The plan without the depth pass: every linear of the model as it is."""
     if not recipe.compresses:
         return _training_plan(recipe, model, shortened)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_dense(model)
     opened = open_blocks(checkpoint)
     store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
     linears: dict[str, Planned] = {}

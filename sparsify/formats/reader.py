@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsify.errors import CheckpointError
 from sparsify.formats import get_format, known_formats
+from sparsify.formats.foreign import dequantized, described, reads_foreign
 from sparsify.formats.scheme import ModuleScheme, in_block
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.linear import LinearWeights
@@ -84,18 +85,21 @@ class CompressedCheckpoint:
 
 
 def open_compressed(source: str | Path) -> CompressedCheckpoint:
-    """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown."""
+    """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown.
+
+    What is quantized in a way that no format of ours holds is dense here: dequantized on reading (`formats.foreign`).
+    """
     checkpoint = open_checkpoint(source)
-    described = checkpoint.config.get("quantization_config")
-    if described is not None and not isinstance(described, dict):
-        raise CheckpointError(f"{checkpoint.spec}: quantization_config in config.json must be an object")
+    config = described(checkpoint)
+    foreign = config is not None and reads_foreign(config)
+    ordered = any(name.endswith(".weight_g_idx") for name in checkpoint.infos)
     for name in known_formats():
         format = get_format(name)
-        if format.recognises(described):
+        if format.recognises(config) and not (foreign and ordered):
             shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
-            return CompressedCheckpoint(checkpoint, name, format.schemes(described, shapes))
-    method = " ".join(str((described or {}).get(key)) for key in ("quant_method", "format") if key in (described or {}))
-    raise CheckpointError(
-        f"{checkpoint.spec} is quantized with {method or 'an unnamed method'}, which sparsify cannot read; "
-        f"it reads {', '.join(known_formats())}: start from the dense model instead"
-    )
+            try:
+                return CompressedCheckpoint(checkpoint, name, format.schemes(config, shapes))
+            except CheckpointError:
+                if not foreign:
+                    raise
+    return CompressedCheckpoint(dequantized(checkpoint), "dense", {})

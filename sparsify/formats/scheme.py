@@ -106,7 +106,8 @@ def take_tensor(
     if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
         found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         raise CheckpointError(f"{name}: expected {wanted}, found {found}; {NOT_OWN}")
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    numbers = tensor.float() if tensor.element_size() == 1 else tensor
+    if tensor.is_floating_point() and not torch.isfinite(numbers).all():
         raise CheckpointError(f"{name}: expected finite numbers, found NaN or Inf; {AGAIN}")
     return tensor
 
