@@ -33,8 +33,8 @@ from sparsify.formats.scheme import (
     AGAIN,
     FLOATS,
     ModuleScheme,
-    linear_problem,
     scheme_problem,
+    stored_problem,
     take_bias,
     take_tensor,
     with_bias,
@@ -80,11 +80,18 @@ class Marlin24:
 
     name = "marlin-24"
     suffixes = SUFFIXES
+    holds = "2:4 linears with 4 or 8 bits, group_size 128 or channel, outputs in multiples of 64"
+    depends_on_numbers = True
+    records_pattern = True
+    written = True
+
+    def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
+        if scheme.bits == 16 or scheme.pattern != "2:4":
+            return "marlin-24 holds 4- or 8-bit codes of 2:4 sparse linears only"
+        return stored_problem(scheme, dtype) or _scheme_problem(scheme)
 
     def supports(self, linear: LinearWeights) -> str | None:
-        if linear.bits == 16 or linear.pattern != "2:4":
-            return "marlin-24 holds 4- or 8-bit codes of 2:4 sparse linears only"
-        if problem := linear_problem(linear) or _scheme_problem(ModuleScheme.of(linear)):
+        if problem := self.problem(ModuleScheme.of(linear), linear.dtype):
             return problem
         assert linear.scale is not None
         if not torch.equal(linear.scale.to(torch.float16).to(linear.scale.dtype), linear.scale):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
@@ -74,6 +75,12 @@ class CompressedCheckpoint:
         names = tensors_of(module, self.checkpoint.infos, self._suffixes)
         return sum(self.checkpoint.info(f"{module}.{suffix}").nbytes for suffix in names)
 
+    def dtype(self, module: str) -> torch.dtype:
+        """The floating type of the scales or values of a compressed linear, as its file says."""
+        names = tensors_of(module, self.checkpoint.infos, self._suffixes - {"bias"})
+        found = [self.checkpoint.dtype(f"{module}.{suffix}") for suffix in names if suffix != "bias"]
+        return next((dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
+
     def other_names(self) -> list[str]:
         """The tensors that are not part of a compressed linear."""
         taken = {f"{m}.{s}" for m in self.modules for s in tensors_of(m, self.checkpoint.infos, self._suffixes)}
@@ -86,7 +93,8 @@ class CompressedCheckpoint:
 def open_compressed(source: str | Path) -> CompressedCheckpoint:
     """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown."""
     checkpoint = open_checkpoint(source)
-    described = checkpoint.config.get("quantization_config")
+    # llm-compressor wrote `compression_config` until 2024
+    described = checkpoint.config.get("quantization_config", checkpoint.config.get("compression_config"))
     if described is not None and not isinstance(described, dict):
         raise CheckpointError(f"{checkpoint.spec}: quantization_config in config.json must be an object")
     for name in known_formats():
@@ -94,7 +102,10 @@ def open_compressed(source: str | Path) -> CompressedCheckpoint:
         if format.recognises(described):
             shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
             return CompressedCheckpoint(checkpoint, name, format.schemes(described, shapes))
-    method = " ".join(str((described or {}).get(key)) for key in ("quant_method", "format") if key in (described or {}))
+    said = [(described or {}).get(key) for key in ("quant_method", "format")]
+    sparsity = (described or {}).get("sparsity_config")
+    said.append(sparsity.get("format") if isinstance(sparsity, dict) else None)
+    method = " ".join(str(word) for word in said if word is not None)
     raise CheckpointError(
         f"{checkpoint.spec} is quantized with {method or 'an unnamed method'}, which sparsify cannot read; "
         f"it reads {', '.join(known_formats())}: start from the dense model instead"
