@@ -130,6 +130,21 @@ def labels_by_target(config: Mapping[str, Any]) -> dict[str, Label]:
     return labels
 
 
+def names_in(config: Mapping[str, Any], key: str, default: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """A list of modules, regular expressions and classes in `config`; CheckpointError when it is something else."""
+    names = config.get(key)
+    if names is None:
+        return default
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"quantization_config: {key} must be a list of module names; {AGAIN}")
+    return tuple(names)
+
+
+def is_name(target: str) -> bool:
+    """Whether a target names one module, and is no class and no regular expression."""
+    return not target.startswith("re:") and target != "Linear"
+
+
 def is_ignored(module: str, ignore: Iterable[str]) -> bool:
     """Whether a module is in a list of names and regular expressions."""
     return matching(module, dict.fromkeys((name for name in ignore if name != "Linear"), True)) is not None

@@ -13,7 +13,7 @@ multiplies with activations as they are. config.json names the format in `quanti
 refuses from 0.24 on, so nothing is written in this format.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
-from sparsify.formats.config_groups import METHOD, is_ignored, matching, weights_by_target
+from sparsify.formats.config_groups import METHOD, is_ignored, is_name, matching, names_in, weights_by_target
 from sparsify.formats.packing import INVALID, put_kept, two_kept_nibbles, unpack_nibbles
 from sparsify.formats.scheme import (
     AGAIN,
@@ -143,10 +143,10 @@ class BitmaskConfig:
             raise CheckpointError(f"sparsity_config: expected sparsity_structure 2:4, found {found!r}; {NOT_OWN}")
         groups = weights_by_target(config) if config.get("config_groups") else {}
         return cls(
-            _names(sparsity, "targets", ["Linear"]),
-            _names(sparsity, "ignore", []),
+            names_in(sparsity, "targets", ("Linear",)),
+            names_in(sparsity, "ignore"),
             {target: _label(target, weights) for target, weights in groups.items()},
-            _names(config, "ignore", []),
+            names_in(config, "ignore"),
         )
 
     def quantized(self, module: str) -> Label | None:
@@ -159,6 +159,18 @@ class BitmaskConfig:
             return None
         return self.quantized(module) or Label(16, None, "2:4")
 
+    @property
+    def modules(self) -> dict[str, Label]:
+        """The sparse linears that are named one by one."""
+        found = {module: self.label(module) for module in self.sparse if is_name(module)}
+        return {module: label for module, label in found.items() if label is not None}
+
+    def renamed(self, rename: Callable[[list[str]], list[str]]) -> "BitmaskConfig":
+        """The same for a model that calls its modules otherwise."""
+        quantization = dict(zip(rename([*self.quantization]), self.quantization.values(), strict=True))
+        sparse, ignore, dense = (tuple(rename([*names])) for names in (self.sparse, self.ignore, self.dense))
+        return BitmaskConfig(sparse, ignore, quantization, dense)
+
 
 def is_bitmask(config: Mapping[str, Any] | None) -> bool:
     """Whether a quantization_config is of a checkpoint in this format."""
@@ -166,14 +178,6 @@ def is_bitmask(config: Mapping[str, Any] | None) -> bool:
     quantized = (config or {}).get("format") in (None, "dense", "int-quantized", "float-quantized", "naive-quantized")
     named = isinstance(sparsity, dict) and sparsity.get("format") == Sparse24Bitmask.name
     return named and quantized and (config or {}).get("quant_method", METHOD) == METHOD
-
-
-def _names(config: Mapping[str, Any], key: str, default: list[str]) -> tuple[str, ...]:
-    names = config.get(key)
-    names = default if names is None else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"quantization_config: {key} must be a list of module names; {AGAIN}")
-    return tuple(names)
 
 
 def _label(target: str, weights: Mapping[str, Any]) -> Label:
