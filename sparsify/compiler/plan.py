@@ -15,13 +15,14 @@ import torch
 from rich.table import Table
 
 from sparsify.compiler.estimate import Estimate, estimate, time_in_words, training_in_words
+from sparsify.compiler.left_dense import none_held
 from sparsify.compiler.merged import merged_with, merging_problem
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
 from sparsify.compiler.shorten import PlannedDepth, plan_depth
 from sparsify.compiler.zeros import two_four_sources
 from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
-from sparsify.formats import ModuleScheme
+from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.foreign import DequantizedCheckpoint, open_dense, source_in_words
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
@@ -59,6 +60,14 @@ class Planned:
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    def stored(self) -> ModuleScheme | None:
+        """What is to be packed; None for what stays dense, and for what is only trained."""
+        if self.scheme is not None:
+            group = self.scheme.group_size if self.scheme.quantize else 0
+            return ModuleScheme(self.scheme.bits, group or self.shape[1], self.scheme.pattern, self.shape)
+        trained = self.given is not None and self.given.bits == 16 and self.given.pattern == "dense"
+        return None if trained else self.given
 
     def describe(self) -> str:
         """Its new form, in words."""
@@ -201,6 +210,15 @@ class Plan:
         kept = {name: planned.reason for name, planned in self.linears.items() if planned.reason is not None}
         return {**kept, **self.other_dense}
 
+    def written_dense(self) -> dict[str, str]:
+        """Linears that the export format cannot hold as the recipe wants them: they are written dense, and why."""
+        target, reasons = get_format(self.recipe.export.format), {}
+        for module, planned in self.linears.items():
+            scheme = planned.stored()
+            if scheme is not None and (problem := target.problem(scheme, self.store)):
+                reasons[module] = problem
+        return reasons
+
     def estimate(self) -> Estimate:
         """What it will cost."""
         return estimate(self)
@@ -220,7 +238,7 @@ class Plan:
             },
             "depth": None if self.depth is None else self.depth.to_json(),
             "head": self._head_json(),
-            "dense_modules": self.dense_modules(),
+            "dense_modules": self.dense_modules() | self.written_dense(),
             "carried": self.carried_json(),
             "source": self.source_json(),
             "walks": 1 if self.needs_data else 0,
@@ -254,9 +272,10 @@ class Plan:
         for column in ("linear", "shape", "blocks", "becomes"):
             table.add_column(column, justify="right" if column in ("shape", "blocks") else "left")
         kinds: dict[tuple[str, tuple[int, int], str], int] = {}
+        unheld = self.written_dense()
         for name, planned in self.linears.items():
             inside = name.removeprefix(self.model.blocks[planned.block] + ".")
-            what = planned.describe()
+            what = planned.describe() + (f"; written dense: {unheld[name]}" if name in unheld else "")
             kinds[inside, planned.shape, what] = kinds.get((inside, planned.shape, what), 0) + 1
         for (inside, shape, what), count in kinds.items():
             table.add_row(inside, f"{shape[0]} x {shape[1]}", str(count), what)
@@ -318,7 +337,11 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     """
     plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None)
     plan = keep_zeros(plan, whole=False)
-    if served and (problem := merging_problem(plan.linears, recipe.export.format)):
+    format = recipe.export.format
+    stored = [name for name, planned in plan.linears.items() if planned.stored() is not None]
+    if problem := none_held(format, plan.written_dense(), stored, model):
+        raise RecipeError(f"export.format: {problem}")
+    if served and (problem := merging_problem(plan.linears, format)):
         raise RecipeError(problem)
     return plan if recipe.depth is None else replace(plan, depth=plan_depth(recipe.depth, plan.model))
 
@@ -488,7 +511,9 @@ def _head(recipe: Recipe, opened: BlockModel, store: torch.dtype, calibrates: bo
         return None
     head = find_head(opened.checkpoint, opened.model, opened.sources)
     scheme = head_scheme(recipe.export.head, store, calibrates)
-    if problem := head_problem(head.module, head.shape, scheme):
+    stored = ModuleScheme(scheme.bits, scheme.group_size or head.shape[1], "dense", head.shape)
+    problem = head_problem(head.module, head.shape, scheme)
+    if problem or (problem := get_format(recipe.export.format).problem(stored, store)):
         raise RecipeError(f"export.head: {problem}")
     return PlannedHead(head, scheme)
 

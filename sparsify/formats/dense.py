@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify.formats.scheme import ModuleScheme, take_bias, take_tensor, with_bias
@@ -14,6 +15,13 @@ class Dense:
 
     name = "dense"
     suffixes: frozenset[str] = frozenset()
+    holds = "every linear"
+    depends_on_numbers = False
+    records_pattern = True
+    written = True
+
+    def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
+        return None
 
     def supports(self, linear: LinearWeights) -> str | None:
         return None

@@ -22,8 +22,8 @@ from sparsify.formats.scheme import (
     AGAIN,
     FLOATS,
     ModuleScheme,
-    linear_problem,
     scheme_problem,
+    stored_problem,
     take_bias,
     take_tensor,
     with_bias,
@@ -38,11 +38,18 @@ class PackQuantized:
 
     name = "pack-quantized"
     suffixes = SUFFIXES
+    holds = "linears that are quantized to 4 or 8 bits, group_size 32, 64, 128 or channel"
+    depends_on_numbers = False
+    records_pattern = False
+    written = True
+
+    def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
+        if scheme.bits == 16:
+            return "pack-quantized holds 4- or 8-bit codes, and this linear is not quantized"
+        return stored_problem(scheme, dtype)
 
     def supports(self, linear: LinearWeights) -> str | None:
-        if linear.bits == 16:
-            return "pack-quantized holds 4- or 8-bit codes, and this linear is not quantized"
-        return linear_problem(linear)
+        return self.problem(ModuleScheme.of(linear), linear.dtype)
 
     def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
         assert linear.codes is not None and linear.scale is not None

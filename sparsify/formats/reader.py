@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
@@ -74,6 +75,12 @@ class CompressedCheckpoint:
         """Bytes on disk of one compressed linear."""
         names = tensors_of(module, self.checkpoint.infos, self._suffixes)
         return sum(self.checkpoint.info(f"{module}.{suffix}").nbytes for suffix in names)
+
+    def dtype(self, module: str) -> torch.dtype:
+        """The floating type of the scales or values of a compressed linear, as its file says."""
+        names = tensors_of(module, self.checkpoint.infos, self._suffixes - {"bias"})
+        found = [self.checkpoint.dtype(f"{module}.{suffix}") for suffix in names if suffix != "bias"]
+        return next((dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
 
     def other_names(self) -> list[str]:
         """The tensors that are not part of a compressed linear."""

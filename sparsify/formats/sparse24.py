@@ -37,8 +37,8 @@ from sparsify.formats.scheme import (
     ModuleScheme,
     common_label,
     in_block,
-    linear_problem,
     scheme_problem,
+    stored_problem,
     take_bias,
     take_tensor,
     with_bias,
@@ -158,9 +158,16 @@ class Sparse24:
 
     name = "sparse24"
     suffixes = SUFFIXES
+    holds = "2:4 linears with 4, 8 or 16 bits and dense ones with 4 or 8, group_size 32, 64, 128 or channel"
+    depends_on_numbers = False
+    records_pattern = True
+    written = True
+
+    def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
+        return stored_problem(scheme, dtype)
 
     def supports(self, linear: LinearWeights) -> str | None:
-        return linear_problem(linear)
+        return self.problem(ModuleScheme.of(linear), linear.dtype)
 
     def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
         stored = linear.values if linear.bits == 16 else linear.codes
