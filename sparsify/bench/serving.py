@@ -17,7 +17,7 @@ from sparsify.bench.engine_setup import (
 )
 from sparsify.bench.machine import BIND, serving_environment, thread_binding, thread_environment
 from sparsify.model.checkpoint import open_checkpoint
-from sparsify.model.pretrained import trusts_remote_code
+from sparsify.model.permissions import trusts_remote_code
 
 
 def serve(

@@ -26,6 +26,7 @@ from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.files import cache_directory, read_json
 from sparsify.formats import get_format
+from sparsify.formats.belonging import compare_with_config
 from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import CheckpointWriter, partial_directory
@@ -118,6 +119,7 @@ def convert(
     """
     get_format(format)
     opened = open_compressed(source)
+    compare_with_config(opened)
     linears = _linears(opened, format, output)
     beside = {name: inside(opened.directory, name) for name in CARRIED if (opened.directory / name).is_file()}
     asked = None if head is None else _asked(opened, format, head)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,16 @@ from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import partial_directory
 from sparsify.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
+from sparsify.model.decoder import (
+    ROUTER,
+    BlockModel,
+    find_blocks,
+    meta_model,
+    open_blocks,
+    refuse_other_tensors,
+    target_names,
+)
+from sparsify.model.linear_groups import skipped_by_shape
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
 from sparsify.recipe.methods import KEEP, QUANTIZE, needs_of
@@ -310,10 +319,33 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     served: the result is what is exported, and vLLM has to load it
     """
     plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None)
-    plan = keep_zeros(plan, whole=False)
+    plan.checkpoint.sidecar_files()  # a link out of the directory is better known now
+    plan = keep_zeros(without_skipped(plan), whole=False)
     if served and (problem := merging_problem(plan.linears, recipe.export.format)):
         raise RecipeError(problem)
     return plan if recipe.depth is None else replace(plan, depth=plan_depth(recipe.depth, plan.model))
+
+
+def without_skipped(plan: Plan) -> Plan:
+    """The plan without linears that a walk would skip for their shapes; CheckpointError where none is left."""
+    if not plan.needs_data or plan.compressed is not None:
+        return plan
+    skipped = {name: why for name, why in skipped_by_shape(plan.model).items() if name in plan.schemes}
+    linears = {
+        name: replace(planned, scheme=None, asked=None, reason=skipped[name]) if name in skipped else planned
+        for name, planned in plan.linears.items()
+    }
+    if plan.schemes and not plan.schemes.keys() - skipped.keys():
+        raise CheckpointError(nothing_compressed(plan, skipped.values()))
+    return replace(plan, linears=linears)
+
+
+def nothing_compressed(plan: Plan, reasons: Iterable[str]) -> str:
+    """The error of a run that could compress nothing."""
+    return (
+        f"none of the {len(plan.schemes)} linears of {plan.checkpoint.spec} that the recipe names can be compressed: "
+        + ("; ".join(f"{why} ({count})" for why, count in Counter(reasons).most_common()))
+    )
 
 
 def keep_zeros(plan: Plan, whole: bool = True) -> Plan:
@@ -409,6 +441,7 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
     compressed = open_compressed(model)
     checkpoint = compressed.checkpoint
     meta = meta_model(checkpoint, torch.float32)
+    refuse_other_tensors(meta, checkpoint, compressed.dense_shapes())
     names = [*compressed.other_names(), *(f"{module}.weight" for module in compressed.modules)]
     opened = BlockModel(checkpoint, meta, find_blocks(meta), target_names(meta, names), torch.float32)
     depth = recipe.depth is not None or shortened is not None

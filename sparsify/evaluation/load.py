@@ -11,10 +11,10 @@ from torch import nn
 
 from sparsify.data.fitting import vocabulary_of
 from sparsify.errors import CheckpointError
+from sparsify.formats.belonging import refuse_foreign_tensors
 from sparsify.model import pretrained
 from sparsify.model.checkpoint import open_checkpoint
-from sparsify.model.decoder import without_bars
-from sparsify.progress import stage
+from sparsify.progress import stage, without_bars
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def pick_device(device: str | None = None) -> torch.device:
 def load_model(spec: str | Path, device: str | None = None) -> LoadedModel:
     """Loads a directory, a hub id, a .gguf file or `embedded:NAME` in float32."""
     checkpoint = open_checkpoint(spec)
+    refuse_foreign_tensors(checkpoint)
     try:
         with stage(f"loading {spec}"), without_bars():
             model = pretrained.load_causal_lm(checkpoint.directory, str(spec), dtype=torch.float32)

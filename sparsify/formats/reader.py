@@ -79,13 +79,18 @@ class CompressedCheckpoint:
         taken = {f"{m}.{s}" for m in self.modules for s in tensors_of(m, self.checkpoint.infos, self._suffixes)}
         return [name for name in self.checkpoint.names() if name not in taken]
 
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of the dense model, by name: a compressed linear is its `weight`, and its `bias` where it has one."""
+        biases = {f"{module}.bias" for module in self.modules if f"{module}.bias" in self.checkpoint}
+        plain = {name: self.checkpoint.shape(name) for name in {*self.other_names(), *biases}}
+        return plain | {f"{module}.weight": scheme.shape for module, scheme in self.modules.items()}
+
     def tensor(self, name: str) -> Tensor:
         return self.checkpoint.tensor(name)
 
 
-def open_compressed(source: str | Path) -> CompressedCheckpoint:
-    """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown."""
-    checkpoint = open_checkpoint(source)
+def recognised(checkpoint: Checkpoint) -> CompressedCheckpoint | None:
+    """A checkpoint as one of a known format, a dense model too; None where its config.json names another."""
     described = checkpoint.config.get("quantization_config")
     if described is not None and not isinstance(described, dict):
         raise CheckpointError(f"{checkpoint.spec}: quantization_config in config.json must be an object")
@@ -94,7 +99,16 @@ def open_compressed(source: str | Path) -> CompressedCheckpoint:
         if format.recognises(described):
             shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
             return CompressedCheckpoint(checkpoint, name, format.schemes(described, shapes))
-    method = " ".join(str((described or {}).get(key)) for key in ("quant_method", "format") if key in (described or {}))
+    return None
+
+
+def open_compressed(source: str | Path) -> CompressedCheckpoint:
+    """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown."""
+    checkpoint = open_checkpoint(source)
+    if (opened := recognised(checkpoint)) is not None:
+        return opened
+    described = checkpoint.config["quantization_config"]
+    method = " ".join(str(described.get(key)) for key in ("quant_method", "format") if key in described)
     raise CheckpointError(
         f"{checkpoint.spec} is quantized with {method or 'an unnamed method'}, which sparsify cannot read; "
         f"it reads {', '.join(known_formats())}: start from the dense model instead"

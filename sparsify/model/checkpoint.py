@@ -18,6 +18,8 @@ from torch import Tensor
 from sparsify.errors import CheckpointError, MissingDependency
 from sparsify.files import atomic_directory, cache_directory, read_json
 from sparsify.fingerprint import combined, file_digest, file_digests
+from sparsify.model.belonging import refuse_badly_loaded
+from sparsify.model.pretrained import refuse_foreign_code
 from sparsify.model.sidecars import sidecars
 from sparsify.progress import stage
 
@@ -216,6 +218,7 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
         checkpoint = Checkpoint(text, _from_hub(text))
     if not (checkpoint.directory / "config.json").is_file():
         raise CheckpointError(f"{text} holds no config.json; give a Hugging Face checkpoint directory")
+    refuse_foreign_code(checkpoint.directory, text)
     _ = checkpoint.config, checkpoint.infos
     return checkpoint
 
@@ -251,15 +254,17 @@ def _unpack(file: Path, target: Path) -> None:
 
     directory, name = str(file.parent), file.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             gguf_file=name,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(gguf_file=name, dequantize=True),
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
     except Exception as error:  # the parser fails in many ways on bytes that are no GGUF
         raise CheckpointError(f"{file} cannot be read as a GGUF model: {error}") from None
+    refuse_badly_loaded(model, info, file.parent, str(file))
     try:
         with atomic_directory(target) as aside:
             model.save_pretrained(aside)
