@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from sparsify.model.decoder import (
 )
 from sparsify.model.linear_groups import skipped_by_shape
 from sparsify.model.output_head import OutputHead, find_head
+from sparsify.model.sidecars import secrets
 from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
 from sparsify.recipe.methods import KEEP, QUANTIZE, needs_of
 from sparsify.recipe.sources import sources_in_words
@@ -190,6 +191,17 @@ class Plan:
         names = self.checkpoint.names() if self.compressed is None else self.compressed.other_names()
         return [name for name in names if name not in self.model.sources]
 
+    def kept_wide(self) -> list[str]:
+        """Tensors that stay float32 or float64 in a model of 16-bit types."""
+        packed = {planned.source for planned in self.linears.values() if planned.scheme or planned.given}
+        names = self.checkpoint.names() if self.compressed is None else self.compressed.other_names()
+        kept = {name: self.stored_dtype(name) for name in names if name not in packed}
+        return [name for name, dtype in kept.items() if dtype.is_floating_point and dtype.itemsize > 2]
+
+    def left_behind(self) -> list[str]:
+        """Files of the model that do not come along, because they look like credentials."""
+        return secrets(self.checkpoint.directory)
+
     def carried_json(self) -> dict[str, Any] | None:
         """What metrics.json says of them."""
         names = self.carried()
@@ -226,6 +238,8 @@ class Plan:
             "head": self._head_json(),
             "dense_modules": self.dense_modules(),
             "carried": self.carried_json(),
+            "kept_wide": self.kept_wide(),
+            "left_behind": self.left_behind(),
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
@@ -283,6 +297,12 @@ class Plan:
             + (f", {time_in_words(cost.operations, self.compute.dtype)}" if cost.operations else "")
             + (f"\n{self.compute.describe()}" if self.computes else "")
             + (f"\n{carried_in_words(carried)}" if (carried := self.carried_json()) else "")
+            + (f"\nstays wider than 16 bits: {kinds_in_words(wide)}" if (wide := self.kept_wide()) else "")
+            + (
+                f"\nleft behind, as it looks like a credential: {', '.join(behind)}"
+                if (behind := self.left_behind())
+                else ""
+            )
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
         )
         return table
@@ -290,14 +310,21 @@ class Plan:
 
 def carried_in_words(carried: Mapping[str, Any]) -> str:
     """`carried over as they are: 11 tensors (2.1 MB) unknown to LlamaForCausalLM: model.layers.2.*`"""
-    kinds: dict[str, None] = {}
-    for name in carried["tensors"]:
-        block = re.match(r"(?:.*?\.)?\d+\.", name)
-        kinds[f"{block.group()}*" if block else name] = None
-    shown = ", ".join([*kinds][:MANY_CARRIED]) + (", ..." if len(kinds) > MANY_CARRIED else "")
-    count = len(carried["tensors"])
-    what = f"{count} tensor{'s' if count > 1 else ''} ({carried['bytes'] / 1e6:.1f} MB)"
-    return f"carried over as stored: {what} {carried['reason']}: {shown}"
+    kinds = [re.sub(r"^((?:.*?\.)?\d+\.).*", r"\1*", name) for name in carried["tensors"]]
+    size = f"({carried['bytes'] / 1e6:.1f} MB) {carried['reason']}"
+    return f"carried over as stored: {_counted(kinds, size)}"
+
+
+def kinds_in_words(names: Sequence[str]) -> str:
+    """`12 tensors: model.layers.*.mlp.gate.e_score_correction_bias`"""
+    return _counted([re.sub(r"\.\d+(?=\.)", ".*", name) for name in names])
+
+
+def _counted(kinds: Sequence[str], more: str = "") -> str:
+    """How many tensors, and what kinds of them there are."""
+    different = [*dict.fromkeys(kinds)]
+    shown = ", ".join(different[:MANY_CARRIED]) + (", ..." if len(different) > MANY_CARRIED else "")
+    return f"{len(kinds)} tensor{'s' if len(kinds) > 1 else ''}{' ' * bool(more)}{more}: {shown}"
 
 
 def describe(scheme: Scheme) -> str:

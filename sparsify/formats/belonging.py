@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from sparsify.errors import CheckpointError
 from sparsify.formats import get_format, known_formats
 from sparsify.formats.reader import CompressedCheckpoint, recognised
+from sparsify.formats.scheme import FLOATS
+from sparsify.model.belonging import Differences, refuse
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import meta_model, refuse_other_tensors
+from sparsify.model.linear import LinearWeights
 
 OTHER_QUANTIZERS = {"qweight", "qzeros", "g_idx", "weight_scale_inv", "weight_global_scale", "absmax", "quant_map"}
 
@@ -25,12 +30,36 @@ def refuse_foreign_tensors(checkpoint: Checkpoint) -> None:
 
 def compare_with_config(opened: CompressedCheckpoint) -> str | None:
     """The same for an opened checkpoint. Returns why it could not be compared: transformers cannot build the model."""
+    lacking = [
+        f"{module}.{suffix}"
+        for module, scheme in opened.modules.items()
+        for suffix in _suffixes(opened.format, scheme.bits, scheme.pattern, scheme.group_size == scheme.shape[1])
+        if f"{module}.{suffix}" not in opened.checkpoint
+    ]
+    refuse(Differences("", lacking, [], []), opened.checkpoint.spec)
     try:
         model = meta_model(opened.checkpoint, torch.bfloat16)
     except CheckpointError as error:
         return str(error)
     refuse_other_tensors(model, opened.checkpoint, opened.dense_shapes(), _hint(opened))
     return None
+
+
+@functools.cache
+def _suffixes(format: str, bits: int, pattern: str, channel: bool) -> frozenset[str]:
+    """The tensors that a linear of such a scheme consists of in a format, as it writes a small one of zeros."""
+    size, group = 256, 64  # fits the tiles of every format
+    for dtype in FLOATS:
+        codes = torch.zeros(size, size, dtype=torch.int8)
+        scale = torch.ones(size, 1 if channel else size // group, dtype=dtype)
+        linear = (
+            LinearWeights(16, pattern, size, values=codes.to(dtype))
+            if bits == 16
+            else LinearWeights(bits, pattern, size if channel else group, codes=codes, scale=scale)
+        )
+        if get_format(format).supports(linear) is None:
+            return frozenset(get_format(format).encode(linear))
+    return frozenset()
 
 
 def _hint(opened: CompressedCheckpoint) -> str:

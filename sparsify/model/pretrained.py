@@ -50,7 +50,11 @@ def load_causal_lm(directory: str | Path, spec: str | None = None, **settings: A
 
     with _named(directory, spec):
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory, trust_remote_code=trusts_remote_code(), output_loading_info=True, **settings
+            directory,
+            trust_remote_code=trusts_remote_code(),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **settings,
         )
     refuse_badly_loaded(model, info, directory, spec)
     return model
