@@ -16,7 +16,7 @@ from sparsify.bench.engine_setup import (
     tensor_parallel_ranks,
 )
 from sparsify.bench.machine import BIND, serving_environment, thread_binding, thread_environment
-from sparsify.formats.belonging import refuse_foreign_tensors
+from sparsify.formats.belonging import check_tensors
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.permissions import trusts_remote_code
 
@@ -37,7 +37,7 @@ def serve(
     environment = serving_environment(overrides)
     environment |= thread_environment(environment[BIND], environment)
     checkpoint = open_checkpoint(directory)
-    refuse_foreign_tensors(checkpoint)
+    check_tensors(checkpoint)
     build_for([str((checkpoint.config.get("quantization_config") or {}).get("format"))])
     command = [sys.executable, "-m", "sparsify.bench.vllm_cli", "serve", str(checkpoint.directory), *extra_args]
     if trusts_remote_code():

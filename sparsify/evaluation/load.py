@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsify.data.fitting import vocabulary_of
 from sparsify.errors import CheckpointError
-from sparsify.formats.belonging import refuse_foreign_tensors
+from sparsify.formats.belonging import check_tensors
 from sparsify.model import pretrained
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import stage, without_bars
@@ -44,7 +44,7 @@ def pick_device(device: str | None = None) -> torch.device:
 def load_model(spec: str | Path, device: str | None = None) -> LoadedModel:
     """Loads a directory, a hub id, a .gguf file or `embedded:NAME` in float32."""
     checkpoint = open_checkpoint(spec)
-    refuse_foreign_tensors(checkpoint)
+    check_tensors(checkpoint)
     try:
         with stage(f"loading {spec}"), without_bars():
             model = pretrained.load_causal_lm(checkpoint.directory, str(spec), dtype=torch.float32)

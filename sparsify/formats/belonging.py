@@ -7,7 +7,7 @@ import functools
 import torch
 
 from sparsify.errors import CheckpointError
-from sparsify.formats import get_format, known_formats
+from sparsify.formats import ModuleScheme, get_format, known_formats
 from sparsify.formats.reader import CompressedCheckpoint, recognised
 from sparsify.formats.scheme import FLOATS
 from sparsify.model.belonging import Differences, refuse
@@ -18,7 +18,7 @@ from sparsify.model.linear import LinearWeights
 OTHER_QUANTIZERS = {"qweight", "qzeros", "g_idx", "weight_scale_inv", "weight_global_scale", "absmax", "quant_map"}
 
 
-def refuse_foreign_tensors(checkpoint: Checkpoint) -> None:
+def check_tensors(checkpoint: Checkpoint) -> None:
     """CheckpointError where tensors are missing, unknown or of another shape. Reads headers only, no weights.
 
     A checkpoint of a format that sparsify does not know is left to whoever loads it.
@@ -33,7 +33,7 @@ def compare_with_config(opened: CompressedCheckpoint) -> str | None:
     lacking = [
         f"{module}.{suffix}"
         for module, scheme in opened.modules.items()
-        for suffix in _suffixes(opened.format, scheme.bits, scheme.pattern, scheme.group_size == scheme.shape[1])
+        for suffix in _suffixes(opened.format, scheme.bits, scheme.pattern, _group_size(scheme))
         if f"{module}.{suffix}" not in opened.checkpoint
     ]
     refuse(Differences("", lacking, [], []), opened.checkpoint.spec)
@@ -45,18 +45,24 @@ def compare_with_config(opened: CompressedCheckpoint) -> str | None:
     return None
 
 
+def _group_size(scheme: ModuleScheme) -> int | None:
+    return None if scheme.group_size == scheme.shape[1] else scheme.group_size
+
+
 @functools.cache
-def _suffixes(format: str, bits: int, pattern: str, channel: bool) -> frozenset[str]:
-    """The tensors that a linear of such a scheme consists of in a format, as it writes a small one of zeros."""
-    size, group = 256, 64  # fits the tiles of every format
+def _suffixes(format: str, bits: int, pattern: str, group_size: int | None) -> frozenset[str]:
+    """The tensors that a linear of such a scheme consists of in a format, as it writes a small one of zeros.
+
+    group_size: None for one scale per output
+    """
+    n = k = 256  # fits the tiles and groups of every format
+    group = group_size or k
     for dtype in FLOATS:
-        codes = torch.zeros(size, size, dtype=torch.int8)
-        scale = torch.ones(size, 1 if channel else size // group, dtype=dtype)
-        linear = (
-            LinearWeights(16, pattern, size, values=codes.to(dtype))
-            if bits == 16
-            else LinearWeights(bits, pattern, size if channel else group, codes=codes, scale=scale)
-        )
+        codes = torch.zeros(n, k, dtype=torch.int8)
+        if bits == 16:
+            linear = LinearWeights(16, pattern, k, values=codes.to(dtype))
+        else:
+            linear = LinearWeights(bits, pattern, group, codes=codes, scale=torch.ones(n, k // group, dtype=dtype))
         if get_format(format).supports(linear) is None:
             return frozenset(get_format(format).encode(linear))
     return frozenset()

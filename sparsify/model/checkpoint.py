@@ -108,7 +108,13 @@ class Checkpoint:
         """Every tensor of every shard, by name."""
         tensors: dict[str, TensorInfo] = {}
         for file in self.weight_files():
-            tensors.update(read_header(file)[0])
+            inside = read_header(file)[0]
+            if twice := sorted(inside.keys() & tensors.keys()):
+                problem = f"{twice[0]} is in {tensors[twice[0]].file.name} and in {file.name}"
+                raise CheckpointError(
+                    f"{self.spec}: {problem}, and nobody knows which of the two counts; remove one of them"
+                )
+            tensors.update(inside)
         for name in self._indexed():
             if name not in tensors:
                 raise CheckpointError(f"{self.spec}: {INDEX} lists {name}, which no file holds; download it again")

@@ -79,6 +79,10 @@ def test_a_router_bias_stays_float32_to_the_bit(tmp_path, dtype):
     written = load_file(tmp_path / "out" / "model.safetensors")
     (name,) = [name for name in state if "e_score" in name]
     assert written[name].dtype == torch.float32 and same_bits(written[name], state[name])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["kept_wide"] == [name]
+    shown = [str(cell) for column in summary(metrics, "t").columns for cell in column.cells]
+    assert "1 tensor: model.layers.*.mlp.gate.e_score_correction_bias" in shown
     assert {t.dtype for n, t in written.items() if t.is_floating_point() and n != name} == {torch.bfloat16}
 
 
@@ -102,6 +106,17 @@ def test_a_float32_model_is_cast_as_the_recipe_says(tmp_path):
     opened = open_compressed(tmp_path / "out")
     for name in opened.other_names():
         assert same_bits(opened.tensor(name), state[name].bfloat16())
+
+
+def test_what_does_not_come_along_is_said(tmp_path):
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    (source / "hf_token.txt").write_text("secret")
+    plan = make_plan(parse_recipe(PRUNED), str(source))
+    assert plan.to_json()["left_behind"] == ["hf_token.txt"] and "hf_token.txt" in plan.table().caption
+    metrics = apply(parse_recipe(PRUNED), str(source), tmp_path / "out", quiet=True).metrics
+    assert metrics["left_behind"] == ["hf_token.txt"] and not (tmp_path / "out" / "hf_token.txt").exists()
+    shown = [str(cell) for column in summary(metrics, "t").columns for cell in column.cells]
+    assert "hf_token.txt: looks like a credential" in shown and metrics["kept_wide"] == []
 
 
 def test_one_float16_tensor_makes_no_float16_model(tmp_path):

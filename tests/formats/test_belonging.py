@@ -11,6 +11,7 @@ from sparsify.bench.targets import open_targets
 from sparsify.compiler.plan import make_plan
 from sparsify.errors import CheckpointError
 from sparsify.evaluation.load import load_model
+from sparsify.formats.belonging import _suffixes
 from sparsify.formats.inspect import inspect, render
 from sparsify.model.permissions import allowing_unknown
 from sparsify.model.pretrained import load_causal_lm
@@ -171,12 +172,25 @@ def test_autogptq_without_its_config_is_no_random_model(dense):
             opened(directory)
 
 
-def test_a_file_of_another_format_is_not_taken_for_a_whole_one(llama, compress, tmp_path):
-    """All scales are gone, not one: no neighbour tells."""
-    out, _ = compress(llama(), tmp_path / "out", "marlin-24")
-    edit(out, lambda state: {n: t for n, t in state.items() if not n.endswith("scale_packed")})
-    with pytest.raises(CheckpointError, match=r"lacks the tensors model\.layers\.0\..*\.scale_packed"):
+@pytest.mark.parametrize("format", ["sparse24", "pack-quantized"])
+def test_no_neighbour_has_to_tell_what_is_missing(llama, compress, tmp_path, format):
+    out, _ = compress(llama(), tmp_path / "out", format)
+    edit(out, lambda state: {n: t for n, t in state.items() if not n.endswith("weight_scale")})
+    with pytest.raises(CheckpointError, match=r"lacks the tensors model\.layers\.0\.mlp\.down_proj\.weight_scale"):
         open_targets([out])
+
+
+@pytest.mark.parametrize(
+    ("format", "bits", "expected"),
+    [
+        ("sparse24", 4, {"weight_packed", "weight_meta", "weight_scale"}),
+        ("sparse24", 16, {"weight_values", "weight_meta"}),
+        ("pack-quantized", 8, {"weight_packed", "weight_scale", "weight_shape"}),
+        ("marlin-24", 4, {"weight_packed", "scale_packed", "meta"}),
+    ],
+)
+def test_what_a_linear_consists_of(format, bits, expected):
+    assert _suffixes(format, bits, "2:4", None if bits == 16 else 128) == expected
 
 
 def test_a_model_that_cannot_be_built_is_said_to_be_not_compared(dense):

@@ -103,6 +103,25 @@ def test_trust_ends_with_the_block(monkeypatch):
     assert os.environ[TRUST] == "0" and not trusts_remote_code()
 
 
+def test_python_permits_it_by_an_argument(tmp_path):
+    import sparsify
+
+    model, text = own_model(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    recipe = {"passes": [{"prune": {"method": "magnitude"}}]}
+    calls = {
+        "plan": lambda **given: sparsify.plan(recipe, model, **given),
+        "apply": lambda **given: sparsify.apply(recipe, model, tmp_path / "out", quiet=True, **given).model,
+        "evaluate": lambda **given: sparsify.evaluate(tmp_path / "out", None, text, 32, 2, quiet=True, **given),
+    }
+    for name, call in calls.items():
+        with pytest.raises(CheckpointError, match=r"trust_remote_code=True"):
+            call()
+        assert call(trust_remote_code=True) is not None, name
+    assert sparsify.inspect(tmp_path / "out").not_compared is not None
+    assert sparsify.inspect(tmp_path / "out", trust_remote_code=True).not_compared is None
+    assert not trusts_remote_code()
+
+
 def test_an_engine_is_told(monkeypatch):
     from sparsify.bench import BenchOptions
     from sparsify.bench.workload import LatencyWorkload, engine_arguments
