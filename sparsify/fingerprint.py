@@ -43,7 +43,7 @@ def file_digests(files: Mapping[str, Path], what: str = "the model") -> dict[str
     left = {name: path for name, path in files.items() if name not in found}
     nbytes = sum(stamps[name].st_size for name in left)
     started = time.time()
-    with stage(f"hashing {what} ({nbytes / 1e9:.1f} GB)"), ThreadPoolExecutor(usable_cores()) as threads:
+    with stage(f"hashing {what} ({nbytes / 1e9:.1f} GB)"), _threads() as threads:
         parts = {
             name: [threads.submit(_part_digest, path, start) for start in range(0, stamps[name].st_size, PART)]
             for name, path in left.items()
@@ -57,6 +57,16 @@ def file_digests(files: Mapping[str, Path], what: str = "the model") -> dict[str
             found[name] = whole.hexdigest()
             _remember(stamps[name], found[name], started)
     return {name: found[name] for name in files}
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that stop at an error or an interrupt, and not only when they have hashed everything."""
+    threads = ThreadPoolExecutor(usable_cores())
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def combined(digests: Mapping[str, str]) -> str:

@@ -27,6 +27,7 @@ from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.files import cache_directory, read_json
 from sparsify.formats import ModuleScheme, get_format, written_formats
+from sparsify.formats.belonging import compare_with_config
 from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import CheckpointWriter, partial_directory
@@ -135,6 +136,7 @@ def convert(
             f"sparsify reads {format} and does not write it; it writes {', '.join(written_formats())}"
         )
     opened = open_compressed(source)
+    compare_with_config(opened)
     linears = _linears(opened, format, output)
     for said in some_not_held(format, _not_held(opened, format, linears)):
         say(said, quiet)

@@ -137,6 +137,8 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
         ],
         "carried": plan.carried_json(),
         "source": whole.source_json(),
+        "kept_wide": plan.kept_wide(),
+        "left_behind": whole.left_behind(),
         "sizes": {
             "dense_bytes": whole.dense_bytes(),
             "compressed_bytes": sum(writer.tensor_bytes().values()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +28,18 @@ from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import partial_directory
 from sparsify.model.checkpoint import Checkpoint, TensorInfo
-from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
+from sparsify.model.decoder import (
+    ROUTER,
+    BlockModel,
+    find_blocks,
+    meta_model,
+    open_blocks,
+    refuse_other_tensors,
+    target_names,
+)
+from sparsify.model.linear_groups import skipped_by_shape
 from sparsify.model.output_head import OutputHead, find_head
+from sparsify.model.sidecars import secrets
 from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
 from sparsify.recipe.methods import KEEP, QUANTIZE, needs_of
 from sparsify.recipe.sources import sources_in_words
@@ -191,6 +201,17 @@ class Plan:
         names = self.checkpoint.names() if self.compressed is None else self.compressed.other_names()
         return [name for name in names if name not in self.model.sources]
 
+    def kept_wide(self) -> list[str]:
+        """Tensors that stay float32 or float64 in a model of 16-bit types."""
+        packed = {planned.source for planned in self.linears.values() if planned.scheme or planned.given}
+        names = self.checkpoint.names() if self.compressed is None else self.compressed.other_names()
+        kept = {name: self.stored_dtype(name) for name in names if name not in packed}
+        return [name for name, dtype in kept.items() if dtype.is_floating_point and dtype.itemsize > 2]
+
+    def left_behind(self) -> list[str]:
+        """Files of the model that do not come along, because they look like credentials."""
+        return secrets(self.checkpoint.directory)
+
     def carried_json(self) -> dict[str, Any] | None:
         """What metrics.json says of them."""
         names = self.carried()
@@ -241,6 +262,8 @@ class Plan:
             "dense_modules": self.dense_modules() | self.written_dense(),
             "carried": self.carried_json(),
             "source": self.source_json(),
+            "kept_wide": self.kept_wide(),
+            "left_behind": self.left_behind(),
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
@@ -300,6 +323,12 @@ class Plan:
             + (f"\n{self.compute.describe()}" if self.computes else "")
             + (f"\nthe source is {source_in_words(source)}" if (source := self.source_json()) else "")
             + (f"\n{carried_in_words(carried)}" if (carried := self.carried_json()) else "")
+            + (f"\nstays wider than 16 bits: {kinds_in_words(wide)}" if (wide := self.kept_wide()) else "")
+            + (
+                f"\nleft behind, as it looks like a credential: {', '.join(behind)}"
+                if (behind := self.left_behind())
+                else ""
+            )
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
         )
         return table
@@ -307,14 +336,21 @@ class Plan:
 
 def carried_in_words(carried: Mapping[str, Any]) -> str:
     """`carried over as they are: 11 tensors (2.1 MB) unknown to LlamaForCausalLM: model.layers.2.*`"""
-    kinds: dict[str, None] = {}
-    for name in carried["tensors"]:
-        block = re.match(r"(?:.*?\.)?\d+\.", name)
-        kinds[f"{block.group()}*" if block else name] = None
-    shown = ", ".join([*kinds][:MANY_CARRIED]) + (", ..." if len(kinds) > MANY_CARRIED else "")
-    count = len(carried["tensors"])
-    what = f"{count} tensor{'s' if count > 1 else ''} ({carried['bytes'] / 1e6:.1f} MB)"
-    return f"carried over as stored: {what} {carried['reason']}: {shown}"
+    kinds = [re.sub(r"^((?:.*?\.)?\d+\.).*", r"\1*", name) for name in carried["tensors"]]
+    size = f"({carried['bytes'] / 1e6:.1f} MB) {carried['reason']}"
+    return f"carried over as stored: {_counted(kinds, size)}"
+
+
+def kinds_in_words(names: Sequence[str]) -> str:
+    """`12 tensors: model.layers.*.mlp.gate.e_score_correction_bias`"""
+    return _counted([re.sub(r"\.\d+(?=\.)", ".*", name) for name in names])
+
+
+def _counted(kinds: Sequence[str], more: str = "") -> str:
+    """How many tensors, and what kinds of them there are."""
+    different = [*dict.fromkeys(kinds)]
+    shown = ", ".join(different[:MANY_CARRIED]) + (", ..." if len(different) > MANY_CARRIED else "")
+    return f"{len(kinds)} tensor{'s' if len(kinds) > 1 else ''}{' ' * bool(more)}{more}: {shown}"
 
 
 def describe(scheme: Scheme) -> str:
@@ -336,7 +372,8 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     served: the result is what is exported, and vLLM has to load it
     """
     plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None)
-    plan = keep_zeros(plan, whole=False)
+    plan.checkpoint.sidecar_files()  # a link out of the directory is better known now
+    plan = keep_zeros(without_skipped(plan), whole=False)
     format = recipe.export.format
     stored = [name for name, planned in plan.linears.items() if planned.stored() is not None]
     if problem := none_held(format, plan.written_dense(), stored, model):
@@ -344,6 +381,28 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     if served and (problem := merging_problem(plan.linears, format)):
         raise RecipeError(problem)
     return plan if recipe.depth is None else replace(plan, depth=plan_depth(recipe.depth, plan.model))
+
+
+def without_skipped(plan: Plan) -> Plan:
+    """The plan without linears that a walk would skip for their shapes; CheckpointError where none is left."""
+    if not plan.needs_data or plan.compressed is not None:
+        return plan
+    skipped = {name: why for name, why in skipped_by_shape(plan.model).items() if name in plan.schemes}
+    linears = {
+        name: replace(planned, scheme=None, asked=None, reason=skipped[name]) if name in skipped else planned
+        for name, planned in plan.linears.items()
+    }
+    if plan.schemes and not plan.schemes.keys() - skipped.keys():
+        raise CheckpointError(nothing_compressed(plan, skipped.values()))
+    return replace(plan, linears=linears)
+
+
+def nothing_compressed(plan: Plan, reasons: Iterable[str]) -> str:
+    """The error of a run that could compress nothing."""
+    return (
+        f"none of the {len(plan.schemes)} linears of {plan.checkpoint.spec} that the recipe names can be compressed: "
+        + ("; ".join(f"{why} ({count})" for why, count in Counter(reasons).most_common()))
+    )
 
 
 def keep_zeros(plan: Plan, whole: bool = True) -> Plan:
@@ -439,6 +498,7 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
     compressed = open_compressed(model)
     checkpoint = compressed.checkpoint
     meta = meta_model(checkpoint, torch.float32)
+    refuse_other_tensors(meta, checkpoint, compressed.dense_shapes())
     names = [*compressed.other_names(), *(f"{module}.weight" for module in compressed.modules)]
     opened = BlockModel(checkpoint, meta, find_blocks(meta), target_names(meta, names), torch.float32)
     depth = recipe.depth is not None or shortened is not None

@@ -32,10 +32,10 @@ from sparsify.formats.reader import natural
 from sparsify.formats.scheme import in_block
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.model.decoder import load_state, meta_model, target_names, without_bars
+from sparsify.model.decoder import load_state, meta_model, target_names
 from sparsify.model.linear import LinearWeights
 from sparsify.model.pretrained import load_causal_lm, load_config, load_tokenizer
-from sparsify.progress import stage
+from sparsify.progress import stage, without_bars
 from sparsify.recipe import Calibration, Distill, Finetune, Lora
 from sparsify.recipe.sources import SELF, parse_source
 from sparsify.training.distill import TextRows, cache_teacher, collate, online

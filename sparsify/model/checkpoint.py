@@ -18,6 +18,8 @@ from torch import Tensor
 from sparsify.errors import CheckpointError, MissingDependency
 from sparsify.files import atomic_directory, cache_directory, read_json
 from sparsify.fingerprint import combined, file_digest, file_digests
+from sparsify.model.belonging import refuse_badly_loaded
+from sparsify.model.pretrained import refuse_foreign_code
 from sparsify.model.sidecars import sidecars
 from sparsify.progress import stage
 
@@ -108,7 +110,13 @@ class Checkpoint:
         """Every tensor of every shard, by name."""
         tensors: dict[str, TensorInfo] = {}
         for file in self.weight_files():
-            tensors.update(read_header(file)[0])
+            inside = read_header(file)[0]
+            if twice := sorted(inside.keys() & tensors.keys()):
+                problem = f"{twice[0]} is in {tensors[twice[0]].file.name} and in {file.name}"
+                raise CheckpointError(
+                    f"{self.spec}: {problem}, and nobody knows which of the two counts; remove one of them"
+                )
+            tensors.update(inside)
         for name in self._indexed():
             if name not in tensors:
                 raise CheckpointError(f"{self.spec}: {INDEX} lists {name}, which no file holds; download it again")
@@ -250,6 +258,7 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
         checkpoint = Checkpoint(text, _from_hub(text))
     if not (checkpoint.directory / "config.json").is_file():
         raise CheckpointError(f"{text} holds no config.json; give a Hugging Face checkpoint directory")
+    refuse_foreign_code(checkpoint.directory, text)
     _ = checkpoint.config, checkpoint.infos
     return checkpoint
 
@@ -285,15 +294,17 @@ def _unpack(file: Path, target: Path) -> None:
 
     directory, name = str(file.parent), file.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             gguf_file=name,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(gguf_file=name, dequantize=True),
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
     except Exception as error:  # the parser fails in many ways on bytes that are no GGUF
         raise CheckpointError(f"{file} cannot be read as a GGUF model: {error}") from None
+    refuse_badly_loaded(model, info, file.parent, str(file))
     try:
         with atomic_directory(target) as aside:
             model.save_pretrained(aside)

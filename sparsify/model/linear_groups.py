@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.model.capture import BlockCall, run_block
-from sparsify.model.decoder import ROUTER
+from sparsify.model.capture import BlockCall, capture_calls, run_block
+from sparsify.model.decoder import ROUTER, BlockModel
+
+PROBE_TOKENS = 16
+NOT_CALLED = "not called in a forward pass"
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[Line
     finally:
         for hook in hooks:
             hook.remove()
-    skipped = {name: "not called in a forward pass" for name in linears.values() if name not in seen}
+    skipped = {name: NOT_CALLED for name in linears.values() if name not in seen}
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, inputs in seen.items():
         t = inputs[0]
@@ -52,3 +60,41 @@ def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[Line
         else:
             groups.setdefault((t.data_ptr(), t.shape, t.stride()), []).append(name)
     return [LinearGroup(tuple(names), key[1][-1]) for key, names in groups.items()], skipped
+
+
+@torch.no_grad()
+def skipped_by_shape(model: BlockModel) -> dict[str, str]:
+    """The linears that `find_groups` will skip, by full name, and why: found on tensors of shapes only, without a weight.
+
+    A block is left out that cannot run so, because its code looks at numbers; so is what such numbers decide.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found: dict[str, str] = {}
+    hollow = replace(model, model=copy.deepcopy(model.model).to("meta"))
+    with _silent("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True):
+        for module in hollow.model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
+        # whatever the model's own code raises on tensors without values
+        with suppress(Exception):
+            hidden, calls = capture_calls(hollow, torch.zeros(1, PROBE_TOKENS, dtype=torch.long))
+            for index, block in enumerate(hollow.blocks):
+                with suppress(Exception):
+                    skipped = find_groups(hollow.block(index), hidden, calls[index])[1]
+                    found |= {f"{block}.{name}": why for name, why in skipped.items() if why != NOT_CALLED}
+    return found
+
+
+@contextmanager
+def _silent(logged: str) -> Iterator[None]:
+    """Neither warnings nor what this logger says."""
+    logger = logging.getLogger(logged)
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.disabled = before

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sparsify.errors import CheckpointError, MissingDependency
@@ -153,6 +153,21 @@ def test_damage_is_named(directory, tmp_path, change, message):
     else:
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint(copy)
+
+
+def test_a_tensor_in_two_files_is_refused(directory, tmp_path):
+    state = load_file(directory / "model.safetensors")
+    norm = "model.norm.weight"
+
+    def change(d):
+        (d / "model.safetensors").unlink()
+        save_file(state, d / "a.safetensors")
+        save_file({norm: state[norm] + 1}, d / "b.safetensors")
+        files = {**dict.fromkeys(state, "a.safetensors"), norm: "b.safetensors"}
+        (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+    with pytest.raises(CheckpointError, match=rf"{norm} is in a\.safetensors and in b\.safetensors"):
+        open_checkpoint(damaged(directory, tmp_path, change))
 
 
 def test_an_unknown_architecture_is_named(directory, tmp_path):

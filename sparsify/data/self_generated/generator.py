@@ -7,8 +7,8 @@ import torch
 
 from sparsify.distributed import device
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.model.decoder import without_bars
 from sparsify.model.pretrained import load_causal_lm
+from sparsify.progress import without_bars
 
 SHARE_OF_GPU = 0.5  # of its free memory that the weights may take; the rest is for keys and values
 
