@@ -84,9 +84,9 @@ class CompressedTensors:
         return bool(formats) and formats <= set(FORMATS) and _sparsity(config) in DENSE
 
     def is_native(self, config: Mapping[str, Any]) -> bool:
-        """Whether transformers reads it on a CPU: everything but FP4 and MXFP8."""
+        """Whether transformers runs it on a CPU with these very weights: packed integers, and what is dense."""
         formats = {config.get("format"), *(group.get("format") for group in _groups(config).values())}
-        return not formats & {NVFP4, MXFP4, MXFP8}
+        return formats <= {PACKED, *DENSE}
 
     def find(self, config: Mapping[str, Any], infos: Infos) -> Found:
         targets = {} if _is_dense(config) else _targets(config)
