@@ -62,7 +62,7 @@ def add_export(commands: Commands) -> None:
         "source", metavar="DIR|MODEL", help="checkpoint directory, .gguf file, Hub id or embedded:NAME"
     )
     command.add_argument(
-        "--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized, marlin-24 or dense"
+        "--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized, gptq, marlin-24 or dense"
     )
     command.add_argument("--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist")
     command.add_argument(

@@ -2,13 +2,14 @@
 
 from sparsify.errors import CheckpointError
 from sparsify.formats.dense import Dense
+from sparsify.formats.gptq import Gptq
 from sparsify.formats.marlin24 import Marlin24
 from sparsify.formats.pack_quantized import PackQuantized
 from sparsify.formats.scheme import Format, ModuleScheme
 from sparsify.formats.sparse24 import Sparse24
 from sparsify.formats.sparse24_bitmask import Sparse24Bitmask
 
-_ALL: tuple[Format, ...] = (Sparse24(), Dense(), PackQuantized(), Marlin24(), Sparse24Bitmask())
+_ALL: tuple[Format, ...] = (Sparse24(), Dense(), PackQuantized(), Gptq(), Marlin24(), Sparse24Bitmask())
 _FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 
 __all__ = ["Format", "ModuleScheme", "get_format", "known_formats", "written_formats"]

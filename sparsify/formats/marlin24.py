@@ -42,6 +42,7 @@ from sparsify.formats.packing import (
 from sparsify.formats.scheme import (
     AGAIN,
     FLOATS,
+    Format,
     Label,
     ModuleScheme,
     scheme_problem,
@@ -86,15 +87,13 @@ def _scales_are_plain(k: int, group_size: int) -> bool:
     return group_size >= k // 2
 
 
-class Marlin24:
+class Marlin24(Format):
     """What vLLM had a sparse GPU kernel for until 2026."""
 
     name = "marlin-24"
     suffixes = SUFFIXES
     holds = "2:4 linears with 4 or 8 bits, group_size 128 or channel, outputs in multiples of 64"
     depends_on_numbers = True
-    records_pattern = True
-    written = True
 
     def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
         if scheme.bits == 16 or scheme.pattern != "2:4":

@@ -21,6 +21,7 @@ from sparsify.formats.packing import pack_words, unpack_words
 from sparsify.formats.scheme import (
     AGAIN,
     FLOATS,
+    Format,
     ModuleScheme,
     scheme_problem,
     stored_problem,
@@ -33,15 +34,13 @@ from sparsify.model.linear import LinearWeights, is_two_four
 SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"})
 
 
-class PackQuantized:
+class PackQuantized(Format):
     """The format that everybody else reads."""
 
     name = "pack-quantized"
     suffixes = SUFFIXES
     holds = "linears that are quantized to 4 or 8 bits, group_size 32, 64, 128 or channel"
-    depends_on_numbers = False
     records_pattern = False
-    written = True
 
     def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
         if scheme.bits == 16:

@@ -130,14 +130,16 @@ class Format(Protocol):
     depends_on_numbers: whether `supports` can refuse what `problem` cannot, or reads the pattern that decides.
     records_pattern: whether a checkpoint says which linears are 2:4; where it does not, the codes are looked at.
     written: whether sparsify writes it.
+    config_file: a file beside config.json that repeats its quantization_config.
     """
 
     name: str
     suffixes: frozenset[str]
     holds: str
-    depends_on_numbers: bool
-    records_pattern: bool
-    written: bool
+    depends_on_numbers: bool = False
+    records_pattern: bool = True
+    written: bool = True
+    config_file: str | None = None
 
     def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
         """None, or why a linear of this scheme must stay dense in this format, as it is known before its weights are read.

@@ -33,6 +33,7 @@ from sparsify.formats.scheme import (
     AGAIN,
     FLOATS,
     NOT_OWN,
+    Format,
     Label,
     ModuleScheme,
     common_label,
@@ -153,15 +154,12 @@ def all_zero(tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> bool:
     return bool((tensors["weight_packed"] == word).all())
 
 
-class Sparse24:
+class Sparse24(Format):
     """2:4 sparse with 4, 8 or 16 bits, and quantized without sparsity where a module asks for it."""
 
     name = "sparse24"
     suffixes = SUFFIXES
     holds = "2:4 linears with 4, 8 or 16 bits and dense ones with 4 or 8, group_size 32, 64, 128 or channel"
-    depends_on_numbers = False
-    records_pattern = True
-    written = True
 
     def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
         return stored_problem(scheme, dtype)

@@ -27,6 +27,7 @@ from sparsify.formats.scheme import (
     AGAIN,
     FLOATS,
     NOT_OWN,
+    Format,
     Label,
     ModuleScheme,
     scheme_problem,
@@ -41,14 +42,12 @@ ACTIVATIONS = frozenset({"input_scale", "input_zero_point", "output_scale", "out
 FLOAT8 = torch.float8_e4m3fn
 
 
-class Sparse24Bitmask:
+class Sparse24Bitmask(Format):
     """What llm-compressor wrote for 2:4 models, with weights in 16 bits, float8 or int8."""
 
     name = "sparse-24-bitmask"
     suffixes = STORED | QUANTIZED | ACTIVATIONS
     holds = "nothing that sparsify writes"
-    depends_on_numbers = False
-    records_pattern = True
     written = False
 
     def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:

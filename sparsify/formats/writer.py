@@ -30,6 +30,7 @@ from sparsify.model.sidecars import secrets
 from sparsify.progress import say
 
 RECORD = "writer.json"
+CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # of AutoGPTQ and GPTQModel: what the source was
 STALE = ("quantization_config", "compression_config", "sparsity_config", "torch_dtype", "_name_or_path")
 
 
@@ -258,6 +259,8 @@ class CheckpointWriter:
             say(f"left out, as it looks like a credential: {', '.join(behind)}")
         with writing(final):
             write_json(final / "config.json", config, allow_nan=True)
+            if self.format.config_file is not None and "quantization_config" in config:
+                write_json(final / self.format.config_file, config["quantization_config"])
             for name, sidecar in self._sidecars().items():
                 (final / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(sidecar, final / name)
@@ -273,7 +276,8 @@ class CheckpointWriter:
         return self.output
 
     def _sidecars(self) -> dict[str, Path]:
-        return self.source.sidecar_files(apart_from=(self.output, self.work))
+        beside = self.source.sidecar_files(apart_from=(self.output, self.work))
+        return {name: file for name, file in beside.items() if name not in CONFIG_FILES}
 
     def _file(self, part: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", part):

@@ -114,8 +114,10 @@ def test_orphaned_sparse_checkpoints_are_served_as_they_are(tmp_path: Path, kind
     assert_follows(served, tmp_path / "dense", noise=BFLOAT16_NOISE)
     if kind == "marlin-24":
         assert_same(served, serve(tmp_path / "dense", tmp_path))
+        # in float32 the dense export is another model: its weights are rounded to 16 bits
+        export(old, "sparse24", tmp_path / "sparse24", quiet=True)
         parallel = serve(old, tmp_path, tensor_parallel_size=2, dtype="float32")
-        assert_follows(parallel, tmp_path / "dense", noise=1e-3)
+        assert_follows(parallel, tmp_path / "sparse24", noise=1e-3)
 
 
 def test_stock_vllm_serves_pack_quantized(tmp_path: Path) -> None:
