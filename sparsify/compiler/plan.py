@@ -27,6 +27,7 @@ from sparsify.formats.foreign import DequantizedCheckpoint, open_dense, source_i
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import partial_directory
+from sparsify.model.capture import fake_hidden
 from sparsify.model.checkpoint import Checkpoint, TensorInfo
 from sparsify.model.decoder import (
     ROUTER,
@@ -484,6 +485,8 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
     if not plan.schemes:
         reasons = sorted(set(plan.dense_modules().values()))
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
+    if plan.computes:
+        fake_hidden(opened)  # refuses a model that does not call its blocks one after another
     outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}
     outside -= {plan.head.head.source} if plan.head is not None and not plan.head.head.tied else set()
     other |= {opened.sources[name][0].removesuffix(".weight"): "outside the decoder blocks" for name in sorted(outside)}
