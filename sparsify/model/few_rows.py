@@ -20,7 +20,7 @@ from sparsify.native import build
 
 KERNEL = "cpu/few_rows"
 LEAST, MOST = 16, 256  # rows: below, what is read decides; above, PyTorch is as fast
-_SERVED = ("avx2", "avxvnni")  # levels at which the kernel is faster in a model; with AVX-512 it is not always
+_SLOW = "AVX2"  # what PyTorch computes with where the kernel is always faster; with AVX-512 it is not
 _int64 = ctypes.c_int64
 
 
@@ -39,12 +39,13 @@ def few_rows_product(X: Tensor, W: Tensor) -> Tensor:
 
 @contextmanager
 def few_rows_linears(model: nn.Module) -> Iterator[None]:
-    """Within it, the float32 linears of `model` on a CPU with AVX2 and nothing newer take few rows by the kernel.
+    """Within it, the float32 linears of `model` take few rows by the kernel where PyTorch computes with AVX2 and nothing newer.
 
-    Results differ from PyTorch's in the rounding of sums. For inference only: nothing is recorded for a backward pass.
+    That is for the processor and ATEN_CPU_CAPABILITY to say. Results differ from PyTorch's in the rounding of sums. For
+    inference only: nothing is recorded for a backward pass.
     """
     changed = []
-    if processor.level() in _SERVED:
+    if torch.backends.cpu.get_cpu_capability() == _SLOW:
         changed = [module for module in model.modules() if type(module) is nn.Linear and _fits(module.weight)]
     for module in changed:
         module.forward = _Forward(module)  # type: ignore[method-assign, assignment]

@@ -81,7 +81,8 @@ def test_linears_of_a_model_take_few_rows_by_the_kernel(kernel, monkeypatch, bia
     calls = []
     product = few_rows.few_rows_product
     monkeypatch.setattr(few_rows, "few_rows_product", lambda X, W: calls.append(X.shape[0]) or product(X, W))
-    monkeypatch.setenv(processor.FORCE, WITH_KERNEL[0])
+    capability = ["AVX2"]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability[0])
     with torch.inference_mode():
         expected = model(x)
         with few_rows_linears(model):
@@ -89,6 +90,10 @@ def test_linears_of_a_model_take_few_rows_by_the_kernel(kernel, monkeypatch, bia
             model(x[:1, :1]), model(x.repeat(MOST, 1, 1))
         assert torch.allclose(found, expected, atol=1e-5) and calls == [3 * LEAST] * 2
         assert torch.equal(model(x), expected) and len(calls) == 2
+        capability[0] = "AVX512"
+        with few_rows_linears(model):
+            model(x)
+        capability[0] = "AVX2"
         with few_rows_linears(model.bfloat16()):
             model(x.bfloat16())
     assert len(calls) == 2
