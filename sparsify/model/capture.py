@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,29 +114,57 @@ def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[Block
     )
 
 
-def fake_hidden(model: BlockModel) -> Tensor | None:
-    """A stand-in, without numbers, of the hidden state that enters the blocks: its shape for one row of tokens.
+@contextmanager
+def without_numbers(model: BlockModel) -> Iterator[BlockModel]:
+    """A copy of the model on torch's fake tensors, which have shapes and types but no numbers: no weight is read.
 
-    No weight is read: what lies outside of the blocks runs on torch's fake tensors. None where it cannot. CheckpointError
-    as `capture_calls` raises it.
+    A module whose code looks at numbers raises there, whatever it likes; warnings and what torch logs of that are not shown.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    whole = copy.deepcopy(model.model)  # on the meta device; modules that keep what they computed must not keep fakes
-    inside = tuple(f"{block}." for block in model.blocks)
+    whole = copy.deepcopy(model.model).to("meta")
+    with _silent("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True):
+        for module in whole.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
+        yield replace(model, model=whole)
+
+
+@contextmanager
+def _silent(logged: str) -> Iterator[None]:
+    """Neither warnings nor what this logger says."""
+    logger = logging.getLogger(logged)
+    before, logger.disabled = logger.disabled, True
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            for path, module in whole.named_modules():
-                for name, parameter in module._parameters.items() if not f"{path}.".startswith(inside) else ():
-                    if parameter is not None:
-                        fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                        module._parameters[name] = nn.Parameter(fake, requires_grad=False)
-            copied = BlockModel(model.checkpoint, whole, model.blocks, {}, model.dtype)
-            return capture_calls(copied, torch.zeros(1, FAKE_TOKENS, dtype=torch.long))[0]
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.disabled = before
+
+
+def fake_calls(model: BlockModel) -> tuple[Tensor, list[BlockCall]] | None:
+    """`capture_calls` for one row of tokens in a model `without_numbers`; None where that cannot run.
+
+    CheckpointError as `capture_calls` raises it.
+    """
+    try:
+        return capture_calls(model, torch.zeros(1, FAKE_TOKENS, dtype=torch.long))
     except CheckpointError:
         raise
     except Exception:
         return None  # found out when it really runs
+
+
+def fake_hidden(model: BlockModel) -> Tensor | None:
+    """A stand-in, without numbers, of the hidden state that enters the blocks: its shape for one row of tokens.
+
+    None where the model cannot run without numbers. CheckpointError as `capture_calls` raises it.
+    """
+    with without_numbers(model) as hollow:
+        found = fake_calls(hollow)
+    return None if found is None else found[0]
 
 
 def head_inputs(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
