@@ -48,7 +48,7 @@ def few_rows_linears(model: nn.Module) -> Iterator[None]:
     if torch.backends.cpu.get_cpu_capability() == _SLOW:
         changed = [module for module in model.modules() if type(module) is nn.Linear and _fits(module.weight)]
     for module in changed:
-        module.forward = _Forward(module)  # type: ignore[method-assign]
+        module.forward = _Forward(module)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
