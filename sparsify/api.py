@@ -186,7 +186,7 @@ def export(
     trust_remote_code: bool = False,
     allow_unknown_tensors: bool = False,
 ) -> Path:
-    """Write a checkpoint in another format: sparse24, pack-quantized, dense or marlin-24. Returns the directory.
+    """Write a checkpoint in another format: sparse24, pack-quantized, gptq, dense or marlin-24. Returns the directory.
 
     head: 4 or 8 quantizes the output head on the way, 16 dequantizes it; head_group_size: "32", "64", "128" or "channel"
     calibration: self, file:PATH or hub:ID, the text on which the head is solved; it is rounded to nearest without
@@ -363,9 +363,9 @@ def _refuse_inplace(recipe: Recipe) -> None:
         raise SparsifyError(
             "inplace=True keeps the layers of the live model, and this recipe removes some; leave it out"
         )
-    if recipe.export.format == "pack-quantized":
+    if recipe.export.format in ("pack-quantized", "gptq"):
         raise SparsifyError(
-            "inplace=True needs export.format sparse24 or dense; pack-quantized has linears of another package"
+            f"inplace=True needs export.format sparse24 or dense; {recipe.export.format} has linears of another package"
         )
 
 

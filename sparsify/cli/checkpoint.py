@@ -27,19 +27,23 @@ def add_inspect(commands: Commands) -> None:
 
 def export(args: argparse.Namespace) -> Outcome:
     """Run `export`."""
-    from sparsify import api
+    from sparsify.compiler.convert import exported
+    from sparsify.compiler.left_dense import some_not_held
 
-    written = api.export(
-        args.source, args.format, args.output, args.head, args.calibration,
-        head_group_size=args.head_group_size, quiet=args.quiet,
-    )  # fmt: skip
-    shown = [f"{args.format} checkpoint written to {written}"]
+    written = exported(
+        args.source, args.format, args.output, args.head, args.head_group_size, args.quiet, args.calibration
+    )
+    shown = [
+        f"{args.format} checkpoint written to {written.output}",
+        *some_not_held(args.format, written.dense_modules),
+    ]
     if args.head == 4 and args.calibration is None:
         shown.append(
             "The output head was rounded to nearest, which costs accuracy with 4 bits; "
             "with --calibration file:TEXT it is solved on that text and loses far less."
         )
-    return Outcome({"output": str(written), "format": args.format}, shown)
+    dense = [{"module": module, "reason": reason} for module, reason in written.dense_modules.items()]
+    return Outcome({"output": str(written.output), "format": args.format, "dense_modules": dense}, shown)
 
 
 def add_export(commands: Commands) -> None:
@@ -58,7 +62,7 @@ def add_export(commands: Commands) -> None:
         "source", metavar="DIR|MODEL", help="checkpoint directory, .gguf file, Hub id or embedded:NAME"
     )
     command.add_argument(
-        "--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized, marlin-24 or dense"
+        "--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized, gptq, marlin-24 or dense"
     )
     command.add_argument("--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist")
     command.add_argument(

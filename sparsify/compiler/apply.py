@@ -17,18 +17,19 @@ from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data
 from sparsify.compiler.checkpoint_names import OUTSIDE, refuse_unstorable
-from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
+from sparsify.compiler.left_dense import some_not_held
+from sparsify.compiler.metrics import ADAPTER, CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
 from sparsify.compiler.model_card import model_card
 from sparsify.compiler.plan import Plan, keep_zeros, make_plan
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.run import Run
-from sparsify.compiler.run_training import ADAPTER, ROWS, read_ahead
+from sparsify.compiler.run_training import ROWS, read_ahead
 from sparsify.compiler.shorten import shorten
 from sparsify.distributed import is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CheckpointError
 from sparsify.files import atomic_write, read_json, write_json
 from sparsify.formats.writer import CheckpointWriter, partial_directory
-from sparsify.progress import quietly, stage
+from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
 
 DEPTH_NOTE = "depth.json"
@@ -78,6 +79,8 @@ def apply(
         with arithmetic.in_force(), stage(f"reading {model}"):
             plan = keep_zeros(make_plan(recipe, model, served=served))
             refuse_unstorable(plan)
+            for said in some_not_held(recipe.export.format, plan.written_dense()):
+                say(said, quiet)
         refuse_other_run(partial_directory(output), resume or not is_main())
         identity, inputs = dump_recipe(resumable(recipe)), plan.input_digests(output)
         writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume, identity, inputs)

@@ -15,17 +15,20 @@ import torch
 from rich.table import Table
 
 from sparsify.compiler.estimate import Estimate, estimate, time_in_words, training_in_words
+from sparsify.compiler.left_dense import none_held
 from sparsify.compiler.merged import merged_with, merging_problem
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
 from sparsify.compiler.shorten import PlannedDepth, plan_depth
 from sparsify.compiler.zeros import two_four_sources
 from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
-from sparsify.formats import ModuleScheme
+from sparsify.formats import ModuleScheme, get_format
+from sparsify.formats.foreign import DequantizedCheckpoint, open_dense, source_in_words
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import partial_directory
-from sparsify.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from sparsify.model.capture import fake_hidden
+from sparsify.model.checkpoint import Checkpoint, TensorInfo
 from sparsify.model.decoder import (
     ROUTER,
     BlockModel,
@@ -68,6 +71,14 @@ class Planned:
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    def stored(self) -> ModuleScheme | None:
+        """What is to be packed; None for what stays dense, and for what is only trained."""
+        if self.scheme is not None:
+            group = self.scheme.group_size if self.scheme.quantize else 0
+            return ModuleScheme(self.scheme.bits, group or self.shape[1], self.scheme.pattern, self.shape)
+        trained = self.given is not None and self.given.bits == 16 and self.given.pattern == "dense"
+        return None if trained else self.given
 
     def describe(self) -> str:
         """Its new form, in words."""
@@ -212,10 +223,23 @@ class Plan:
             else None
         )
 
+    def source_json(self) -> dict[str, Any] | None:
+        """What metrics.json says of a source that is quantized itself."""
+        return self.checkpoint.to_json() if isinstance(self.checkpoint, DequantizedCheckpoint) else None
+
     def dense_modules(self) -> dict[str, str]:
         """What stays dense and why."""
         kept = {name: planned.reason for name, planned in self.linears.items() if planned.reason is not None}
         return {**kept, **self.other_dense}
+
+    def written_dense(self) -> dict[str, str]:
+        """Linears that the export format cannot hold as the recipe wants them: they are written dense, and why."""
+        target, reasons = get_format(self.recipe.export.format), {}
+        for module, planned in self.linears.items():
+            scheme = planned.stored()
+            if scheme is not None and (problem := target.problem(scheme, self.store)):
+                reasons[module] = problem
+        return reasons
 
     def estimate(self) -> Estimate:
         """What it will cost."""
@@ -236,8 +260,9 @@ class Plan:
             },
             "depth": None if self.depth is None else self.depth.to_json(),
             "head": self._head_json(),
-            "dense_modules": self.dense_modules(),
+            "dense_modules": self.dense_modules() | self.written_dense(),
             "carried": self.carried_json(),
+            "source": self.source_json(),
             "kept_wide": self.kept_wide(),
             "left_behind": self.left_behind(),
             "walks": 1 if self.needs_data else 0,
@@ -271,9 +296,10 @@ class Plan:
         for column in ("linear", "shape", "blocks", "becomes"):
             table.add_column(column, justify="right" if column in ("shape", "blocks") else "left")
         kinds: dict[tuple[str, tuple[int, int], str], int] = {}
+        unheld = self.written_dense()
         for name, planned in self.linears.items():
             inside = name.removeprefix(self.model.blocks[planned.block] + ".")
-            what = planned.describe()
+            what = planned.describe() + (f"; written dense: {unheld[name]}" if name in unheld else "")
             kinds[inside, planned.shape, what] = kinds.get((inside, planned.shape, what), 0) + 1
         for (inside, shape, what), count in kinds.items():
             table.add_row(inside, f"{shape[0]} x {shape[1]}", str(count), what)
@@ -296,6 +322,7 @@ class Plan:
             f"memory about {cost.memory_bytes / 1e9:.1f} GB"
             + (f", {time_in_words(cost.operations, self.compute.dtype)}" if cost.operations else "")
             + (f"\n{self.compute.describe()}" if self.computes else "")
+            + (f"\nthe source is {source_in_words(source)}" if (source := self.source_json()) else "")
             + (f"\n{carried_in_words(carried)}" if (carried := self.carried_json()) else "")
             + (f"\nstays wider than 16 bits: {kinds_in_words(wide)}" if (wide := self.kept_wide()) else "")
             + (
@@ -348,7 +375,11 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None)
     plan.checkpoint.sidecar_files()  # a link out of the directory is better known now
     plan = keep_zeros(without_skipped(plan), whole=False)
-    if served and (problem := merging_problem(plan.linears, recipe.export.format)):
+    format = recipe.export.format
+    stored = [name for name, planned in plan.linears.items() if planned.stored() is not None]
+    if problem := none_held(format, plan.written_dense(), stored, model):
+        raise RecipeError(f"export.format: {problem}")
+    if served and (problem := merging_problem(plan.linears, format)):
         raise RecipeError(problem)
     return plan if recipe.depth is None else replace(plan, depth=plan_depth(recipe.depth, plan.model))
 
@@ -423,7 +454,7 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
     """The plan without the depth pass: every linear of the model as it is."""
     if not recipe.compresses:
         return _training_plan(recipe, model, shortened)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_dense(model)
     opened = open_blocks(checkpoint)
     store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
     linears: dict[str, Planned] = {}
@@ -454,6 +485,8 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
     if not plan.schemes:
         reasons = sorted(set(plan.dense_modules().values()))
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
+    if plan.computes:
+        fake_hidden(opened)  # refuses a model that does not call its blocks one after another
     outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}
     outside -= {plan.head.head.source} if plan.head is not None and not plan.head.head.tied else set()
     other |= {opened.sources[name][0].removesuffix(".weight"): "outside the decoder blocks" for name in sorted(outside)}
@@ -541,7 +574,9 @@ def _head(recipe: Recipe, opened: BlockModel, store: torch.dtype, calibrates: bo
         return None
     head = find_head(opened.checkpoint, opened.model, opened.sources)
     scheme = head_scheme(recipe.export.head, store, calibrates)
-    if problem := head_problem(head.module, head.shape, scheme):
+    stored = ModuleScheme(scheme.bits, scheme.group_size or head.shape[1], "dense", head.shape)
+    problem = head_problem(head.module, head.shape, scheme)
+    if problem or (problem := get_format(recipe.export.format).problem(stored, store)):
         raise RecipeError(f"export.head: {problem}")
     return PlannedHead(head, scheme)
 

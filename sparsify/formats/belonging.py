@@ -8,6 +8,7 @@ import torch
 
 from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format, known_formats
+from sparsify.formats.foreign import dequantized, described, reads_foreign
 from sparsify.formats.reader import CompressedCheckpoint, recognised
 from sparsify.formats.scheme import FLOATS
 from sparsify.model.belonging import Differences, refuse
@@ -23,7 +24,9 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 
     A checkpoint of a format that sparsify does not know is left to whoever loads it.
     """
-    opened = recognised(checkpoint)
+    opened, config = recognised(checkpoint), described(checkpoint)
+    if opened is None and config is not None and reads_foreign(config):
+        opened = CompressedCheckpoint(dequantized(checkpoint), "dense", {})
     if opened is not None:
         compare_with_config(opened)
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor
 
 from sparsify.formats.belonging import compare_with_config
+from sparsify.formats.foreign import DequantizedCheckpoint
 from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
 from sparsify.formats.scheme import in_block
 from sparsify.model.linear import is_two_four
@@ -107,9 +108,31 @@ def inspect(source: str | Path, quiet: bool = False) -> Inspection:
     """Read every tensor of a checkpoint once, check it, and measure it. The tensors must be those of its config.json."""
     opened = open_compressed(source)
     not_compared = compare_with_config(opened)
+    if isinstance(foreign := opened.checkpoint, DequantizedCheckpoint):
+        return _inspect_foreign(foreign, quiet, not_compared)
     names = sorted([*opened.modules, *opened.other_names()], key=natural)
     reports = tuple(_report(opened, name) for name in progress(names, "Inspecting", quiet=quiet))
     return Inspection(opened.checkpoint.spec, opened.format, reports, not_compared)
+
+
+def _inspect_foreign(opened: DequantizedCheckpoint, quiet: bool, not_compared: str | None) -> Inspection:
+    """A checkpoint that is read by dequantizing: its weights are measured dense, its bytes are those on the disk."""
+    names = sorted(opened.names(), key=natural)
+    reports = tuple(_report_foreign(opened, name) for name in progress(names, "Inspecting", quiet=quiet))
+    return Inspection(opened.spec, opened.quantization, reports, not_compared)
+
+
+def _report_foreign(opened: DequantizedCheckpoint, name: str) -> TensorReport:
+    module = name.removesuffix(".weight")
+    tensor = opened.tensor(name)
+    if module == name or module not in opened.modules:
+        return _plain(name, tensor)
+    stored = opened.modules[module]
+    two_four = is_two_four(tensor)
+    return TensorReport(
+        module, True, stored.shape, _name(tensor.dtype), stored.bits, stored.group_size, "2:4" if two_four else "dense",
+        _sparsity(tensor), two_four, opened.module_nbytes(module), tensor.numel() * 2,
+    )  # fmt: skip
 
 
 def _report(opened: CompressedCheckpoint, name: str) -> TensorReport:
@@ -123,7 +146,10 @@ def _report(opened: CompressedCheckpoint, name: str) -> TensorReport:
             None if linear.bits == 16 else linear.group_size, linear.pattern,
             _sparsity(stored), is_two_four(stored), opened.nbytes(name), stored.numel() * 2 + bias,
         )  # fmt: skip
-    tensor = opened.tensor(name)
+    return _plain(name, opened.tensor(name))
+
+
+def _plain(name: str, tensor: Tensor) -> TensorReport:
     matrix = tensor.dim() == 2 and tensor.is_floating_point() and name.endswith(".weight")
     two_four = is_two_four(tensor) if matrix and in_block(name.removesuffix(".weight")) else None
     return TensorReport(

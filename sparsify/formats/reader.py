@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
 from sparsify.formats import get_format, known_formats
+from sparsify.formats.foreign import dequantized, described, reads_foreign
 from sparsify.formats.scheme import ModuleScheme, in_block
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.linear import LinearWeights
@@ -74,6 +76,12 @@ class CompressedCheckpoint:
         names = tensors_of(module, self.checkpoint.infos, self._suffixes)
         return sum(self.checkpoint.info(f"{module}.{suffix}").nbytes for suffix in names)
 
+    def dtype(self, module: str) -> torch.dtype:
+        """The floating type of the scales or values of a compressed linear, as its file says."""
+        names = tensors_of(module, self.checkpoint.infos, self._suffixes - {"bias"})
+        found = [self.checkpoint.dtype(f"{module}.{suffix}") for suffix in names if suffix != "bias"]
+        return next((dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
+
     def other_names(self) -> list[str]:
         """The tensors that are not part of a compressed linear."""
         taken = {f"{m}.{s}" for m in self.modules for s in tensors_of(m, self.checkpoint.infos, self._suffixes)}
@@ -91,25 +99,25 @@ class CompressedCheckpoint:
 
 def recognised(checkpoint: Checkpoint) -> CompressedCheckpoint | None:
     """A checkpoint as one of a known format, a dense model too; None where its config.json names another."""
-    described = checkpoint.config.get("quantization_config")
-    if described is not None and not isinstance(described, dict):
-        raise CheckpointError(f"{checkpoint.spec}: quantization_config in config.json must be an object")
+    config = described(checkpoint)
+    foreign = config is not None and reads_foreign(config)
+    ordered = any(name.endswith(".weight_g_idx") for name in checkpoint.infos)
     for name in known_formats():
         format = get_format(name)
-        if format.recognises(described):
+        if format.recognises(config) and not (foreign and ordered):
             shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
-            return CompressedCheckpoint(checkpoint, name, format.schemes(described, shapes))
+            try:
+                return CompressedCheckpoint(checkpoint, name, format.schemes(config, shapes))
+            except CheckpointError:
+                if not foreign:
+                    raise
     return None
 
 
 def open_compressed(source: str | Path) -> CompressedCheckpoint:
-    """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown."""
+    """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown.
+
+    What is quantized in a way that no format of ours holds is dense here: dequantized on reading (`formats.foreign`).
+    """
     checkpoint = open_checkpoint(source)
-    if (opened := recognised(checkpoint)) is not None:
-        return opened
-    described = checkpoint.config["quantization_config"]
-    method = " ".join(str(described.get(key)) for key in ("quant_method", "format") if key in described)
-    raise CheckpointError(
-        f"{checkpoint.spec} is quantized with {method or 'an unnamed method'}, which sparsify cannot read; "
-        f"it reads {', '.join(known_formats())}: start from the dense model instead"
-    )
+    return recognised(checkpoint) or CompressedCheckpoint(dequantized(checkpoint), "dense", {})

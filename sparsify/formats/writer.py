@@ -23,15 +23,14 @@ from sparsify.files import PARTIAL, publish, read_json, write_json
 from sparsify.formats import get_format
 from sparsify.formats.reader import HEADS, is_head, natural, tensors_of
 from sparsify.formats.scheme import Format, ModuleScheme
-from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_tensors, writing
-from sparsify.model.checkpoint import INDEX, Checkpoint, TensorInfo, read_header
+from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_shards, write_tensors, writing
+from sparsify.model.checkpoint import Checkpoint, TensorInfo, read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sidecars import secrets
 from sparsify.progress import say
 
 RECORD = "writer.json"
-SHARD_BYTES = 2_000_000_000
-METADATA = {"format": "pt"}  # what transformers expects in the header of a weights file
+CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # of AutoGPTQ and GPTQModel: what the source was
 STALE = ("quantization_config", "compression_config", "sparsity_config", "torch_dtype", "_name_or_path")
 
 
@@ -253,13 +252,15 @@ class CheckpointWriter:
         with writing(final):
             final.mkdir()
         modules, tensors, linears = self._collect()
-        _write_shards(final, tensors)
+        write_shards(final, tensors)
         config = self._config(modules, tensors, linears)
         config.update(config_updates or {})
         if behind := secrets(self.source.directory):
             say(f"left out, as it looks like a credential: {', '.join(behind)}")
         with writing(final):
             write_json(final / "config.json", config, allow_nan=True)
+            if self.format.config_file is not None and "quantization_config" in config:
+                write_json(final / self.format.config_file, config["quantization_config"])
             for name, sidecar in self._sidecars().items():
                 (final / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(sidecar, final / name)
@@ -275,7 +276,8 @@ class CheckpointWriter:
         return self.output
 
     def _sidecars(self) -> dict[str, Path]:
-        return self.source.sidecar_files(apart_from=(self.output, self.work))
+        beside = self.source.sidecar_files(apart_from=(self.output, self.work))
+        return {name: file for name, file in beside.items() if name not in CONFIG_FILES}
 
     def _file(self, part: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", part):
@@ -379,26 +381,3 @@ def _main_dtype(modules: Mapping[str, ModuleScheme], tensors: Mapping[str, LazyT
     if not outside:
         outside.update(tensor.dtype for tensor in floating.values())
     return outside.most_common(1)[0][0] if outside else torch.bfloat16
-
-
-def _write_shards(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """model.safetensors, or shards of at most SHARD_BYTES with their index. A tensor is never split."""
-    shards: list[dict[str, LazyTensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        write_tensors(directory / "model.safetensors", shards[0], METADATA)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(directory / file, shard, METADATA)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    with writing(directory / INDEX):
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

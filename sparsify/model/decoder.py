@@ -179,12 +179,28 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [f"{best}.{index}" for index in range(len(outer[best]))]
 
 
-def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """The model that config.json describes, its parameters on the meta device. A compressed one is built as if dense."""
+def refuse_changing_weights(model: nn.Module, spec: str) -> None:
+    """CheckpointError for a model class that changes the weights of its blocks while it runs, which no compressed one can."""
+    every = getattr(model.config, "rescale_every", 0)
+    if isinstance(every, int) and every > 0:
+        raise CheckpointError(
+            f"{spec}: {type(model).__name__} divides weights by two every {every} blocks while it runs (rescale_every in "
+            "config.json, a guard of float16 against overflow), which compressed weights cannot; set it to 0, which changes "
+            "nothing in bfloat16 and float32"
+        )
+
+
+def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, Any] | None = None) -> nn.Module:
+    """The model that config.json describes, its parameters on the meta device. A compressed one is built as if dense.
+
+    described: another config.json than the one in the directory
+    """
     from accelerate import init_empty_weights
 
     try:
         config = load_config(checkpoint.directory, checkpoint.spec)
+        if described is not None:
+            config = type(config).from_dict(described)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
@@ -209,6 +225,7 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blo
     if dtype is None:
         dtype = compute.for_model(checkpoint.dtypes()).dtype
     model = meta_model(checkpoint, dtype)
+    refuse_changing_weights(model, checkpoint.spec)
     blocks = find_blocks(model)
     opened = BlockModel(checkpoint, model, blocks, source_map(model, checkpoint), dtype)
     refuse_other_tensors(model, checkpoint)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.model.capture import BlockCall, capture_calls, run_block
+from sparsify.model.capture import BlockCall, fake_calls, run_block, without_numbers
 from sparsify.model.decoder import ROUTER, BlockModel
 
 PROBE_TOKENS = 16
@@ -68,33 +64,12 @@ def skipped_by_shape(model: BlockModel) -> dict[str, str]:
 
     A block is left out that cannot run so, because its code looks at numbers; so is what such numbers decide.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     found: dict[str, str] = {}
-    hollow = replace(model, model=copy.deepcopy(model.model).to("meta"))
-    with _silent("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True):
-        for module in hollow.model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
-        # whatever the model's own code raises on tensors without values
-        with suppress(Exception):
-            hidden, calls = capture_calls(hollow, torch.zeros(1, PROBE_TOKENS, dtype=torch.long))
-            for index, block in enumerate(hollow.blocks):
-                with suppress(Exception):
-                    skipped = find_groups(hollow.block(index), hidden, calls[index])[1]
-                    found |= {f"{block}.{name}": why for name, why in skipped.items() if why != NOT_CALLED}
+    with without_numbers(model) as hollow:
+        entering = fake_calls(hollow)
+        for index, block in enumerate(hollow.blocks if entering is not None else ()):
+            assert entering is not None
+            with suppress(Exception):  # whatever the model's own code raises on tensors without numbers
+                skipped = find_groups(hollow.block(index), entering[0], entering[1][index])[1]
+                found |= {f"{block}.{name}": why for name, why in skipped.items() if why != NOT_CALLED}
     return found
-
-
-@contextmanager
-def _silent(logged: str) -> Iterator[None]:
-    """Neither warnings nor what this logger says."""
-    logger = logging.getLogger(logged)
-    before, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logger.disabled = before

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from sparsify.data.calibration import calibration_tokens
 from sparsify.data.self_generated.sample import (
     MAX_BATCH,
+    RUN,
     Script,
     Segment,
     Temperature,
@@ -134,6 +135,26 @@ def test_drawing_follows_the_probabilities() -> None:
     at = torch.tensor([0.0, 0.51, 1 - 2**-53], dtype=torch.float64)
     edges, _ = inverse_transform(probability.log().expand(3, 5), at, warmth[:3])
     assert edges.tolist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize("vocabulary", [RUN, 3 * RUN + 7, 5000])
+def test_drawing_is_inverse_transform_sampling(vocabulary: int) -> None:
+    """Against the cumulative probabilities in float64. Tokens of no probability are never drawn, first, last or between."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(300, vocabulary, generator=generator)
+    logits[:, ::3] = -torch.inf
+    logits[:, -5:] = -torch.inf
+    logits[0, : 2 * RUN] = -torch.inf if vocabulary > 2 * RUN else 0
+    u = torch.rand(300, generator=generator, dtype=torch.float64)
+    u[:100], u[100:200] = 0, 1 - 2**-53
+    warmth = torch.linspace(0.5, 1.5, 300, dtype=torch.float64)
+    drawn, likelihood = inverse_transform(logits, u, warmth)
+    probability = torch.softmax(logits.double() / warmth[:, None], -1)
+    assert (probability.gather(1, drawn[:, None]) > 0).all()
+    above = probability.cumsum(-1).gather(1, drawn[:, None])[:, 0]
+    assert (above > u - 1e-6).all() and (above - probability.gather(1, drawn[:, None])[:, 0] < u + 1e-6).all()
+    exact = torch.log_softmax(logits.double(), -1).gather(1, drawn[:, None])[:, 0]
+    assert torch.allclose(likelihood, exact, atol=1e-5)
 
 
 def test_batches_are_bounded_by_their_keys_and_values(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
