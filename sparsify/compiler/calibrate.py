@@ -33,7 +33,12 @@ from sparsify.solver.solve import Scheme, solve_layer
 from sparsify.training.block_tuning import BlockTuning, Sample, tune_block
 
 CALIBRATION = "calibration.safetensors"
-KERNELS = ("cpu/gram", "cpu/column_sweep", "cpu/coordinate_descent")  # what compressing on data computes with
+KERNELS = (
+    "cpu/gram",
+    "cpu/column_sweep",
+    "cpu/coordinate_descent",
+    "cpu/few_rows",
+)  # what compressing on data computes with
 
 
 def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:
@@ -75,7 +80,7 @@ def _text_rows(plan: Plan, quiet: bool) -> Tensor:
         tokenizer,
         lambda: open_writer(plan.checkpoint.loadable_directory(), dtype),
         cache_dir=cache_directory() / "calibration",
-        key=writer_key(plan.checkpoint, dtype),
+        key=lambda: writer_key(plan.checkpoint, dtype),
         quiet=quiet,
         vocabulary=_embedding_rows(plan),
     )

@@ -88,8 +88,9 @@ def evaluate_all(
     reference = None if dense is None else load_model(dense, device)
     loaded = _load_all(models, reference, device)
     if ids is None:
-        assert reference is not None
-        ids = self_chunks(reference.model, tokenizer, length, count, cache_dir, quiet)
+        assert reference is not None and dense is not None
+        key = open_checkpoint(dense).fingerprint
+        ids = self_chunks(reference.model, tokenizer, length, count, cache_dir, key, quiet)
 
     started = time.perf_counter()
     ready = [item for item in loaded if isinstance(item, LoadedModel)]

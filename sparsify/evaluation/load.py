@@ -11,11 +11,11 @@ from torch import nn
 
 from sparsify.data.fitting import vocabulary_of
 from sparsify.errors import CheckpointError
+from sparsify.formats.belonging import check_tensors
 from sparsify.formats.foreign import dequantized, described, is_native, reads_foreign
 from sparsify.model import pretrained
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
-from sparsify.model.decoder import without_bars
-from sparsify.progress import say, stage
+from sparsify.progress import say, stage, without_bars
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def pick_device(device: str | None = None) -> torch.device:
 def load_model(spec: str | Path, device: str | None = None) -> LoadedModel:
     """Loads a directory, a hub id, a .gguf file or `embedded:NAME` in float32."""
     checkpoint = open_checkpoint(spec)
+    check_tensors(checkpoint)
     directory = _loadable(checkpoint)
     try:
         with stage(f"loading {spec}"), without_bars():

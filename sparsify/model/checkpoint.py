@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from sparsify.errors import CheckpointError, MissingDependency
 from sparsify.files import atomic_directory, cache_directory, read_json
+from sparsify.fingerprint import combined, file_digest, file_digests
+from sparsify.model.belonging import refuse_badly_loaded
+from sparsify.model.pretrained import refuse_foreign_code
 from sparsify.model.sidecars import sidecars
 from sparsify.progress import stage
 
@@ -27,6 +31,8 @@ NOT_FROM_HUB = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.npz", "*.tflite", "*.pte", "*.onnx",
     "*.onnx_data", "*.onnx.data", "original/*", "consolidated*", "*/consolidated*", "checkpoint-*/*",
 ]  # fmt: skip
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # how weights are to be read
+DECIDING = re.compile(r"generation_config\.json|.*\.py")  # files beside the weights that change what a model computes
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -104,7 +110,13 @@ class Checkpoint:
         """Every tensor of every shard, by name."""
         tensors: dict[str, TensorInfo] = {}
         for file in self.weight_files():
-            tensors.update(read_header(file)[0])
+            inside = read_header(file)[0]
+            if twice := sorted(inside.keys() & tensors.keys()):
+                problem = f"{twice[0]} is in {tensors[twice[0]].file.name} and in {file.name}"
+                raise CheckpointError(
+                    f"{self.spec}: {problem}, and nobody knows which of the two counts; remove one of them"
+                )
+            tensors.update(inside)
         for name in self._indexed():
             if name not in tensors:
                 raise CheckpointError(f"{self.spec}: {INDEX} lists {name}, which no file holds; download it again")
@@ -192,6 +204,17 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.infos.values())
 
+    def digests(self, whole: bool = True, apart_from: Collection[Path] = ()) -> dict[str, str]:
+        """A digest of every byte of every file that goes into what is made of the model, by its path in the directory.
+
+        whole: not only weights, settings and code, which decide what the model computes, but all files beside them
+        apart_from: as for `sidecar_files`
+        """
+        names = [*(file.name for file in self.weight_files()), "config.json", INDEX, *QUANTIZATION_FILES]
+        model = {name: self.directory / name for name in names if (self.directory / name).exists()}
+        beside = self.sidecar_files(apart_from).items()
+        return file_digests(model | {n: file for n, file in beside if whole or DECIDING.fullmatch(n)}, self.spec)
+
     @property
     def quantization(self) -> str | None:
         """How the files store weights that are dequantized on reading, in words; None where they are read as they are."""
@@ -206,9 +229,8 @@ class Checkpoint:
         return self.directory
 
     def fingerprint(self) -> str:
-        """Changes when the weights do: name, size and time of every file. Cheap, reads no tensor."""
-        stats = [(file.resolve(), file.stat()) for file in self.weight_files()]
-        return ";".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
+        """A digest of what decides what the model computes, the same wherever its files lie."""
+        return combined(self.digests(whole=False))
 
     def sidecar_files(self, apart_from: Collection[Path] = ()) -> dict[str, Path]:
         """Every file beside the weights by its path in the directory: tokenizer, templates, code, licence; see `sidecars`."""
@@ -236,6 +258,7 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
         checkpoint = Checkpoint(text, _from_hub(text))
     if not (checkpoint.directory / "config.json").is_file():
         raise CheckpointError(f"{text} holds no config.json; give a Hugging Face checkpoint directory")
+    refuse_foreign_code(checkpoint.directory, text)
     _ = checkpoint.config, checkpoint.infos
     return checkpoint
 
@@ -258,8 +281,7 @@ def _from_gguf(file: Path) -> Path:
         raise CheckpointError(f"{file} does not exist; give the path of a .gguf file")
     if find_spec("gguf") is None:
         raise MissingDependency(f"reading {file.name} needs the gguf package: pip install 'sparsify-24[demo]'")
-    stat = file.stat()
-    target = cache_directory() / "gguf" / f"{file.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    target = cache_directory() / "gguf" / f"{file.stem}-{file_digest(file)[:32]}"
     if not target.exists():
         with stage(f"unpacking {file.name} (once; kept in {target.parent})"):
             _unpack(file, target)
@@ -272,15 +294,17 @@ def _unpack(file: Path, target: Path) -> None:
 
     directory, name = str(file.parent), file.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             gguf_file=name,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(gguf_file=name, dequantize=True),
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
     except Exception as error:  # the parser fails in many ways on bytes that are no GGUF
         raise CheckpointError(f"{file} cannot be read as a GGUF model: {error}") from None
+    refuse_badly_loaded(model, info, file.parent, str(file))
     try:
         with atomic_directory(target) as aside:
             model.save_pretrained(aside)

@@ -299,7 +299,10 @@ def test_a_config_of_other_tensors_is_refused(tmp_path):
     for change, says in [
         ({"ignore": ["re:.*up_proj"]}, f"{UP} is stored quantized, but the config ignores it"),
         ({"config_groups": {"group_0": {**PACKED_CONFIG["config_groups"]["group_0"], "targets": ["re:.*q_proj"]}}}, "no group of"),
-        ({"format": "nvfp4-pack-quantized", "config_groups": {"g": {"targets": ["Linear"], "weights": NVFP4}}}, "global_scale is m"),
+        (
+            {"format": "nvfp4-pack-quantized", "config_groups": {"g": {"targets": ["Linear"], "weights": NVFP4}}},
+            "weight_global_scale is missing",
+        ),
     ]:  # fmt: skip
         change_config(tmp_path / "m", quantization_config={**PACKED_CONFIG, **change})
         with pytest.raises(CheckpointError, match=says):

@@ -121,7 +121,10 @@ def described(checkpoint: Checkpoint) -> dict[str, Any] | None:
 def unread(checkpoint: Checkpoint, config: Mapping[str, Any]) -> CheckpointError:
     """The refusal of a scheme that nothing here reads, with what reads it."""
     keys = ("quant_method", "quant_algo", "format")
-    method = " ".join(str(config[key]) for key in keys if config.get(key) is not None) or "an unnamed method"
+    words = [str(config[key]) for key in keys if config.get(key) is not None]
+    sparsity = config.get("sparsity_config")
+    words += [str(sparsity["format"])] if isinstance(sparsity, dict) and sparsity.get("format") else []
+    method = " ".join(words) or "an unnamed method"
     reader = READ_BY.get(str(config.get("quant_method")))
     what = f"; {reader} reads it: load it there and save it dequantized, or" if reader else ";"
     return CheckpointError(
