@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sparsify.cli.command import IS_QUIET, SHOWS_JSON, TRUSTS_CODE, Commands, Outcome, add_command
+from sparsify.cli.command import ALLOWS_UNKNOWN, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, Commands, Outcome, add_command
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
@@ -19,7 +19,7 @@ def add_inspect(commands: Commands) -> None:
     """Register `inspect`."""
     command = add_command(
         commands, "inspect", inspect, "show sparsity, 2:4 validity, bits and bytes of every tensor",
-        IS_QUIET, SHOWS_JSON,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=("sparsify inspect out/smollm2",),
     )  # fmt: skip
     command.add_argument("directory", metavar="DIR", help="checkpoint directory")
@@ -50,7 +50,7 @@ def add_export(commands: Commands) -> None:
     """Register `export`."""
     command = add_command(
         commands, "export", export, "write a checkpoint in another format",
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             "sparsify export out/smollm2 --format pack-quantized --output out/smollm2-stock     runs without sparsify",
             "sparsify export out/smollm2 --format sparse24 --head 8 --output out/smollm2-head     quantizes lm_head too",
@@ -98,7 +98,7 @@ def add_evaluate(commands: Commands) -> None:
     """Register `eval`."""
     command = add_command(
         commands, "eval", evaluate, "measure perplexity, and the distance from the dense model",
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             "sparsify eval out/smollm2 --text test.txt",
             "sparsify eval out/smollm2 --dense embedded:smollm2-135m-instruct --text test.txt",

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sparsify.compiler.left_dense import none_held, some_not_held
-from sparsify.compiler.metrics import CARD, METRICS, RECIPE, json_text
+from sparsify.compiler.metrics import ADAPTER, CARD, METRICS, RECIPE, json_text
 from sparsify.compiler.model_card import head_note, model_card
 from sparsify.compute import choose
 from sparsify.data.calibration import calibration_tokens, check_sources
@@ -27,11 +27,11 @@ from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.files import cache_directory, read_json
 from sparsify.formats import ModuleScheme, get_format, written_formats
+from sparsify.formats.belonging import compare_with_config
 from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import CheckpointWriter, partial_directory
 from sparsify.model.capture import head_input
-from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.model.pretrained import load_tokenizer
@@ -136,10 +136,11 @@ def convert(
             f"sparsify reads {format} and does not write it; it writes {', '.join(written_formats())}"
         )
     opened = open_compressed(source)
+    compare_with_config(opened)
     linears = _linears(opened, format, output)
     for said in some_not_held(format, _not_held(opened, format, linears)):
         say(said, quiet)
-    beside = {name: inside(opened.directory, name) for name in CARRIED if (opened.directory / name).is_file()}
+    beside = _beside(opened.directory)
     asked = None if head is None else _asked(opened, format, head)
     work = partial_directory(Path(output))
     if (work / "writer.json").is_file() and read_json(work / "writer.json").get("identity") == IDENTITY:
@@ -170,6 +171,12 @@ def convert(
     except BaseException:
         writer.discard()
         raise
+
+
+def _beside(directory: Path) -> dict[str, Path]:
+    """What `apply` wrote beside the weights and still belongs to them: its papers, and the adapter of the lora pass."""
+    names = [*CARRIED, *(f"{ADAPTER}/{file.name}" for file in sorted((directory / ADAPTER).glob("*")))]
+    return {name: inside(directory, name) for name in names if (directory / name).is_file()}
 
 
 def _asked(opened: CompressedCheckpoint, format: str, head: Head) -> tuple[OutputHead, Scheme]:
@@ -305,12 +312,12 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
 
     The model is loaded whole, as `transformers` loads it, and runs on the kernels that serve it.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_compressed(source).checkpoint
     try:
         tokenizer = load_tokenizer(checkpoint.directory, str(source))
         dtype = choose(measure=True).dtype
         with stage(f"loading {source}", quiet):
-            model = open_writer(checkpoint.directory, dtype)
+            model = open_writer(checkpoint.loadable_directory(), dtype)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{source}: transformers cannot load this model to run it on text ({str(error).splitlines()[0]}); "
@@ -321,7 +328,7 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
         tokenizer,
         lambda: model,
         cache_dir=cache_directory() / "calibration",
-        key=writer_key(checkpoint, dtype),
+        key=lambda: writer_key(checkpoint, dtype),
         quiet=quiet,
         vocabulary=vocabulary_of(model.config),
     )

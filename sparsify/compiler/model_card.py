@@ -8,6 +8,7 @@ import yaml
 
 from sparsify.compiler.plan_training import short
 from sparsify.formats import ModuleScheme
+from sparsify.formats.foreign import source_in_words
 from sparsify.model.output_head import OutputHead
 from sparsify.recipe import Recipe, dump_recipe
 from sparsify.recipe.sources import sources_in_words
@@ -43,6 +44,8 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     ]
     if depth := metrics.get("depth"):
         rows.insert(0, ("layers", f"{depth['layers_after']} of {depth['layers_before']}, by {depth['method']}"))
+    if source := metrics.get("source"):
+        rows.insert(0, ("source", source_in_words(source)))
     if head := metrics.get("head"):
         rows.insert(-1, ("output head", head_in_words(head, sizes["head_bytes"])))
     rows += [(training["kind"], training_in_words(training)) for training in metrics.get("training", [])]

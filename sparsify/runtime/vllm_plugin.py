@@ -30,7 +30,8 @@ from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import AGAIN, FLOATS, INPUT_MULTIPLE, Label, scheme_problem
 from sparsify.formats.sparse24 import Sparse24Config as ConfigOnDisk
 from sparsify.formats.sparse24 import all_zero, checked_tensors, tensor_layout
-from sparsify.runtime.backends import announce, choose_backend
+from sparsify.runtime.backends import announce, choose_backend, get_backend
+from sparsify.runtime.dequantized import DequantizedWeight
 from sparsify.runtime.legacy import LegacyConfig, LegacyShard, legacy_config, legacy_format
 from sparsify.runtime.op import sparse24_linear
 
@@ -133,12 +134,12 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.label = label
         self.prefix = prefix
         self.scheme: ModuleScheme  # of this rank's shard
-        self.backend: str
-        self.buffers: tuple[str, ...]  # names on the layer of what the back end prepared
+        self.backend: str | None = None
+        self.buffers: tuple[str, ...] = ()  # names on the layer of what the back end prepared
         self.loaded: dict[str, set[Any]] = {}  # suffix -> the shards that have arrived
         self.merged = 1  # how many linears of the checkpoint make up this one
         self.dummy = False
-        self.zero = False  # nothing to multiply with: a sublayer that depth pruning removed
+        self.zero: bool | None = None  # nothing to multiply with: a sublayer that depth pruning removed
 
     def create_weights(
         self,
@@ -179,17 +180,18 @@ class Sparse24LinearMethod(LinearMethodBase):
         """vLLM's loader with what it lacks: it converts types silently and asserts shapes without a name."""
         name = f"{self.prefix}.{suffix}"
 
-        def checked(parameter: nn.Parameter, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
+        # vLLM finds the parameter by the name of this argument when it loads again
+        def checked(param: nn.Parameter, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
             if suffix in ("weight_scale", "weight_values") and loaded.dtype in FLOATS and not self.loaded.get(suffix):
-                parameter.data = parameter.data.to(loaded.dtype)  # which of the two floats is not known before
-            if loaded.dtype != parameter.dtype:
-                found = f"expected {parameter.dtype}, found {loaded.dtype}"
+                param.data = param.data.to(loaded.dtype)  # which of the two floats is not known before
+            if loaded.dtype != param.dtype:
+                found = f"expected {param.dtype}, found {loaded.dtype}"
                 raise CheckpointError(f"{name}: {found}; the checkpoint is damaged")
             try:
-                load(parameter, loaded, *shard, **keywords)
+                load(param, loaded, *shard, **keywords)
             except (AssertionError, RuntimeError) as error:
                 raise CheckpointError(
-                    f"{name}: {list(loaded.shape)} from the checkpoint does not fit into {list(parameter.shape)} "
+                    f"{name}: {list(loaded.shape)} from the checkpoint does not fit into {list(param.shape)} "
                     f"({str(error) or 'other shape'}); config.json and the files do not belong together"
                 ) from error
             self.loaded.setdefault(suffix, set()).add(shard[0] if shard else None)
@@ -207,22 +209,33 @@ class Sparse24LinearMethod(LinearMethodBase):
             tensors["weight_meta"][layer.num_org_embeddings_per_partition :] = FIRST_TWO_OF_FOUR
         device = next(iter(tensors.values())).device
         checked_tensors(self.prefix, tensors, self.scheme)
-        self.zero = all_zero(tensors, self.scheme)
+        zero = all_zero(tensors, self.scheme)
+        if self.zero and not zero:
+            raise CheckpointError(
+                f"{self.prefix}: had no weights when the engine started; start it again to serve others"
+            )
+        for suffix in tensors:
+            delattr(layer, suffix)
+        self.loaded.clear()  # other weights may follow, which vLLM copies into the buffers that are there
+        dtype: torch.dtype = layer.params_dtype  # type: ignore[assignment]
+        layer.weight = DequantizedWeight(  # LoRA and DeepSeek's attention ask for it
+            self.prefix, self.scheme.shape, dtype, device, lambda: self._dense(layer, dtype, device)
+        )
+        self.zero = zero and not self.buffers  # a captured graph goes on multiplying
         if self.zero:
-            for suffix in tensors:
-                delattr(layer, suffix)
             logger.info("%s: all weights are zero, its products are skipped", self.prefix)
             return
-        dtype: torch.dtype = layer.params_dtype  # type: ignore[assignment]
-        backend = choose_backend(self.scheme, device, dtype)
+        backend = get_backend(self.backend) if self.backend else choose_backend(self.scheme, device, dtype)
         prepared = backend.prepare(tensors, self.scheme, dtype)
         self.buffers = tuple(f"sparse24_{i}" for i in range(len(prepared)))
         for name, tensor in zip(self.buffers, prepared, strict=True):
-            layer.register_buffer(name, tensor, persistent=False)
-        for suffix in tensors:
-            delattr(layer, suffix)
+            layer.register_buffer(name, tensor)  # a persistent one: vLLM updates no others
         self.backend = backend.name
         announce(logger, backend, self.scheme, device)
+
+    def _dense(self, layer: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[N, K]: the products of the unit vectors, since only the back end can read what it prepared."""
+        return self.apply(layer, torch.eye(self.scheme.shape[1], dtype=dtype, device=device)).T
 
     def _refuse_missing(self, tensors: dict[str, Tensor]) -> None:
         """vLLM does not notice when tensors of a quantized model are missing and would serve uninitialised memory."""
@@ -240,6 +253,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             nothing = x.new_zeros(*x.shape[:-1], self.scheme.shape[0])
             return nothing if bias is None else nothing + bias
         prepared = [getattr(layer, name) for name in self.buffers]
+        assert self.backend is not None
         return sparse24_linear(x, prepared, bias, self.scheme, self.backend)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:

@@ -40,6 +40,9 @@ quantization_stage:
 """
 
 
+GPTQ = Quantize(method="gptq", bits=4, group_size=128, activation_order=True)
+
+
 def gptq(settings: str) -> str:
     return f"quant_stage:\n  quant_modifiers:\n    GPTQModifier:\n      {settings}\n"
 
@@ -58,11 +61,12 @@ def test_two_stages_become_two_passes() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (gptq("scheme: W4A16"), Quantize(method="gptq", bits=4, group_size=128)),
-        (gptq("scheme: {W8A16: [Linear]}"), Quantize(method="gptq", bits=8, group_size=128)),
+        (gptq("scheme: W4A16"), GPTQ),
+        (gptq("{scheme: W4A16, actorder: null}"), Quantize(method="gptq", bits=4, group_size=128)),
+        (gptq("scheme: {W8A16: [Linear]}"), GPTQ.model_copy(update={"bits": 8})),
         (
             gptq("scheme: {weights: {num_bits: 8, strategy: channel, observer: memoryless_minmax}}"),
-            Quantize(method="gptq", bits=8, group_size="channel", scale_search=False),
+            Quantize(method="gptq", bits=8, group_size="channel", activation_order=True, scale_search=False),
         ),
         (
             gptq("{actorder: static, targets: Linear, scheme: w4a16, ignore: lm_head, offload_hessians: true}"),
@@ -70,7 +74,7 @@ def test_two_stages_become_two_passes() -> None:
         ),
         (
             gptq("config_groups: {g: {weights: {num_bits: 4, group_size: -1}, targets: [Linear]}}"),
-            Quantize(method="gptq", bits=4, group_size="channel"),
+            Quantize(method="gptq", bits=4, group_size="channel", activation_order=True),
         ),
         (
             "s_stage:\n  s_modifiers:\n    QuantizationModifier: {scheme: W4A16, ignore: [lm_head]}\n",
@@ -110,7 +114,7 @@ def test_overrides_apply_to_the_translation() -> None:
             "'owl_m' has no counterpart",
         ),
         (
-            "s_stage:\n  s_modifiers:\n    WandaPruningModifier:\n      mask_structure: 2:4\n      targets: [q]\n",
+            "s_stage:\n  s_modifiers:\n    WandaPruningModifier:\n      mask_structure: 2:4\n      targets: [LlamaMLP]\n",
             5,
             "cannot be translated",
         ),
@@ -127,7 +131,12 @@ def test_overrides_apply_to_the_translation() -> None:
         (gptq("scheme: {weights: {num_bits: 4, strategy: group, group_size: 48}}"), 4, "group_size must be 32, 64"),
         (gptq("scheme: {weights: {num_bits: 4, strategy: channel}, input_activations: {num_bits: 8}}"), 4, "'input_"),
         (gptq("scheme: {weights: {num_bits: 4, strategy: channel, zp_dtype: torch.int8}}"), 4, "'zp_dtype' has no"),
-        (gptq("config_groups: {a: {weights: {}}, b: {weights: {}}}"), 4, "2 config groups cannot be translated"),
+        (gptq("config_groups: {a: {weights: {}}, b: {weights: {}}}"), 4, "strategy: tensor has no counterpart"),
+        (gptq("config_groups: {a: {weights: {num_bits: 4, group_size: 128}, targets: [Embedding]}}"), 4, "is a class"),
+        (gptq("{scheme: W4A16, weight_observer: imatrix_mse}"), 4, "observer: imatrix_mse has no counterpart"),
+        (gptq("{scheme: W4A16_ASYM}"), 4, "symmetric: False has no counterpart"),
+        (gptq("{scheme: W2A16}"), 4, "num_bits: 2 has no counterpart"),
+        (gptq("{scheme: W4A16, actorder: null, config_groups: {}}"), 4, "both scheme and config_groups"),
     ],
 )  # fmt: skip
 def test_what_has_no_counterpart_is_refused_by_name(text: str, line: int, words: str) -> None:
