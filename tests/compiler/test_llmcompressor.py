@@ -3,6 +3,7 @@ real one, where `make peers` has made it."""
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -202,28 +203,40 @@ save_file(found, output)
 """
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_weights_are_those_of_llm_compressor_run_alone(peer: str, method: str, model: Path, tmp_path: Path) -> None:
-    """AWQ, then rounding here, is AWQ and rounding there, to the bit. GPTQ in static order leaves the same codes but for ties:
-    sums differ in their last bits."""
-    import subprocess
-
-    save_file({"tokens": tokens()}, tmp_path / "rows.safetensors")
-    awq = {"AWQModifier": {"n_grid": 4}}
-    modifiers = [awq, {"QuantizationModifier": QUANTIZATION}] if method == "rtn" else [{"GPTQModifier": QUANTIZATION}]
+def whole(python: str, model: Path, modifiers: list[dict], scratch: Path) -> dict[str, Tensor]:
+    """Every quantized weight, dequantized, of a recipe that llm-compressor runs from end to end."""
+    save_file({"tokens": tokens()}, scratch / "rows.safetensors")
     stages = {"s_stage": {f"{index}_modifiers": entry for index, entry in enumerate(modifiers)}}
-    subprocess.run(
-        [peer, "-I", "-c", WHOLE, str(model), str(tmp_path / "rows.safetensors"), json.dumps(stages), str(tmp_path / "theirs")],
-        check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    theirs = load_file(tmp_path / "theirs")
-    handed = [awq, {"QuantizationModifier": QUANTIZATION}] if method == "rtn" else []
-    asked = recipe(*handed, method=method, **({"activation_order": True} if method == "gptq" else {}))
-    if not handed:
-        del asked["llm_compressor"]
-    api.apply(asked, model, tmp_path / "ours", calibration=tokens(), quiet=True)
+    arguments = [str(model), str(scratch / "rows.safetensors"), json.dumps(stages), str(scratch / "theirs")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        [python, "-I", "-c", WHOLE, *arguments], capture_output=True, env=environment, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return load_file(scratch / "theirs")
+
+
+def test_awq_and_rounding_give_the_weights_of_llm_compressor(peer: str, model: Path, tmp_path: Path) -> None:
+    modifiers = [{"AWQModifier": {"n_grid": 4}}, {"QuantizationModifier": QUANTIZATION}]
+    theirs = whole(peer, model, modifiers, tmp_path)
+    api.apply(recipe(*modifiers), model, tmp_path / "ours", calibration=tokens(), quiet=True)
     ours = dequantized(tmp_path / "ours")
     assert set(ours) == set(theirs) and len(ours) == 21
     for name, weight in ours.items():
-        same = (weight == theirs[name]).float().mean()
-        assert same == 1 if method == "rtn" else same > 0.9, (name, float(same))
+        assert torch.equal(weight, theirs[name]), name
+
+
+def test_gptq_without_an_order_is_static_there(peer: str, model: Path, tmp_path: Path) -> None:
+    """The linears whose inputs no compressed linear has touched: the same Hessian there and here. Sums differ in their last bits,
+    so a few codes do; with the columns in stored order most codes are others."""
+    theirs = whole(peer, model, [{"GPTQModifier": QUANTIZATION}], tmp_path)
+    equal = {}
+    for order in (True, False):
+        asked = recipe(method="gptq", activation_order=order)
+        del asked["llm_compressor"]
+        api.apply(asked, model, tmp_path / str(order), calibration=tokens(), quiet=True)
+        ours = dequantized(tmp_path / str(order))
+        names = [name for name in ours if name.startswith("model.layers.0.self_attn.") and "o_proj" not in name]
+        assert len(names) == 3
+        equal[order] = float(torch.cat([(ours[name] == theirs[name]).flatten() for name in names]).float().mean())
+    assert equal[True] > 0.95 and equal[False] < 0.9, equal
