@@ -33,7 +33,12 @@ from sparsify.solver.solve import Scheme, solve_layer
 from sparsify.training.block_tuning import BlockTuning, Sample, tune_block
 
 CALIBRATION = "calibration.safetensors"
-KERNELS = ("cpu/gram", "cpu/column_sweep", "cpu/coordinate_descent")  # what compressing on data computes with
+KERNELS = (
+    "cpu/gram",
+    "cpu/column_sweep",
+    "cpu/coordinate_descent",
+    "cpu/few_rows",
+)  # what compressing on data computes with
 
 
 def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:
@@ -62,9 +67,9 @@ def _embedding_rows(plan: Plan) -> int:
 
 
 def _text_rows(plan: Plan, quiet: bool) -> Tensor:
-    directory, dtype = plan.checkpoint.directory, plan.compute.dtype
+    dtype = plan.compute.dtype
     try:
-        tokenizer = load_tokenizer(directory, plan.checkpoint.spec)
+        tokenizer = load_tokenizer(plan.checkpoint.directory, plan.checkpoint.spec)
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
             f"{plan.checkpoint.spec} has no tokenizer, which calibration text needs ({str(error).splitlines()[0]}); "
@@ -73,9 +78,9 @@ def _text_rows(plan: Plan, quiet: bool) -> Tensor:
     return calibration_tokens(
         plan.recipe.calibration,
         tokenizer,
-        lambda: open_writer(directory, dtype),
+        lambda: open_writer(plan.checkpoint.loadable_directory(), dtype),
         cache_dir=cache_directory() / "calibration",
-        key=writer_key(plan.checkpoint, dtype),
+        key=lambda: writer_key(plan.checkpoint, dtype),
         quiet=quiet,
         vocabulary=_embedding_rows(plan),
     )

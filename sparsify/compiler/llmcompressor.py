@@ -74,7 +74,7 @@ def transformed(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     with stage(f"{', '.join(names)} in llm-compressor", quiet):
-        version = _run(python, plan.checkpoint.directory, aside / "weights", modifiers, rows)
+        version = _run(python, plan.checkpoint.loadable_directory(), aside / "weights", modifiers, rows)
     _take_over(plan.checkpoint, aside / "weights")
     publish(aside / "weights", directory)
     shutil.rmtree(aside, ignore_errors=True)

@@ -11,10 +11,11 @@ from torch import nn
 
 from sparsify.data.fitting import vocabulary_of
 from sparsify.errors import CheckpointError
+from sparsify.formats.belonging import check_tensors
+from sparsify.formats.foreign import dequantized, described, is_native, reads_foreign
 from sparsify.model import pretrained
-from sparsify.model.checkpoint import open_checkpoint
-from sparsify.model.decoder import without_bars
-from sparsify.progress import stage
+from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.progress import say, stage, without_bars
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,33 @@ def pick_device(device: str | None = None) -> torch.device:
 def load_model(spec: str | Path, device: str | None = None) -> LoadedModel:
     """Loads a directory, a hub id, a .gguf file or `embedded:NAME` in float32."""
     checkpoint = open_checkpoint(spec)
+    check_tensors(checkpoint)
+    directory = _loadable(checkpoint)
     try:
         with stage(f"loading {spec}"), without_bars():
-            model = pretrained.load_causal_lm(checkpoint.directory, str(spec), dtype=torch.float32)
+            model = pretrained.load_causal_lm(directory, str(spec), dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{spec}: transformers cannot load this model ({reason})") from error
     model.to(pick_device(device)).eval()
-    return LoadedModel(str(spec), checkpoint.directory, model, checkpoint.nbytes(), format_name(checkpoint.config))
+    return LoadedModel(
+        str(spec),
+        checkpoint.directory,
+        model,
+        checkpoint.nbytes(),
+        format_name({"quantization_config": described(checkpoint)}),
+    )
+
+
+def _loadable(checkpoint: Checkpoint) -> Path:
+    """The directory that transformers loads: that of the model, or its dequantized weights where transformers has no kernels
+    for them on every machine, or reads something else than the packages that wrote them."""
+    config = described(checkpoint)
+    if config is None or not reads_foreign(config) or is_native(config):
+        return checkpoint.directory
+    opened = dequantized(checkpoint)
+    say(f"{checkpoint.spec} is scored as dequantized weights ({opened.quantization})")
+    return opened.loadable_directory()
 
 
 def load_vocabulary(spec: str | Path) -> int | None:

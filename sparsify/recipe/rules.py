@@ -166,9 +166,10 @@ def _solver(recipe: "Recipe") -> None:
 
 
 def _format(recipe: "Recipe") -> None:
-    if recipe.export.format == "pack-quantized" and recipe.quantize is None and recipe.compresses:
+    format = recipe.export.format
+    if format in ("pack-quantized", "gptq") and recipe.quantize is None and recipe.compresses:
         raise refuse(
-            "pack-quantized stores integers but no pass quantizes; add a quantize pass or export sparse24",
+            f"{format} stores integers but no pass quantizes; add a quantize pass or export sparse24",
             "export",
             "format",
         )
