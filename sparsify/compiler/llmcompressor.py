@@ -22,7 +22,7 @@ from sparsify.errors import CheckpointError, MissingDependency
 from sparsify.files import publish, read_json, write_json
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.model.pretrained import trusts_remote_code
+from sparsify.model.permissions import trusts_remote_code
 from sparsify.progress import say, stage
 from sparsify.recipe.methods import TRANSFORMS
 
