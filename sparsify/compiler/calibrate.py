@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from sparsify.compiler.metrics import layer_notes
 from sparsify.compiler.plan import Plan
 from sparsify.compiler.run import Run
 from sparsify.data.calibration import calibration_tokens
-from sparsify.data.fitting import refuse_beyond
+from sparsify.data.fitting import context_of, refuse_beyond
 from sparsify.data.given import read_tokens, token_file
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.distributed import device, is_main, main_first, processes, rank
@@ -99,7 +100,8 @@ def compress_on_data(run: Run) -> None:
     if run.spill:
         folder.mkdir(exist_ok=True)
     build_ahead(KERNELS)
-    with stage("calibration text through the embeddings"):
+    fitting = partial(_within_positions, plan, tokens.shape[1])
+    with stage("calibration text through the embeddings"), fitting():
         walk = Walk(plan.model, tokens, plan.needs_dense_reference, folder if run.spill else None, device())
     with summing(), progress_bar("compressing", len(blocks) + (head is not None), quiet=run.quiet) as bar:
         for index, block in enumerate(blocks):
@@ -111,7 +113,7 @@ def compress_on_data(run: Run) -> None:
                 continue
             rewriting = _Rewriting(plan, bar)
             tuning = _Tuning(plan, bar) if plan.recipe.tune is not None else None
-            with _naming(block):
+            with _naming(block), fitting():
                 result = walk.visit(index, lambda name: name in plan.schemes, rewriting, tuning)
             if is_main():
                 gained = tuning.note if tuning is not None else None
@@ -195,6 +197,21 @@ class _Tuning:
             if (source := sources[prefix + name]) is not None
         }
         return {prefix + name: linear for name, linear in tuned.linears.items()}, kept
+
+
+@contextmanager
+def _within_positions(plan: Plan, length: int) -> Iterator[None]:
+    """Say that a sequence is longer than the model's table of positions where that ends a run; rotary positions have none."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        limit = context_of(plan.model.model.config)
+        if limit is None or length <= limit:
+            raise
+        raise CalibrationError(
+            f"{plan.checkpoint.spec} has positions for {limit} tokens, and calibration.sequence_length is {length}; "
+            f"set it to {limit} or less"
+        ) from error
 
 
 @contextmanager

@@ -228,6 +228,7 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blo
     refuse_changing_weights(model, checkpoint.spec)
     blocks = find_blocks(model)
     opened = BlockModel(checkpoint, model, blocks, source_map(model, checkpoint), dtype)
+    _refuse_shared_weights(opened)
     refuse_other_tensors(model, checkpoint)
     return opened
 
@@ -241,3 +242,14 @@ def refuse_other_tensors(
     """
     stored = shapes if shapes is not None else {name: info.shape for name, info in checkpoint.infos.items()}
     refuse(differences(model, stored, carried_over(checkpoint.directory)), checkpoint.spec, hint)
+
+
+def _refuse_shared_weights(opened: BlockModel) -> None:
+    """CheckpointError for a model that stores weights of one block and uses them in others too (Zamba)."""
+    ties: dict[str, str] = getattr(opened.model, "all_tied_weights_keys", None) or {}
+    shared = sorted(name for name in ties if opened.owner(name) is not None)
+    if shared:
+        raise CheckpointError(
+            f"{opened.checkpoint.spec}: {type(opened.model).__name__} uses the same weights in several blocks "
+            f"({shared[0]} is {ties[shared[0]]}), and each block is compressed by itself; it is not supported"
+        )

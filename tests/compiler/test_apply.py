@@ -6,14 +6,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, RwkvConfig
+from transformers import AutoModelForCausalLM, RwkvConfig, Zamba2Config
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import sparsify.compiler.apply as run
 import sparsify.compiler.calibrate as calibrate
 from sparsify.compiler.apply import apply
 from sparsify.compiler.plan import make_plan
-from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
+from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError, SparsifyError
+from sparsify.evaluation import evaluate
 from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
@@ -282,6 +283,34 @@ def test_a_class_that_runs_its_blocks_in_another_way_is_refused_in_the_plan(tmp_
     with pytest.raises(CheckpointError, match="LlamaForCausalLM does not call its blocks one after another"):
         make_plan(recipe(), str(source))
     make_plan(parse_recipe(DATA_FREE), str(source))
+
+
+def test_sequences_longer_than_the_table_of_positions_are_refused(tmp_path, recipe):
+    """OPT has 128 of them; a rotary model goes on."""
+    source = save_tiny(tmp_path / "source", "opt")
+    longer = recipe("sparse24", "calibration.sequence_length=160")
+    with pytest.raises(
+        CalibrationError, match=r"positions for 128 tokens, and calibration.sequence_length is 160; set it to 128"
+    ):
+        apply(longer, str(source), tmp_path / "out", quiet=True)
+    with pytest.raises(
+        SparsifyError, match=r"positions for 128 tokens, and the text is read 160 at a time: give --sequence-length"
+    ):
+        evaluate(source, None, tmp_path / "text.txt", 160, 2, quiet=True)
+    apply(longer, str(save_tiny(tmp_path / "rotary")), tmp_path / "out", quiet=True)
+    assert evaluate(tmp_path / "out", None, tmp_path / "text.txt", 160, 2, quiet=True).tokens == 2 * 159
+
+
+def test_blocks_that_share_their_weights_are_refused_in_the_plan(tmp_path):
+    config = Zamba2Config(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_mem_blocks=1,
+        layers_block_type=["mamba", "hybrid"] * 2, mamba_d_state=8, mamba_headdim=16, n_mamba_heads=8, mamba_ngroups=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    with pytest.raises(
+        CheckpointError, match=r"Zamba2ForCausalLM uses the same weights in several blocks \(model.layers.3.shared"
+    ):
+        make_plan(parse_recipe(DATA_FREE), str(tmp_path / "source"))
 
 
 def test_too_little_text_is_refused_and_leaves_no_output(tmp_path, recipe):
