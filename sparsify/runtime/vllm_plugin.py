@@ -36,6 +36,7 @@ from sparsify.runtime.legacy import LegacyConfig, LegacyShard, legacy_config, le
 from sparsify.runtime.op import sparse24_linear
 
 METHOD = "sparse24"
+DRAFT = "draft_model."  # what vLLM puts before the names of a draft's modules; no checkpoint has it
 FIRST_TWO_OF_FOUR = 0x44  # a valid pair of meta nibbles: inputs 0 and 1 of both quads
 
 # vLLM prints the records of loggers below "vllm" only
@@ -98,6 +99,7 @@ class Sparse24Config(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        prefix = prefix.removeprefix(DRAFT)
         if isinstance(layer, LinearBase):
             label = self._label(prefix, layer.input_size)
             return UnquantizedLinearMethod() if label is None else self._method(label, prefix)

@@ -301,6 +301,18 @@ def test_names_follow_the_model_class() -> None:
     assert set(config.on_disk.modules) == {"language_model.model.head"}
 
 
+def test_a_draft_of_speculative_decoding_is_named_as_its_checkpoint(rank: Rank) -> None:
+    """vLLM calls its modules `draft_model.lm_head` and so on, which neither `modules` nor `ignore` of config.json do."""
+    weights = {"lm_head": make_linear(64, bits=8, pattern="dense"), "model.layers.0.mlp.up_proj": make_linear(64)}
+    config = config_for(weights, ignore=["model.layers.1.mlp.up_proj"])
+    head = ParallelLMHead(64, K, quant_config=config, prefix="draft_model.lm_head")
+    assert isinstance(head.quant_method, Sparse24LinearMethod)
+    assert head.quant_method.label == config.on_disk.modules["lm_head"]
+    for block, kind in enumerate((Sparse24LinearMethod, UnquantizedLinearMethod)):
+        name = f"draft_model.model.layers.{block}.mlp.up_proj"
+        assert type(ColumnParallelLinear(K, 64, quant_config=config, prefix=name).quant_method) is kind
+
+
 def test_workers_receive_the_configuration() -> None:
     config = config_for({"model.layers.0.a": make_linear(32), "model.head": make_linear(32, bits=8)})
     assert pickle.loads(pickle.dumps(config)).on_disk == config.on_disk
