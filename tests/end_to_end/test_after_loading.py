@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 import sparsify  # noqa: F401  the reference reads sparse24
 from sparsify.runtime.module import Sparse24Linear
-from tests.end_to_end.engine import assert_follows, distances, serve
+from tests.end_to_end.engine import BFLOAT16_NOISE, assert_follows, assert_same, distances, serve
 from tests.helpers.compressed import MIXED, compress, make_dense
 from tests.helpers.tiny import tiny_tokenizer
 
@@ -62,14 +62,18 @@ def test_multi_head_latent_attention(tmp_path: Path) -> None:
         vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=512, q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=16,
         qk_nope_head_dim=32, v_head_dim=32, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
-        moe_intermediate_size=64, first_k_dense_replace=1, n_group=2, topk_group=1, bos_token_id=1, eos_token_id=2,
+        moe_intermediate_size=64, first_k_dense_replace=2, n_group=2, topk_group=1, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "topk_method": "noaux_tc"}))
-    model = compress(tmp_path / "model", tmp_path / "sparse24", group_size=32, schemes={"lm_head": None})
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for format in ("sparse24", "dense"):
+        compress(tmp_path / "model", tmp_path / format, format, {"lm_head": None}, group_size=32)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse24", dtype=torch.float32)
     assert isinstance(reference.model.layers[0].self_attn.kv_b_proj, Sparse24Linear)
-    assert_follows(serve(model, tmp_path, dtype="float32"), model, NOISE)
+    ours, dense = (serve(tmp_path / format, tmp_path) for format in ("sparse24", "dense"))  # in bfloat16, as it wants
+    assert "sparse24: back end" in ours.log
+    assert_same(ours, dense)
+    assert_follows(ours, tmp_path / "dense", noise=BFLOAT16_NOISE)
