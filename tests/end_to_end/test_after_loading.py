@@ -56,6 +56,17 @@ def test_other_weights_into_a_running_engine(tmp_path: Path) -> None:
     assert distances(answers.reloaded[0], models[0])[0].max() > 20 * NOISE
 
 
+def test_a_sparse_draft_of_speculative_decoding(tmp_path: Path) -> None:
+    """It proposes, the dense model decides: the tokens are those of the dense model, whatever the draft says."""
+    make_dense("llama", tmp_path / "model")
+    for format in ("sparse24", "dense"):
+        compress(tmp_path / "model", tmp_path / format, format, MIXED)
+    draft = {"model": str(tmp_path / "sparse24"), "num_speculative_tokens": 3, "method": "draft_model"}
+    answers = serve(tmp_path / "dense", tmp_path, dtype="float32", speculative_config=draft)
+    assert "sparse24: back end" in answers.log
+    assert_follows(answers, tmp_path / "dense", NOISE)
+
+
 def test_multi_head_latent_attention(tmp_path: Path) -> None:
     """DeepSeek's: vLLM takes the dense weight of kv_b_proj apart once it is loaded."""
     config = DeepseekV3Config(
