@@ -207,7 +207,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, 
             model: nn.Module = causal_lm_of(config, checkpoint.directory, checkpoint.spec, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"{checkpoint.spec}: transformers cannot build this model from config.json: {error}"
+            f"{checkpoint.spec}: transformers cannot build this model from config.json: {(str(error).splitlines() or [''])[0]}"
         ) from None
     return model.eval().requires_grad_(False)
 

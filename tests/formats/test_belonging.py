@@ -203,3 +203,35 @@ def test_a_model_that_cannot_be_built_is_said_to_be_not_compared(dense):
     with console.capture() as shown:
         console.print(render(found))
     assert "not compared with config.json" in shown.get()
+
+
+def test_an_adapter_beside_the_weights_is_left_out_everywhere(dense, capsys):
+    """transformers puts it on the weights unasked; what is compressed is the model without it."""
+    whole = dense()
+    expected = load_causal_lm(whole).state_dict()
+    adapter = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{n}.weight": torch.ones(s)
+        for n, s in (("A", (4, 64)), ("B", (64, 4)))
+    }
+    save_file(adapter, whole / "adapter_model.safetensors")
+    (whole / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x", "r": 4, "target_modules": ["q_proj"]})
+    )
+    loaded = load_causal_lm(whole)
+    assert loaded.state_dict().keys() == expected.keys() and loaded.name_or_path == str(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    assert "adapter_config.json) is left out" in capsys.readouterr().err
+    assert make_plan(RTN, str(whole)).to_json()["left_behind"] == ["adapter_config.json"]
+
+
+def test_float8_weights_without_scales_are_measured(dense):
+    def cast(state):
+        return {n: t.to(torch.float8_e4m3fn) if t.dim() == 2 and ".layers." in n else t for n, t in state.items()}
+
+    assert inspect(dense(cast), quiet=True).totals()["linears"] == 21
+
+
+def test_a_class_that_transformers_lacks_is_said_in_one_line(dense):
+    directory = dense(model_type="llava", architectures=None)
+    said = inspect(directory, quiet=True).not_compared
+    assert "\n" not in said and len(said) < 400
