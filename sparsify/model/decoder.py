@@ -233,11 +233,11 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blo
 
 
 def refuse_other_tensors(
-    model: nn.Module, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]] | None = None, hint: str = ""
+    model: nn.Module, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> None:
     """CheckpointError where the tensors of a checkpoint are not those of the model, which is on the meta device.
 
     shapes: of its tensors, compressed linears as dense ones; default: as they are in the files
     """
     stored = shapes if shapes is not None else {name: info.shape for name, info in checkpoint.infos.items()}
-    refuse(differences(model, stored, carried_over(checkpoint.directory)), checkpoint.spec, hint)
+    refuse(differences(model, stored, carried_over(checkpoint.directory)), checkpoint.spec)
