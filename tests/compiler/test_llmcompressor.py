@@ -103,23 +103,28 @@ def test_a_resumed_run_finds_the_stage_done_and_another_run_does_it_again(
     def broken(*_: object) -> None:
         raise KeyboardInterrupt
 
+    text = stand_in / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    calibration = {"calibration": {"source": f"file:{text}", "samples": 4, "sequence_length": 16}}
+
     def killed(out: Path, given: dict) -> None:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("sparsify.compiler.apply._carry_out", broken)
-            api.apply(given, model, out, calibration=tokens(), quiet=True)
+            api.apply(given, model, out, quiet=True)
 
     def runs() -> int:
         return len((stand_in / "runs").read_text())
 
-    killed(stand_in / "out", recipe(SMOOTH))
+    asked = recipe(SMOOTH) | calibration
+    killed(stand_in / "out", asked)
     assert runs() == 1 and (partial_directory(stand_in / "out") / NOTE).exists()
-    api.apply(recipe(SMOOTH), model, stand_in / "out", calibration=tokens(), resume=True, quiet=True)
+    api.apply(asked, model, stand_in / "out", resume=True, quiet=True)
     assert runs() == 1
-    killed(stand_in / "other", recipe(SMOOTH))
-    changed = recipe({"SmoothQuantModifier": {"smoothing_strength": 0.9}})
-    with pytest.raises(CheckpointError, match="begun with other modifiers of llm-compressor"):
-        api.apply(changed, model, stand_in / "other", calibration=tokens(), resume=True, quiet=True)
-    api.apply(changed, model, stand_in / "other", calibration=tokens(), quiet=True)
+    killed(stand_in / "other", asked)
+    changed = recipe({"SmoothQuantModifier": {"smoothing_strength": 0.9}}) | calibration
+    with pytest.raises(CheckpointError, match="was begun with another recipe"):
+        api.apply(changed, model, stand_in / "other", resume=True, quiet=True)
+    api.apply(changed, model, stand_in / "other", quiet=True)
     assert runs() == 3
 
 
@@ -239,4 +244,4 @@ def test_gptq_without_an_order_is_static_there(peer: str, model: Path, tmp_path:
         names = [name for name in ours if name.startswith("model.layers.0.self_attn.") and "o_proj" not in name]
         assert len(names) == 3
         equal[order] = float(torch.cat([(ours[name] == theirs[name]).flatten() for name in names]).float().mean())
-    assert equal[True] > 0.95 and equal[False] < 0.9, equal
+    assert equal[True] > 0.9 and equal[False] < 0.6, equal
