@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "apply", "evaluate", "export", "inspect", "load_recipe", "plan"]
 
-RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
+RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe | Sequence[Any]"
 
 
 @dataclass
@@ -93,7 +93,7 @@ def apply(
 ) -> Result:
     """Compress `model` by `recipe`.
 
-    recipe:      the name of a built-in recipe, a file, a dict of the same keys, or a `Recipe`
+    recipe:      the name of a built-in recipe, a file, a dict of the same keys, a `Recipe`, or a list of llm-compressor's modifiers
     model:       a directory, hub id, *.gguf file or embedded:NAME; or a live transformers model, which is left as it was.
                  Default: the one that the recipe names
     output:      the checkpoint directory to write; without it the result holds the model only
