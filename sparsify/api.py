@@ -363,6 +363,10 @@ def _refuse_inplace(recipe: Recipe) -> None:
         raise SparsifyError(
             "inplace=True keeps the layers of the live model, and this recipe removes some; leave it out"
         )
+    if recipe.llm_compressor:
+        raise SparsifyError(
+            "inplace=True keeps what is not compressed of the live model, and llm-compressor changes that too; leave it out"
+        )
     if recipe.export.format in ("pack-quantized", "gptq"):
         raise SparsifyError(
             f"inplace=True needs export.format sparse24 or dense; {recipe.export.format} has linears of another package"
