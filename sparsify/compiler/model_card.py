@@ -18,8 +18,7 @@ HUB_IDS = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruc
 USAGE = {
     "sparse24": "vLLM serves it with the sparsify plugin (`pip install sparsify-24`), transformers after `import sparsify`.",
     "pack-quantized": "It runs in stock vLLM and transformers; the zeros are stored, so it is no faster than dense 4-bit.",
-    "gptq": "AutoGPTQ, GPTQModel, vLLM and transformers (with gptqmodel) load it; the zeros are stored, so it is no faster "
-    "than dense 4-bit.",
+    "gptq": "AutoGPTQ and GPTQModel load it; the zeros are stored, so it is no faster than dense 4-bit.",
     "dense": "It runs everywhere; the zeros are stored, so it is no smaller than the original.",
 }
 

@@ -12,6 +12,7 @@ config.json has one `bits` and `group_size` for all; `dynamic` (GPTQModel, vLLM)
 AutoGPTQ 0.7.1 reads `quantize_config.json` instead, knows no `dynamic`, and needs every linear of the blocks to be quantized.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,6 +136,10 @@ class Gptq(Format):
         self, quantization_config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, ModuleScheme]:
         config = GptqConfig.from_dict(quantization_config or {})
+        for key, wanted in (("sym", True), ("desc_act", False)):
+            if (quantization_config or {}).get(key, wanted) is not wanted:
+                says = json.dumps(wanted)
+                raise CheckpointError(f"quantization_config: expected {key}: {says}; quantize the dense model again so")
         end, schemes = ".qweight", {}
         for name in sorted(shapes):
             if name.endswith(end):

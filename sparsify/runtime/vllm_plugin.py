@@ -286,7 +286,7 @@ class LegacyMethod(Sparse24LinearMethod):
             layer.register_parameter(suffix, taker)
 
     def _taking(self, suffix: str) -> Callable[..., None]:
-        def take(taker: nn.Parameter, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
+        def take(param: nn.Parameter, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
             name = f"{self.prefix} ({shard[0]})" if shard else self.prefix
             part = self.parts.setdefault(shard, LegacyShard(name, self.format, self.label))
             for target, tensor in (part.add(suffix, loaded) or {}).items():

@@ -156,6 +156,8 @@ def refused(directory: Path, edit: Callable[[dict[str, Any], dict[str, Tensor]],
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
+        (lambda c, t: c.update(sym=False), "expected sym: true"),
+        (lambda c, t: c.update(desc_act=True), "expected desc_act: false"),
         (lambda c, t: c.update(bits=3), "expected bits 4 or 8"),
         (lambda c, t: c.update(bits=8), "qzeros: expected int32"),
         (lambda c, t: c.update(group_size=64), "qzeros: expected int32 [3, 8], found int32 [6, 8]"),

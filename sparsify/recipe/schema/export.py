@@ -37,7 +37,7 @@ class Export(Model):
     format: Literal["sparse24", "dense", "pack-quantized", "gptq"] = Field(
         default="sparse24",
         description="sparse24 (smallest, needs the sparsify plugin), pack-quantized (stock vLLM and "
-        "transformers, stores the zeros), gptq (AutoGPTQ, GPTQModel and most engines, stores the zeros) or dense "
+        "transformers, stores the zeros), gptq (AutoGPTQ and GPTQModel, stores the zeros) or dense "
         "(runs everywhere, no smaller)",
     )
     dtype: Literal["auto", "bfloat16", "float16"] = Field(
