@@ -18,6 +18,7 @@ from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data
 from sparsify.compiler.checkpoint_names import OUTSIDE, refuse_unstorable
 from sparsify.compiler.left_dense import some_not_held
+from sparsify.compiler.llmcompressor import NOTE, transformed
 from sparsify.compiler.metrics import ADAPTER, CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
 from sparsify.compiler.model_card import model_card
 from sparsify.compiler.plan import Plan, keep_zeros, make_plan
@@ -92,6 +93,11 @@ def apply(
         before = Before(plan)
         with main_first():
             _read_ahead(plan, writer, quiet)
+        if recipe.llm_compressor:
+            with main_first():
+                dense = transformed(plan, writer, resume or not is_main(), quiet)
+            plan = keep_zeros(make_plan(recipe, str(dense.directory), served=served))
+            writer.source = plan.checkpoint
         if plan.depth is not None:
             plan, before = shortened(plan, writer, resume, quiet, spill)
             writer.source = plan.checkpoint
@@ -166,6 +172,7 @@ def _record(run: Run, seconds: float, training_seconds: float) -> dict[str, Any]
     whole = run.before.plan
     return {
         "sparsify": __version__,
+        "llmcompressor": read_json(note)["llmcompressor"] if (note := run.writer.work / NOTE).exists() else None,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "compute": computed(whole) if whole.computes else None,

@@ -258,6 +258,7 @@ class Plan:
                 }
                 for name, p in self.linears.items()
             },
+            "llm_compressor": self.recipe.llm_compressor,
             "depth": None if self.depth is None else self.depth.to_json(),
             "head": self._head_json(),
             "dense_modules": self.dense_modules() | self.written_dense(),
@@ -317,6 +318,8 @@ class Plan:
             how = "no linear is compressed" if self._is_dense else "compressed already, masks stay as they are"
         if self.depth is not None:
             how = f"{self.depth.describe()}\n{how}" if self._depth_first else f"{how}\nthen {self.depth.describe()}"
+        if self.recipe.llm_compressor:
+            how = f"first, in llm-compressor: {', '.join(name for entry in self.recipe.llm_compressor for name in entry)}\n{how}"
         table.caption = (
             f"{how}; {cost.dense_bytes / 1e6:.0f} MB become {cost.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
             f"memory about {cost.memory_bytes / 1e9:.1f} GB"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify.errors import CheckpointError
 from sparsify.formats import get_format, known_formats
-from sparsify.formats.foreign import dequantized, described, reads_foreign
+from sparsify.formats.foreign import dequantized, described, is_only_dequantized, reads_foreign
 from sparsify.formats.scheme import ModuleScheme, in_block
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.linear import LinearWeights
@@ -101,10 +101,11 @@ def recognised(checkpoint: Checkpoint) -> CompressedCheckpoint | None:
     """A checkpoint as one of a known format, a dense model too; None where its config.json names another."""
     config = described(checkpoint)
     foreign = config is not None and reads_foreign(config)
-    ordered = any(name.endswith(".weight_g_idx") for name in checkpoint.infos)
+    if config is not None and foreign and is_only_dequantized(config, checkpoint.infos):
+        return None
     for name in known_formats():
         format = get_format(name)
-        if format.recognises(config) and not (foreign and ordered):
+        if format.recognises(config):
             shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
             try:
                 return CompressedCheckpoint(checkpoint, name, format.schemes(config, shapes))

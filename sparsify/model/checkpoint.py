@@ -210,7 +210,9 @@ class Checkpoint:
         whole: not only weights, settings and code, which decide what the model computes, but all files beside them
         apart_from: as for `sidecar_files`
         """
-        names = [*(file.name for file in self.weight_files()), "config.json", INDEX, *QUANTIZATION_FILES]
+        index = self._index()
+        names = [*(file.name for file in self.weight_files()), "config.json", *QUANTIZATION_FILES]
+        names += [] if index is None else [index.name]
         model = {name: self.directory / name for name in names if (self.directory / name).exists()}
         beside = self.sidecar_files(apart_from).items()
         return file_digests(model | {n: file for n, file in beside if whole or DECIDING.fullmatch(n)}, self.spec)

@@ -124,9 +124,8 @@ def recipe_from(
         if not overrides and model is None:
             return data
         data = data.model_dump(mode="json")
-    modifiers = data if isinstance(data, list | tuple) else [data]
-    if any(llmcompressor.is_modifier(entry) for entry in modifiers):
-        data = llmcompressor.from_modifiers(modifiers)
+    if llmcompressor.is_modifier(data):
+        data = llmcompressor.from_modifiers([data])
     return _validated(Document(name, dict(data) if isinstance(data, Mapping) else data), overrides, model)
 
 

@@ -86,7 +86,8 @@ def refit_scale(W: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> No
 
     W, G: [G, N], weights and half gradient; H: [G, G]; unit: [N].
     """
-    if W.shape[0] <= LARGEST and (kernel := kernel_for(FORCE, "cpu/coordinate_descent", W.device)) is not None:
+    kernel = kernel_for(FORCE, "cpu/coordinate_descent", W.device)
+    if kernel is not None and W.shape[0] <= LARGEST and hasattr(kernel, "refit_scale"):  # a GPU computes it as below
         kernel.refit_scale(W, G, H, unit, grid)
         return
     codes = (W / unit).round_()

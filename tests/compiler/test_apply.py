@@ -311,11 +311,12 @@ def test_truncated_checkpoint_is_refused(tmp_path, recipe):
         apply(recipe(), str(source), tmp_path / "out", quiet=True)
 
 
-def test_compressed_input_is_refused(tmp_path, recipe):
+def test_a_compressed_input_is_dequantized_and_keeps_its_zeros(tmp_path, recipe):
     source = save_tiny(tmp_path / "source")
     apply(recipe(), str(source), tmp_path / "out", quiet=True)
-    with pytest.raises(CheckpointError, match="compressed already"):
-        make_plan(recipe(), str(tmp_path / "out"))
+    plan = make_plan(recipe(), str(tmp_path / "out"))
+    assert plan.checkpoint.quantization == "sparse24, 4-bit 2:4"
+    assert {scheme.prune for scheme in plan.schemes.values()} == {"keep"}
 
 
 def test_existing_output_is_refused(tmp_path, recipe):

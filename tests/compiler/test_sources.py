@@ -16,9 +16,10 @@ from sparsify.formats.inspect import inspect
 from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
+from tests.helpers import bitmask
 from tests.helpers.compressed import compress
 from tests.helpers.foreign import change_config, compressed_tensors, fp8, gptq, quantized_checkpoint
-from tests.helpers.tiny import save_tiny, tiny_text
+from tests.helpers.tiny import save_tiny, tiny_text, tiny_tokenizer
 
 GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True}
 FP8_CONFIG = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
@@ -125,17 +126,21 @@ def test_export_and_inspect_of_a_quantized_source(tmp_path):
     assert totals["bits_per_weight"] == pytest.approx(4.5 + 32 * 14 / weights)
 
 
-TWO_FOUR_16 = {"bits": 16}
-
-
-@pytest.mark.parametrize("kind", ["sparse24", "stored dense", "pack-quantized"])
+@pytest.mark.parametrize(
+    "kind", ["sparse24", "stored dense", "pack-quantized", "gptq", "bitmask none", "bitmask float8", "bitmask int8"]
+)
 @pytest.mark.parametrize("passes", [["quantize: {method: gptq, bits: 4, group_size: 32}"], None])
 def test_zeros_of_a_compressed_source_stay(tmp_path, kind, passes):
     """Sparse-Llama's layout, 16 bits with 2:4 zeros: a later 4-bit recipe keeps every zero."""
     dense = save_tiny(tmp_path / "dense", dtype=torch.bfloat16, num_hidden_layers=2)
     format = "dense" if kind == "stored dense" else kind
-    bits = {"bits": 4, "group_size": 32} if kind == "pack-quantized" else {"bits": 16}
-    source = compress(dense, tmp_path / "source", format, **bits)
+    bits = {"bits": 4, "group_size": 32} if kind in ("pack-quantized", "gptq") else {"bits": 16}
+    source = tmp_path / "source"
+    if kind.startswith("bitmask"):
+        bitmask.checkpoint(dense, source, kind.split()[1])
+        tiny_tokenizer().save_pretrained(source)
+    else:
+        compress(dense, source, format, **bits)
     if kind == "stored dense":
         sparsity = {"format": "dense", "sparsity_structure": "2:4", "global_sparsity": 0.5, "targets": ["Linear"]}
         change_config(source, compression_config={"config_groups": {}, "format": "dense", "sparsity_config": sparsity})
@@ -149,10 +154,13 @@ def test_zeros_of_a_compressed_source_stay(tmp_path, kind, passes):
         assert scheme.pattern == "2:4" and is_two_four(before)
         assert not after.dense(torch.float32)[before == 0].any(), module
     assert len(result.metrics["kept_zeros"]) == 14
-    said = result.metrics["source"]["quantization"]
-    assert said.startswith(
-        {"stored dense": "compressed-tensors, stored dense"}.get(kind, kind if kind == "sparse24" else "compressed")
-    )
+    begins = {
+        "sparse24": "sparse24, 16-bit 2:4",
+        "stored dense": "compressed-tensors, stored dense",
+        "gptq": "GPTQ 4-bit",
+    }
+    begins |= {"pack-quantized": "compressed-tensors pack-quantized 4-bit"}
+    assert result.metrics["source"]["quantization"].startswith(begins.get(kind, "sparse-24-bitmask"))
 
 
 def test_fp8_of_deepseek_is_read_block_by_block(tmp_path):

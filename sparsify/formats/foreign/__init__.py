@@ -18,7 +18,7 @@ from sparsify.formats.foreign.compressed_tensors import CompressedTensors
 from sparsify.formats.foreign.fp8 import Fp8
 from sparsify.formats.foreign.gptq import Gptq
 from sparsify.formats.foreign.own import find_own
-from sparsify.formats.foreign.scheme import Found, Scheme
+from sparsify.formats.foreign.scheme import Found, Infos, Scheme
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "dequantized",
     "described",
     "is_native",
+    "is_only_dequantized",
     "open_dense",
     "reads_foreign",
     "source_in_words",
@@ -36,7 +37,7 @@ BESIDE = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
 }  # of AutoGPTQ and AutoAWQ, where config.json says nothing
-GENERIC = {"weight", "meta"}  # last components that an ordinary tensor may have
+GENERIC = {"weight", "meta", "shape", "compressed", "scales"}  # last components that an ordinary tensor may have
 READ_BY = {
     "aqlm": "transformers with aqlm", "bitnet": "transformers", "bitsandbytes": "transformers with bitsandbytes",
     "eetq": "transformers with eetq", "exl2": "exllamav2", "exl3": "exllamav3", "higgs": "transformers with flute",
@@ -77,6 +78,14 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
 def reads_foreign(config: Mapping[str, Any]) -> bool:
     """Whether a quantization_config is of a scheme that is read only by dequantizing."""
     return _scheme(config) is not None
+
+
+def is_only_dequantized(config: Mapping[str, Any], infos: Infos) -> bool:
+    """Whether no format of this project holds its codes: in an activation order, or GPTQ with zero points of its own."""
+    ordered = any(name.endswith(".weight_g_idx") for name in infos)
+    return ordered or (
+        config.get("quant_method") == "gptq" and (bool(config.get("desc_act")) or config.get("sym") is False)
+    )
 
 
 def is_native(config: Mapping[str, Any]) -> bool:

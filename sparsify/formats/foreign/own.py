@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsify.formats import get_format, known_formats
 from sparsify.formats.foreign.scheme import Found, Infos, Quantized, Stored
-from sparsify.formats.scheme import Format, ModuleScheme
+from sparsify.formats.scheme import FLOATS, Format, ModuleScheme
 
 BY_OUTPUTS = ("sparse24",)  # formats whose tensors all have the outputs along their first axis
 
@@ -39,8 +39,7 @@ def _linear(format: Format, infos: Infos, module: str, scheme: ModuleScheme) -> 
         n = next(iter(tensors.values())).shape[0] if outputs else scheme.shape[0]
         return format.decode(module, tensors, replace(scheme, shape=(n, scheme.shape[1]))).dense(torch.float32)
 
-    kinds = [stored[suffix].dtypes[0] for suffix in stored]
-    dtypes = [kind for kind in kinds if kind.is_floating_point and kind.itemsize > 1]  # float8 has its scale's
+    dtypes = [one.dtypes[0] for one in stored.values() if one.dtypes[0] in FLOATS]
     return Quantized(
         scheme.shape,
         scheme.bits,

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
+from sparsify.errors import RecipeError
 from sparsify.recipe.document import Document
 from sparsify.recipe.llmcompressor.translate import translate
 
@@ -26,12 +27,17 @@ def recognised(document: Document) -> bool:
 
 
 def is_modifier(value: Any) -> bool:
-    """Whether a Python object is a modifier of llm-compressor: known by its name and `model_dump`, nothing is imported."""
+    """Whether a Python object is a modifier of llm-compressor or a list of them: known by their names and `model_dump`, nothing is
+    imported."""
+    if isinstance(value, list | tuple):
+        return any(is_modifier(entry) for entry in value)
     return type(value).__name__.endswith("Modifier") and hasattr(value, "model_dump")
 
 
 def from_modifiers(modifiers: Iterable[Any]) -> dict[str, Any]:
-    """The recipe that llm-compressor makes of `oneshot(recipe=[GPTQModifier(...), ...])`, as plain data; lists may be nested."""
+    """The recipe that llm-compressor makes of `oneshot(recipe=[GPTQModifier(...), ...])`, as plain data; lists may be nested.
+
+    Raises RecipeError for an entry that is no modifier."""
     groups = {
         f"{index}_modifiers": {type(modifier).__name__: _plain(_settings(modifier))}
         for index, modifier in enumerate(_flat(modifiers))
@@ -41,6 +47,10 @@ def from_modifiers(modifiers: Iterable[Any]) -> dict[str, Any]:
 
 def _settings(modifier: Any) -> dict[str, Any]:
     """Its fields without those that record progress, which end in an underscore."""
+    if not is_modifier(modifier):
+        raise RecipeError(
+            f"a list of modifiers holds a {type(modifier).__name__}, which is no modifier of llm-compressor"
+        )
     return {key: value for key, value in modifier.model_dump().items() if not key.endswith("_")}
 
 

@@ -194,18 +194,19 @@ class _Translator:
         values = _effective(base.values)
         if base.pattern is not None:
             self._override("*", {kind: None}, base.place)
+        bodies = [_effective(rule.values) for rule in rules if rule.values is not None]
+        differing = [key for key in values if any(body[key][0] != values[key][0] for body in bodies)]
         for rule in rules:
             if rule is not base or rule.pattern is not None:
-                self._change(kind, rule, values)
+                self._change(kind, rule, differing or ["method"])
         body = {key: entry for key, entry in values.items() if key not in DEFAULTS or entry[0] != DEFAULTS[key]}
         return {kind: self._written(body, path)}
 
-    def _change(self, kind: str, rule: Rule, base: Body) -> None:
-        """The override of one rule: what differs from the pass, or the method where nothing does."""
+    def _change(self, kind: str, rule: Rule, keys: list[str]) -> None:
+        """The override of one rule. keys: of all that rules of the kind set differently, since a linear may match several."""
         if rule.values is None:
             return self._override(rule.pattern or "*", {kind: None}, rule.place)
-        changes = {key: entry for key, entry in _effective(rule.values).items() if entry[0] != base[key][0]}
-        changes = changes or {"method": rule.values["method"]}
+        changes = {key: entry for key, entry in _effective(rule.values).items() if key in keys}
         path: KeyPath = ("overrides", len(self.overrides), kind)
         self._override(rule.pattern or "*", {kind: self._written(changes, path)}, rule.place)
 
