@@ -15,6 +15,7 @@ from sparsify.errors import MissingDependency
 from sparsify.recipe import parse_recipe, settings_of
 from tests.recipe.test_llmcompressor_list import ENTRIES
 
+pytestmark = pytest.mark.peers
 SCRIPT = Path(__file__).parents[1] / "helpers" / "llmcompressor_schemes.py"
 CONFIG = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=128)
 PARTS = [f"self_attn.{leaf}_proj" for leaf in "qkvo"] + [f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down")]
