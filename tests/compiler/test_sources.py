@@ -11,6 +11,8 @@ from sparsify.compiler.apply import apply
 from sparsify.compiler.convert import convert
 from sparsify.compiler.plan import make_plan
 from sparsify.compiler.summary import summary
+from sparsify.errors import CheckpointError
+from sparsify.evaluation import load_model
 from sparsify.formats.foreign import open_dense
 from sparsify.formats.inspect import inspect
 from sparsify.formats.reader import open_compressed
@@ -173,3 +175,33 @@ def test_fp8_of_deepseek_is_read_block_by_block(tmp_path):
         linear = out.linear(name.removesuffix(".weight"))
         step = linear.scale.float().repeat_interleave(32, 1)
         assert ((linear.dense(torch.float32) - weight).abs() <= 0.51 * step + 0.01 * weight.abs()).all()
+
+
+def test_experts_of_a_quantized_source_are_assembled(tmp_path):
+    """Stored one by one, as published models have them, and fused in the class."""
+    quantized_checkpoint(tmp_path / "fp8", FP8_CONFIG, fp8((32, 32)), family="mixtral", num_hidden_layers=1)
+    result = apply(parse_recipe(ROUNDED), str(tmp_path / "fp8"), tmp_path / "out", quiet=True)
+    source = result.metrics["source"]
+    assert source["weights"] == 11 and source["stored_bytes"] < source["dense_bytes"]
+    before, after = open_dense(tmp_path / "fp8"), open_compressed(tmp_path / "out")
+    for name in after.other_names():
+        assert torch.equal(after.tensor(name), before.tensor(name)), name
+    logits = load_model(tmp_path / "fp8").model(torch.arange(4, 20)[None]).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_gptq_is_trained_with_its_codes(tmp_path):
+    """Recovery of a model that GPTQModel quantized: its codes and groups stay, distilled from the dense one."""
+    teacher = save_tiny(tmp_path / "teacher", dtype=torch.bfloat16, num_hidden_layers=2)
+    quantized_checkpoint(tmp_path / "gptq", {**GPTQ_CONFIG, "desc_act": False}, gptq())
+    distill = f"distill: {{tokens: 512, sequence_length: 32, batch_size: 2, teacher: {teacher}}}"
+    result = apply(on_text(tmp_path, distill), str(tmp_path / "gptq"), tmp_path / "out", quiet=True)
+    assert {(layer["bits"], layer["group_size"]) for layer in result.metrics["layers"]} == {(4, 32)}
+    assert len(open_compressed(tmp_path / "out").modules) == 14 and result.metrics["training"][0]["steps"] == 8
+
+
+def test_gptq_in_an_activation_order_cannot_only_be_trained(tmp_path):
+    quantized, dense = sources(tmp_path)
+    distill = f"distill: {{tokens: 512, sequence_length: 32, batch_size: 2, teacher: {dense}}}"
+    with pytest.raises(CheckpointError, match="holds no compressed linear, and this recipe only trains"):
+        make_plan(on_text(tmp_path, distill), str(quantized))

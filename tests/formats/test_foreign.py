@@ -96,6 +96,38 @@ def test_fp8(config, write, tmp_path):
     same_weights(tmp_path / "m", quantized_checkpoint(tmp_path / "m", config, write))
 
 
+def test_fp8_blocks_are_what_transformers_dequantizes(tmp_path):
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    quantized_checkpoint(tmp_path / "m", {**FP8, "weight_block_size": [32, 32]}, fp8((32, 32)))
+    opened = open_dense(tmp_path / "m")
+    found = decoded(tmp_path / "m")
+    for module in opened.modules:
+        weight, scale = (opened.stored.tensor(f"{module}.{suffix}") for suffix in ("weight", "weight_scale_inv"))
+        theirs = Fp8Dequantize(None)._dequantize_one(weight, scale, torch.float32)
+        assert torch.equal(found[f"{module}.weight"], theirs), module
+
+
+@pytest.mark.parametrize("kind", ["e8m0", "bytes"])
+def test_fp8_scales_that_are_exponents(kind, tmp_path):
+    """DeepSeek's scale_fmt ue8m0: powers of two, one byte each."""
+    expected = quantized_checkpoint(tmp_path / "m", {**FP8, "weight_block_size": [32, 32]}, fp8((32, 32)))
+
+    def change(tensors):
+        for name, scale in tensors.items():
+            if name.endswith("weight_scale_inv"):
+                power = scale.log2().round()
+                weight = name.replace("weight_scale_inv", "weight")
+                spread = power.exp2().repeat_interleave(32, 0).repeat_interleave(32, 1)
+                expected[weight] = tensors[weight].float() * spread
+                tensors[name] = (power + 127).to(torch.uint8)
+                if kind == "e8m0":
+                    tensors[name] = tensors[name].view(torch.float8_e8m0fnu)
+
+    change_tensors(tmp_path / "m", change)
+    same_weights(tmp_path / "m", expected)
+
+
 GPTQ_CONFIG = {"quant_method": "gptq", "group_size": 32, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
 GPTQMODEL = {"quantizer": ["gptqmodel:7.7.0"]}
 

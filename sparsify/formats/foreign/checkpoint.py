@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,10 +134,8 @@ class DequantizedCheckpoint(Checkpoint):
         }
 
     def loadable_directory(self) -> Path:
-        """The dense model as a directory in the cache, for what loads whole models; written once, and again when files or
-        config change."""
-        said = json.dumps([CACHE_VERSION, self.fingerprint(), self.stored.config], sort_keys=True)
-        key = hashlib.sha256(said.encode()).hexdigest()[:20]
+        """The dense model as a directory in the cache, for what loads whole models; written once for the same bytes."""
+        key = hashlib.sha256(f"{CACHE_VERSION} {self.fingerprint()}".encode()).hexdigest()[:32]
         target = cache_directory() / "dequantized" / f"{self.directory.resolve().name}-{key}"
         if target.exists():
             return target
