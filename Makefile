@@ -72,7 +72,7 @@ build: $(READY) ## Build the wheel and the source distribution into dist/
 peers: $(PEERS) $(GPTQ_PEERS) ## Make environments of llm-compressor, GPTQModel and AutoGPTQ, to compare with them
 
 test-peers: $(READY) ## Run the tests that compare with those packages; `make peers` first, what is missing is skipped by name
-	$(BIN)/python -m pytest -m peers -rs tests/peers $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m peers -rs tests/peers tests/recipe $(PYTEST_ARGS)
 
 $(GPTQ_PEERS): .venv-%/.ready: deploy/setup.sh deploy/versions.sh
 	@VENV=.venv-$* deploy/setup.sh $*

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "apply", "evaluate", "export", "inspect", "load_recipe", "plan"]
 
-RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
+RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe | Sequence[Any]"
 
 
 @dataclass
@@ -93,7 +93,7 @@ def apply(
 ) -> Result:
     """Compress `model` by `recipe`.
 
-    recipe:      the name of a built-in recipe, a file, a dict of the same keys, or a `Recipe`
+    recipe:      the name of a built-in recipe, a file, a dict of the same keys, a `Recipe`, or a list of llm-compressor's modifiers
     model:       a directory, hub id, *.gguf file or embedded:NAME; or a live transformers model, which is left as it was.
                  Default: the one that the recipe names
     output:      the checkpoint directory to write; without it the result holds the model only
@@ -362,6 +362,10 @@ def _refuse_inplace(recipe: Recipe) -> None:
     if recipe.depth is not None:
         raise SparsifyError(
             "inplace=True keeps the layers of the live model, and this recipe removes some; leave it out"
+        )
+    if recipe.llm_compressor:
+        raise SparsifyError(
+            "inplace=True keeps what is not compressed of the live model, and llm-compressor changes that too; leave it out"
         )
     if recipe.export.format in ("pack-quantized", "gptq"):
         raise SparsifyError(

@@ -19,7 +19,7 @@ from sparsify.compiler import llmcompressor_stage
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows
 from sparsify.compiler.plan import Plan
 from sparsify.errors import CheckpointError, MissingDependency
-from sparsify.files import publish, read_json, write_json
+from sparsify.files import publish, write_json
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.permissions import trusts_remote_code
@@ -57,12 +57,8 @@ def transformed(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool)
     directory = writer.work / DIRECTORY
     done = Checkpoint(plan.checkpoint.spec, directory)
     note = writer.work / NOTE
-    if note.exists() and resume:
-        if read_json(note).get("modifiers") == modifiers:
-            return done
-        raise CheckpointError(
-            f"{writer.work} was begun with other modifiers of llm-compressor; resume with the same recipe, or remove that directory"
-        )
+    if resume and note.exists():  # by the same recipe from the same model: the writer has compared them
+        return done
     note.unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
     python = peer_python([name for name in names if name in TRANSFORMS])

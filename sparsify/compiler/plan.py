@@ -40,6 +40,7 @@ from sparsify.model.decoder import (
 )
 from sparsify.model.linear_groups import skipped_by_shape
 from sparsify.model.output_head import OutputHead, find_head
+from sparsify.model.pretrained import ADAPTER
 from sparsify.model.sidecars import secrets
 from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
 from sparsify.recipe.methods import KEEP, QUANTIZE, needs_of
@@ -210,8 +211,9 @@ class Plan:
         return [name for name, dtype in kept.items() if dtype.is_floating_point and dtype.itemsize > 2]
 
     def left_behind(self) -> list[str]:
-        """Files of the model that do not come along, because they look like credentials."""
-        return secrets(self.checkpoint.directory)
+        """Files of the model that do not come along: what looks like a credential, and an adapter, which is not merged."""
+        adapter = [ADAPTER] if (self.checkpoint.directory / ADAPTER).exists() else []
+        return [*adapter, *secrets(self.checkpoint.directory)]
 
     def carried_json(self) -> dict[str, Any] | None:
         """What metrics.json says of them."""
@@ -329,7 +331,7 @@ class Plan:
             + (f"\n{carried_in_words(carried)}" if (carried := self.carried_json()) else "")
             + (f"\nstays wider than 16 bits: {kinds_in_words(wide)}" if (wide := self.kept_wide()) else "")
             + (
-                f"\nleft behind, as it looks like a credential: {', '.join(behind)}"
+                f"\nleft behind, as an adapter or what looks like a credential: {', '.join(behind)}"
                 if (behind := self.left_behind())
                 else ""
             )

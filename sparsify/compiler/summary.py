@@ -45,7 +45,7 @@ def summary(metrics: Mapping[str, Any], title: str) -> Table:
     if wide := metrics.get("kept_wide"):
         table.add_row("wider than 16 bits", kinds_in_words(wide))
     if behind := metrics.get("left_behind"):
-        table.add_row("left behind", f"{', '.join(behind)}: looks like a credential")
+        table.add_row("left behind", f"{', '.join(behind)}: adapters, and what looks like a credential")
     for training in metrics["training"]:
         table.add_row(training["kind"], training_in_words(training))
     if evaluation := metrics.get("evaluation"):

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from sparsify.errors import CheckpointError
-from sparsify.formats import ModuleScheme, get_format, known_formats
+from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.foreign import dequantized, described, reads_foreign
 from sparsify.formats.reader import CompressedCheckpoint, recognised
 from sparsify.formats.scheme import FLOATS
@@ -15,8 +15,6 @@ from sparsify.model.belonging import Differences, refuse
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import meta_model, refuse_other_tensors
 from sparsify.model.linear import LinearWeights
-
-OTHER_QUANTIZERS = {"qweight", "qzeros", "g_idx", "weight_scale_inv", "weight_global_scale", "absmax", "quant_map"}
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -44,7 +42,7 @@ def compare_with_config(opened: CompressedCheckpoint) -> str | None:
         model = meta_model(opened.checkpoint, torch.bfloat16)
     except CheckpointError as error:
         return str(error)
-    refuse_other_tensors(model, opened.checkpoint, opened.dense_shapes(), _hint(opened))
+    refuse_other_tensors(model, opened.checkpoint, opened.dense_shapes())
     return None
 
 
@@ -69,14 +67,3 @@ def _suffixes(format: str, bits: int, pattern: str, group_size: int | None) -> f
         if get_format(format).supports(linear) is None:
             return frozenset(get_format(format).encode(linear))
     return frozenset()
-
-
-def _hint(opened: CompressedCheckpoint) -> str:
-    """What may be wrong where tensors of quantized linears lie in a model that says it is dense."""
-    if opened.format != "dense":
-        return ""
-    packed = {suffix for name in known_formats() for suffix in get_format(name).suffixes} | OTHER_QUANTIZERS
-    found = sorted({name.rpartition(".")[2] for name in opened.checkpoint.names()} & packed)
-    if not found:
-        return ""
-    return f" It holds quantized linears ({', '.join(found)}), but config.json has no quantization_config"

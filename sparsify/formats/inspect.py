@@ -152,11 +152,14 @@ def _report(opened: CompressedCheckpoint, name: str) -> TensorReport:
 
 
 def _plain(name: str, tensor: Tensor) -> TensorReport:
+    measured = (
+        tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    )  # torch counts no float8
     matrix = tensor.dim() == 2 and tensor.is_floating_point() and name.endswith(".weight")
-    two_four = is_two_four(tensor) if matrix and in_block(name.removesuffix(".weight")) else None
+    two_four = is_two_four(measured) if matrix and in_block(name.removesuffix(".weight")) else None
     return TensorReport(
         name, False, tuple(tensor.shape), _name(tensor.dtype), tensor.dtype.itemsize * 8, None, None,
-        _sparsity(tensor) if matrix else None, two_four, tensor.nbytes, tensor.nbytes,
+        _sparsity(measured) if matrix else None, two_four, tensor.nbytes, tensor.nbytes,
     )  # fmt: skip
 
 

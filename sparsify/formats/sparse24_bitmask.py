@@ -1,4 +1,4 @@
-"""`sparse-24-bitmask`: 2:4 weights with a bit mask, as compressed-tensors 0.9 to 0.14 and llm-compressor wrote them. Read only.
+"""`sparse-24-bitmask`: 2:4 weights with a bit mask, as compressed-tensors up to 0.14 and llm-compressor wrote them. Read only.
 
 For N outputs and K inputs:
 

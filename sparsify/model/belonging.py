@@ -132,12 +132,12 @@ def _numbered_behind(config: Any) -> list[str]:
     return [rf"(^|\.)layers\.{blocks + number}\." for number in range(count)]
 
 
-def refuse(found: Differences, spec: str, hint: str = "") -> None:
+def refuse(found: Differences, spec: str) -> None:
     """CheckpointError in one sentence for a checkpoint that does not fit its config.json."""
     if not (said := found.sentence()):
         return
-    if found.missing or found.misfit or hint:
-        raise CheckpointError(f"{spec} {said}; is it complete and of this model type, with its own config.json?{hint}")
+    if found.missing or found.misfit:
+        raise CheckpointError(f"{spec} {said}; is it complete and of this model type, with its own config.json?")
     raise CheckpointError(
         f"{spec} {said}; give it the config.json that belongs to them, or add --allow-unknown-tensors (in Python "
         "allow_unknown_tensors=True) to carry them over as they are, or leave them out where a model is only run"

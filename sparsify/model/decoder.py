@@ -207,7 +207,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, 
             model: nn.Module = causal_lm_of(config, checkpoint.directory, checkpoint.spec, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"{checkpoint.spec}: transformers cannot build this model from config.json: {error}"
+            f"{checkpoint.spec}: transformers cannot build this model from config.json: {(str(error).splitlines() or [''])[0]}"
         ) from None
     return model.eval().requires_grad_(False)
 
@@ -233,11 +233,11 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blo
 
 
 def refuse_other_tensors(
-    model: nn.Module, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]] | None = None, hint: str = ""
+    model: nn.Module, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> None:
     """CheckpointError where the tensors of a checkpoint are not those of the model, which is on the meta device.
 
     shapes: of its tensors, compressed linears as dense ones; default: as they are in the files
     """
     stored = shapes if shapes is not None else {name: info.shape for name, info in checkpoint.infos.items()}
-    refuse(differences(model, stored, carried_over(checkpoint.directory)), checkpoint.spec, hint)
+    refuse(differences(model, stored, carried_over(checkpoint.directory)), checkpoint.spec)

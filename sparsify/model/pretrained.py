@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sparsify.errors import CheckpointError
@@ -19,6 +20,7 @@ from sparsify.model.sidecars import inside
 from sparsify.progress import say
 
 NAME_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+ADAPTER = "adapter_config.json"
 MODULE = re.compile(r"[\w-]+([./][\w-]+)*")  # of Python code in the directory
 HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w-]*(\.[\w-]+)*")
 
@@ -48,16 +50,32 @@ def load_causal_lm(directory: str | Path, spec: str | None = None, **settings: A
     """
     from transformers import AutoModelForCausalLM
 
-    with _named(directory, spec):
+    with _named(directory, spec), _without_adapter(Path(directory)) as place:
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory,
+            place,
             trust_remote_code=trusts_remote_code(),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             **settings,
         )
     refuse_badly_loaded(model, info, directory, spec)
+    model.name_or_path = model.config._name_or_path = str(directory)
     return model
+
+
+@contextmanager
+def _without_adapter(directory: Path) -> Iterator[Path]:
+    """The directory, or one of links to its files but for an adapter, which transformers would put on the weights unasked:
+    what is compressed is the model without it."""
+    if not (directory / ADAPTER).exists():
+        yield directory
+        return
+    say(f"{directory}: the adapter beside the weights ({ADAPTER}) is left out; merge it first where it is wanted")
+    with TemporaryDirectory(prefix="sparsify-") as folder:
+        for file in directory.iterdir():
+            if file.name != ADAPTER:
+                (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def causal_lm_of(config: Any, directory: str | Path, spec: str | None = None, **settings: Any) -> Any:

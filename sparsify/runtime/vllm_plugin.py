@@ -296,6 +296,9 @@ class LegacyMethod(Sparse24LinearMethod):
         return take
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if not self.aside:
+            hint = "start it again, or write the checkpoint as sparse24: sparsify export DIR --format sparse24"
+            raise CheckpointError(f"{self.prefix}: {self.format} cannot be loaded into a running engine; {hint}")
         for part in self.parts.values():
             if part.tensors:
                 raise CheckpointError(f"{part.name}.{part.missing()[0]}: the checkpoint does not hold it; {AGAIN}")

@@ -1,9 +1,6 @@
-"""The stage that llm-compressor runs before the passes. A stand-in for its Python does what a test needs; the last tests take the
-real one, where `make peers` has made it."""
+"""The stage that llm-compressor runs before the passes. A stand-in for its Python does what a test needs;
+`tests/peers/test_llmcompressor.py` takes the real one."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -103,23 +100,28 @@ def test_a_resumed_run_finds_the_stage_done_and_another_run_does_it_again(
     def broken(*_: object) -> None:
         raise KeyboardInterrupt
 
+    text = stand_in / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    calibration = {"calibration": {"source": f"file:{text}", "samples": 4, "sequence_length": 16}}
+
     def killed(out: Path, given: dict) -> None:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("sparsify.compiler.apply._carry_out", broken)
-            api.apply(given, model, out, calibration=tokens(), quiet=True)
+            api.apply(given, model, out, quiet=True)
 
     def runs() -> int:
         return len((stand_in / "runs").read_text())
 
-    killed(stand_in / "out", recipe(SMOOTH))
+    asked = recipe(SMOOTH) | calibration
+    killed(stand_in / "out", asked)
     assert runs() == 1 and (partial_directory(stand_in / "out") / NOTE).exists()
-    api.apply(recipe(SMOOTH), model, stand_in / "out", calibration=tokens(), resume=True, quiet=True)
+    api.apply(asked, model, stand_in / "out", resume=True, quiet=True)
     assert runs() == 1
-    killed(stand_in / "other", recipe(SMOOTH))
-    changed = recipe({"SmoothQuantModifier": {"smoothing_strength": 0.9}})
-    with pytest.raises(CheckpointError, match="begun with other modifiers of llm-compressor"):
-        api.apply(changed, model, stand_in / "other", calibration=tokens(), resume=True, quiet=True)
-    api.apply(changed, model, stand_in / "other", calibration=tokens(), quiet=True)
+    killed(stand_in / "other", asked)
+    changed = recipe({"SmoothQuantModifier": {"smoothing_strength": 0.9}}) | calibration
+    with pytest.raises(CheckpointError, match="was begun with another recipe"):
+        api.apply(changed, model, stand_in / "other", resume=True, quiet=True)
+    api.apply(changed, model, stand_in / "other", quiet=True)
     assert runs() == 3
 
 
@@ -166,77 +168,3 @@ def test_the_plan_says_what_runs_first(model: Path) -> None:
     made = api.plan(recipe_from(recipe(SMOOTH)), model)
     assert "first, in llm-compressor: SmoothQuantModifier" in str(made.table().caption)
     assert made.to_json()["llm_compressor"] == [SMOOTH]
-
-
-# ------------------------------------------------------------------------------------------------------- the real one
-
-
-@pytest.fixture(scope="module")
-def peer() -> str:
-    try:
-        return peer_python(["the modifiers of this test"])
-    except MissingDependency as error:
-        pytest.skip(str(error))
-
-
-WHOLE = """
-import json, sys, torch, transformers
-from compressed_tensors.quantization import fake_quantize
-from llmcompressor import oneshot
-from llmcompressor.pipelines.cache import IntermediatesCache
-from llmcompressor.recipe import Recipe
-from safetensors.torch import load_file, save_file
-source, rows, stages, output = sys.argv[1:]
-if not torch.accelerator.is_available():
-    IntermediatesCache.pin_memory = lambda *_: None
-model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-data = [{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in load_file(rows)["tokens"]]
-loader = torch.utils.data.DataLoader(data, batch_size=1)
-oneshot(model=model, processor=object(), dataset=loader, recipe=Recipe.from_dict(json.loads(stages)),
-        num_calibration_samples=len(data), max_seq_length=16)
-found = {}
-for name, module in model.named_modules():
-    if getattr(module, "quantization_scheme", None) is not None:
-        found[name] = fake_quantize(module.weight.float(), module.weight_scale.float(), module.weight_zero_point,
-                                    module.quantization_scheme.weights).contiguous()
-save_file(found, output)
-"""
-
-
-def whole(python: str, model: Path, modifiers: list[dict], scratch: Path) -> dict[str, Tensor]:
-    """Every quantized weight, dequantized, of a recipe that llm-compressor runs from end to end."""
-    save_file({"tokens": tokens()}, scratch / "rows.safetensors")
-    stages = {"s_stage": {f"{index}_modifiers": entry for index, entry in enumerate(modifiers)}}
-    arguments = [str(model), str(scratch / "rows.safetensors"), json.dumps(stages), str(scratch / "theirs")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(
-        [python, "-I", "-c", WHOLE, *arguments], capture_output=True, env=environment, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    return load_file(scratch / "theirs")
-
-
-def test_awq_and_rounding_give_the_weights_of_llm_compressor(peer: str, model: Path, tmp_path: Path) -> None:
-    modifiers = [{"AWQModifier": {"n_grid": 4}}, {"QuantizationModifier": QUANTIZATION}]
-    theirs = whole(peer, model, modifiers, tmp_path)
-    api.apply(recipe(*modifiers), model, tmp_path / "ours", calibration=tokens(), quiet=True)
-    ours = dequantized(tmp_path / "ours")
-    assert set(ours) == set(theirs) and len(ours) == 21
-    for name, weight in ours.items():
-        assert torch.equal(weight, theirs[name]), name
-
-
-def test_gptq_without_an_order_is_static_there(peer: str, model: Path, tmp_path: Path) -> None:
-    """The linears whose inputs no compressed linear has touched: the same Hessian there and here. Sums differ in their last bits,
-    so a few codes do; with the columns in stored order most codes are others."""
-    theirs = whole(peer, model, [{"GPTQModifier": QUANTIZATION}], tmp_path)
-    equal = {}
-    for order in (True, False):
-        asked = recipe(method="gptq", activation_order=order)
-        del asked["llm_compressor"]
-        api.apply(asked, model, tmp_path / str(order), calibration=tokens(), quiet=True)
-        ours = dequantized(tmp_path / str(order))
-        names = [name for name in ours if name.startswith("model.layers.0.self_attn.") and "o_proj" not in name]
-        assert len(names) == 3
-        equal[order] = float(torch.cat([(ours[name] == theirs[name]).flatten() for name in names]).float().mean())
-    assert equal[True] > 0.95 and equal[False] < 0.9, equal

@@ -116,7 +116,7 @@ def test_what_does_not_come_along_is_said(tmp_path):
     metrics = apply(parse_recipe(PRUNED), str(source), tmp_path / "out", quiet=True).metrics
     assert metrics["left_behind"] == ["hf_token.txt"] and not (tmp_path / "out" / "hf_token.txt").exists()
     shown = [str(cell) for column in summary(metrics, "t").columns for cell in column.cells]
-    assert "hf_token.txt: looks like a credential" in shown and metrics["kept_wide"] == []
+    assert any("hf_token.txt" in cell for cell in shown) and metrics["kept_wide"] == []
 
 
 def test_one_float16_tensor_makes_no_float16_model(tmp_path):

@@ -120,13 +120,15 @@ def test_orphaned_sparse_checkpoints_are_served_as_they_are(tmp_path: Path, kind
         assert_follows(parallel, tmp_path / "sparse24", noise=1e-3)
 
 
-def test_stock_vllm_serves_pack_quantized(tmp_path: Path) -> None:
-    """With a packed head of the very setting of the blocks, which vLLM finds by its name only."""
+@pytest.mark.parametrize("packed", ["pack-quantized", "gptq"])
+def test_stock_vllm_serves_what_others_read(tmp_path: Path, packed: str) -> None:
+    """pack-quantized with a packed head of the very setting of the blocks, which vLLM finds by its name only."""
     make_dense("llama", tmp_path / "model")
-    for format in ("pack-quantized", "dense"):
-        compress(tmp_path / "model", tmp_path / format, format, {"lm_head": {"pattern": "dense"}}, group_size=64)
+    head = {"lm_head": {"pattern": "dense"}} if packed == "pack-quantized" else None
+    for format in (packed, "dense"):
+        compress(tmp_path / "model", tmp_path / format, format, head, group_size=64)
     try:
-        stock = serve(tmp_path / "pack-quantized", tmp_path, {"VLLM_PLUGINS": ""})
+        stock = serve(tmp_path / packed, tmp_path, {"VLLM_PLUGINS": ""})
     except AssertionError as error:
         if "has no attribute 'cpu_gemm_wna16'" in str(error):
             pytest.skip("this vLLM build has no W4A16 kernel for this processor")

@@ -118,7 +118,7 @@ def test_unknown_tensors_are_no_error_where_that_was_said(dense):
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
-        (without(), {"quantization_config": None}, r"lacks the tensors.*\(weight_.*no quantization_config"),
+        (without(), {"quantization_config": None}, "a tensor of a quantized weight, but its config.json has no"),
         (without(f"{UP}.weight_scale"), {}, UP),
         (lambda s: {n: t for n, t in s.items() if not n.startswith(UP)}, {}, UP),
         (without(NORM), {}, NORM),
@@ -148,7 +148,7 @@ def test_whole_directories_are_accepted(llama, compress, tmp_path, format):
 
 
 def test_autogptq_without_its_config_is_no_random_model(dense):
-    """AutoGPTQ v1 wrote quantize_config.json beside a config.json that says nothing."""
+    """AutoGPTQ v1 wrote quantize_config.json beside a config.json that says nothing; here it is lost."""
 
     def quantized(state):
         found = {}
@@ -166,9 +166,10 @@ def test_autogptq_without_its_config_is_no_random_model(dense):
         return found
 
     directory = dense(quantized)
-    (directory / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": -1}))
     for opened in OPENED.values():
-        with pytest.raises(CheckpointError, match=r"lacks the tensors .*\(g_idx, qweight, qzeros\)"):
+        with pytest.raises(
+            CheckpointError, match=r"g_idx, a tensor of a quantized weight, but its config\.json has no"
+        ):
             opened(directory)
 
 
@@ -203,3 +204,35 @@ def test_a_model_that_cannot_be_built_is_said_to_be_not_compared(dense):
     with console.capture() as shown:
         console.print(render(found))
     assert "not compared with config.json" in shown.get()
+
+
+def test_an_adapter_beside_the_weights_is_left_out_everywhere(dense, capsys):
+    """transformers puts it on the weights unasked; what is compressed is the model without it."""
+    whole = dense()
+    expected = load_causal_lm(whole).state_dict()
+    adapter = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{n}.weight": torch.ones(s)
+        for n, s in (("A", (4, 64)), ("B", (64, 4)))
+    }
+    save_file(adapter, whole / "adapter_model.safetensors")
+    (whole / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x", "r": 4, "target_modules": ["q_proj"]})
+    )
+    loaded = load_causal_lm(whole)
+    assert loaded.state_dict().keys() == expected.keys() and loaded.name_or_path == str(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    assert "adapter_config.json) is left out" in capsys.readouterr().err
+    assert make_plan(RTN, str(whole)).to_json()["left_behind"] == ["adapter_config.json"]
+
+
+def test_float8_weights_without_scales_are_measured(dense):
+    def cast(state):
+        return {n: t.to(torch.float8_e4m3fn) if t.dim() == 2 and ".layers." in n else t for n, t in state.items()}
+
+    assert inspect(dense(cast), quiet=True).totals()["linears"] == 21
+
+
+def test_a_class_that_transformers_lacks_is_said_in_one_line(dense):
+    directory = dense(model_type="llava", architectures=None)
+    said = inspect(directory, quiet=True).not_compared
+    assert "\n" not in said and len(said) < 400

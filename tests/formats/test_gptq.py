@@ -141,41 +141,54 @@ def test_a_recipe_writes_gptq(tmp_path, llama) -> None:
         parse_recipe("version: 1\npasses:\n  - prune: {method: magnitude}\nexport: {format: gptq}\n")
 
 
-def refused(directory: Path, edit: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> str:
-    tensors = load_file(directory / "model.safetensors")
-    config = json.loads((directory / "config.json").read_text())
-    edit(config["quantization_config"], tensors)
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError) as caught:
-        export(directory, "dense", directory.with_name("refused"), quiet=True)
-    assert not directory.with_name("refused").exists()
-    return str(caught.value)
+def edited(directory: Path, **config: Any) -> Path:
+    """Change quantization_config in config.json."""
+    found = json.loads((directory / "config.json").read_text())
+    found["quantization_config"] |= config
+    (directory / "config.json").write_text(json.dumps(found))
+    return directory
 
 
 @pytest.mark.parametrize(
-    ("edit", "says"),
+    ("config", "says"),
     [
-        (lambda c, t: c.update(sym=False), "expected sym: true"),
-        (lambda c, t: c.update(desc_act=True), "expected desc_act: false"),
-        (lambda c, t: c.update(bits=3), "expected bits 4 or 8"),
-        (lambda c, t: c.update(bits=8), "qzeros: expected int32"),
-        (lambda c, t: c.update(group_size=64), "qzeros: expected int32 [3, 8], found int32 [6, 8]"),
-        (
-            lambda c, t: c.update(checkpoint_format="marlin"),
-            "expected checkpoint_format gptq or gptq_v2, found 'marlin'",
-        ),
-        (
-            lambda c, t: c.update(dynamic={"-:.*up_proj": {}}),
-            "up_proj is packed, but `dynamic` in config.json excludes it",
-        ),
-        (lambda c, t: c.update(dynamic={"+:(": {}}), "is no regular expression"),
-        (lambda c, t: [t.pop(n) for n in list(t) if n.endswith("qweight")], "but no tensor is"),
+        ({"bits": 8}, "down_proj.weight has shape [64, 96], but config.json asks for [64, 192]"),
+        ({"group_size": 64}, "down_proj.qzeros: expected int32 [3, 8], found int32 [6, 8]"),
+        ({"bits": 3}, "down_proj.qweight: expected int32 [18, 64], found int32 [24, 64]"),
+        ({"checkpoint_format": "marlin"}, "'marlin'"),
+        ({"dynamic": {"-:.*up_proj": {}}}, "up_proj"),
     ],
 )
-def test_config_and_tensors_that_disagree_are_refused(llama, compress, tmp_path, edit, says) -> None:
+def test_config_and_tensors_that_disagree_are_refused(llama, compress, tmp_path, config, says) -> None:
     out, _ = compress(llama(), tmp_path / "out", "gptq")
-    assert says in refused(out, edit)
+    with pytest.raises(CheckpointError) as caught:
+        export(edited(out, **config), "dense", tmp_path / "refused", quiet=True)
+    assert says in str(caught.value) and not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"sym": False}, "expected sym: true"),
+        ({"desc_act": True}, "expected desc_act: false"),
+        ({"bits": 3}, "expected bits 4 or 8"),
+        ({"group_size": 0}, "group_size as a number or -1"),
+        ({"checkpoint_format": "marlin"}, "expected checkpoint_format gptq or gptq_v2, found 'marlin'"),
+        ({"dynamic": {"-:.*up_proj": {}}}, "up_proj is packed, but `dynamic` in config.json excludes it"),
+        ({"dynamic": {"+:(": {}}}, "is no regular expression"),
+        ({"dynamic": ["up_proj"]}, "dynamic must map regular expressions to settings"),
+    ],
+)
+def test_settings_that_the_format_does_not_hold(config: dict[str, Any], says: str) -> None:
+    """Then the checkpoint is dequantized, where `formats.foreign` reads it, or refused."""
+    own = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    shapes = {"model.layers.0.mlp.up_proj.qweight": (8, 192)}
+    assert FORMAT.schemes(own, shapes) == {"model.layers.0.mlp.up_proj": ModuleScheme(4, 32, "dense", (192, 64))}
+    with pytest.raises(CheckpointError) as caught:
+        FORMAT.schemes(own | config, shapes)
+    assert says in str(caught.value)
+    with pytest.raises(CheckpointError, match="but no tensor is"):
+        FORMAT.schemes(own, {"lm_head.weight": (96, 64)})
 
 
 def test_version_2_and_missing_versions_are_read(llama, compress, same, tmp_path) -> None:

@@ -192,6 +192,8 @@ def test_damaged_tensors_are_refused_by_name(rank: Rank) -> None:  # noqa: F811
     load(served, loads)
     x = torch.randn(2, K)
     close(product(served, x), loads, x)
+    with pytest.raises(CheckpointError, match=r"up: sparse-24-bitmask cannot be loaded into a running engine"):
+        served.quant_method.process_weights_after_loading(served)
 
 
 def test_a_quantized_cache_is_refused() -> None:

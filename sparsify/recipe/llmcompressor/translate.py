@@ -42,7 +42,7 @@ class _Translator:
         self.overrides: list[dict[str, Any]] = []
 
     def run(self) -> Document:
-        for key, value in self.document.data.items():
+        for key, value in ((str(key), value) for key, value in self.document.data.items()):
             if _is_stage(key):
                 self._stage(value, (key,))
             elif key.endswith("_modifiers"):
@@ -84,7 +84,7 @@ class _Translator:
                 f"translate: the recipe does not say on what; remove the stage, or train with a distill or finetune pass",
             )
         for key, value in settings.items():
-            if key.endswith("_modifiers"):
+            if str(key).endswith("_modifiers"):
                 self._modifiers(value, (*path, key))
             elif key != "run_type":
                 self._refuse((*path, key), f"'{key}' in stage '{path[-1]}' has no counterpart here; remove it")
