@@ -27,7 +27,8 @@ class TensorReport:
 
     sparsity: fraction of weights that are exactly zero; two_four: whether every 4 consecutive inputs hold at most two
     non-zero weights. Both are None for what is no matrix, and two_four for what lies outside of the blocks.
-    bits: of a stored weight; nbytes: on disk with scales and positions; dense_nbytes: the same tensor at 16 bits.
+    bits: of a stored weight; floating: whether that is a floating number, where it has scales
+    nbytes: on disk with scales and positions; dense_nbytes: the same tensor at 16 bits
     """
 
     name: str
@@ -41,6 +42,7 @@ class TensorReport:
     two_four: bool | None
     nbytes: int
     dense_nbytes: int
+    floating: bool = False
 
     @property
     def kind(self) -> str:
@@ -131,7 +133,7 @@ def _report_foreign(opened: DequantizedCheckpoint, name: str) -> TensorReport:
     two_four = is_two_four(tensor)
     return TensorReport(
         module, True, stored.shape, _name(tensor.dtype), stored.bits, stored.group_size, "2:4" if two_four else "dense",
-        _sparsity(tensor), two_four, opened.module_nbytes(module), tensor.numel() * 2,
+        _sparsity(tensor), two_four, opened.module_nbytes(module), tensor.numel() * 2, stored.floating,
     )  # fmt: skip
 
 
@@ -217,8 +219,12 @@ def render(inspection: Inspection) -> RenderableType:
 
 
 def _weights(report: TensorReport) -> str:
-    """How weights are stored: `int4 g64 2:4`, `bfloat16 2:4`, `bfloat16`."""
-    stored = report.dtype if report.group_size is None else f"int{report.bits} g{report.group_size}"
+    """How weights are stored: `int4 g64 2:4`, `float8 g128`, `bfloat16 2:4`, `bfloat16`."""
+    stored = (
+        report.dtype
+        if report.group_size is None
+        else f"{'float' if report.floating else 'int'}{report.bits} g{report.group_size}"
+    )
     return f"{stored} {report.pattern or ''}".strip()
 
 

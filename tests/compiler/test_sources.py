@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +15,7 @@ from sparsify.compiler.summary import summary
 from sparsify.errors import CheckpointError
 from sparsify.evaluation import load_model
 from sparsify.formats.foreign import open_dense
-from sparsify.formats.inspect import inspect
+from sparsify.formats.inspect import inspect, render
 from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
@@ -109,6 +110,13 @@ def test_layers_of_a_quantized_source_are_removed(tmp_path, rest):
     assert result.metrics["source"]["weights"] == 14 and result.metrics["depth"]["layers_after"] == 1
 
 
+def shown(report):
+    console = Console(width=200)
+    with console.capture() as text:
+        console.print(render(report))
+    return text.get()
+
+
 def test_export_and_inspect_of_a_quantized_source(tmp_path):
     config, write = compressed_tensors(
         "nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16
@@ -122,6 +130,7 @@ def test_export_and_inspect_of_a_quantized_source(tmp_path):
     stored = load_file(tmp_path / "fp4" / "model.safetensors")
     totals = report.totals()
     assert totals["nbytes"] == sum(tensor.nbytes for tensor in stored.values())
+    assert {t.floating for t in report.tensors if t.compressed} == {True} and "float4 g16" in shown(report)
     assert totals["compressed_linears"] == 14 and report.format.startswith("compressed-tensors nvfp4")
     # 4 bits, an 8-bit scale for 16 weights, and the float32 scale of each matrix
     weights = sum(weight.numel() for weight in expected.values())

@@ -348,7 +348,7 @@ def _naive(infos: Infos, module: str, group: _Group) -> Quantized:
         codes = checked_weight(module, "weight", tensors["weight"])
         return _multiplied(module, codes, tensors.get("weight_zero_point"), tensors, group)
 
-    return Quantized(shape, group.bits, _inputs_per_scale(group, shape[1]), stored, decode)
+    return Quantized(shape, group.bits, _inputs_per_scale(group, shape[1]), stored, decode, floating=group.floating)
 
 
 def _fp4(infos: Infos, module: str, group: _Group) -> Quantized:
@@ -376,7 +376,7 @@ def _fp4(infos: Infos, module: str, group: _Group) -> Quantized:
             scale = scale / whole
         return weight * _spread(scale, (weight.shape[0], weight.shape[1]), group, None)
 
-    return Quantized(shape, 4, _inputs_per_scale(group, shape[1]), stored, decode)
+    return Quantized(shape, 4, _inputs_per_scale(group, shape[1]), stored, decode, floating=True)
 
 
 def e2m1_values(packed: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def fp8_linear(infos: Infos, module: str, block: tuple[int, int] | None) -> Quan
         weight = checked_weight(module, "weight", tensors["weight"])
         return weight * spread_scale(read_scale(module, suffix, tensors[suffix]), weight, block)
 
-    return Quantized(shape, 8, block[1] if block else shape[1], stored, decode)
+    return Quantized(shape, 8, block[1] if block else shape[1], stored, decode, floating=True)
 
 
 def scale_of(name: str, scale: TensorInfo, shape: tuple[int, int], block: tuple[int, int] | None) -> Stored:

@@ -42,6 +42,7 @@ class Quantized:
     decode:     (module, tensors) -> float32 [N, K]. The tensors have the shapes and types of `stored`, or hold only the first
                 outputs of it; the values are checked here, CheckpointError by name.
     dtype:      what W is rounded to; None for the type of the model
+    floating:   whether a stored weight is a floating number and no integer
     """
 
     shape: tuple[int, int]
@@ -50,6 +51,7 @@ class Quantized:
     stored: Mapping[str, Stored]
     decode: Decode
     dtype: torch.dtype | None = None
+    floating: bool = False
 
 
 @dataclass(frozen=True)
