@@ -83,8 +83,6 @@ def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shorten
     teacher = None
     if spec is not None:
         teacher = model if spec == model.spec else open_dense(spec)
-        if "quantization_config" in teacher.config:
-            raise CheckpointError(f"teacher {spec} is compressed itself; name the dense model")
         layers = None if shortened is None else shortened.layers
         check_same_language(model.config, teacher.config, spec, settings.loss.squarehead > 0, layers)
         _check_tokenizers(model, teacher)
