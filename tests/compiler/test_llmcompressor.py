@@ -163,7 +163,9 @@ def test_without_an_environment_the_error_says_how_to_make_one(
     python = tmp_path / ".venv-peers" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
-    with pytest.raises(MissingDependency, match=r"there is no \.venv-peers"):  # nothing that lies in the working directory runs
+    with pytest.raises(
+        MissingDependency, match=r"there is no \.venv-peers"
+    ):  # nothing that lies in the working directory runs
         peer_python(["AWQModifier"])
     monkeypatch.setattr(llmcompressor, "SOURCES", tmp_path)
     assert peer_python(["AWQModifier"]) == str(python)
