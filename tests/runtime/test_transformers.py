@@ -21,7 +21,7 @@ from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.reader import open_compressed
 from sparsify.runtime.module import Sparse24Linear
 from tests.helpers.agreement import Agree, close
-from tests.helpers.compressed import MIXED, compress, make_dense, round_linear
+from tests.helpers.compressed import compress, make_dense, round_linear
 
 FAMILIES = ["llama", "qwen2", "phi3", "opt", "gpt_neox"]
 Q = "model.layers.0.self_attn.q_proj"
@@ -31,16 +31,6 @@ IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with linears of every kind: `sparse24` and `dense` in one folder."""
-    root = tmp_path_factory.mktemp("llama")
-    make_dense("llama", root / "model")
-    for format in ("sparse24", "dense"):
-        compress(root / "model", root / format, format, MIXED)
-    return root
 
 
 @pytest.mark.parametrize("family", FAMILIES)
