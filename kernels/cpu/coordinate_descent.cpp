@@ -45,6 +45,11 @@ struct Scales {
     float tiny, largest;  // the range of stored scales
 };
 
+// What the weights of each output of a chunk are rounded to: low, high: of the codes, less the zero point of the output.
+struct Steps {
+    float unit[kChunk], low[kChunk], high[kChunk];
+};
+
 // The loops over outputs below have no branch, or compilers would not vectorise them.
 template <Store S>
 INLINE float stored(float x, float unit, float low, float high) {
@@ -52,10 +57,10 @@ INLINE float stored(float x, float unit, float low, float high) {
     return S == Store::kBf16 ? round_to_bf16(x) : x;
 }
 
-// Inputs i ... i + 3 of a chunk: the best two of four. unit: the scale of each output. next: [4][kChunk], the new weights.
+// Inputs i ... i + 3 of a chunk: the best two of four. next: [4][kChunk], the new weights.
 template <Store S>
 INLINE void choose_two(const Panel& p, int i, const float* W, int64_t ldw, const float* G, int64_t ldg,
-                       const float* unit, float next[4][kChunk], int n) {
+                       const Steps& steps, float next[4][kChunk], int n) {
     float A[4][4], b[4][kChunk], best[kChunk], first[kChunk], second[kChunk];
     int32_t support[kChunk];
     for (int r = 0; r < 4; r++)
@@ -78,12 +83,13 @@ INLINE void choose_two(const Panel& p, int i, const float* W, int64_t ldw, const
             // x = (own b_r - cross b_s) over: the minimum over both, or over r alone where s says the same as r
             const float own = regular ? A[s][s] : 1, other = regular ? A[r][s] : 0;
             const float over = regular ? 1 / det : A[r][r] > 0 ? 1 / A[r][r] : 0, over_s = 1 / A[s][s];
-            const float cross = A[r][s], ar = A[r][r], as = A[s][s], low = p.low, high = p.high;
+            const float cross = A[r][s], ar = A[r][r], as = A[s][s];
             const int32_t number = 4 * r + s;
             for (int c = 0; c < n; c++) {
                 const float x = (own * b[r][c] - other * b[s][c]) * over;
-                const float v = stored<S>(x, unit[c], low, high);
-                const float u = stored<S>((b[s][c] - cross * v) * over_s, unit[c], low, high);
+                const float unit = steps.unit[c], low = steps.low[c], high = steps.high[c];
+                const float v = stored<S>(x, unit, low, high);
+                const float u = stored<S>((b[s][c] - cross * v) * over_s, unit, low, high);
                 const float e = v * (ar * v + 2 * (cross * u - b[r][c])) + u * (as * u - 2 * b[s][c]);
                 const bool better = e < best[c];
                 best[c] = better ? e : best[c];
@@ -113,20 +119,25 @@ INLINE void repair(const float* h, const float change[4][kChunk], float* g, int 
 
 template <Store S>
 INLINE void visit_rows(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
-                       const uint8_t* keep, int64_t ldk, int n) {
-    float next[4][kChunk], change[4][kChunk], unit[kChunk];
-    for (int c = 0; c < n; c++) unit[c] = scale ? scale[c] : 1.0f;
+                       const float* zero, const uint8_t* keep, int64_t ldk, int n) {
+    float next[4][kChunk], change[4][kChunk];
+    Steps steps;
+    for (int c = 0; c < n; c++) {
+        const float z = zero ? zero[c] : 0.0f;
+        steps.unit[c] = scale ? scale[c] : 1.0f;
+        steps.low[c] = p.low - z, steps.high[c] = p.high - z;
+    }
     const int step = p.select ? 4 : 1;
     for (int i = 0; i < p.size; i += step) {
         if (p.select) {
-            choose_two<S>(p, i, W, ldw, G, ldg, unit, next, n);
+            choose_two<S>(p, i, W, ldw, G, ldg, steps, next, n);
         } else {
             const float h = p.H[i * (p.ldh + 1)];
-            const float over = h > 0 ? 1 / h : 0, low = p.low, high = p.high;
+            const float over = h > 0 ? 1 / h : 0;
             const uint8_t* free = keep ? keep + i * ldk : kAll.data();
             for (int c = 0; c < n; c++) {
                 const float now = W[i * ldw + c], g = G[i * ldg + c];
-                const float better = stored<S>(now - g * over, unit[c], low, high);
+                const float better = stored<S>(now - g * over, steps.unit[c], steps.low[c], steps.high[c]);
                 const float gain = (better - now) * (h * (better - now) + 2 * g);  // how e changes
                 next[0][c] = (free[c] != 0) & (gain < 0) ? better : now;
             }
@@ -145,10 +156,10 @@ INLINE void visit_rows(const Panel& p, float* W, int64_t ldw, float* G, int64_t 
 }
 
 INLINE void visit_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
-                        const uint8_t* keep, int64_t ldk, int n) {
-    if (p.store == Store::kGrid) return visit_rows<Store::kGrid>(p, W, ldw, G, ldg, scale, keep, ldk, n);
-    if (p.store == Store::kBf16) return visit_rows<Store::kBf16>(p, W, ldw, G, ldg, scale, keep, ldk, n);
-    visit_rows<Store::kFloat>(p, W, ldw, G, ldg, scale, keep, ldk, n);
+                        const float* zero, const uint8_t* keep, int64_t ldk, int n) {
+    if (p.store == Store::kGrid) return visit_rows<Store::kGrid>(p, W, ldw, G, ldg, scale, zero, keep, ldk, n);
+    if (p.store == Store::kBf16) return visit_rows<Store::kBf16>(p, W, ldw, G, ldg, scale, zero, keep, ldk, n);
+    visit_rows<Store::kFloat>(p, W, ldw, G, ldg, scale, zero, keep, ldk, n);
 }
 
 // The least-squares scale of one group for every output, codes fixed: with weights c unit, e is a quadratic in unit whose slope
@@ -181,12 +192,12 @@ INLINE void refit_chunk(const Scales& p, float* W, int64_t ldw, const float* G, 
 }
 
 using VisitChunk = void (*)(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
-                            const uint8_t* keep, int64_t ldk, int n);
+                            const float* zero, const uint8_t* keep, int64_t ldk, int n);
 using RefitChunk = void (*)(const Scales& p, float* W, int64_t ldw, const float* G, int64_t ldg, float* unit, int n);
 
-void visit_portable(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
+void visit_portable(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const float* zero,
                     const uint8_t* keep, int64_t ldk, int n) {
-    visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
+    visit_chunk(p, W, ldw, G, ldg, scale, zero, keep, ldk, n);
 }
 
 void refit_portable(const Scales& p, float* W, int64_t ldw, const float* G, int64_t ldg, float* unit, int n) {
@@ -196,9 +207,9 @@ void refit_portable(const Scales& p, float* W, int64_t ldw, const float* G, int6
 #if SPARSIFY_X86
 
 TARGET_AVX2
-void visit_avx2(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
-                int64_t ldk, int n) {
-    visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
+void visit_avx2(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const float* zero,
+                const uint8_t* keep, int64_t ldk, int n) {
+    visit_chunk(p, W, ldw, G, ldg, scale, zero, keep, ldk, n);
 }
 
 TARGET_AVX2
@@ -207,9 +218,9 @@ void refit_avx2(const Scales& p, float* W, int64_t ldw, const float* G, int64_t 
 }
 
 TARGET_AVX512
-void visit_avx512(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
-                  int64_t ldk, int n) {
-    visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
+void visit_avx512(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const float* zero,
+                  const uint8_t* keep, int64_t ldk, int n) {
+    visit_chunk(p, W, ldw, G, ldg, scale, zero, keep, ldk, n);
 }
 
 TARGET_AVX512
@@ -227,10 +238,10 @@ constexpr RefitChunk kRefits[] = {refit_portable};
 }  // namespace
 
 // W, G: [size, outputs], weights and half gradient, both changed; H: [size, size]; scale: [outputs], or null for weights
-// without a grid; keep: bool [size, outputs] or null. level: as compilation_of takes it.
+// without a grid; zero: [outputs], the zero points, or null for a symmetric grid; keep: bool [size, outputs] or null. level: as compilation_of takes it.
 extern "C" void sparsify_visit_block(float* W, int64_t ldw, float* G, int64_t ldg, const float* H, int64_t ldh,
-                                     int size, int64_t outputs, const float* scale, float low, float high,
-                                     const uint8_t* keep, int64_t ldk, int select, int to_bf16, int threads,
+                                     int size, int64_t outputs, const float* scale, const float* zero, float low,
+                                     float high, const uint8_t* keep, int64_t ldk, int select, int to_bf16, int threads,
                                      int level) {
     const Store store = scale ? Store::kGrid : to_bf16 ? Store::kBf16 : Store::kFloat;
     const Panel panel{H, ldh, size, low, high, store, select != 0};
@@ -240,7 +251,8 @@ extern "C" void sparsify_visit_block(float* W, int64_t ldw, float* G, int64_t ld
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t c = chunk * kChunk;
         const int n = static_cast<int>(std::min<int64_t>(kChunk, outputs - c));
-        visit(panel, W + c, ldw, G + c, ldg, scale ? scale + c : nullptr, keep ? keep + c : nullptr, ldk, n);
+        visit(panel, W + c, ldw, G + c, ldg, scale ? scale + c : nullptr, zero ? zero + c : nullptr,
+              keep ? keep + c : nullptr, ldk, n);
     }
 }
 

@@ -34,6 +34,9 @@ constexpr auto kAll = [] {
     return ones;
 }();
 
+// The zero points of a chunk of a symmetric grid.
+constexpr std::array<float, kChunk> kNoZeros{};
+
 // x with `drop` bits fewer than a float32 has, rounded to nearest even. 16: bfloat16; 13: float16 within its range; 0: as it is.
 INLINE float round_to(float x, int drop) {
     uint32_t bits;

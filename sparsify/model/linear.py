@@ -18,14 +18,16 @@ def is_two_four(weight: Tensor) -> bool:
     return bool((weight.reshape(weight.shape[0], -1, 4) != 0).sum(2).le(2).all())
 
 
-def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """w[n, k] = scale[n, k // G] * codes[n, k], computed in float32 and rounded once.
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None) -> Tensor:
+    """w[n, k] = scale[n, g] * (codes[n, k] - zero_point[n, g]) with g = k // G, computed in float32 and rounded once.
 
-    codes: int8 [N, K]; scale: [N, K/G]. Returns [N, K] in `dtype`.
+    codes: int8 [N, K]; scale: [N, K/G]; zero_point: int8 [N, K/G], None for a symmetric grid. Returns [N, K] in `dtype`.
     """
     n, k = codes.shape
-    grouped = codes.reshape(n, scale.shape[1], k // scale.shape[1])
-    return (grouped.float() * scale.float()[:, :, None]).reshape(n, k).to(dtype)
+    grouped = codes.reshape(n, scale.shape[1], k // scale.shape[1]).float()
+    if zero_point is not None:
+        grouped -= zero_point[:, :, None]
+    return (grouped * scale.float()[:, :, None]).reshape(n, k).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ class LinearWeights:
     bits:       4 or 8 (codes and scale) or 16 (values)
     pattern:    "2:4" or "dense"
     group_size: dense inputs per scale; K for one scale per output channel, and K when bits is 16
-    codes:      int8 [N, K], 0 where pruned
+    codes:      int8 [N, K], the zero point (0 without one) where pruned
     scale:      bfloat16 or float16 [N, K / group_size]
     values:     bfloat16 or float16 [N, K], zeros in place
     bias:       [N] or None
+    zero_point: int8 [N, K / group_size], the code of zero, in the range of the codes; None when it is 0 everywhere (symmetric)
     """
 
     bits: int
@@ -48,6 +51,11 @@ class LinearWeights:
     scale: Tensor | None = None
     values: Tensor | None = None
     bias: Tensor | None = None
+    zero_point: Tensor | None = None
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero_point is None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,15 +71,24 @@ class LinearWeights:
         assert stored is not None
         return stored.dtype
 
+    def unscaled(self) -> Tensor:
+        """What the scales multiply, [N, K], 0 exactly where the weight is: codes less their zero points, or the values."""
+        if self.codes is None:
+            assert self.values is not None
+            return self.values
+        if self.zero_point is None:
+            return self.codes
+        return self.codes.to(torch.int16) - self.zero_point.repeat_interleave(self.group_size, 1)
+
     def is_zero(self) -> bool:
         """Whether every weight is zero, and the bias too: the linear of a sublayer that was removed."""
-        stored = self.values if self.codes is None else self.codes
-        return not any(tensor.any() for tensor in (stored, self.bias) if tensor is not None)
+        return not any(tensor.any() for tensor in (self.unscaled(), self.bias) if tensor is not None)
 
     def zeroed(self) -> "LinearWeights":
         """The same scheme with all weights zero, and the bias too."""
-        codes, values, bias = (None if t is None else torch.zeros_like(t) for t in (self.codes, self.values, self.bias))
-        return replace(self, codes=codes, values=values, bias=bias)
+        kept = (self.codes, self.values, self.bias, self.zero_point)
+        codes, values, bias, zero_point = (None if t is None else torch.zeros_like(t) for t in kept)
+        return replace(self, codes=codes, values=values, bias=bias, zero_point=zero_point)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense matrix [N, K] with zeros in place; `dtype` defaults to that of the scales."""
@@ -80,10 +97,11 @@ class LinearWeights:
             assert self.values is not None
             return self.values.to(dtype)
         assert self.scale is not None
-        return dequantize(self.codes, self.scale, dtype)
+        return dequantize(self.codes, self.scale, dtype, self.zero_point)
 
     def validate(self, name: str) -> "LinearWeights":
-        """Check types, shapes, code range, finite scales and the 2:4 pattern; raises CheckpointError naming `name`."""
+        """Check types, shapes, the range of codes and zero points, finite scales and the 2:4 pattern; raises CheckpointError
+        naming `name`."""
         if self.pattern not in PATTERNS:
             raise CheckpointError(f"{name}: pattern {self.pattern!r} is unknown; known are {', '.join(PATTERNS)}")
         if self.bits == 16:
@@ -92,8 +110,7 @@ class LinearWeights:
             problem = self._codes_problem()
         else:
             problem = f"{self.bits} bits are not supported, only 4, 8 and 16"
-        stored = self.values if self.bits == 16 else self.codes
-        if problem is None and self.pattern == "2:4" and stored is not None and not is_two_four(stored):
+        if problem is None and self.pattern == "2:4" and not is_two_four(self.unscaled()):
             problem = "some group of 4 consecutive inputs holds more than two non-zero weights"
         if problem is None and self.bias is not None and tuple(self.bias.shape) != (self.shape[0],):
             problem = f"bias has shape {list(self.bias.shape)}, expected [{self.shape[0]}]"
@@ -102,7 +119,7 @@ class LinearWeights:
         return self
 
     def _values_problem(self) -> str | None:
-        if self.values is None or self.codes is not None or self.scale is not None:
+        if self.values is None or any(t is not None for t in (self.codes, self.scale, self.zero_point)):
             return "a 16-bit linear holds values and neither codes nor scales"
         if self.values.dim() != 2 or not self.values.is_floating_point():
             return f"values must be a floating matrix, found {self.values.dtype} {list(self.values.shape)}"
@@ -125,4 +142,14 @@ class LinearWeights:
         low, high = CODE_RANGE[self.bits]
         if self.codes.numel() and (self.codes.min() < low or self.codes.max() > high):
             return f"codes leave the range [{low}, {high}] of {self.bits} bits"
+        return None if self.zero_point is None else self._zero_point_problem(self.zero_point)
+
+    def _zero_point_problem(self, zero_point: Tensor) -> str | None:
+        assert self.scale is not None
+        if zero_point.dtype != torch.int8 or zero_point.shape != self.scale.shape:
+            found = f"{zero_point.dtype} {list(zero_point.shape)}"
+            return f"zero points must be one int8 for each scale {list(self.scale.shape)}, found {found}"
+        low, high = CODE_RANGE[self.bits]
+        if zero_point.numel() and (zero_point.min() < low or zero_point.max() > high):
+            return f"zero points leave the range [{low}, {high}] of {self.bits} bits"
         return None

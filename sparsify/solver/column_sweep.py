@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sparsify.solver.dispatch import kernel_for
-from sparsify.solver.grid import Grid, search_scale
+from sparsify.solver.grid import Grid, Scales, rounded, search_scale
 from sparsify.solver.masks.sparsegpt import sparsegpt_select
 
 BLOCKSIZE = 128
@@ -36,11 +36,13 @@ Select = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Solved:
-    """A solved weight matrix. weight: float32 [N, K] as it will be stored; with a grid, codes: int8 [N, K], scale: [N, K/G]."""
+    """A solved weight matrix. weight: float32 [N, K] as it will be stored; with a grid, codes: int8 [N, K], scale: [N, K/G];
+    with an asymmetric one, zero_point: int8 [N, K/G]."""
 
     weight: Tensor
     codes: Tensor | None = None
     scale: Tensor | None = None
+    zero_point: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def column_sweep(
             Scales are then fixed beforehand, so that the stored format does not change.
     """
     n, k = W.shape
-    scales = None
+    scales: Scales | None = None
     if grid is not None and (order is not None or grid.group_size > BLOCKSIZE):
         scales = _fixed_scales(W, U, grid, mask, select, order)
     if order is not None:
@@ -91,7 +93,7 @@ def column_sweep(
     U = U.contiguous()
     codes = torch.zeros((k, n), dtype=torch.int8, device=W.device) if grid else None
     mask = mask.t().contiguous() if mask is not None else None
-    found: list[Tensor] = []
+    found: list[Scales] = []
     for start in range(0, k, BLOCKSIZE):
         stop = min(start + BLOCKSIZE, k)
         columns = slice(start, stop)
@@ -103,28 +105,30 @@ def column_sweep(
             mask[columns] if mask is not None else None,
         )
         if grid is None:
-            sweep_block(block, 0, stop - start, None, None, select, store)
+            sweep_block(block, 0, stop - start, None, None, None, select, store)
         elif scales is not None:
             groups = (order[columns] if order is not None else torch.arange(start, stop)) // grid.group_size
-            sweep_block(block, 0, stop - start, grid, scales[groups], select, store)
+            scale, zero = (None if t is None else t[groups] for t in scales)
+            sweep_block(block, 0, stop - start, grid, scale, zero, select, store)
         else:
             for first in range(0, stop - start, grid.group_size):
                 group = slice(first, first + grid.group_size)
                 kept = block.mask[group] if block.mask is not None else None
                 found.append(group_scale(block.W[group], block.U.diagonal()[group], grid, kept, select))
-                sweep_block(block, first, first + grid.group_size, grid, found[-1][None], select, store)
+                scale, zero = (None if t is None else t[None] for t in found[-1])
+                sweep_block(block, first, first + grid.group_size, grid, scale, zero, select, store)
         if stop < k:
             W[stop:].addmm_(U[columns, stop:].t(), block.errors, alpha=-1)
-    scales = torch.stack(found) if found else scales
+    scales = _stacked(found) if found else scales
     weight, codes = W.t(), codes.t() if codes is not None else None
     if order is not None:
         back = torch.argsort(order)
         weight, codes = weight[:, back], codes[:, back] if codes is not None else None
-    return Solved(
-        weight.contiguous(),
-        codes.contiguous() if codes is not None else None,
-        scales.t().contiguous().to(grid.dtype) if grid is not None and scales is not None else None,
-    )
+    if grid is None or scales is None or codes is None:
+        return Solved(weight.contiguous())
+    scale, zero = scales
+    zero_point = None if zero is None else zero.t().contiguous().to(torch.int8)
+    return Solved(weight.contiguous(), codes.contiguous(), scale.t().contiguous().to(grid.dtype), zero_point)
 
 
 def sweep_block(
@@ -133,19 +137,21 @@ def sweep_block(
     last: int,
     grid: Grid | None,
     scale: Tensor | None,
+    zero: Tensor | None,
     select: Select | None,
     store: torch.dtype,
 ) -> None:
     """Decide columns first ... last - 1 of a block one by one; every later column of the block makes up for each error.
 
     scale: float32 [1, N] for all of them, or [last - first, N]; None without a grid.
+    zero: the zero points, in the shape of scale; None without a grid and for a symmetric one.
     SPARSIFY_SWEEP=torch, native or triton forces the kernel.
     """
     known = select in (None, sparsegpt_select) and (grid is not None or store in (torch.bfloat16, torch.float32))
     if known and (kernel := kernel_for(FORCE, "cpu/column_sweep", block.W.device)) is not None:
         kernel.sweep_block(
             block.W, block.errors, block.U, block.codes, block.mask,
-            first, last, grid, scale, select is not None, store,
+            first, last, grid, scale, zero, select is not None, store,
         )  # fmt: skip
         return
     W, U, d = block.W, block.U, block.U.diagonal()
@@ -156,12 +162,13 @@ def sweep_block(
                 pair = select(W[i : i + 4], d[i : i + 4])
             kept = pair[(i - first) % 4]
         if grid is not None and scale is not None and block.codes is not None:
-            unit = scale[(i - first) % scale.shape[0]]
-            code = (W[i] / unit).round_().clamp_(grid.low, grid.high)
+            row = (i - first) % scale.shape[0]
+            unit, code_of_zero = scale[row], None if zero is None else zero[row]
+            code = rounded(W[i], unit, code_of_zero, grid)
             if kept is not None:
                 code.mul_(kept)
-            block.codes[i] = code
             new = code * unit
+            block.codes[i] = code if code_of_zero is None else code.add_(code_of_zero)
         else:
             new = W[i].to(store).float()
             if kept is not None:
@@ -172,17 +179,17 @@ def sweep_block(
             W[i + 1 :].addr_(U[i, i + 1 :], block.errors[i], alpha=-1)
 
 
-def group_scale(W: Tensor, d: Tensor, grid: Grid, mask: Tensor | None, select: Select | None) -> Tensor:
-    """The scale of one group for every output, for the weights that will probably stay: those of `mask`, or those that
+def group_scale(W: Tensor, d: Tensor, grid: Grid, mask: Tensor | None, select: Select | None) -> Scales:
+    """The scale and zero point of one group for every output, for the weights that will probably stay: those of `mask`, or those that
     `select` would keep of the weights as they are.
 
     W: float32 [G, N], the columns of the group; d: [G], the diagonal of U there; mask: bool [G, N] or None.
-    Returns float32 [N]. Kernels differ from each other in the order of sums only.
+    Returns float32 [N] of each. Kernels differ from each other in the order of sums only.
     """
     searches = select in (None, sparsegpt_select) and W.shape[0] <= SEARCHED_NATIVELY and W.stride(1) == 1
     kernel = kernel_for(FORCE, "cpu/column_sweep", W.device) if searches else None
     if kernel is not None and hasattr(kernel, "search_scale"):
-        found: Tensor = kernel.search_scale(W, d, grid, mask, mask is None and select is not None)
+        found: Scales = kernel.search_scale(W, d, grid, mask, mask is None and select is not None)
         return found
     if mask is None and select is not None:
         mask = torch.cat([select(W[j : j + 4], d[j : j + 4]) for j in range(0, W.shape[0], 4)])
@@ -191,11 +198,15 @@ def group_scale(W: Tensor, d: Tensor, grid: Grid, mask: Tensor | None, select: S
 
 def _fixed_scales(
     W: Tensor, U: Tensor, grid: Grid, mask: Tensor | None, select: Select | None, order: Tensor | None
-) -> Tensor:
-    """Scales [K/G, N] chosen from the weights before the sweep."""
+) -> Scales:
+    """Scales and zero points [K/G, N] chosen from the weights before the sweep."""
     d = U.diagonal() if order is None else U.diagonal()[torch.argsort(order)]
     columns, kept = W.t().contiguous(), mask.t() if mask is not None else None
     groups = (slice(first, first + grid.group_size) for first in range(0, W.shape[1], grid.group_size))
-    return torch.stack(
-        [group_scale(columns[g], d[g], grid, kept[g] if kept is not None else None, select) for g in groups]
-    )
+    return _stacked([group_scale(columns[g], d[g], grid, kept[g] if kept is not None else None, select) for g in groups])
+
+
+def _stacked(groups: list[Scales]) -> Scales:
+    """Scales and zero points [N] of every group as [K/G, N]."""
+    zeros = [zero for _, zero in groups if zero is not None]
+    return torch.stack([scale for scale, _ in groups]), torch.stack(zeros) if zeros else None

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsify.solver.column_sweep import Solved
 from sparsify.solver.dispatch import kernel_for
-from sparsify.solver.grid import Grid
+from sparsify.solver.grid import Grid, rounded
 
 FORCE = "SPARSIFY_COORDINATE_DESCENT"
 BLOCKSIZE = 64
@@ -43,7 +43,7 @@ def coordinate_descent(
 ) -> Solved:
     """Lower sum_n (W - target)_n' H (W - target)_n, visiting every column `passes` times.
 
-    solved: W [N, K], with its scales on `grid` when there is one, at most two of four when `two_four`
+    solved: W [N, K], with its scales (and zero points, which stay) on `grid` when there is one, at most two of four when `two_four`
     target: [N, K] float32
     H:      [K, K] float32, the damped Hessian
     mask:   bool [N, K], which weights may differ from zero; None for all
@@ -57,15 +57,16 @@ def coordinate_descent(
     off = (solved.weight - target).contiguous()  # [N, K]
     mask = mask.t().contiguous() if mask is not None else None
     scales = solved.scale.float().t().contiguous() if solved.scale is not None else None  # [K/G, N]
+    zeros = solved.zero_point.float().t().contiguous() if solved.zero_point is not None else None
     group = grid.group_size if grid is not None else BLOCKSIZE
     size = group if group <= LARGEST else BLOCKSIZE
     for _ in range(passes):
         for start in range(0, W.shape[0], size):
             columns = slice(start, min(start + size, W.shape[0]))
-            unit = scales[start // group] if scales is not None else None
+            unit, zero = (None if t is None else t[start // group] for t in (scales, zeros))
             kept = mask[columns] if mask is not None else None
             H_block, G = H[columns, columns].contiguous(), H[columns] @ off.t()
-            visit_block(W[columns], G, H_block, unit, grid, kept, two_four, store)
+            visit_block(W[columns], G, H_block, unit, zero, grid, kept, two_four, store)
             if unit is not None and grid is not None and group == size:
                 refit_scale(W[columns], G, H_block, unit, grid)
             torch.sub(W[columns].t(), target[:, columns], out=off[:, columns])
@@ -76,12 +77,15 @@ def coordinate_descent(
                 torch.sub(W[columns].t(), target[:, columns], out=off[:, columns])
     if scales is None or grid is None:
         return Solved(W.t().contiguous())
-    codes = (W / scales.repeat_interleave(group, 0)).round_().to(torch.int8)
-    return Solved(W.t().contiguous(), codes.t().contiguous(), scales.t().contiguous().to(grid.dtype))
+    codes = (W / scales.repeat_interleave(group, 0)).round_()
+    if zeros is not None:
+        codes += zeros.repeat_interleave(group, 0)
+    scale = scales.t().contiguous().to(grid.dtype)
+    return Solved(W.t().contiguous(), codes.to(torch.int8).t().contiguous(), scale, solved.zero_point)
 
 
 def refit_scale(W: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> None:
-    """Move the scales of one group to their least-squares values, codes fixed. Changes W and unit in place.
+    """Move the scales of one group to their least-squares values, codes and zero points fixed. Changes W and unit in place.
 
     W, G: [G, N], weights and half gradient; H: [G, G]; unit: [N].
     """
@@ -100,19 +104,22 @@ def refit_scale(W: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> No
 
 
 def visit_block(
-    W: Tensor, G: Tensor, H: Tensor, scale: Tensor | None, grid: Grid | None,
+    W: Tensor, G: Tensor, H: Tensor, scale: Tensor | None, zero: Tensor | None, grid: Grid | None,
     mask: Tensor | None, two_four: bool, store: torch.dtype,
 ) -> None:  # fmt: skip
-    """Decide every column of a block once. W, mask: [B, N]; G: [B, N] half gradient; H: [B, B]; scale: [N]. Changes W and G."""
+    """Decide every column of a block once. Changes W and G.
+
+    W, mask: [B, N]; G: [B, N] half gradient; H: [B, B]; scale, zero: [N], zero points where the grid has them
+    """
     known = grid is not None or store in (torch.bfloat16, torch.float32)
     if known and (kernel := kernel_for(FORCE, "cpu/coordinate_descent", W.device)) is not None:
-        kernel.visit_block(W, G, H, scale, grid, mask, two_four, store)
+        kernel.visit_block(W, G, H, scale, zero, grid, mask, two_four, store)
         return
 
     def stored(x: Tensor) -> Tensor:
         if grid is None or scale is None:
             return x.to(store).float()
-        return (x / scale).round_().clamp_(grid.low, grid.high).mul_(scale)
+        return rounded(x, scale, zero, grid).mul_(scale)
 
     step = 4 if two_four else 1
     scalars = H.cpu()  # a branch on a number that lies on a GPU would wait for all the work before it

@@ -28,6 +28,7 @@ def head_scheme(head: Head, dtype: torch.dtype, calibrates: bool = False) -> Sch
         bits=head.bits,
         group_size=0 if head.group_size == "channel" else head.group_size,
         dtype=dtype,
+        symmetric=head.symmetric,
     )
     return replace(scheme, activation_order=True, coordinate_descent=COORDINATE_DESCENT) if scheme.sweeps else scheme
 
@@ -68,10 +69,9 @@ def quantize_head(module: str, weight: Tensor, scheme: Scheme, H: Tensor | None 
     pieces = [solve_layer({module: rows}, scheme, statistics, together, measure=False)[0][module] for rows in split]
     codes = [piece.codes for piece in pieces if piece.codes is not None]
     scales = [piece.scale for piece in pieces if piece.scale is not None]
-    first = pieces[0]
-    return LinearWeights(
-        first.bits, first.pattern, first.group_size, codes=torch.cat(codes), scale=torch.cat(scales)
-    ).validate(module)
+    zeros = [piece.zero_point for piece in pieces if piece.zero_point is not None]
+    zero_point = torch.cat(zeros) if zeros else None
+    return replace(pieces[0], codes=torch.cat(codes), scale=torch.cat(scales), zero_point=zero_point).validate(module)
 
 
 def head_error(weight: Tensor, linear: LinearWeights, H: Tensor | None = None) -> float:
@@ -84,8 +84,8 @@ def head_error(weight: Tensor, linear: LinearWeights, H: Tensor | None = None) -
     lost = total = 0.0
     for start in range(0, weight.shape[0], ROWS):
         piece = slice(start, start + ROWS)
-        codes, scale = linear.codes[piece], linear.scale[piece]
-        rounded = LinearWeights(linear.bits, linear.pattern, linear.group_size, codes=codes, scale=scale)
+        zero_point = None if linear.zero_point is None else linear.zero_point[piece]
+        rounded = replace(linear, codes=linear.codes[piece], scale=linear.scale[piece], zero_point=zero_point)
         rows = weight[piece].float()
         lost += energy(rows - rounded.dense(torch.float32))
         total += energy(rows)

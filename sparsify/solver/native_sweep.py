@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify.native import build
 from sparsify.processor import kernel_level
-from sparsify.solver.grid import SHRINK, Grid
+from sparsify.solver.grid import SHRINK, Grid, Scales
 
 DROPPED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of float32's mantissa, by the type of scales
 _int64, _float = ctypes.c_int64, ctypes.c_float
@@ -21,44 +21,46 @@ _int64, _float = ctypes.c_int64, ctypes.c_float
 
 def sweep_block(
     W: Tensor, errors: Tensor, U: Tensor, codes: Tensor | None, mask: Tensor | None, first: int, last: int,
-    grid: Grid | None, scale: Tensor | None, select: bool, store: torch.dtype,
+    grid: Grid | None, scale: Tensor | None, zero: Tensor | None, select: bool, store: torch.dtype,
 ) -> None:  # fmt: skip
     """As `column_sweep.sweep_block`; select: SparseGPT's choice of two of four."""
     mask = mask.contiguous() if mask is not None else None
-    scale = scale.contiguous() if scale is not None else None
+    scale, zero = (t.contiguous() if t is not None else None for t in (scale, zero))
     assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, errors, U, codes) if t is not None)
     _library("cpu/column_sweep").sparsify_sweep_block(
         _pointer(W), _int64(W.stride(0)), _pointer(errors), _int64(errors.stride(0)),
         _pointer(U), _int64(U.stride(0)), W.shape[0], first, last, _int64(W.shape[1]),
-        _pointer(scale), _int64(0 if scale is None or scale.shape[0] == 1 else scale.stride(0)),
+        _pointer(scale), _pointer(zero), _int64(0 if scale is None or scale.shape[0] == 1 else scale.stride(0)),
         *_range(grid), _pointer(codes), _stride(codes), _pointer(mask), _stride(mask),
         int(select), int(store == torch.bfloat16), torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
 
 
-def search_scale(W: Tensor, d: Tensor, grid: Grid, mask: Tensor | None, select: bool) -> Tensor:
-    """As `column_sweep.group_scale`, for at most 128 columns. Returns float32 [N]."""
+def search_scale(W: Tensor, d: Tensor, grid: Grid, mask: Tensor | None, select: bool) -> Scales:
+    """As `column_sweep.group_scale`, for at most 128 columns."""
     stored = torch.finfo(grid.dtype)
     ratios = torch.tensor(SHRINK if grid.search else (1.0,), dtype=torch.float32)
     mask, d = mask.contiguous() if mask is not None else None, d.contiguous()
-    weight, found = d**-2, torch.empty(W.shape[1])
+    weight, scale = d**-2, torch.empty(W.shape[1])
+    zero = None if grid.symmetric else torch.empty(W.shape[1])
     _library("cpu/column_sweep").sparsify_search_scale(
         _pointer(W), _int64(W.stride(0)), W.shape[0], _int64(W.shape[1]), _pointer(d), _pointer(weight),
         _pointer(ratios), len(ratios), *_range(grid), DROPPED_BITS[grid.dtype], _float(stored.tiny), _float(stored.max),
-        _pointer(mask), _stride(mask), int(select), _pointer(found), torch.get_num_threads(), kernel_level(),
+        _pointer(mask), _stride(mask), int(select), _pointer(scale), _pointer(zero), torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
-    return found
+    return scale, zero
 
 
 def visit_block(
-    W: Tensor, G: Tensor, H: Tensor, scale: Tensor | None, grid: Grid | None,
+    W: Tensor, G: Tensor, H: Tensor, scale: Tensor | None, zero: Tensor | None, grid: Grid | None,
     mask: Tensor | None, two_four: bool, store: torch.dtype,
 ) -> None:  # fmt: skip
     """As `coordinate_descent.visit_block`."""
     assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, G, H, mask) if t is not None)
+    assert all(t.is_contiguous() for t in (scale, zero) if t is not None)
     _library("cpu/coordinate_descent").sparsify_visit_block(
         _pointer(W), _int64(W.stride(0)), _pointer(G), _int64(G.stride(0)), _pointer(H), _int64(H.stride(0)),
-        W.shape[0], _int64(W.shape[1]), _pointer(scale), *_range(grid), _pointer(mask), _stride(mask),
+        W.shape[0], _int64(W.shape[1]), _pointer(scale), _pointer(zero), *_range(grid), _pointer(mask), _stride(mask),
         int(two_four), int(store == torch.bfloat16), torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
 

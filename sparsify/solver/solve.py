@@ -32,6 +32,7 @@ class Scheme:
     coordinate_descent: passes of it after the sweep
     as_dense:   the format is not told of the zeros, because vLLM merges this linear with one that has none
     dtype:      how scales and 16-bit values are stored
+    symmetric:  the grid has no zero points
     """
 
     prune: str | None
@@ -45,6 +46,7 @@ class Scheme:
     coordinate_descent: int = 0
     dtype: torch.dtype = torch.bfloat16
     as_dense: bool = False
+    symmetric: bool = True
 
     @property
     def pattern(self) -> str:
@@ -63,7 +65,7 @@ class Scheme:
     def grid(self, in_features: int) -> Grid | None:
         if self.quantize is None:
             return None
-        return Grid(self.bits, self.group_size or in_features, self.dtype, self.scale_search)
+        return Grid(self.bits, self.group_size or in_features, self.dtype, self.scale_search, self.symmetric)
 
     def reason_dense(self, in_features: int) -> str | None:
         """Why a linear with so many inputs must stay dense under this scheme; None when it need not."""
@@ -110,6 +112,7 @@ def solve_layer(
             codes=_outputs(solved.codes, outputs),
             scale=_outputs(solved.scale, outputs),
             values=_outputs(solved.values, outputs),
+            zero_point=_outputs(solved.zero_point, outputs),
         ).validate(name)
         if statistics is not None and measure:
             errors[name] = relative_error(W[outputs], linears[name].dense(torch.float32), statistics.H)
@@ -150,14 +153,17 @@ def _solve(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str) 
             grid=swept_to, mask=mask, two_four=needs.sweep, store=scheme.dtype,
         )  # fmt: skip
         if swept_to is not None:
-            return LinearWeights(swept_to.bits, pattern, swept_to.group_size, codes=solved.codes, scale=solved.scale)
+            return LinearWeights(
+                swept_to.bits, pattern, swept_to.group_size,
+                codes=solved.codes, scale=solved.scale, zero_point=solved.zero_point,
+            )  # fmt: skip
         W = solved.weight
     elif mask is not None:
         W = W * mask
     if grid is None:
         return LinearWeights(16, pattern, k, values=W.to(scheme.dtype))
-    codes, scale = round_to_nearest(W, grid)
-    return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale)
+    codes, scale, zero_point = round_to_nearest(W, grid)
+    return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale, zero_point=zero_point)
 
 
 def _removed(W: Tensor, grid: Grid | None, pattern: str, dtype: torch.dtype) -> LinearWeights:
@@ -166,7 +172,10 @@ def _removed(W: Tensor, grid: Grid | None, pattern: str, dtype: torch.dtype) -> 
     if grid is None:
         return LinearWeights(16, pattern, k, values=W.to(dtype))
     scale = torch.ones(n, k // grid.group_size, dtype=dtype, device=W.device)
-    return LinearWeights(grid.bits, pattern, grid.group_size, codes=W.to(torch.int8), scale=scale)
+    zero_point = None if grid.symmetric else torch.zeros_like(scale, dtype=torch.int8)
+    return LinearWeights(
+        grid.bits, pattern, grid.group_size, codes=W.to(torch.int8), scale=scale, zero_point=zero_point
+    )
 
 
 def activation_order(H: Tensor, unit: int) -> Tensor:
@@ -183,8 +192,8 @@ def _joined(parts: Sequence[LinearWeights], device: torch.device) -> LinearWeigh
         tensors = [getattr(part, name) for part in parts]
         return None if tensors[0] is None else torch.cat([tensor.to(device) for tensor in tensors])
 
-    codes, scale, values = (joined(name) for name in ("codes", "scale", "values"))
-    return replace(parts[0], codes=codes, scale=scale, values=values)
+    codes, scale, values, zero_point = (joined(name) for name in ("codes", "scale", "values", "zero_point"))
+    return replace(parts[0], codes=codes, scale=scale, values=values, zero_point=zero_point)
 
 
 def _outputs(tensor: Tensor | None, outputs: slice) -> Tensor | None:

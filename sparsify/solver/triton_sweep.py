@@ -60,9 +60,9 @@ def _ahead(loss, other, EARLIER: tl.constexpr):
 
 @triton.jit
 def sweep(
-    rows, errors, factor, scale, codes, keep, outputs, size, first, last, low, high,
+    rows, errors, factor, scale, zero, codes, keep, outputs, size, first, last, low, high,
     ld_rows, ld_errors, ld_factor, ld_scale, ld_codes, ld_keep,
-    GRID: tl.constexpr, KEEP: tl.constexpr, SELECT: tl.constexpr, TO_BF16: tl.constexpr,
+    GRID: tl.constexpr, ZERO: tl.constexpr, KEEP: tl.constexpr, SELECT: tl.constexpr, TO_BF16: tl.constexpr,
     PANEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decide inputs first ... last - 1 of a panel one by one; every later input of the panel repairs each error."""
@@ -102,8 +102,13 @@ def sweep(
                 kept = tl.load(keep + i * ld_keep + n, mask=inside, other=0) != 0
             if GRID:
                 unit = tl.load(scale + (i - first) * ld_scale + n, mask=inside, other=1.0)
-                code = tl.where(kept, _code(now, unit, low, high), 0.0)
-                tl.store(codes + i * ld_codes + n, code.to(tl.int8), mask=inside)
+                if ZERO:
+                    z = tl.load(zero + (i - first) * ld_scale + n, mask=inside, other=0.0)
+                    code = tl.where(kept, _code(now, unit, low - z, high - z), 0.0)  # less its zero point
+                    tl.store(codes + i * ld_codes + n, (code + z).to(tl.int8), mask=inside)
+                else:
+                    code = tl.where(kept, _code(now, unit, low, high), 0.0)
+                    tl.store(codes + i * ld_codes + n, code.to(tl.int8), mask=inside)
                 new = code * unit
             else:
                 new = tl.where(kept, _stored(now, now, low, high, False, TO_BF16), 0.0)
@@ -144,8 +149,8 @@ def _chosen(support, earlier, later, now, INPUT: tl.constexpr):
 
 @triton.jit
 def visit(
-    W, G, H, scale, keep, outputs, size, low, high, ld_w, ld_g, ld_h, ld_keep,
-    GRID: tl.constexpr, KEEP: tl.constexpr, SELECT: tl.constexpr, TO_BF16: tl.constexpr,
+    W, G, H, scale, zero, keep, outputs, size, low, high, ld_w, ld_g, ld_h, ld_keep,
+    GRID: tl.constexpr, ZERO: tl.constexpr, KEEP: tl.constexpr, SELECT: tl.constexpr, TO_BF16: tl.constexpr,
     PANEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decide every input of a panel once, given all others, so that the exact layer error falls (coordinate_descent.py)."""
@@ -157,6 +162,9 @@ def visit(
     w = tl.load(W + r[:, None] * ld_w + n[None, :], mask=held, other=0.0)
     g = tl.load(G + r[:, None] * ld_g + n[None, :], mask=held, other=0.0)
     unit = tl.load(scale + n, mask=inside, other=1.0) if GRID else tl.full([BLOCK], 1.0, tl.float32)
+    if ZERO:
+        z = tl.load(zero + n, mask=inside, other=0.0)
+        low, high = low - z, high - z
     if SELECT:
         for i in range(0, size, 4):
             at0, at1, at2, at3 = (r == i)[:, None], (r == i + 1)[:, None], (r == i + 2)[:, None], (r == i + 3)[:, None]
@@ -213,35 +221,35 @@ def visit(
 
 def sweep_block(
     W: Tensor, errors: Tensor, U: Tensor, codes: Tensor | None, mask: Tensor | None, first: int, last: int,
-    grid: Grid | None, scale: Tensor | None, select: bool, store: torch.dtype,
+    grid: Grid | None, scale: Tensor | None, zero: Tensor | None, select: bool, store: torch.dtype,
 ) -> None:  # fmt: skip
     """As `column_sweep.sweep_block`, on a GPU. Where a tensor is missing, Triton gets another one, which it never reads."""
     size, outputs = W.shape
-    scale = None if scale is None else scale.contiguous()
+    scale, zero = (None if t is None else t.contiguous() for t in (scale, zero))
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     sweep[_programs(outputs)](
-        W, errors, U, W if scale is None else scale, W if codes is None else codes, W if mask is None else mask,
+        W, errors, U, W if scale is None else scale, W if zero is None else zero, W if codes is None else codes, W if mask is None else mask,
         outputs, size, first, last, float(grid.low if grid else 0), float(grid.high if grid else 0),
         W.stride(0), errors.stride(0), U.stride(0), 0 if scale is None or scale.shape[0] == 1 else scale.stride(0),
         0 if codes is None else codes.stride(0), 0 if mask is None else mask.stride(0),
-        GRID=grid is not None, KEEP=mask is not None, SELECT=select, TO_BF16=store == torch.bfloat16,
+        GRID=grid is not None, ZERO=zero is not None, KEEP=mask is not None, SELECT=select, TO_BF16=store == torch.bfloat16,
         PANEL=_panel(size), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 
 def visit_block(
-    W: Tensor, G: Tensor, H: Tensor, scale: Tensor | None, grid: Grid | None,
+    W: Tensor, G: Tensor, H: Tensor, scale: Tensor | None, zero: Tensor | None, grid: Grid | None,
     mask: Tensor | None, two_four: bool, store: torch.dtype,
 ) -> None:  # fmt: skip
     """As `coordinate_descent.visit_block`, on a GPU."""
     size, outputs = W.shape
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     visit[_programs(outputs)](
-        W, G, H, W if scale is None else scale, W if mask is None else mask, outputs, size,
+        W, G, H, W if scale is None else scale, W if zero is None else zero, W if mask is None else mask, outputs, size,
         float(grid.low if grid else 0), float(grid.high if grid else 0),
         W.stride(0), G.stride(0), H.stride(0), 0 if mask is None else mask.stride(0),
-        GRID=grid is not None and scale is not None, KEEP=mask is not None, SELECT=two_four, TO_BF16=store == torch.bfloat16,
-        PANEL=_panel(size), BLOCK=BLOCK, num_warps=WARPS,
+        GRID=grid is not None and scale is not None, ZERO=zero is not None, KEEP=mask is not None, SELECT=two_four,
+        TO_BF16=store == torch.bfloat16, PANEL=_panel(size), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
 

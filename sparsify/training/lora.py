@@ -43,6 +43,7 @@ class FrozenLinear(nn.Module):
     """
 
     scale: Tensor | None
+    zero_point: Tensor | None
     bias: Tensor | None
     weight: Tensor
     qweight: Tensor
@@ -55,6 +56,7 @@ class FrozenLinear(nn.Module):
         )  # fmt: skip
         self.quantized = quantized and linear.codes is not None
         self.register_buffer("scale", linear.scale, persistent=False)
+        self.register_buffer("zero_point", linear.zero_point, persistent=False)
         self.register_buffer("bias", linear.bias, persistent=False)
         if self.quantized:
             assert linear.codes is not None
@@ -74,8 +76,11 @@ class FrozenLinear(nn.Module):
         else:
             assert self.scale is not None
             steps = self.scale.float().repeat_interleave(self.group_size, 1)
-            codes = (self.weight.float() / steps).round().to(torch.int8)
-        return LinearWeights(**common, codes=codes, scale=self.scale)
+            codes = (self.weight.float() / steps).round()
+            if self.zero_point is not None:
+                codes += self.zero_point.repeat_interleave(self.group_size, 1)
+            codes = codes.to(torch.int8)
+        return LinearWeights(**common, codes=codes, scale=self.scale, zero_point=self.zero_point)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[N, K]"""
@@ -122,7 +127,7 @@ class InsideMask(PeftLinear):
             if base.bits == 16:
                 return Stored(base.store)(weight if self.mask is None else weight * self.mask)
             if self.quantize_in_loop:
-                return on_grid(weight, base.scale.float(), self.mask, *CODE_RANGE[base.bits])
+                return on_grid(weight, base.scale.float(), self.mask, *CODE_RANGE[base.bits], base.zero_point)
             return weight if self.mask is None else weight * self.mask
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -139,7 +144,7 @@ class InsideMask(PeftLinear):
 def merge_inside_mask(linear: LinearWeights, delta: Tensor, refit: bool) -> LinearWeights:
     """What + M * delta, compressed again: the same mask M, codes on the grid. delta: [N, K] float32.
 
-    refit: choose each scale anew for the sum; otherwise codes are counted on the scales that are there.
+    refit: choose each scale (and zero point) anew for the sum; otherwise codes are counted on those that are there.
     """
     mask = None if linear.pattern == "dense" else kept_positions(linear)
     weight = linear.dense(torch.float32) + (delta.float() if mask is None else delta.float() * mask)
@@ -148,13 +153,17 @@ def merge_inside_mask(linear: LinearWeights, delta: Tensor, refit: bool) -> Line
     }  # fmt: skip
     if linear.scale is None:
         return LinearWeights(**common, values=weight.to(linear.dtype))
-    scale = linear.scale
+    scale, zero_point = linear.scale, linear.zero_point
     if refit:
-        grid = Grid(linear.bits, linear.group_size, linear.dtype)
+        grid = Grid(linear.bits, linear.group_size, linear.dtype, symmetric=linear.symmetric)
         kept = [None] * scale.shape[1] if mask is None else mask.T.split(linear.group_size)
         groups = zip(weight.T.split(linear.group_size), kept, strict=True)
-        scale = torch.stack([search_scale(rows, grid, inside, None) for rows, inside in groups], 1).to(linear.dtype)
-    return LinearWeights(**common, codes=codes_of(weight, scale, mask, linear.bits), scale=scale)
+        found = [search_scale(rows, grid, inside, None) for rows, inside in groups]
+        scale = torch.stack([found_scale for found_scale, _ in found], 1).to(linear.dtype)
+        zeros = [zero for _, zero in found if zero is not None]
+        zero_point = torch.stack(zeros, 1).to(torch.int8) if zeros else None
+    codes = codes_of(weight, scale, mask, linear.bits, zero_point)
+    return LinearWeights(**common, codes=codes, scale=scale, zero_point=zero_point)
 
 
 def add_adapters(

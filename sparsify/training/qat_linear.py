@@ -2,6 +2,7 @@
 
 Rounding has no useful gradient, so it is passed straight through (arXiv 1308.3432); the scale learns as in LSQ
 (arXiv 1902.08153, equation 3): a weight inside the grid's range pulls it by its rounding error, a clipped one by its code.
+Zero points stay as they are; codes below are counted from them.
 """
 
 from __future__ import annotations
@@ -17,26 +18,42 @@ from sparsify.model.linear import CODE_RANGE, LinearWeights
 PIECE = 1 << 16  # weights rounded at once on a CPU, so that what lies between two operations stays in the cache
 
 
-def round_to_grid(W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int) -> Tensor:
-    """scale * clamp(round(W / scale)) inside the mask. W: [N, K] float32; scale: [N, K/G] float32; mask: bool [N, K] or None."""
+def _bounds(zero: Tensor | None, rows: slice, low: int, high: int) -> tuple[Any, Any]:
+    """The codes' range less the zero point, [rows, K/G, 1]; low and high themselves without zero points."""
+    return (low, high) if zero is None else (low - zero[rows, :, None].float(), high - zero[rows, :, None].float())
+
+
+def round_to_grid(
+    W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int, zero: Tensor | None = None
+) -> Tensor:
+    """scale * clamp(round(W / scale)) inside the mask.
+
+    W: [N, K] float32; scale: [N, K/G] float32; mask: bool [N, K] or None; low, high: of codes; zero: int8 [N, K/G] or None
+    """
     rounded = torch.empty_like(W)
     for rows in _pieces(W):
         steps = scale[rows, :, None]
         torch.div(_groups(W[rows], scale), steps, out=_groups(rounded[rows], scale))
-        _groups(rounded[rows], scale).round_().clamp_(low, high).mul_(steps)
+        _groups(rounded[rows], scale).round_().clamp_(*_bounds(zero, rows, low, high)).mul_(steps)
         if mask is not None:
             rounded[rows].mul_(mask[rows])
     return rounded
 
 
 def grid_gradient(
-    gradient: Tensor, W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int
+    gradient: Tensor,
+    W: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    low: int,
+    high: int,
+    zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From the gradient of `round_to_grid`'s result those of W: [N, K] and of scale: [N, K/G]."""
     d_weight, d_scale = torch.empty_like(W), torch.empty_like(scale)
     for rows in _pieces(W):
         ratio = _groups(W[rows], scale) / scale[rows, :, None]
-        code = ratio.round().clamp_(low, high)
+        code = ratio.round().clamp_(*_bounds(zero, rows, low, high))
         error = ratio.neg_().add_(code)
         inside = error.abs() <= 0.5
         of_group = gradient[rows] if mask is None else gradient[rows] * mask[rows]
@@ -57,19 +74,25 @@ class _OnGrid(torch.autograd.Function):
     """`round_to_grid`, which autograd differentiates by `grid_gradient`."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int) -> Tensor:
-        ctx.save_for_backward(W, scale, mask)
+    def forward(
+        ctx: Any, W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int, zero: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(W, scale, mask, zero)
         ctx.range = (low, high)
-        return round_to_grid(W, scale, mask, low, high)
+        return round_to_grid(W, scale, mask, low, high, zero)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *grid_gradient(gradients[0], *ctx.saved_tensors, *ctx.range), None, None, None
+        W, scale, mask, zero = ctx.saved_tensors
+        low, high = ctx.range
+        return *grid_gradient(gradients[0], W, scale, mask, low, high, zero), None, None, None, None
 
 
-def on_grid(W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int) -> Tensor:
+def on_grid(
+    W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int, zero: Tensor | None = None
+) -> Tensor:
     """`round_to_grid`, differentiable in W and scale."""
-    return _OnGrid.apply(W, scale, mask, low, high)
+    return _OnGrid.apply(W, scale, mask, low, high, zero)
 
 
 class _Stored(torch.autograd.Function):
@@ -107,6 +130,7 @@ class TrainableLinear(nn.Module):
     weight: parameter [N, K] float32, the weights before rounding; what lies outside the mask has no effect
     scale:  parameter [N, K/G] float32, or None for 16-bit weights
     mask:   bool buffer [N, K], True where a weight is kept, never changed; None for the pattern "dense"
+    zero_point: int8 buffer [N, K/G], never changed; None for a symmetric grid
     """
 
     def __init__(self, linear: LinearWeights):
@@ -118,6 +142,7 @@ class TrainableLinear(nn.Module):
         self.scale = None if linear.scale is None else nn.Parameter(linear.scale.float())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.float())
         self.register_buffer("mask", None if linear.pattern == "dense" else kept_positions(linear), persistent=True)
+        self.register_buffer("zero_point", linear.zero_point, persistent=True)
         self.quantize_in_loop = True  # False: the forward pass uses the weights before rounding; `export` rounds them
         self._held: Tensor | None = None
         self._collected: Tensor | None = None
@@ -137,7 +162,7 @@ class TrainableLinear(nn.Module):
             kept = self.weight if mask is None else self.weight * mask
             return _Stored.apply(kept, self.store)
         scale = _Stored.apply(self._positive_scale(), self.store)
-        return on_grid(self.weight, scale, mask, *CODE_RANGE[self.bits])
+        return on_grid(self.weight, scale, mask, *CODE_RANGE[self.bits], self._zero_point)
 
     def in_loop(self) -> Tensor:
         """The weight that the forward pass multiplies with, [N, K] float32: `effective()`, or before rounding if so asked."""
@@ -178,10 +203,14 @@ class TrainableLinear(nn.Module):
             self.weight.grad = gradient if mask is None else gradient.mul_(mask)
             return
         scale = self._positive_scale().to(self.store).float()
-        d_weight, d_scale = grid_gradient(gradient, self.weight, scale, mask, *CODE_RANGE[self.bits])
+        d_weight, d_scale = grid_gradient(gradient, self.weight, scale, mask, *CODE_RANGE[self.bits], self._zero_point)
         self.weight.grad = d_weight
         if self.scale.requires_grad:
             self.scale.grad = d_scale * (self.scale >= torch.finfo(self.store).tiny)  # clamped ones stand still
+
+    @property
+    def _zero_point(self) -> Tensor | None:
+        return self.zero_point  # type: ignore[return-value]
 
     def _positive_scale(self) -> Tensor:
         assert self.scale is not None
@@ -207,13 +236,21 @@ class TrainableLinear(nn.Module):
         if self.scale is None:
             return LinearWeights(**common, values=self.effective().to(self.store))
         scale = self._positive_scale().to(self.store)
-        return LinearWeights(**common, codes=codes_of(self.weight, scale, mask, self.bits), scale=scale)
+        codes = codes_of(self.weight, scale, mask, self.bits, self._zero_point)
+        return LinearWeights(**common, codes=codes, scale=scale, zero_point=self._zero_point)
 
 
-def codes_of(W: Tensor, scale: Tensor, mask: Tensor | None, bits: int) -> Tensor:
-    """The codes that W rounds to, int8 [N, K], 0 outside the mask. W: [N, K] float32; scale: [N, K/G]; mask: bool [N, K] or None."""
-    codes = _groups(W, scale).div(scale.float()[:, :, None]).round_().clamp_(*CODE_RANGE[bits]).view_as(W)
-    return (codes if mask is None else codes * mask).to(torch.int8)
+def codes_of(W: Tensor, scale: Tensor, mask: Tensor | None, bits: int, zero: Tensor | None = None) -> Tensor:
+    """The codes that W rounds to, int8 [N, K], the zero point (0 without one) outside the mask.
+
+    W: [N, K] float32; scale: [N, K/G]; mask: bool [N, K] or None; zero: int8 [N, K/G] or None
+    """
+    bounds = _bounds(zero, slice(None), *CODE_RANGE[bits])
+    codes = _groups(W, scale).div(scale.float()[:, :, None]).round_().clamp_(*bounds).view_as(W)
+    codes = codes if mask is None else codes * mask
+    if zero is not None:
+        codes = (_groups(codes, scale) + zero[:, :, None]).view_as(W)
+    return codes.to(torch.int8)
 
 
 def kept_positions(linear: LinearWeights) -> Tensor:
@@ -222,11 +259,9 @@ def kept_positions(linear: LinearWeights) -> Tensor:
     Where fewer than two weights of a group are non-zero (a kept weight that rounded to zero) the first free positions
     are taken, so that training may use all that the format stores.
     """
-    stored = linear.values if linear.codes is None else linear.codes
-    assert stored is not None
-    quads = (stored != 0).reshape(-1, 4)
+    quads = (linear.unscaled() != 0).reshape(-1, 4)
     first_two = quads.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :2]
-    return torch.zeros_like(quads).scatter_(1, first_two, True).reshape(stored.shape)
+    return torch.zeros_like(quads).scatter_(1, first_two, True).reshape(linear.shape)
 
 
 def make_trainable(module: nn.Module, linears: Mapping[str, LinearWeights]) -> dict[str, TrainableLinear]:

@@ -38,7 +38,7 @@ def problem(bits=4):
         if bits == 16:
             linears[name] = LinearWeights(16, "2:4", W.shape[1], values=W.to(torch.bfloat16))
         else:
-            codes, scale = round_to_nearest(W, Grid(bits, 32))
+            codes, scale, _ = round_to_nearest(W, Grid(bits, 32))
             linears[name] = LinearWeights(bits, "2:4", 32, codes=codes, scale=scale)
         block.get_submodule(name).weight.data.copy_(linears[name].dense(torch.float32))
     samples = []

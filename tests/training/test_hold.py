@@ -17,7 +17,7 @@ def linear(bits: int = 4, seed: int = 0, bias: bool = False) -> LinearWeights:
     shift = torch.linspace(-1, 1, N).bfloat16() if bias else None
     if bits == 16:
         return LinearWeights(16, "2:4", K, values=W.bfloat16(), bias=shift)
-    codes, scale = round_to_nearest(W, Grid(bits, G, torch.bfloat16, False))
+    codes, scale, _ = round_to_nearest(W, Grid(bits, G, torch.bfloat16, False))
     return LinearWeights(bits, "2:4", G, codes=codes, scale=scale, bias=shift)
 
 

@@ -19,7 +19,7 @@ def linear(bits=4, pattern="2:4", bias=False, seed=0):
     b = torch.randn(N, generator=generator).to(torch.bfloat16) if bias else None
     if bits == 16:
         return LinearWeights(16, pattern, K, values=W.to(torch.bfloat16), bias=b)
-    codes, scale = round_to_nearest(W, Grid(bits, G))
+    codes, scale, _ = round_to_nearest(W, Grid(bits, G))
     return LinearWeights(bits, pattern, G, codes=codes, scale=scale, bias=b)
 
 

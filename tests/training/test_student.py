@@ -21,7 +21,7 @@ def compressed(model, bits=4):
     linears = {}
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear and ".layers." in f".{name}":
-            codes, scale = round_to_nearest(module.weight.detach(), Grid(bits, 32, torch.bfloat16, False))
+            codes, scale, _ = round_to_nearest(module.weight.detach(), Grid(bits, 32, torch.bfloat16, False))
             bias = None if module.bias is None else module.bias.detach().bfloat16()
             linears[name] = LinearWeights(bits, "dense", 32, codes=codes, scale=scale, bias=bias)
     return make_trainable(model, linears)

@@ -29,6 +29,7 @@ class Head(Model):
     group_size: Literal[32, 64, 128, "channel"] = Field(
         description="consecutive inputs that share a scale, channel = the whole row; must divide the hidden size"
     )
+    symmetric: bool = Field(default=True, description="false: each scale has a zero point beside it")
 
 
 class Export(Model):

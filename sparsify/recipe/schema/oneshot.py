@@ -49,7 +49,7 @@ class Prune(PassModel):
 
 
 class Quantize(PassModel):
-    """Store weights as small integers with one scale per group of inputs."""
+    """Store weights as small integers with one scale, and a zero point where asked for, per group of inputs."""
 
     kind: ClassVar[Literal["quantize"]] = "quantize"
 
@@ -60,6 +60,11 @@ class Quantize(PassModel):
     bits: Bits = Field(description="bits per kept weight")
     group_size: GroupSize = Field(
         description="consecutive inputs that share a scale, channel = the whole row; must divide a linear's inputs"
+    )
+    symmetric: bool = Field(
+        default=True,
+        description="false: each group has a zero point besides its scale, and the codes reach from its smallest weight to its "
+        "largest",
     )
     activation_order: bool = Field(default=False, description="quantize the inputs with the largest activations first")
     scale_search: bool = Field(
@@ -98,6 +103,7 @@ class QuantizeChange(_Change):
     method: QuantizeMethod | None = Field(default=None, description="as in quantize")
     bits: Bits | None = Field(default=None, description="as in quantize")
     group_size: GroupSize | None = Field(default=None, description="as in quantize")
+    symmetric: bool | None = Field(default=None, description="as in quantize")
     activation_order: bool | None = Field(default=None, description="as in quantize")
     scale_search: bool | None = Field(default=None, description="as in quantize")
 
