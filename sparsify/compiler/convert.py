@@ -138,10 +138,16 @@ def convert(
     opened = open_compressed(source)
     compare_with_config(opened)
     linears = _linears(opened, format, output)
-    for said in some_not_held(format, _not_held(opened, format, linears)):
+    unheld = _not_held(opened, format, linears)
+    for said in some_not_held(format, unheld):
         say(said, quiet)
     beside = _beside(opened.directory)
     asked = None if head is None else _asked(opened, format, head)
+    held = {m: s for m, s in opened.modules.items() if m not in unheld and not (dense_head and not in_block(m))}
+    if asked is not None:
+        held[asked[0].module] = _stored_head(*asked)
+    if problem := get_format(format).together_problem(held):
+        raise CheckpointError(f"{opened.checkpoint.spec}: {problem}")
     work = partial_directory(Path(output))
     if (work / "writer.json").is_file() and read_json(work / "writer.json").get("identity") == IDENTITY:
         shutil.rmtree(work)  # an export that was killed: short enough to begin again
@@ -192,11 +198,15 @@ def _asked(opened: CompressedCheckpoint, format: str, head: Head) -> tuple[Outpu
     found = find_head(opened.checkpoint)
     store = opened.checkpoint.dtype(found.source)
     scheme = head_scheme(head, store if store in FLOATS else torch.bfloat16)
-    stored = ModuleScheme(scheme.bits, scheme.group_size or found.shape[1], "dense", found.shape)
+    stored = _stored_head(found, scheme)
     problem = head_problem(found.module, found.shape, scheme) or get_format(format).problem(stored, scheme.dtype)
     if problem:
         raise CheckpointError(f"{opened.checkpoint.spec}: {problem}")
     return found, scheme
+
+
+def _stored_head(head: OutputHead, scheme: Scheme) -> ModuleScheme:
+    return ModuleScheme(scheme.bits, scheme.group_size or head.shape[1], "dense", head.shape, scheme.symmetric)
 
 
 def _write_head(

@@ -88,13 +88,19 @@ def stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> i
         codes=torch.empty((n, k), dtype=torch.int8, **empty) if scheme.quantize else None,  # type: ignore[call-overload]
         scale=torch.empty((n, k // group), dtype=plan.store, **empty) if scheme.quantize else None,  # type: ignore[call-overload]
         values=None if scheme.quantize else torch.empty((n, k), dtype=plan.store, **empty),  # type: ignore[call-overload]
+        zero_point=None if scheme.symmetric else torch.empty((n, k // group), dtype=torch.int8, **empty),  # type: ignore[call-overload]
     )
     if get_format(plan.recipe.export.format).supports(linear):
         return n * k * 2
     kept = 0.5 if scheme.pattern == "2:4" and plan.recipe.export.format == "sparse24" else 1.0
     positions = n * k // 8 if kept < 1 else 0
     scales = n * (k // group) * 2 if scheme.quantize else 0
-    return int(n * k * kept * scheme.bits / 8) + positions + scales
+    zeros = (
+        0
+        if scheme.symmetric
+        else n * (k // group) * (8 if plan.recipe.export.format == "sparse24" else scheme.bits) // 8
+    )
+    return int(n * k * kept * scheme.bits / 8) + positions + scales + zeros
 
 
 def _memory_bytes(plan: Plan) -> int:

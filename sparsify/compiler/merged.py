@@ -25,6 +25,7 @@ def _as_sparse24(scheme: Scheme | None, inputs: int) -> tuple[object, ...]:
         "2:4" if scheme.pattern == "2:4" else "any",
         scheme.bits,
         (scheme.group_size or inputs) if scheme.quantize else None,
+        scheme.symmetric,
     )
 
 

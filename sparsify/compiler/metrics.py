@@ -81,6 +81,7 @@ def layer_notes(block: int, linears: dict[str, LinearWeights], errors: dict[str,
             "bits": linear.bits,
             "pattern": linear.pattern,
             "group_size": linear.group_size,
+            "symmetric": linear.symmetric,
             "sparsity": _sparsity(linear),
             "relative_error": errors.get(module),
         }
@@ -90,9 +91,7 @@ def layer_notes(block: int, linears: dict[str, LinearWeights], errors: dict[str,
 
 
 def _sparsity(linear: LinearWeights) -> float:
-    stored = linear.values if linear.codes is None else linear.codes
-    assert stored is not None
-    return round(float((stored == 0).float().mean()), 6)
+    return round(float((linear.unscaled() == 0).float().mean()), 6)
 
 
 def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Before) -> dict[str, Any]:

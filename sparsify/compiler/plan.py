@@ -77,7 +77,8 @@ class Planned:
         """What is to be packed; None for what stays dense, and for what is only trained."""
         if self.scheme is not None:
             group = self.scheme.group_size if self.scheme.quantize else 0
-            return ModuleScheme(self.scheme.bits, group or self.shape[1], self.scheme.pattern, self.shape)
+            group = group or self.shape[1]
+            return ModuleScheme(self.scheme.bits, group, self.scheme.pattern, self.shape, self.scheme.symmetric)
         trained = self.given is not None and self.given.bits == 16 and self.given.pattern == "dense"
         return None if trained else self.given
 
@@ -91,7 +92,8 @@ class Planned:
             )
             if self.given.bits == 16 and self.given.pattern == "dense":
                 return "stays dense, trained"
-            bits = "16-bit" if self.given.bits == 16 else f"{self.given.bits}-bit, {groups}"
+            kind = f"{self.given.bits}-bit" if self.given.symmetric else f"asymmetric {self.given.bits}-bit"
+            bits = "16-bit" if self.given.bits == 16 else f"{kind}, {groups}"
             return f"is {self.given.pattern} {bits}, trained"
         return describe(self.scheme) if self.scheme else f"stays dense: {self.reason}"
 
@@ -102,6 +104,11 @@ class PlannedHead:
 
     head: OutputHead
     scheme: Scheme
+
+    def stored(self) -> ModuleScheme:
+        """What is to be packed."""
+        (n, k), scheme = self.head.shape, self.scheme
+        return ModuleScheme(scheme.bits, scheme.group_size or k, "dense", (n, k), scheme.symmetric)
 
     def describe(self) -> str:
         """In words, with the form of the embedding."""
@@ -243,6 +250,13 @@ class Plan:
                 reasons[module] = problem
         return reasons
 
+    def stored_schemes(self, apart_from: Iterable[str] = ()) -> dict[str, ModuleScheme]:
+        """How each linear is to be packed, the output head included."""
+        left = {*apart_from}
+        inside = {name: planned.stored() for name, planned in self.linears.items() if name not in left}
+        found = {name: scheme for name, scheme in inside.items() if scheme is not None}
+        return found if self.head is None else {**found, self.head.head.module: self.head.stored()}
+
     def estimate(self) -> Estimate:
         """What it will cost."""
         return estimate(self)
@@ -367,7 +381,8 @@ def describe(scheme: Scheme) -> str:
         parts.append(f"2:4 already, zeros kept{kept}" if scheme.prune == KEEP else f"2:4 {scheme.prune}")
     if scheme.quantize:
         groups = f"groups of {scheme.group_size}" if scheme.group_size else "one scale per channel"
-        parts.append(f"{scheme.bits}-bit {scheme.quantize}, {groups}")
+        kind = "" if scheme.symmetric else "asymmetric "
+        parts.append(f"{kind}{scheme.bits}-bit {scheme.quantize}, {groups}")
     return " + ".join(parts) + (f", error propagation {scheme.error_propagation:g}" if scheme.error_propagation else "")
 
 
@@ -382,7 +397,10 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     plan = keep_zeros(without_skipped(plan), whole=False)
     format = recipe.export.format
     stored = [name for name, planned in plan.linears.items() if planned.stored() is not None]
-    if problem := none_held(format, plan.written_dense(), stored, model):
+    unheld = plan.written_dense()
+    if problem := none_held(format, unheld, stored, model) or get_format(format).together_problem(
+        plan.stored_schemes(unheld)
+    ):
         raise RecipeError(f"export.format: {problem}")
     if served and (problem := merging_problem(plan.linears, format)):
         raise RecipeError(problem)
@@ -578,12 +596,11 @@ def _head(recipe: Recipe, opened: BlockModel, store: torch.dtype, calibrates: bo
     if recipe.export.head is None:
         return None
     head = find_head(opened.checkpoint, opened.model, opened.sources)
-    scheme = head_scheme(recipe.export.head, store, calibrates)
-    stored = ModuleScheme(scheme.bits, scheme.group_size or head.shape[1], "dense", head.shape)
-    problem = head_problem(head.module, head.shape, scheme)
-    if problem or (problem := get_format(recipe.export.format).problem(stored, store)):
+    planned = PlannedHead(head, head_scheme(recipe.export.head, store, calibrates))
+    problem = head_problem(head.module, head.shape, planned.scheme)
+    if problem or (problem := get_format(recipe.export.format).problem(planned.stored(), store)):
         raise RecipeError(f"export.head: {problem}")
-    return PlannedHead(head, scheme)
+    return planned
 
 
 def _storage_type(checkpoint: Checkpoint) -> torch.dtype:
@@ -615,6 +632,7 @@ def _scheme(recipe: Recipe, settings: LinearSettings, store: torch.dtype) -> Sch
         error_propagation=solver.error_propagation if needs.data else 0.0,
         activation_order=bool(quantize and quantize.activation_order and QUANTIZE[quantize.method].data),
         scale_search=bool(quantize is None or quantize.scale_search),
+        symmetric=quantize is None or quantize.symmetric,
         coordinate_descent=solver.coordinate_descent if needs.sweep else 0,
         dtype=store,
     )

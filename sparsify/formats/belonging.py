@@ -34,7 +34,7 @@ def compare_with_config(opened: CompressedCheckpoint) -> str | None:
     lacking = [
         f"{module}.{suffix}"
         for module, scheme in opened.modules.items()
-        for suffix in _suffixes(opened.format, scheme.bits, scheme.pattern, _group_size(scheme))
+        for suffix in _suffixes(opened.format, scheme.bits, scheme.pattern, _group_size(scheme), scheme.symmetric)
         if f"{module}.{suffix}" not in opened.checkpoint
     ]
     refuse(Differences("", lacking, [], []), opened.checkpoint.spec)
@@ -51,7 +51,7 @@ def _group_size(scheme: ModuleScheme) -> int | None:
 
 
 @functools.cache
-def _suffixes(format: str, bits: int, pattern: str, group_size: int | None) -> frozenset[str]:
+def _suffixes(format: str, bits: int, pattern: str, group_size: int | None, symmetric: bool) -> frozenset[str]:
     """The tensors that a linear of such a scheme consists of in a format, as it writes a small one of zeros.
 
     group_size: None for one scale per output
@@ -63,7 +63,9 @@ def _suffixes(format: str, bits: int, pattern: str, group_size: int | None) -> f
         if bits == 16:
             linear = LinearWeights(16, pattern, k, values=codes.to(dtype))
         else:
-            linear = LinearWeights(bits, pattern, group, codes=codes, scale=torch.ones(n, k // group, dtype=dtype))
+            scale = torch.ones(n, k // group, dtype=dtype)
+            zero_point = None if symmetric else torch.zeros_like(scale, dtype=torch.int8)
+            linear = LinearWeights(bits, pattern, group, codes=codes, scale=scale, zero_point=zero_point)
         if get_format(format).supports(linear) is None:
             return frozenset(get_format(format).encode(linear))
     return frozenset()

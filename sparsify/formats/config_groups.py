@@ -76,7 +76,7 @@ def _group(format: str, label: Label, targets: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": label.bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": label.symmetric,
         "strategy": "channel" if channel else "group",
         "group_size": None if channel else label.group_size,
         "dynamic": False,
@@ -112,21 +112,22 @@ def weights_by_target(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def labels_by_target(config: Mapping[str, Any]) -> dict[str, Label]:
-    """The config groups as target -> label; CheckpointError when a group is not symmetric weight-only integers."""
+    """The config groups as target -> label; CheckpointError when a group is not of weight-only integers."""
     labels: dict[str, Label] = {}
     for target, weights in weights_by_target(config).items():
         name = weights["group"]
         strategy, bits, size = weights.get("strategy"), weights.get("num_bits"), weights.get("group_size")
         grouped = strategy == "group" and isinstance(size, int) and size > 0
         readable = weights.get("type", "int") == "int" and (strategy == "channel" or grouped)
-        symmetric = weights.get("symmetric", True) is True and not weights["input_activations"]
-        if not isinstance(bits, int) or bits not in (4, 8) or not readable or not symmetric:
+        symmetric = weights.get("symmetric", True)
+        readable = readable and isinstance(symmetric, bool) and not weights["input_activations"]
+        if not isinstance(bits, int) or bits not in (4, 8) or not readable:
             raise CheckpointError(
-                f"quantization_config, {name}: expected symmetric 4- or 8-bit integer weights, per group or channel, "
-                f"and no quantized activations, found {bits!r} bits, strategy {strategy!r}, group size {size!r}, "
-                f"symmetric {weights.get('symmetric')!r}; quantize the dense model again"
+                f"quantization_config, {name}: expected 4- or 8-bit integer weights, per group or channel, and no quantized "
+                f"activations, found {bits!r} bits, strategy {strategy!r}, group size {size!r}, symmetric {symmetric!r}; "
+                "quantize the dense model again"
             )
-        labels[target] = Label(bits, size if grouped else "channel", "dense")
+        labels[target] = Label(bits, size if grouped else "channel", "dense", symmetric)
     return labels
 
 

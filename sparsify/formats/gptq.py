@@ -1,21 +1,24 @@
-"""`gptq`: integers as AutoGPTQ and GPTQModel store them, symmetric and with the inputs in order.
+"""`gptq`: integers as AutoGPTQ and GPTQModel store them, the inputs in order.
 
 vLLM, transformers (with gptqmodel) and most engines read it. Sparsity is not used: zeros are stored as codes. The words are
 described in `gptq_packing.py`; a linear has
 
     qweight   int32 [K * bits / 32, N]
-    qzeros    int32 [K/G, N * bits / 32]         the middle of the range everywhere
+    qzeros    int32 [K/G, N * bits / 32]         symmetric: the middle of the range everywhere
     scales    bfloat16 or float16 [K/G, N]       G = K: one scale per output channel, `group_size: -1`
     g_idx     int32 [K]                          k // G
 
 config.json has one `bits` and `group_size` for all; `dynamic` (GPTQModel, vLLM) holds other settings by regular expression.
 AutoGPTQ 0.7.1 reads `quantize_config.json` instead, knows no `dynamic`, and needs every linear of the blocks to be quantized.
+
+Symmetric linears are written in version 1 (`checkpoint_format: gptq`), which everything reads. It has no word for a zero point at
+the low end of the range on which readers agree, so those with zero points are written in version 2 (`gptq_v2`), which GPTQModel
+reads. The version is that of a whole checkpoint: one of both kinds is refused.
 """
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,11 +71,23 @@ class Gptq(Format):
             return f"gptq holds multiples of {MULTIPLE} outputs and inputs, not {scheme.shape[0]} x {scheme.shape[1]}"
         return stored_problem(scheme, dtype)
 
+    def together_problem(self, modules: Mapping[str, ModuleScheme]) -> str | None:
+        asymmetric = [module for module, scheme in modules.items() if not scheme.symmetric]
+        symmetric = [module for module, scheme in modules.items() if scheme.symmetric]
+        if not asymmetric or not symmetric:
+            return None
+        return (
+            f"gptq stores the zero points of a whole checkpoint in one way: {asymmetric[0]} has them and {symmetric[0]} is "
+            "symmetric; make all linears alike, or export sparse24 or pack-quantized"
+        )
+
     def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
         assert linear.codes is not None and linear.scale is not None
+        zero_point = torch.zeros_like(linear.scale, dtype=torch.int8) if linear.symmetric else linear.zero_point
+        assert zero_point is not None
         encoded = {
             "qweight": pack_codes(linear.codes, linear.bits),
-            "qzeros": pack_zero_points(torch.zeros_like(linear.scale, dtype=torch.int8), linear.bits),
+            "qzeros": pack_zero_points(zero_point, linear.bits, version=1 if linear.symmetric else 2),
             "scales": linear.scale.t().contiguous(),
             "g_idx": group_indices(linear.shape[1], linear.group_size),
         }
@@ -86,8 +101,11 @@ class Gptq(Format):
         qweight = take_tensor(module, tensors, "qweight", (k * bits // 32, n), (torch.int32,))
         qzeros = take_tensor(module, tensors, "qzeros", (groups, n * bits // 32), (torch.int32,))
         scales = take_tensor(module, tensors, "scales", (groups, n), FLOATS)
+        zero_point = None if scheme.symmetric else unpack_zero_points(qzeros, bits, version=2)
         # a checkpoint is of one version; the middle of the range cannot be mistaken for that of the other
-        if not any(not unpack_zero_points(qzeros, bits, version).any() for version in VERSIONS.values()):
+        if scheme.symmetric and not any(
+            not unpack_zero_points(qzeros, bits, version).any() for version in VERSIONS.values()
+        ):
             expected = "expected symmetric weights (zero points in the middle of the range), found others"
             raise CheckpointError(f"{module}.qzeros: {expected}; quantize the dense model again with sym: true")
         if "g_idx" in tensors:
@@ -97,16 +115,17 @@ class Gptq(Format):
                 raise CheckpointError(
                     f"{module}.g_idx: {expected}; quantize the dense model again with desc_act: false"
                 )
-        codes = unpack_codes(qweight, bits)
-        pattern = "2:4" if is_two_four(codes) else "dense"
-        scale = scales.t().contiguous()
-        bias = take_bias(module, tensors, n)
-        return LinearWeights(bits, pattern, scheme.group_size, codes=codes, scale=scale, bias=bias)
+        linear = LinearWeights(
+            bits, "dense", scheme.group_size,
+            codes=unpack_codes(qweight, bits), scale=scales.t().contiguous(), zero_point=zero_point,
+        )  # fmt: skip
+        pattern = "2:4" if is_two_four(linear.unscaled()) else "dense"
+        return replace(linear, pattern=pattern, bias=take_bias(module, tensors, n))
 
     def quantization_config(self, modules: Mapping[str, ModuleScheme], ignore: list[str]) -> dict[str, Any] | None:
         if not modules:
             return None
-        plain = {n: ModuleScheme(s.bits, s.group_size, "dense", s.shape) for n, s in sorted(modules.items())}
+        plain = {n: replace(s, pattern="dense") for n, s in sorted(modules.items())}
         default = common_label({n: s for n, s in plain.items() if in_block(n)}) or common_label(plain) or DEFAULT
         dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in ignore if in_block(name)}
         for name, scheme in plain.items():
@@ -115,9 +134,9 @@ class Gptq(Format):
         outside = [name for name in plain if not in_block(name)]
         return {
             "quant_method": "gptq",
-            "checkpoint_format": "gptq",
+            "checkpoint_format": "gptq" if default.symmetric else "gptq_v2",
             **_settings(default),
-            "sym": True,
+            "sym": default.symmetric,
             "desc_act": False,
             "static_groups": False,
             "true_sequential": True,
@@ -133,10 +152,8 @@ class Gptq(Format):
         self, quantization_config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, ModuleScheme]:
         config = GptqConfig.from_dict(quantization_config or {})
-        for key, wanted in (("sym", True), ("desc_act", False)):
-            if (quantization_config or {}).get(key, wanted) is not wanted:
-                says = json.dumps(wanted)
-                raise CheckpointError(f"quantization_config: expected {key}: {says}; quantize the dense model again so")
+        if (quantization_config or {}).get("desc_act", False) is not False:
+            raise CheckpointError("quantization_config: expected desc_act: false; quantize the dense model again so")
         end, schemes = ".qweight", {}
         for name in sorted(shapes):
             if name.endswith(end):
@@ -182,7 +199,13 @@ class GptqConfig:
                     f"quantization_config: dynamic {pattern!r} is no regular expression ({error}); {AGAIN}"
                 ) from None
             dynamic.append((expression, None if left else _label({**config, **rule})))
-        return cls(_label(config), tuple(dynamic))
+        found = cls(_label(config), tuple(dynamic))
+        labels = [found.default, *(label for _, label in dynamic if label is not None)]
+        if version != "gptq_v2" and not all(label.symmetric for label in labels):
+            raise CheckpointError(
+                "quantization_config: expected sym: true or checkpoint_format: gptq_v2; quantize the dense model again so"
+            )
+        return found
 
     def label(self, module: str) -> Label | None:
         """How a linear is packed, as GPTQModel looks it up: the first rule that matches; None when one excludes it."""
@@ -200,4 +223,7 @@ def _label(config: Mapping[str, Any]) -> Label:
         raise CheckpointError(
             f"quantization_config: expected bits 4 or 8 and group_size as a number or -1, found {found}"
         )
-    return Label(bits, "channel" if size == -1 else size, "dense")
+    symmetric = config.get("sym", True)
+    if not isinstance(symmetric, bool):
+        raise CheckpointError(f"quantization_config: expected sym true or false, found {symmetric!r}")
+    return Label(bits, "channel" if size == -1 else size, "dense", symmetric)

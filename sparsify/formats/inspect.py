@@ -27,7 +27,7 @@ class TensorReport:
 
     sparsity: fraction of weights that are exactly zero; two_four: whether every 4 consecutive inputs hold at most two
     non-zero weights. Both are None for what is no matrix, and two_four for what lies outside of the blocks.
-    bits: of a stored weight; floating: whether that is a floating number, where it has scales
+    bits: of a stored weight; floating: whether that is a floating number, where it has scales; symmetric: no zero points
     nbytes: on disk with scales and positions; dense_nbytes: the same tensor at 16 bits
     """
 
@@ -43,6 +43,7 @@ class TensorReport:
     nbytes: int
     dense_nbytes: int
     floating: bool = False
+    symmetric: bool = True
 
     @property
     def kind(self) -> str:
@@ -147,6 +148,7 @@ def _report(opened: CompressedCheckpoint, name: str) -> TensorReport:
             name, True, linear.shape, _name(linear.dtype), linear.bits,
             None if linear.bits == 16 else linear.group_size, linear.pattern,
             _sparsity(stored), is_two_four(stored), opened.nbytes(name), stored.numel() * 2 + bias,
+            symmetric=linear.symmetric,
         )  # fmt: skip
     return _plain(name, opened.tensor(name))
 
@@ -219,11 +221,11 @@ def render(inspection: Inspection) -> RenderableType:
 
 
 def _weights(report: TensorReport) -> str:
-    """How weights are stored: `int4 g64 2:4`, `float8 g128`, `bfloat16 2:4`, `bfloat16`."""
+    """How weights are stored: `int4 g64 2:4`, `int4 asym g64 2:4`, `float8 g128`, `bfloat16 2:4`, `bfloat16`."""
     stored = (
         report.dtype
         if report.group_size is None
-        else f"{'float' if report.floating else 'int'}{report.bits} g{report.group_size}"
+        else f"{'float' if report.floating else 'int'}{report.bits} {'' if report.symmetric else 'asym '}g{report.group_size}"
     )
     return f"{stored} {report.pattern or ''}".strip()
 
@@ -232,6 +234,7 @@ def _by_kind(inspection: Inspection) -> Iterator[list[TensorReport]]:
     groups: dict[tuple[object, ...], list[TensorReport]] = {}
     for t in inspection.tensors:
         vector = len(t.shape) < 2
-        key = (vector, t.dtype) if vector else (t.kind, t.compressed, t.shape, t.dtype, t.bits, t.group_size, t.pattern)
+        how = (t.kind, t.compressed, t.shape, t.dtype, t.bits, t.group_size, t.pattern, t.symmetric)
+        key = (vector, t.dtype) if vector else how
         groups.setdefault(key, []).append(t)
     yield from sorted(groups.values(), key=lambda same: len(same[0].shape) < 2)

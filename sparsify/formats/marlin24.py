@@ -55,6 +55,7 @@ from sparsify.model.linear import LinearWeights
 
 SUFFIXES = frozenset({"weight_packed", "scale_packed", "meta"})
 OUTPUTS, INPUTS, GROUP = 64, 32, 128
+NO_ZERO_POINTS = "marlin-24 holds symmetric codes only, and this linear has zero points"
 
 # The parts of an index. step: of 32 inputs; warp: of 64 outputs; block: which of four instructions; g, t: lane 4 g + t;
 # half: row g or g + 8 of the instruction; side: the kept values 2 t and 2 t + 1, or those eight further; pair: which of the
@@ -98,6 +99,8 @@ class Marlin24(Format):
     def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
         if scheme.bits == 16 or scheme.pattern != "2:4":
             return "marlin-24 holds 4- or 8-bit codes of 2:4 sparse linears only"
+        if not scheme.symmetric:
+            return NO_ZERO_POINTS
         return stored_problem(scheme, dtype) or _scheme_problem(scheme)
 
     def supports(self, linear: LinearWeights) -> str | None:
@@ -129,7 +132,7 @@ class Marlin24(Format):
         return with_bias(encoded, linear)
 
     def decode(self, module: str, tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> LinearWeights:
-        if problem := _scheme_problem(scheme):
+        if problem := (_scheme_problem(scheme) if scheme.symmetric else NO_ZERO_POINTS):
             raise CheckpointError(f"{module}: {problem}; sparsify reads no such marlin-24 linear")
         (n, k), bits, steps = scheme.shape, scheme.bits, scheme.shape[1] // INPUTS
         packed = take_tensor(module, tensors, "weight_packed", (steps, n * bits // 2), (torch.int32,))

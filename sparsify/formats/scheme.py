@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
-from sparsify.model.linear import PATTERNS, LinearWeights
+from sparsify.model.linear import CODE_RANGE, PATTERNS, LinearWeights
 
 GROUP_SIZES = (32, 64, 128)
 FLOATS = (torch.bfloat16, torch.float16)
@@ -25,16 +25,18 @@ class ModuleScheme:
 
     bits: 4, 8 or 16. pattern: "2:4" or "dense". shape: (N, K).
     group_size: dense inputs per scale, always a number: K for one scale per output and for 16 bits.
+    symmetric: there are no zero points.
     """
 
     bits: int
     group_size: int
     pattern: str
     shape: tuple[int, int]
+    symmetric: bool = True
 
     @classmethod
     def of(cls, linear: LinearWeights) -> "ModuleScheme":
-        return cls(linear.bits, linear.group_size, linear.pattern, linear.shape)
+        return cls(linear.bits, linear.group_size, linear.pattern, linear.shape, linear.symmetric)
 
     def labels(self) -> list["Label"]:
         """The ways to say this scheme without the shape; two when the group is the whole row."""
@@ -42,7 +44,7 @@ class ModuleScheme:
             return [Label(16, None, self.pattern)]
         sizes: list[int | str] = [self.group_size] if self.group_size in GROUP_SIZES else []
         sizes += ["channel"] if self.group_size == self.shape[1] else []
-        return [Label(self.bits, size, self.pattern) for size in sizes or [self.group_size]]
+        return [Label(self.bits, size, self.pattern, self.symmetric) for size in sizes or [self.group_size]]
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,21 @@ class Label:
     bits: int
     group_size: int | str | None
     pattern: str
+    symmetric: bool = True
 
     def scheme(self, shape: tuple[int, int]) -> ModuleScheme:
         size = self.group_size if isinstance(self.group_size, int) else shape[1]
-        return ModuleScheme(self.bits, size, self.pattern, shape)
+        return ModuleScheme(self.bits, size, self.pattern, shape, self.symmetric)
 
 
 def common_label(modules: Mapping[str, ModuleScheme]) -> Label | None:
     """The label that fits most modules (ties: the first in order); None when there are none."""
     votes = Counter(label for scheme in modules.values() for label in scheme.labels())
-    return min(votes, key=lambda label: (-votes[label], label.bits, str(label.group_size), label.pattern), default=None)
+
+    def rank(label: Label) -> tuple[int, int, str, str, bool]:
+        return -votes[label], label.bits, str(label.group_size), label.pattern, not label.symmetric
+
+    return min(votes, key=rank, default=None)
 
 
 def scheme_problem(scheme: ModuleScheme) -> str | None:
@@ -74,6 +81,8 @@ def scheme_problem(scheme: ModuleScheme) -> str | None:
     if k == 0 or scheme.shape[0] == 0 or k % INPUT_MULTIPLE:
         return f"its {k} inputs are no multiple of {INPUT_MULTIPLE}"
     if scheme.bits == 16:
+        if not scheme.symmetric:
+            return "16-bit values have no zero points"
         return None if scheme.pattern == "2:4" else "16 bits without 2:4 sparsity is a plain dense linear"
     if scheme.group_size <= 0 or k % scheme.group_size:
         return f"its {k} inputs are no multiple of the group size {scheme.group_size}"
@@ -112,6 +121,16 @@ def take_tensor(
     return tensor
 
 
+def check_zero_point(module: str, suffix: str, zero_point: Tensor, bits: int) -> Tensor:
+    """Zero points [N, K/G] as they are, int8; CheckpointError for one beyond the codes of `bits` bits."""
+    low, high = CODE_RANGE[bits]
+    wrong = zero_point[(zero_point < low) | (zero_point > high)]
+    if wrong.numel():
+        expected = f"expected zero points of {bits} bits, {low} to {high}, found {int(wrong[0])}"
+        raise CheckpointError(f"{module}.{suffix}: {expected}; {AGAIN}")
+    return zero_point
+
+
 def take_bias(module: str, tensors: Mapping[str, Tensor], outputs: int) -> Tensor | None:
     """The optional bias [N] of a compressed linear, checked."""
     return take_tensor(module, tensors, "bias", (outputs,), (*FLOATS, torch.float32)) if "bias" in tensors else None
@@ -146,6 +165,10 @@ class Format(Protocol):
 
         dtype: of its scales, or of its values where there are none
         """
+
+    def together_problem(self, modules: Mapping[str, ModuleScheme]) -> str | None:
+        """None, or why these linears, each of which the format holds, cannot stand in one checkpoint."""
+        return None
 
     def supports(self, linear: LinearWeights) -> str | None:
         """None, or why this very linear must stay dense in this format: `problem`, or a number that cannot be held."""

@@ -4,7 +4,8 @@ For a linear with N outputs, K inputs and group size G:
 
     weight_packed   int32 [N, K/16] (4 bits), [N, K/8] (8 bits)   the two kept codes of every quad, offset binary
     weight_meta     uint8 [N, K/8]                                their positions, one nibble per quad
-    weight_scale    bfloat16 or float16 [N, K/G]                  one symmetric scale per G dense inputs
+    weight_scale    bfloat16 or float16 [N, K/G]                  one scale per G dense inputs
+    weight_zero_point int8 [N, K/G]                               the code of zero, where the grid is not symmetric
     weight_values   bfloat16 or float16 [N, K/2]                  instead of codes and scales when bits is 16
     bias            [N]                                           optional
 
@@ -12,7 +13,7 @@ A linear of pattern "dense" has weight_packed int32 [N, K * bits / 32] in plain 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from sparsify.formats.scheme import (
     Format,
     Label,
     ModuleScheme,
+    check_zero_point,
     common_label,
     in_block,
     scheme_problem,
@@ -47,7 +49,8 @@ from sparsify.formats.scheme import (
 from sparsify.model.linear import PATTERNS, LinearWeights
 
 VERSION = 1
-SUFFIXES = frozenset({"weight_packed", "weight_meta", "weight_scale", "weight_values"})
+SUFFIXES = frozenset({"weight_packed", "weight_meta", "weight_scale", "weight_zero_point", "weight_values"})
+KEYS = ("bits", "group_size", "pattern", "symmetric")  # of a label; what is symmetric need not say so
 DEFAULT = Label(4, 64, "2:4")  # what the config of a checkpoint without any compressed linear says
 
 
@@ -77,7 +80,7 @@ class Sparse24Config:
             raise CheckpointError("quantization_config: ignore must be a list of module names")
         if not isinstance(modules, dict) or not all(isinstance(entry, dict) for entry in modules.values()):
             raise CheckpointError("quantization_config: modules must map module names to {bits, group_size, pattern}")
-        base = {"pattern": "2:4", **{key: config[key] for key in ("bits", "group_size", "pattern") if key in config}}
+        base = {"pattern": "2:4", **{key: config[key] for key in KEYS if key in config}}
         overrides = {name: _label(f"modules.{name}", {**base, **entry}) for name, entry in modules.items()}
         return cls(_label("the default", base), frozenset(ignore), overrides)
 
@@ -94,16 +97,26 @@ class Sparse24Config:
 
 
 def _label(where: str, entry: Mapping[str, Any]) -> Label:
-    bits, size, pattern = entry.get("bits"), entry.get("group_size"), entry.get("pattern")
+    bits, size, pattern, symmetric = *(entry.get(key) for key in KEYS[:3]), entry.get("symmetric", True)
     where = f"quantization_config, {where}"
     if not isinstance(bits, int) or bits not in (4, 8, 16) or pattern not in PATTERNS:
         found = f"{bits!r} and {pattern!r}"
         raise CheckpointError(f"{where}: expected bits 4, 8 or 16 and pattern 2:4 or dense, found {found}; {AGAIN}")
+    if not isinstance(symmetric, bool):
+        raise CheckpointError(f"{where}: expected symmetric true or false, found {symmetric!r}; {AGAIN}")
     if bits == 16:
         return Label(16, None, pattern)
     if size != "channel" and (not isinstance(size, int) or isinstance(size, bool) or size <= 0):
         raise CheckpointError(f"{where}: expected group_size as a number or 'channel', found {size!r}")
-    return Label(bits, size, pattern)
+    return Label(bits, size, pattern, symmetric)
+
+
+def _entry(label: Label, default: Label | None) -> dict[str, Any]:
+    """A label in config.json. default: what the entry inherits from; None for the default itself."""
+    entry = asdict(label)
+    if label.symmetric is (True if default is None else default.symmetric):
+        del entry["symmetric"]
+    return entry
 
 
 def tensor_layout(scheme: ModuleScheme, dtype: torch.dtype) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
@@ -116,6 +129,8 @@ def tensor_layout(scheme: ModuleScheme, dtype: torch.dtype) -> dict[str, tuple[t
     else:
         layout["weight_packed"] = ((n, stored * scheme.bits // 32), torch.int32)
         layout["weight_scale"] = ((n, k // scheme.group_size), dtype)
+        if not scheme.symmetric:
+            layout["weight_zero_point"] = ((n, k // scheme.group_size), torch.int8)
     if scheme.pattern == "2:4":
         layout["weight_meta"] = ((n, k // 8), torch.uint8)
     return layout
@@ -124,14 +139,15 @@ def tensor_layout(scheme: ModuleScheme, dtype: torch.dtype) -> dict[str, tuple[t
 def checked_tensors(module: str, tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> dict[str, Tensor]:
     """The tensors of one linear (the bias aside) without decoding them, when each byte is fit for a kernel.
 
-    Checks the scheme, presence, shapes, types, finite scales and values, and ascending positions; CheckpointError names
-    the first bad tensor. Codes need no check: every bit pattern of weight_packed is a code.
+    Checks the scheme, presence, shapes, types, finite scales and values, zero points and ascending positions; CheckpointError
+    names the first bad tensor. Codes need no check: every bit pattern of weight_packed is a code.
     """
     if problem := scheme_problem(scheme):
         raise CheckpointError(f"{module}: {problem}; {NOT_OWN}")
     layout = tensor_layout(scheme, FLOATS[0])
     for suffix in sorted(SUFFIXES & set(tensors) - set(layout)):
         kind = f"a {scheme.bits}-bit linear of pattern {scheme.pattern}"
+        kind = f"symmetric codes, {kind}" if suffix == "weight_zero_point" and scheme.bits < 16 else kind
         raise CheckpointError(f"{module}.{suffix}: expected no such tensor in {kind}, found one; {NOT_OWN}")
     checked = {
         suffix: take_tensor(module, tensors, suffix, shape, FLOATS if dtype in FLOATS else (dtype,))
@@ -140,18 +156,40 @@ def checked_tensors(module: str, tensors: Mapping[str, Tensor], scheme: ModuleSc
     if scheme.pattern == "2:4" and not nibbles_ascend(unpack_nibbles(checked["weight_meta"])):
         expected = "expected two ascending positions in every nibble, found first >= second"
         raise CheckpointError(f"{module}.weight_meta: {expected}; {AGAIN}")
+    if "weight_zero_point" in checked:
+        check_zero_point(module, "weight_zero_point", checked["weight_zero_point"], scheme.bits)
     return checked
 
 
 def all_zero(tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> bool:
     """Whether every weight of a linear is zero, as in a sublayer that depth pruning removed: it needs no product.
 
-    tensors: as `tensor_layout` says. A code of zero is stored as the middle of its range.
+    tensors: as `tensor_layout` says, checked. A code of zero is stored as the middle of its range.
     """
     if scheme.bits == 16:
         return not bool(tensors["weight_values"].any())
+    if not scheme.symmetric and tensors["weight_zero_point"].any():
+        return not bool(_decoded(tensors, scheme).unscaled().any())
     word = sum(1 << (scheme.bits - 1 + shift) for shift in range(0, 32, scheme.bits)) - (1 << 32)  # as a signed int32
     return bool((tensors["weight_packed"] == word).all())
+
+
+def _decoded(checked: Mapping[str, Tensor], scheme: ModuleScheme) -> LinearWeights:
+    """The linear that checked tensors are, without a bias."""
+    stored = checked["weight_values"] if scheme.bits == 16 else unpack_words(checked["weight_packed"], scheme.bits)
+    zero_point = checked.get("weight_zero_point")
+    if scheme.pattern == "2:4":
+        nibbles = unpack_nibbles(checked["weight_meta"])
+        kept = put_kept(torch.ones_like(stored, dtype=torch.bool), nibbles) if zero_point is not None else None
+        stored = put_kept(stored, nibbles)
+        if zero_point is not None and kept is not None:  # a pruned weight is zero, whatever code that is
+            stored = torch.where(kept, stored, zero_point.repeat_interleave(scheme.group_size, 1))
+    if scheme.bits == 16:
+        return LinearWeights(16, scheme.pattern, scheme.group_size, values=stored)
+    return LinearWeights(
+        scheme.bits, scheme.pattern, scheme.group_size,
+        codes=stored, scale=checked["weight_scale"], zero_point=zero_point,
+    )  # fmt: skip
 
 
 class Sparse24(Format):
@@ -171,7 +209,7 @@ class Sparse24(Format):
         if linear.pattern == "2:4":
             # adding zero turns -0.0 into 0.0: equal weights become equal bytes
             stored = stored + 0 if linear.bits == 16 else stored
-            nibbles = kept_nibbles(stored)
+            nibbles = kept_nibbles(linear.unscaled())
             stored = take_kept(stored, nibbles)
             encoded["weight_meta"] = pack_nibbles(nibbles)
         if linear.bits == 16:
@@ -179,29 +217,23 @@ class Sparse24(Format):
         else:
             assert linear.scale is not None
             encoded |= {"weight_packed": pack_words(stored, linear.bits), "weight_scale": linear.scale}
+            encoded |= {} if linear.zero_point is None else {"weight_zero_point": linear.zero_point}
         return with_bias(encoded, linear)
 
     def decode(self, module: str, tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> LinearWeights:
-        checked = checked_tensors(module, tensors, scheme)
-        stored = checked["weight_values"] if scheme.bits == 16 else unpack_words(checked["weight_packed"], scheme.bits)
-        if scheme.pattern == "2:4":
-            stored = put_kept(stored, unpack_nibbles(checked["weight_meta"]))
-        bias = take_bias(module, tensors, scheme.shape[0])
-        if scheme.bits == 16:
-            return LinearWeights(16, scheme.pattern, scheme.group_size, values=stored, bias=bias)
-        scale = checked["weight_scale"]
-        return LinearWeights(scheme.bits, scheme.pattern, scheme.group_size, codes=stored, scale=scale, bias=bias)
+        linear = _decoded(checked_tensors(module, tensors, scheme), scheme)
+        return replace(linear, bias=take_bias(module, tensors, scheme.shape[0]))
 
     def quantization_config(self, modules: Mapping[str, ModuleScheme], ignore: list[str]) -> dict[str, Any] | None:
         """The default applies to every linear of a decoder block that is not ignored; overrides name the others."""
         default = common_label({name: s for name, s in modules.items() if in_block(name)}) or DEFAULT
         overrides = {
-            name: asdict(scheme.labels()[0])
+            name: _entry(scheme.labels()[0], default)
             for name, scheme in sorted(modules.items())
             if default not in scheme.labels() or not in_block(name)
         }
         head = {"quant_method": "sparse24", "version": VERSION}
-        return {**head, **asdict(default), "ignore": ignore, "modules": overrides}
+        return {**head, **_entry(default, None), "ignore": ignore, "modules": overrides}
 
     def recognises(self, quantization_config: Mapping[str, Any] | None) -> bool:
         return quantization_config is not None and quantization_config.get("quant_method") == "sparse24"

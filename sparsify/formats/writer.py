@@ -181,7 +181,7 @@ class CheckpointWriter:
             else:
                 record.plain[module] = ModuleScheme.of(linear)
                 record.reasons.update({module: reason} if reason else {})
-                extra = {"codes": linear.codes, "scale": linear.scale}
+                extra = {"codes": linear.codes, "scale": linear.scale, "zero_point": linear.zero_point}
                 kept = {suffix: tensor for suffix, tensor in extra.items() if tensor is not None}
                 record.hidden.extend(f"{module}.{suffix}" for suffix in kept)
                 new = {**get_format("dense").encode(linear), **kept}
@@ -206,7 +206,7 @@ class CheckpointWriter:
         linears: dict[str, LinearWeights] = {}
         taken: set[str] = set()
         for module, scheme in {**record.packed, **record.plain}.items():
-            mine = tensors_of(module, infos, self.format.suffixes | {"weight", "codes", "scale"})
+            mine = tensors_of(module, infos, self.format.suffixes | {"weight", "codes", "scale", "zero_point"})
             taken |= {f"{module}.{suffix}" for suffix in mine}
             tensors = {suffix: read_tensor(file, f"{module}.{suffix}") for suffix in mine}
             if module in record.packed:
@@ -365,6 +365,7 @@ def _plain_linear(module: str, tensors: Mapping[str, Tensor], scheme: ModuleSche
     linear = LinearWeights(
         scheme.bits, scheme.pattern, scheme.group_size,
         codes=tensors.get("codes"), scale=tensors.get("scale"), values=values, bias=tensors.get("bias"),
+        zero_point=tensors.get("zero_point"),
     )  # fmt: skip
     return linear.validate(module)
 

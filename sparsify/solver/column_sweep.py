@@ -203,7 +203,9 @@ def _fixed_scales(
     d = U.diagonal() if order is None else U.diagonal()[torch.argsort(order)]
     columns, kept = W.t().contiguous(), mask.t() if mask is not None else None
     groups = (slice(first, first + grid.group_size) for first in range(0, W.shape[1], grid.group_size))
-    return _stacked([group_scale(columns[g], d[g], grid, kept[g] if kept is not None else None, select) for g in groups])
+    return _stacked(
+        [group_scale(columns[g], d[g], grid, kept[g] if kept is not None else None, select) for g in groups]
+    )
 
 
 def _stacked(groups: list[Scales]) -> Scales:

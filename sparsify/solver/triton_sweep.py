@@ -228,7 +228,8 @@ def sweep_block(
     scale, zero = (None if t is None else t.contiguous() for t in (scale, zero))
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     sweep[_programs(outputs)](
-        W, errors, U, W if scale is None else scale, W if zero is None else zero, W if codes is None else codes, W if mask is None else mask,
+        W, errors, U, W if scale is None else scale, W if zero is None else zero, W if codes is None else codes,
+        W if mask is None else mask,
         outputs, size, first, last, float(grid.low if grid else 0), float(grid.high if grid else 0),
         W.stride(0), errors.stride(0), U.stride(0), 0 if scale is None or scale.shape[0] == 1 else scale.stride(0),
         0 if codes is None else codes.stride(0), 0 if mask is None else mask.stride(0),

@@ -88,9 +88,7 @@ class _OnGrid(torch.autograd.Function):
         return *grid_gradient(gradients[0], W, scale, mask, low, high, zero), None, None, None, None
 
 
-def on_grid(
-    W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int, zero: Tensor | None = None
-) -> Tensor:
+def on_grid(W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int, zero: Tensor | None = None) -> Tensor:
     """`round_to_grid`, differentiable in W and scale."""
     return _OnGrid.apply(W, scale, mask, low, high, zero)
 

@@ -249,7 +249,9 @@ def test_the_scale_of_a_group_is_the_best_candidate_in_fp64(dtype, mask):
         plain, _ = group_scale(rows, d, Grid(4, size, dtype, search=False), keep, None)
         assert torch.equal(plain, candidates[0])
     huge = torch.full((32, 1), 1e38)
-    assert group_scale(huge, torch.ones(32), Grid(4, 32, dtype), None, None)[0].isinf().all() == (dtype == torch.float16)
+    assert group_scale(huge, torch.ones(32), Grid(4, 32, dtype), None, None)[0].isinf().all() == (
+        dtype == torch.float16
+    )
 
 
 def test_all_zero_rows_and_dead_inputs_stay_finite():

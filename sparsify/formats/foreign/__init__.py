@@ -81,11 +81,12 @@ def reads_foreign(config: Mapping[str, Any]) -> bool:
 
 
 def is_only_dequantized(config: Mapping[str, Any], infos: Infos) -> bool:
-    """Whether no format of this project holds its codes: in an activation order, or GPTQ with zero points of its own."""
-    ordered = any(name.endswith(".weight_g_idx") for name in infos)
-    return ordered or (
-        config.get("quant_method") == "gptq" and (bool(config.get("desc_act")) or config.get("sym") is False)
-    )
+    """Whether no format of this project holds its codes: in an activation order, or GPTQ with zero points of version 1, of which
+    it depends on the writer what they mean."""
+    if any(name.endswith(".weight_g_idx") for name in infos):
+        return True
+    asymmetric = config.get("sym") is False and config.get("checkpoint_format", config.get("format")) != "gptq_v2"
+    return config.get("quant_method") == "gptq" and (bool(config.get("desc_act")) or asymmetric)
 
 
 def is_native(config: Mapping[str, Any]) -> bool:
