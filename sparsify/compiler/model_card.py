@@ -86,6 +86,7 @@ def head_note(head: OutputHead, solved: SolvedHead) -> dict[str, Any]:
         "bits": scheme.bits,
         "pattern": scheme.pattern,
         "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric,
         "tied": head.tied,
         "weight_error": solved.weight_error,
         "relative_error": solved.output_error,

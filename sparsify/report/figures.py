@@ -29,6 +29,7 @@ class Layer:
     bits: int
     group_size: int | None
     pattern: str
+    symmetric: bool = True
 
     @property
     def weights(self) -> int:
@@ -62,6 +63,7 @@ def read_layers(metrics: Mapping[str, Any]) -> list[Layer]:
             bits=int(entry["bits"]),
             group_size=entry.get("group_size"),
             pattern=str(entry.get("pattern") or "dense"),
+            symmetric=bool(entry.get("symmetric", True)),
         )
         for entry in metrics.get("layers") or []
     ]
@@ -145,11 +147,12 @@ def is_two_four(layer: Layer) -> bool:
 
 
 def stored_bits(layer: Layer, export_format: str) -> float:
-    """Bits per dense weight on disk (design, section 5): values, 2 index bits per kept value, scales."""
+    """Bits per dense weight on disk (design, section 5): values, 2 index bits per kept value, scales and zero points."""
     sparse = is_two_four(layer) and export_format == "sparse24"
     if export_format == "dense" or layer.bits == 16:
         return 9.0 if sparse else 16.0
-    scale = SCALE_BITS / (layer.group_size or layer.shape[1])
+    zero_point = 0 if layer.symmetric else 8 if export_format == "sparse24" else layer.bits
+    scale = (SCALE_BITS + zero_point) / (layer.group_size or layer.shape[1])
     return (layer.bits / 2 + 1 if sparse else layer.bits) + scale
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.sparse24 import all_zero, checked_tensors, tensor_layout
-from sparsify.runtime.backends import announce, choose_backend
+from sparsify.runtime.backends import announce, announce_zero_points, choose_backend
 from sparsify.runtime.dequantized import DequantizedWeight
 from sparsify.runtime.op import sparse24_linear
+from sparsify.runtime.zero_points import without_zero_points
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Sparse24Linear(nn.Linear):
     def _forget(self) -> None:
         self._backend: str | None = None
         self._prepared: list[Tensor] = []
+        self._held = self.scheme  # as the back end has it
         self._prepared_for: tuple[torch.device, torch.dtype] | None = None
         self._zero = False  # nothing to multiply with: a sublayer that depth pruning removed
 
@@ -76,10 +78,12 @@ class Sparse24Linear(nn.Linear):
             if self._zero:
                 self._prepared_for = (device, dtype)
                 return
-            backend = choose_backend(self.scheme, device, dtype)
-            self._prepared = backend.prepare(tensors, self.scheme, dtype)
+            tensors, self._held = without_zero_points(tensors, self.scheme, dtype)
+            backend = choose_backend(self._held, device, dtype)
+            self._prepared = backend.prepare(tensors, self._held, dtype)
         self._backend, self._prepared_for = backend.name, (device, dtype)
-        announce(logger, backend, self.scheme, device)
+        announce(logger, backend, self._held, device)
+        announce_zero_points(logger, self.scheme, self._held, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K]. Returns [..., N]."""
@@ -96,7 +100,7 @@ class Sparse24Linear(nn.Linear):
             nothing = x.new_zeros(*x.shape[:-1], self.out_features)
             return nothing if bias is None else nothing + bias
         assert self._backend is not None
-        return sparse24_linear(x, self._prepared, bias, self.scheme, self._backend)
+        return sparse24_linear(x, self._prepared, bias, self._held, self._backend)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sparse24Linear":
         """Follow `.to(device)`, but keep the scales as they are on disk: `.half()` must not round a bfloat16 scale."""
@@ -118,7 +122,7 @@ class Sparse24Linear(nn.Linear):
         size = f", group_size={self.scheme.group_size}" if self.scheme.bits < 16 else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.scheme.bits}, pattern={self.scheme.pattern}{size}"
+            f"bits={self.scheme.bits}, pattern={self.scheme.pattern}{size}{'' if self.scheme.symmetric else ', asymmetric'}"
         )
 
 

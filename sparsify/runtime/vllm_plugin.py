@@ -9,6 +9,7 @@ end.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,10 +31,11 @@ from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import AGAIN, FLOATS, INPUT_MULTIPLE, Label, scheme_problem
 from sparsify.formats.sparse24 import Sparse24Config as ConfigOnDisk
 from sparsify.formats.sparse24 import all_zero, checked_tensors, tensor_layout
-from sparsify.runtime.backends import announce, choose_backend, get_backend
+from sparsify.runtime.backends import announce, announce_zero_points, choose_backend, get_backend
 from sparsify.runtime.dequantized import DequantizedWeight
 from sparsify.runtime.legacy import LegacyConfig, LegacyShard, legacy_config, legacy_format
 from sparsify.runtime.op import sparse24_linear
+from sparsify.runtime.zero_points import without_zero_points
 
 METHOD = "sparse24"
 DRAFT = "draft_model."  # what vLLM puts before the names of a draft's modules; no checkpoint has it
@@ -136,6 +138,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.label = label
         self.prefix = prefix
         self.scheme: ModuleScheme  # of this rank's shard
+        self.held: ModuleScheme  # the same as the back end has it
         self.backend: str | None = None
         self.buffers: tuple[str, ...] = ()  # names on the layer of what the back end prepared
         self.loaded: dict[str, set[Any]] = {}  # suffix -> the shards that have arrived
@@ -169,7 +172,7 @@ class Sparse24LinearMethod(LinearMethodBase):
                 "weight_loader": self._checked_loader(suffix, extra_weight_attrs["weight_loader"]),
             }
             parameter: nn.Parameter
-            if suffix != "weight_scale":
+            if suffix not in ("weight_scale", "weight_zero_point"):
                 per_column = k // shape[1]
                 parameter = PackedvLLMParameter(input_dim=1, packed_dim=1, packed_factor=per_column, **arguments)
             elif scales_per_channel:  # no inputs to split: each row-parallel rank needs all of them
@@ -227,13 +230,15 @@ class Sparse24LinearMethod(LinearMethodBase):
         if self.zero:
             logger.info("%s: all weights are zero, its products are skipped", self.prefix)
             return
-        backend = get_backend(self.backend) if self.backend else choose_backend(self.scheme, device, dtype)
-        prepared = backend.prepare(tensors, self.scheme, dtype)
+        tensors, self.held = without_zero_points(tensors, self.scheme, dtype)
+        backend = get_backend(self.backend) if self.backend else choose_backend(self.held, device, dtype)
+        prepared = backend.prepare(tensors, self.held, dtype)
         self.buffers = tuple(f"sparse24_{i}" for i in range(len(prepared)))
         for name, tensor in zip(self.buffers, prepared, strict=True):
             layer.register_buffer(name, tensor)  # a persistent one: vLLM updates no others
         self.backend = backend.name
-        announce(logger, backend, self.scheme, device)
+        announce(logger, backend, self.held, device)
+        announce_zero_points(logger, self.scheme, self.held, dtype)
 
     def _dense(self, layer: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
         """[N, K]: the products of the unit vectors, since only the back end can read what it prepared."""
@@ -256,7 +261,7 @@ class Sparse24LinearMethod(LinearMethodBase):
             return nothing if bias is None else nothing + bias
         prepared = [getattr(layer, name) for name in self.buffers]
         assert self.backend is not None
-        return sparse24_linear(x, prepared, bias, self.scheme, self.backend)
+        return sparse24_linear(x, prepared, bias, self.held, self.backend)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         raise CheckpointError(
@@ -317,7 +322,7 @@ def _shard(prefix: str, whole: ModuleScheme, n: int, k: int) -> ModuleScheme:
     """The scheme of one rank's [n, k] of the linear `whole`."""
     inputs = whole.shape[1]
     if k == inputs:
-        return ModuleScheme(whole.bits, whole.group_size, whole.pattern, (n, k))
+        return replace(whole, shape=(n, k))
     if whole.bits == 16 or whole.group_size == inputs:
         multiple, group_size = INPUT_MULTIPLE, k
     else:
@@ -328,7 +333,7 @@ def _shard(prefix: str, whole: ModuleScheme, n: int, k: int) -> ModuleScheme:
             f"{prefix}: tensor parallel {inputs // k} gives each rank {k} of {inputs} inputs, which must be a multiple "
             f"of {multiple} (16 and the group size); use fewer ranks, or compress with smaller groups or per channel"
         )
-    return ModuleScheme(whole.bits, group_size, whole.pattern, (n, k))
+    return replace(whole, group_size=group_size, shape=(n, k))
 
 
 def _fill_with_noise(tensors: dict[str, Tensor]) -> None:
@@ -338,5 +343,7 @@ def _fill_with_noise(tensors: dict[str, Tensor]) -> None:
             tensor.fill_(FIRST_TWO_OF_FOUR)
         elif suffix == "weight_packed":
             tensor.random_()
+        elif suffix == "weight_zero_point":
+            tensor.zero_()
         else:
             tensor.uniform_(-1e-3, 1e-3)

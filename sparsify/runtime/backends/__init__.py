@@ -24,6 +24,7 @@ from sparsify.runtime.backends.cuda import Cuda
 from sparsify.runtime.backends.reference import Reference
 from sparsify.runtime.backends.torch24 import Torch24
 from sparsify.runtime.backends.triton import Triton
+from sparsify.runtime.zero_points import held_in_words
 
 ENVIRONMENT_VARIABLE = "SPARSIFY_BACKEND"
 
@@ -102,6 +103,15 @@ def announce(logger: logging.Logger, backend: Backend, scheme: ModuleScheme, dev
     """Say which back end serves, once per logger and kind of linear."""
     kind = f"{scheme.pattern} {scheme.bits}-bit linears on {device.type}"
     _announce_once(logger, f"sparse24: back end {backend.name!r} serves {kind}")
+
+
+def announce_zero_points(logger: logging.Logger, stored: ModuleScheme, held: ModuleScheme, dtype: torch.dtype) -> None:
+    """Say what zero points cost, once per logger and kind of linear.
+
+    stored, held: the linear on disk and as the back end has it (`without_zero_points`); dtype: of the activations
+    """
+    if not stored.symmetric:
+        _announce_once(logger, f"sparse24: {held_in_words(stored, held, dtype)}")
 
 
 @functools.cache

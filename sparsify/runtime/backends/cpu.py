@@ -17,6 +17,7 @@ from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
 from sparsify.native import build
 from sparsify.processor import LEVELS, forced_level, lacking
+from sparsify.runtime.zero_points import NO_ZERO_POINTS
 
 INT8_VARIABLE = "SPARSIFY_CPU_INT8"  # set to 1: all but the fewest rows are multiplied in int8
 INT8 = 256  # its bit in the option word
@@ -39,6 +40,8 @@ class Cpu:
         return LEVELS[_level()] + (f", int8 compute for all but the fewest rows ({INT8_VARIABLE})" if _int8() else "")
 
     def supports(self, scheme: ModuleScheme, device: torch.device, dtype: torch.dtype) -> str | None:
+        if not scheme.symmetric:
+            return NO_ZERO_POINTS
         if device.type != "cpu":
             return f"it runs on CPUs, not on {device.type}"
         if dtype not in TYPES:

@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
 from sparsify.native import build, build_cuda
+from sparsify.runtime.zero_points import NO_ZERO_POINTS
 
 KERNEL, OP = "cuda/sparse24", "cuda/sparse24_torch"
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -52,6 +53,8 @@ class Cuda:
         return ", ".join(f"sm_{arch}" for arch in build_cuda.archs_at_hand())
 
     def supports(self, scheme: ModuleScheme, device: torch.device, dtype: torch.dtype) -> str | None:
+        if not scheme.symmetric:
+            return NO_ZERO_POINTS
         if problem := _device_problem(device):
             return problem
         if scheme.bits != 4 or scheme.pattern != "2:4":

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from sparsify.formats import ModuleScheme, get_format
+from sparsify.runtime.zero_points import NO_ZERO_POINTS
 
 DTYPES = (torch.bfloat16, torch.float16)
 CUTLASS_CAPABILITIES = (8,)  # the major ones that torch's CUTLASS kernels were written for
@@ -33,6 +34,8 @@ class Torch24:
         return "cuSPARSELt" if _has_cusparselt() else "CUTLASS"
 
     def supports(self, scheme: ModuleScheme, device: torch.device, dtype: torch.dtype) -> str | None:
+        if not scheme.symmetric:
+            return NO_ZERO_POINTS
         if device.type != "cuda":
             return f"it runs on NVIDIA GPUs, not on {device.type}"
         major, minor = _capability(device)

@@ -23,6 +23,7 @@ from torch.nn import functional
 from sparsify.formats import ModuleScheme
 from sparsify.runtime.backends.triton_launch import DTYPES, PANEL, UNIT, run
 from sparsify.runtime.backends.triton_tuning import choose_config
+from sparsify.runtime.zero_points import NO_ZERO_POINTS
 
 
 class Triton:
@@ -38,6 +39,8 @@ class Triton:
         return None
 
     def supports(self, scheme: ModuleScheme, device: torch.device, dtype: torch.dtype) -> str | None:
+        if not scheme.symmetric:
+            return NO_ZERO_POINTS
         if dtype not in DTYPES:
             return f"activations must be bfloat16 or float16, not {dtype}"
         if device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
