@@ -1,7 +1,7 @@
 """Run by the Python of llm-compressor's environment: what its own code makes of recipes. Reads JSON on stdin, writes JSON.
 
 Input: {"recipes": [recipe as data, ...], "model": directory}. Output per recipe: {linear: [method, bits, group size or "channel",
-order of columns]} for the linears whose weights it would quantize.
+order of columns, symmetric]} for the linears whose weights it would quantize.
 """
 
 import json
@@ -42,7 +42,7 @@ def main() -> None:
 def scheme_of(method: str, weights: Any) -> list[object]:
     strategy, order = str(weights.strategy).lower(), weights.actorder
     group = "channel" if strategy.endswith("channel") else weights.group_size
-    return [method, weights.num_bits, group, bool(order) and method == "gptq"]
+    return [method, weights.num_bits, group, bool(order) and method == "gptq", weights.symmetric]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ LINEARS = [f"model.layers.{layer}.{part}" for layer in range(3) for part in PART
 W = {"num_bits": 4, "strategy": "group", "group_size": 32}
 MORE: list[list[dict[str, Any]]] = [
     [{"GPTQModifier": {"scheme": "W4A16"}}],
+    [{"GPTQModifier": {"scheme": "W4A16_ASYM"}}],
     [{"GPTQModifier": {"scheme": {"W4A16": ["re:.*self_attn.*"], "W8A16": ["Linear"]}, "ignore": ["lm_head"]}}],
     [
         {
@@ -93,9 +94,10 @@ def ours(data: dict[str, Any]) -> dict[str, list[Any]]:
     found = {}
     for name in LINEARS:
         if (step := settings_of(recipe, name).quantize) is not None:
-            found[name] = [step.method, step.bits, step.group_size, step.activation_order and step.method == "gptq"]
+            ordered = step.activation_order and step.method == "gptq"
+            found[name] = [step.method, step.bits, step.group_size, ordered, step.symmetric]
     if (head := recipe.export.head) is not None:
-        found["lm_head"] = [head.method, head.bits, head.group_size]
+        found["lm_head"] = [head.method, head.bits, head.group_size, head.symmetric]
     return found
 
 
@@ -113,7 +115,7 @@ def test_linears_and_settings_are_those_of_llm_compressor(python: str, tmp_path:
     assert len(theirs) == len(recipes) and any(theirs)
     for data, expected in zip(recipes, theirs, strict=True):
         if "lm_head" in expected:
-            expected["lm_head"] = expected["lm_head"][:3]
+            expected["lm_head"] = [*expected["lm_head"][:3], expected["lm_head"][4]]
         if any(other in str(data) for other in ("language_model.lm_head", "proj_out")):  # heads of other classes
             del expected["lm_head"]
         assert ours(data) == expected, data

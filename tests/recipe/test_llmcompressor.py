@@ -93,6 +93,14 @@ def test_two_stages_become_two_passes() -> None:
             Quantize(method="rtn", bits=4, group_size=128),
         ),
         (
+            gptq("{scheme: W4A16_ASYM, ignore: [lm_head]}"),
+            Quantize(method="gptq", bits=4, group_size=128, symmetric=False, activation_order=True),
+        ),
+        (
+            gptq("scheme: {weights: {num_bits: 8, symmetric: false, strategy: channel, zp_dtype: torch.int8}}"),
+            Quantize(method="gptq", bits=8, group_size="channel", symmetric=False, activation_order=True),
+        ),
+        (
             "s_stage:\n  s_modifiers:\n    WandaPruningModifier: {sparsity: 0.5, mask_structure: 2:4}\n",
             Prune(method="wanda"),
         ),
@@ -160,7 +168,7 @@ def test_overrides_apply_to_the_translation() -> None:
         (gptq("{scheme: W4A16, actorder: group}"), 4, "write actorder: static"),
         (gptq("scheme: {weights: {num_bits: 3, strategy: channel}}"), 4, "num_bits: 3 has no counterpart"),
         (gptq("scheme: {weights: {num_bits: 4, type: float, strategy: channel}}"), 4, "type: float"),
-        (gptq("scheme: {weights: {num_bits: 4, symmetric: false, strategy: channel}}"), 4, "symmetric: False"),
+        (gptq("scheme: {weights: {num_bits: 4, symmetric: maybe, strategy: channel}}"), 4, "symmetric: maybe"),
         (gptq("scheme: {weights: {num_bits: 4}}"), 4, "strategy: tensor has no counterpart"),
         (gptq("scheme: {weights: {num_bits: 4, strategy: group}}"), 4, "strategy: group needs a group_size"),
         (gptq("scheme: {weights: {num_bits: 4, strategy: group, group_size: 48}}"), 4, "group_size must be 32, 64"),
@@ -169,7 +177,7 @@ def test_overrides_apply_to_the_translation() -> None:
         (gptq("config_groups: {a: {weights: {}}, b: {weights: {}}}"), 4, "strategy: tensor has no counterpart"),
         (gptq("config_groups: {a: {weights: {num_bits: 4, group_size: 128}, targets: [Embedding]}}"), 4, "is a class"),
         (gptq("{scheme: W4A16, weight_observer: imatrix_mse}"), 4, "observer: imatrix_mse has no counterpart"),
-        (gptq("{scheme: W4A16_ASYM}"), 4, "symmetric: False has no counterpart"),
+        (gptq("{scheme: W2A16_ASYM}"), 4, "num_bits: 2 has no counterpart"),
         (gptq("{scheme: W2A16}"), 4, "num_bits: 2 has no counterpart"),
         (gptq("{scheme: W4A16, actorder: null, config_groups: {}}"), 4, "both scheme and config_groups"),
     ],
@@ -370,7 +378,9 @@ def test_gptq_without_groups_solves_those_of_the_modifier_before_in_their_order(
 
 def test_a_head_that_is_not_ignored_is_quantized() -> None:
     head = parse_recipe(gptq("{scheme: W4A16, ignore: ['re:.*router']}")).export.head
-    assert head is not None and (head.bits, head.group_size, head.method) == (4, 128, "gptq")
+    assert head is not None and (head.bits, head.group_size, head.method, head.symmetric) == (4, 128, "gptq", True)
+    asymmetric = parse_recipe(gptq("{scheme: W4A16_ASYM, ignore: ['re:.*router']}")).export.head
+    assert asymmetric is not None and not asymmetric.symmetric
     for ignore in ("lm_head", "re:.*lm_head", "re:.*head$"):
         assert parse_recipe(gptq(f"{{scheme: W4A16, ignore: ['{ignore}']}}")).export.head is None
 

@@ -55,7 +55,7 @@ class Work:
     kind:    prune or quantize
     rules:   weakest first: a linear gets what the last rule says that names it
     ignore:  our patterns of linears that it leaves alone, and the place where they were written
-    head:    what it makes of the output head: bits, group_size, method; None leaves it
+    head:    what it makes of the output head: bits, group_size, symmetric, method; None leaves it
     damping: None for a method without a Hessian
     """
 
@@ -231,7 +231,7 @@ def _head(rules: list[Rule], ignore: Any, method: str) -> Body | None:
         if rule.pattern is None or names(rule.target, "lm_head"):
             if rule.values is None:
                 return None
-            head = {key: rule.values[key] for key in ("bits", "group_size")}
+            head = {key: rule.values[key] for key in ("bits", "group_size", "symmetric")}
             return {**head, "method": (method, rule.place)}
     return None
 
@@ -361,7 +361,10 @@ def _weights(weights: Settings, method: str, order: Order | None, written: bool,
     bits = weights.must_be("num_bits", (4, 8), "quantizes to 4 or 8 bits", 8)
     bits_place = weights.place("num_bits")
     weights.must_be("type", ("int",), "quantizes to integers (type: int)", "int")
-    weights.must_be("symmetric", (True,), "quantizes symmetrically (symmetric: true)", True)
+    symmetric = weights.must_be("symmetric", (True, False), "takes true or false", True)
+    symmetric_place = weights.place("symmetric")
+    if not symmetric:  # what llm-compressor writes of a group with zero points
+        weights.must_be("zp_dtype", ("torch.int8",), "stores zero points as int8 (zp_dtype: torch.int8)", "torch.int8")
     weights.must_be("dynamic", (False,), "quantizes weights once (dynamic: false)", False)
     group_size, place = weights.take("group_size", -1), weights.place("group_size")
     strategy = weights.word("strategy", "channel" if group_size == -1 and "group_size" in weights.given else None)
@@ -380,6 +383,7 @@ def _weights(weights: Settings, method: str, order: Order | None, written: bool,
         "method": (method, weights.document.origin(weights.path[:-1])),
         "bits": (bits, bits_place),
         "group_size": ("channel" if strategy == "channel" else group_size, place),
+        "symmetric": (symmetric, symmetric_place),
         "activation_order": _group_order(weights, order, written),
         **search,
     }

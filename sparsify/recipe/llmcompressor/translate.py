@@ -21,7 +21,7 @@ from sparsify.recipe.methods import TRANSFORMS
 
 DAMPING = 0.01  # llm-compressor's dampening_frac where none is given
 KEEP = "ConstantPruningModifier"
-DEFAULTS: dict[str, Any] = {"activation_order": False, "scale_search": True}  # what need not be written into a pass
+DEFAULTS: dict[str, Any] = {"symmetric": True, "activation_order": False, "scale_search": True}  # what a pass need not say
 
 
 def translate(document: Document) -> Document:
