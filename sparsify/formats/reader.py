@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsify.errors import CheckpointError
 from sparsify.formats import get_format, known_formats
 from sparsify.formats.foreign import dequantized, described, is_only_dequantized, reads_foreign
-from sparsify.formats.scheme import ModuleScheme, in_block
+from sparsify.formats.scheme import ModuleScheme, in_block, scheme_problem
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.linear import LinearWeights
 
@@ -108,10 +108,14 @@ def recognised(checkpoint: Checkpoint) -> CompressedCheckpoint | None:
         if format.recognises(config):
             shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
             try:
-                return CompressedCheckpoint(checkpoint, name, format.schemes(config, shapes))
+                schemes = format.schemes(config, shapes)
             except CheckpointError:
                 if not foreign:
                     raise
+                continue
+            if foreign and any(scheme_problem(scheme) for scheme in schemes.values()):
+                continue
+            return CompressedCheckpoint(checkpoint, name, schemes)
     return None
 
 

@@ -28,6 +28,7 @@ def _make_linear(
     bias: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    symmetric: bool = True,
 ) -> LinearWeights:
     generator = torch.Generator().manual_seed(seed)
     offset = torch.randn(n, generator=generator).to(dtype) if bias else None
@@ -36,10 +37,18 @@ def _make_linear(
         return LinearWeights(16, pattern, k, values=values, bias=offset)
     low, high = CODE_RANGE[bits]
     codes = torch.randint(low, high + 1, (n, k), generator=generator)
-    if pattern == "2:4":
+    if pattern == "2:4" and symmetric:
         codes = _two_four(codes, generator)
     scale = (torch.rand(n, k // group_size, generator=generator) * 0.1 + 0.001).to(dtype)
-    return LinearWeights(bits, pattern, group_size, codes=codes.to(torch.int8), scale=scale, bias=offset)
+    zero_point = None
+    if not symmetric:
+        zero_point = torch.randint(low, high + 1, (n, k // group_size), generator=generator).to(torch.int8)
+        zero_point[0, 0], zero_point[-1, -1] = low, high
+        zeros = zero_point.long().repeat_interleave(group_size, 1)
+        if pattern == "2:4":
+            codes = torch.where(_two_four(torch.ones(n, k), generator) == 0, zeros, codes)
+    codes = codes.to(torch.int8)
+    return LinearWeights(bits, pattern, group_size, codes=codes, scale=scale, bias=offset, zero_point=zero_point)
 
 
 def _same(a: LinearWeights, b: LinearWeights) -> bool:
@@ -51,7 +60,8 @@ def _same(a: LinearWeights, b: LinearWeights) -> bool:
         return x.dtype == y.dtype and torch.equal(x, y)
 
     scheme = (a.bits, a.pattern, a.group_size) == (b.bits, b.pattern, b.group_size)
-    return scheme and all(equal(getattr(a, name), getattr(b, name)) for name in ("codes", "scale", "values", "bias"))
+    names = ("codes", "scale", "values", "bias", "zero_point")
+    return scheme and all(equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +75,7 @@ def single_thread():
 
 @pytest.fixture
 def make_linear():
-    """`make_linear(n, k, bits, group_size, pattern, bias, dtype, seed)`: a random linear."""
+    """`make_linear(n, k, bits, group_size, pattern, bias, dtype, seed, symmetric)`: a random linear."""
     return _make_linear
 
 

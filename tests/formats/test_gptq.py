@@ -29,11 +29,13 @@ KINDS: list[dict[str, Any]] = [
     {"n": 64, "k": 128, "bits": 4, "group_size": 128, "pattern": "dense"},
     {"n": 32, "k": 96, "bits": 4, "group_size": 96, "pattern": "dense", "dtype": torch.float16},
     {"n": 32, "k": 64, "bits": 8, "group_size": 64, "bias": True},
+    {"n": 32, "k": 128, "bits": 4, "group_size": 32, "symmetric": False},
+    {"n": 64, "k": 64, "bits": 8, "group_size": 64, "pattern": "dense", "symmetric": False},
 ]
 
 
-def dequantized(tensors: dict[str, Tensor], bits: int) -> np.ndarray:
-    """As AutoGPTQ's description has it: scales[g] * (q - (z + 1)), number by number. Returns [N, K]."""
+def dequantized(tensors: dict[str, Tensor], bits: int, version: int = 1) -> np.ndarray:
+    """As AutoGPTQ's description has it: scales[g] * (q - (z + 1)), in version 2 scales[g] * (q - z), number by number: [N, K]."""
     words, zeros = (tensors[name].numpy().view(np.uint32) for name in ("qweight", "qzeros"))
     scales, g_idx, mask = tensors["scales"].float().numpy(), tensors["g_idx"].tolist(), (1 << bits) - 1
     per = 32 // bits
@@ -42,7 +44,7 @@ def dequantized(tensors: dict[str, Tensor], bits: int) -> np.ndarray:
         for k, group in enumerate(g_idx):
             q = int(words[k // per, n]) >> bits * (k % per) & mask
             z = int(zeros[group, n // per]) >> bits * (n % per) & mask
-            weight[n, k] = scales[group, n] * (q - (z + 1))
+            weight[n, k] = scales[group, n] * (q - (z + 1 if version == 1 else z))
     return weight
 
 
@@ -50,7 +52,8 @@ def dequantized(tensors: dict[str, Tensor], bits: int) -> np.ndarray:
 def test_the_weights_are_those_of_autogptqs_description(make_linear, same, kind: dict[str, Any]) -> None:
     linear = make_linear(**kind)
     tensors = FORMAT.encode(linear)
-    assert np.array_equal(dequantized(tensors, linear.bits), linear.dense(torch.float32).numpy())
+    found = dequantized(tensors, linear.bits, 1 if linear.symmetric else 2)
+    assert np.array_equal(found, linear.dense(torch.float32).numpy())
     assert same(FORMAT.decode("m", tensors, ModuleScheme.of(linear)), linear)
 
 
@@ -169,7 +172,8 @@ def test_config_and_tensors_that_disagree_are_refused(llama, compress, tmp_path,
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"sym": False}, "expected sym: true"),
+        ({"sym": False}, "expected sym: true or checkpoint_format: gptq_v2"),
+        ({"sym": "yes"}, "expected sym true or false, found 'yes'"),
         ({"desc_act": True}, "expected desc_act: false"),
         ({"bits": 3}, "expected bits 4 or 8"),
         ({"group_size": 0}, "group_size as a number or -1"),

@@ -1,11 +1,13 @@
 """The bytes of sparse24: layout, exact round trip, and refusal of every damaged tensor by name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format
-from sparsify.formats.sparse24 import Sparse24Config, tensor_layout
+from sparsify.formats.sparse24 import Sparse24Config, all_zero, tensor_layout
 
 FORMAT = get_format("sparse24")
 KINDS = [
@@ -19,6 +21,11 @@ KINDS = [
     dict(bits=16, dtype=torch.float16, bias=True),
     dict(bits=4, group_size=64, pattern="dense"),
     dict(bits=8, group_size=128, pattern="dense", bias=True),
+    dict(bits=4, group_size=32, symmetric=False, bias=True),
+    dict(bits=4, k=208, group_size=208, symmetric=False, dtype=torch.float16),
+    dict(bits=8, group_size=64, symmetric=False),
+    dict(bits=4, group_size=64, pattern="dense", symmetric=False),
+    dict(bits=8, k=48, group_size=48, pattern="dense", symmetric=False),
 ]
 
 
@@ -51,6 +58,87 @@ def test_four_bit_layout_matches_a_reference_written_with_loops(make_linear):
                 column = 4 * quad + position
                 weight[n, column] = float(encoded["weight_scale"][n, column // 32]) * code
     assert torch.equal(weight, linear.dense(torch.float32))
+
+
+def test_zero_points_match_a_reference_written_with_loops(make_linear):
+    """scale * (code - zero point) where a weight is kept, 0 elsewhere, whatever code zero has."""
+    linear = make_linear(n=3, k=64, group_size=32, symmetric=False)
+    encoded = FORMAT.encode(linear)
+    weight = torch.zeros(3, 64)
+    for n in range(3):
+        for quad in range(16):
+            nibble = int(encoded["weight_meta"][n, quad // 2]) >> 4 * (quad % 2) & 15
+            for slot, position in enumerate((nibble & 3, nibble >> 2)):
+                index, column = 2 * quad + slot, 4 * quad + position
+                code = (int(encoded["weight_packed"][n, index // 8]) % 2**32 >> 4 * (index % 8) & 15) - 8
+                zero = int(encoded["weight_zero_point"][n, column // 32])
+                weight[n, column] = float(encoded["weight_scale"][n, column // 32]) * (code - zero)
+    assert torch.equal(weight, linear.dense(torch.float32))
+    assert (weight == 0).float().mean() >= 0.5
+    assert torch.equal(FORMAT.decode("m", encoded, ModuleScheme.of(linear)).dense(torch.float32), weight)
+
+
+def test_all_zero_weights_are_known_whatever_their_codes(make_linear):
+    linear = make_linear(symmetric=False)
+    zeros = linear.zero_point.repeat_interleave(64, 1)
+    for nothing in (linear.zeroed(), replace(linear, codes=zeros)):
+        assert nothing.is_zero() and not nothing.symmetric
+        assert all_zero(FORMAT.encode(nothing), ModuleScheme.of(nothing))
+    assert not all_zero(FORMAT.encode(linear), ModuleScheme.of(linear))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: None, "is missing, expected int8 [24, 2]"),
+        (lambda t: t[:, :1], "expected int8 [24, 2], found int8 [24, 1]"),
+        (lambda t: t.to(torch.int32), "expected int8 [24, 2], found int32"),
+        (lambda t: t.to(torch.bfloat16), "found bfloat16"),
+        (lambda t: t.index_fill(0, torch.tensor(5), 8), "expected zero points of 4 bits, -8 to 7, found 8"),
+        (lambda t: t.index_fill(0, torch.tensor(5), -9), "expected zero points of 4 bits, -8 to 7, found -9"),
+    ],
+)
+def test_a_hostile_zero_point_is_refused_by_name(make_linear, bits, change, says):
+    linear = make_linear(bits=bits, symmetric=False)
+    tensors = FORMAT.encode(linear)
+    changed = change(tensors.pop("weight_zero_point"))
+    tensors |= {} if changed is None else {"weight_zero_point": changed}
+    if bits == 8 and "of 4 bits" in says:  # every int8 is a code of 8 bits
+        assert torch.equal(FORMAT.decode("m", tensors, ModuleScheme.of(linear)).zero_point, changed)
+        return
+    with pytest.raises(CheckpointError) as caught:
+        FORMAT.decode("model.layers.0.up", tensors, ModuleScheme.of(linear))
+    assert "model.layers.0.up.weight_zero_point" in str(caught.value) and says in str(caught.value)
+
+
+def test_zero_points_of_symmetric_codes_are_refused(make_linear):
+    linear = make_linear()
+    tensors = {**FORMAT.encode(linear), "weight_zero_point": torch.zeros(24, 2, dtype=torch.int8)}
+    with pytest.raises(
+        CheckpointError, match="m.weight_zero_point: expected no such tensor in symmetric codes, a 4-bit"
+    ):
+        FORMAT.decode("m", tensors, ModuleScheme.of(linear))
+    with pytest.raises(CheckpointError, match="m: 16-bit values have no zero points"):
+        FORMAT.decode("m", {}, ModuleScheme(16, 96, "2:4", (4, 96), symmetric=False))
+
+
+def test_config_says_which_linears_have_zero_points():
+    modules = {f"model.layers.{i}.mlp.up_proj": scheme(symmetric=False) for i in range(3)}
+    modules["model.layers.1.mlp.down_proj"] = scheme()
+    modules["lm_head"] = scheme(bits=8, pattern="dense")
+    modules["model.layers.0.mlp.down_proj"] = scheme(bits=8, symmetric=False)
+    config = FORMAT.quantization_config(modules, [])
+    assert config["symmetric"] is False
+    assert (
+        config["modules"]["lm_head"]["symmetric"]
+        is config["modules"]["model.layers.1.mlp.down_proj"]["symmetric"]
+        is True
+    )
+    assert "symmetric" not in config["modules"]["model.layers.0.mlp.down_proj"]
+    read = Sparse24Config.from_dict(config)
+    assert {name: read.scheme(name, s.shape) for name, s in modules.items()} == modules
+    assert "symmetric" not in str(FORMAT.quantization_config({"model.layers.0.up": scheme()}, []))
 
 
 def test_three_bits_per_weight_and_nine_when_sparse_only(make_linear):
@@ -150,8 +238,8 @@ def test_linears_that_stay_dense_say_why(make_linear):
     assert "plain dense" in FORMAT.supports(make_linear(bits=16, pattern="dense"))
 
 
-def scheme(bits=4, group_size=64, pattern="2:4", shape=(32, 192)):
-    return ModuleScheme(bits, group_size, pattern, shape)
+def scheme(bits=4, group_size=64, pattern="2:4", shape=(32, 192), symmetric=True):
+    return ModuleScheme(bits, group_size, pattern, shape, symmetric)
 
 
 def test_config_tells_of_every_linear_how_it_is_compressed():
@@ -195,6 +283,8 @@ def test_overrides_inherit_what_they_do_not_say():
         ({"group_size": True}, "group_size"),
         ({"group_size": "64"}, "group_size"),
         ({"pattern": ["2:4"]}, "pattern"),
+        ({"symmetric": "no"}, "symmetric true or false, found 'no'"),
+        ({"modules": {"lm_head": {"symmetric": 0}}}, "modules.lm_head: expected symmetric"),
         ({"ignore": "lm_head"}, "ignore must be a list"),
         ({"modules": ["lm_head"]}, "modules must map"),
         ({"modules": {"lm_head": 8}}, "modules must map"),

@@ -60,7 +60,9 @@ def test_rounding_to_nearest_is_the_affine_grid_from_minimum_to_maximum(problem,
     wanted_scale, wanted_zero = min_max(groups, bits)
     torch.testing.assert_close(scale.reshape(-1).double(), wanted_scale, rtol=1e-6, atol=0)
     assert torch.equal(zero_point.reshape(-1).double(), wanted_zero) and zero_point.dtype == torch.int8
-    assert set(zero_point[N : 2 * N].unique().tolist()) == {low} and set(zero_point[2 * N :].unique().tolist()) == {high}
+    assert set(zero_point[N : 2 * N].unique().tolist()) == {low} and set(zero_point[2 * N :].unique().tolist()) == {
+        high
+    }
     exact = (groups / wanted_scale[:, None]).round() + wanted_zero[:, None]
     away = (codes.reshape(-1, 32).double() - exact.clamp(low, high)).abs()
     assert away.max() <= 1 and (away == 0).float().mean() > 0.999  # a tie in float32 may fall the other way
@@ -171,9 +173,7 @@ def test_every_scheme_decodes_to_what_was_solved(problem, way, bits, group, orde
     W, _, H = problem
     made = {}
     for symmetric in (True, False):
-        scheme = Scheme(
-            prune, quantize, bits, group, activation_order=order, coordinate_descent=2, symmetric=symmetric
-        )
+        scheme = Scheme(prune, quantize, bits, group, activation_order=order, coordinate_descent=2, symmetric=symmetric)
         parts, errors = solve_layer({"a": W[:10], "b": W[10:]}, scheme, Statistics(H))
         made[symmetric] = max(errors.values())
     linear = parts["b"]

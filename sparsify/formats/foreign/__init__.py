@@ -19,6 +19,7 @@ from sparsify.formats.foreign.fp8 import Fp8
 from sparsify.formats.foreign.gptq import Gptq
 from sparsify.formats.foreign.own import find_own
 from sparsify.formats.foreign.scheme import Found, Infos, Scheme
+from sparsify.formats.scheme import FLOATS
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 
 __all__ = [
@@ -81,9 +82,11 @@ def reads_foreign(config: Mapping[str, Any]) -> bool:
 
 
 def is_only_dequantized(config: Mapping[str, Any], infos: Infos) -> bool:
-    """Whether no format of this project holds its codes: in an activation order, or GPTQ with zero points of version 1, of which
-    it depends on the writer what they mean."""
+    """Whether no format of this project holds its codes: in an activation order, with scales of other types than ours have, or
+    GPTQ with zero points of version 1, of which it depends on the writer what they mean."""
     if any(name.endswith(".weight_g_idx") for name in infos):
+        return True
+    if any(name.endswith((".weight_scale", ".scales")) and info.dtype not in FLOATS for name, info in infos.items()):
         return True
     asymmetric = config.get("sym") is False and config.get("checkpoint_format", config.get("format")) != "gptq_v2"
     return config.get("quant_method") == "gptq" and (bool(config.get("desc_act")) or asymmetric)

@@ -21,7 +21,11 @@ from sparsify.recipe.methods import TRANSFORMS
 
 DAMPING = 0.01  # llm-compressor's dampening_frac where none is given
 KEEP = "ConstantPruningModifier"
-DEFAULTS: dict[str, Any] = {"symmetric": True, "activation_order": False, "scale_search": True}  # what a pass need not say
+DEFAULTS: dict[str, Any] = {
+    "symmetric": True,
+    "activation_order": False,
+    "scale_search": True,
+}  # what a pass need not say
 
 
 def translate(document: Document) -> Document:
