@@ -51,7 +51,7 @@ def _group_size(scheme: ModuleScheme) -> int | None:
 
 
 @functools.cache
-def _suffixes(format: str, bits: int, pattern: str, group_size: int | None, symmetric: bool) -> frozenset[str]:
+def _suffixes(format: str, bits: int, pattern: str, group_size: int | None, symmetric: bool = True) -> frozenset[str]:
     """The tensors that a linear of such a scheme consists of in a format, as it writes a small one of zeros.
 
     group_size: None for one scale per output

@@ -50,8 +50,12 @@ def round_linear(
     group_size: int = 64,
     pattern: str = "2:4",
     scale_dtype: torch.dtype = torch.bfloat16,
+    symmetric: bool = True,
 ) -> LinearWeights:
-    """The two largest of every four, rounded to nearest. weight: [N, K]; group_size: 0 for one scale per channel."""
+    """The two largest of every four, rounded to nearest. weight: [N, K]; group_size: 0 for one scale per channel.
+
+    symmetric: False rounds between the smallest and the largest weight of a group, with a zero point
+    """
     n, k = weight.shape
     if pattern == "2:4":
         quads = weight.reshape(n, k // 4, 4)
@@ -61,6 +65,15 @@ def round_linear(
         return LinearWeights(16, pattern, k, values=weight.to(scale_dtype), bias=bias)
     grouped = weight.float().reshape(n, -1, group_size or k)
     top = (1 << (bits - 1)) - 1
+    if not symmetric:
+        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+        scale = ((high - low) / (2 * top + 1)).clamp(min=1e-6).to(scale_dtype)
+        zero = (-top - 1 - low / scale.float()).round().clamp(-top - 1, top)
+        steps = (grouped / scale.float()[:, :, None]).round()
+        codes = (steps + zero[:, :, None]).clamp(-top - 1, top).to(torch.int8).reshape(n, k)
+        return LinearWeights(
+            bits, pattern, group_size or k, codes=codes, scale=scale, bias=bias, zero_point=zero.to(torch.int8)
+        )
     scale = (grouped.abs().amax(2) / top).clamp(min=1e-6).to(scale_dtype)
     codes = (grouped / scale.float()[:, :, None]).round().clamp(-top - 1, top).to(torch.int8).reshape(n, k)
     return LinearWeights(bits, pattern, group_size or k, codes=codes, scale=scale, bias=bias)

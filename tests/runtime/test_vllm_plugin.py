@@ -39,7 +39,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from sparsify.compiler.apply import apply
 from sparsify.compiler.convert import export
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import LinearWeights
@@ -47,7 +47,7 @@ from sparsify.recipe import parse_recipe
 from sparsify.runtime import vllm_plugin
 from sparsify.runtime.backends import cuda
 from sparsify.runtime.vllm_plugin import Sparse24Config, Sparse24LinearMethod
-from tests.helpers.agreement import Agree
+from tests.helpers.agreement import Agree, bits
 from tests.helpers.compressed import round_linear
 from tests.helpers.tiny import save_tiny
 from tests.runtime.test_cuda import SM_COUNT, library  # noqa: F401
@@ -65,6 +65,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "8 bits": {"bits": 8, "group_size": 32},
     "16 bits": {"bits": 16},
     "8 bits, dense": {"bits": 8, "group_size": 128, "pattern": "dense"},
+    "4 bits, zero points": {"bits": 4, "group_size": 32, "symmetric": False},
+    "4 bits, dense, channel, zero points": {"bits": 4, "group_size": 0, "pattern": "dense", "symmetric": False},
 }
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 Loads = list[tuple[Any, LinearWeights]]  # shard id, linear
@@ -138,6 +140,51 @@ def test_plain_linear(kind: dict[str, Any], rank: Rank, dtype: torch.dtype, agre
     x = torch.randn(5, K, dtype=dtype)
     agree(product(layer, x), expected([(None, weights)], x))
     assert not [n for n, _ in layer.named_parameters()]  # the packed bytes are not kept beside what the back end made
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "dense"])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_of_8_bits_with_zero_points(
+    rank: Rank, dtype: torch.dtype, world: int, pattern: str, agree: Agree
+) -> None:
+    """Codes that fit no other 8-bit form: 16-bit values where those are exact, the dense weights elsewhere."""
+    name, weights = "model.layers.0.self_attn.o_proj", make_linear(48, bits=8, symmetric=False, pattern=pattern)
+    config, x, total = config_for({name: weights}), torch.randn(3, K, dtype=dtype), torch.zeros(3, 48, dtype=dtype)
+    reference = agree is bits
+    if not reference and (pattern == "dense" or dtype == torch.float32):
+        layer = ReplicatedLinear(K, 48, bias=False, params_dtype=dtype, quant_config=config, prefix=name)
+        with pytest.raises(SparsifyError, match="no back end serves .* cpu: it knows no zero points"):
+            load(layer, [(None, weights)])
+        return
+    for r in range(world):
+        rank(r, world)
+        layer = RowParallelLinear(
+            K, 48, bias=False, params_dtype=dtype, reduce_results=False, quant_config=config, prefix=name
+        )
+        load(layer, [(None, weights)])
+        total += product(layer, x[:, r * K // world : (r + 1) * K // world])
+    if world == 1 or not reference:
+        agree(total, expected([(None, weights)], x))
+    else:  # two sums, each rounded
+        torch.testing.assert_close(total, expected([(None, weights)], x), rtol=2e-2, atol=2e-2)
+
+
+def test_a_hostile_zero_point_is_refused_by_name(rank: Rank) -> None:
+    name, weights = "model.layers.0.mlp.down_proj", make_linear(32, bits=4, symmetric=False)
+    layer = ReplicatedLinear(K, 32, bias=False, quant_config=config_for({name: weights}), prefix=name)
+    with pytest.raises(
+        CheckpointError, match=rf"{name}\.weight_zero_point: expected zero points of 4 bits, .* found 99"
+    ):
+        load(layer, [(None, weights)], lambda tensors: tensors.update(weight_zero_point=weights.zero_point * 0 + 99))
+
+
+def test_linears_of_which_one_has_zero_points_are_not_merged(rank: Rank) -> None:
+    prefix = "model.layers.0.mlp."
+    parts = {"gate_proj": make_linear(64, 1), "up_proj": make_linear(64, 2, symmetric=False)}
+    config = config_for({prefix + name: weights for name, weights in parts.items()})
+    with pytest.raises(CheckpointError, match="must be compressed alike, found .*symmetric=True.*symmetric=False"):
+        MergedColumnParallelLinear(K, [64, 64], bias=False, quant_config=config, prefix=prefix + "gate_up_proj")
 
 
 @pytest.mark.parametrize("world", [1, 2])
