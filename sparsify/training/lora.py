@@ -39,7 +39,8 @@ class FrozenLinear(nn.Module):
     """A compressed linear that is not trained.
 
     quantized: the codes stay codes, two to a byte where they have 4 bits, and are dequantized in each forward pass;
-    otherwise, and for weights of 16 bits, `weight` holds [N, K] in `dtype`.
+    otherwise, and for weights of 16 bits, `weight` holds [N, K] in `dtype`. Codes of 8 bits less a zero point, which need 9, stay
+    codes too: they could not be read back from a weight of 16 bits.
     """
 
     scale: Tensor | None
@@ -54,7 +55,8 @@ class FrozenLinear(nn.Module):
         self.bits, self.pattern, self.group_size, self.store = (
             linear.bits, linear.pattern, linear.group_size, linear.dtype
         )  # fmt: skip
-        self.quantized = quantized and linear.codes is not None
+        wide = linear.bits == 8 and not linear.symmetric
+        self.quantized = (quantized or wide) and linear.codes is not None
         self.register_buffer("scale", linear.scale, persistent=False)
         self.register_buffer("zero_point", linear.zero_point, persistent=False)
         self.register_buffer("bias", linear.bias, persistent=False)
