@@ -215,7 +215,7 @@ def reader() -> dict[str, Any]:
     return names
 
 
-def linear(bits: int, pattern: str, group: int, dtype: torch.dtype) -> LinearWeights:
+def linear(bits: int, pattern: str, group: int, dtype: torch.dtype, symmetric: bool = True) -> LinearWeights:
     n, k = 6, 128
     generator = torch.Generator().manual_seed(bits)
     keep = keep_two_of_four(torch.rand(n, k, generator=generator)) if pattern == "2:4" else torch.ones(n, k).bool()
@@ -225,20 +225,25 @@ def linear(bits: int, pattern: str, group: int, dtype: torch.dtype) -> LinearWei
     half = 1 << bits - 1
     codes = (torch.randint(-half, half, (n, k), generator=generator) * keep).to(torch.int8)
     scale = torch.rand(n, k // group, generator=generator).add(0.1).to(dtype)
-    return LinearWeights(bits, pattern, group, codes=codes, scale=scale)
+    if symmetric:
+        return LinearWeights(bits, pattern, group, codes=codes, scale=scale)
+    zero_point = torch.randint(-half, half, (n, k // group), generator=generator).to(torch.int8)
+    codes = torch.where(keep, codes, zero_point.repeat_interleave(group, 1))
+    return LinearWeights(bits, pattern, group, codes=codes, scale=scale, zero_point=zero_point)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("bits", "pattern", "group"),
     [(4, "2:4", 64), (4, "2:4", 128), (8, "2:4", 32), (16, "2:4", 128), (4, "dense", 64), (8, "dense", 32)],
 )
 def test_the_page_alone_is_enough_for_a_second_reader(
-    bits: int, pattern: str, group: int, dtype: torch.dtype, reader: dict[str, Any], tmp_path: Path
+    bits: int, pattern: str, group: int, dtype: torch.dtype, symmetric: bool, reader: dict[str, Any], tmp_path: Path
 ) -> None:
     from safetensors.torch import save_file
 
-    weights = linear(bits, pattern, group, dtype).validate("m")
+    weights = linear(bits, pattern, group, dtype, symmetric or bits == 16).validate("m")
     tensors = {f"m.{suffix}": tensor for suffix, tensor in get_format("sparse24").encode(weights).items()}
     save_file(tensors, tmp_path / "model.safetensors")
     found = reader["read_linear"](reader["read_file"](tmp_path / "model.safetensors"), "m", bits, pattern)

@@ -48,7 +48,7 @@ from sparsify.formats.scheme import (
 )
 from sparsify.model.linear import PATTERNS, LinearWeights
 
-VERSION = 1
+VERSION, ZERO_POINTS = 1, 2  # the second is written where some linear has zero points, so that older readers refuse it
 SUFFIXES = frozenset({"weight_packed", "weight_meta", "weight_scale", "weight_zero_point", "weight_values"})
 KEYS = ("bits", "group_size", "pattern", "symmetric")  # of a label; what is symmetric need not say so
 DEFAULT = Label(4, 64, "2:4")  # what the config of a checkpoint without any compressed linear says
@@ -72,9 +72,11 @@ class Sparse24Config:
         if config.get("quant_method") != "sparse24":
             found = config.get("quant_method")
             raise CheckpointError(f"quantization_config: expected quant_method sparse24, found {found!r}; {NOT_OWN}")
-        if config.get("version") != VERSION:
-            found = config.get("version")
-            raise CheckpointError(f"expected sparse24 version {VERSION}, config.json says {found!r}; update sparsify")
+        version = config.get("version")
+        if version not in (VERSION, ZERO_POINTS):
+            raise CheckpointError(
+                f"expected sparse24 version {VERSION} or {ZERO_POINTS}, config.json says {version!r}; update sparsify"
+            )
         ignore, modules = config.get("ignore", []), config.get("modules", {})
         if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
             raise CheckpointError("quantization_config: ignore must be a list of module names")
@@ -82,7 +84,13 @@ class Sparse24Config:
             raise CheckpointError("quantization_config: modules must map module names to {bits, group_size, pattern}")
         base = {"pattern": "2:4", **{key: config[key] for key in KEYS if key in config}}
         overrides = {name: _label(f"modules.{name}", {**base, **entry}) for name, entry in modules.items()}
-        return cls(_label("the default", base), frozenset(ignore), overrides)
+        default = _label("the default", base)
+        if version == VERSION and not all(label.symmetric for label in (default, *overrides.values())):
+            expected = (
+                f"expected version {ZERO_POINTS}, which has zero points, or symmetric true, found version {version}"
+            )
+            raise CheckpointError(f"quantization_config: {expected}; {NOT_OWN}")
+        return cls(default, frozenset(ignore), overrides)
 
     def label(self, module: str) -> Label | None:
         """How a linear module is compressed, or None when it is dense."""
@@ -232,7 +240,8 @@ class Sparse24(Format):
             for name, scheme in sorted(modules.items())
             if default not in scheme.labels() or not in_block(name)
         }
-        head = {"quant_method": "sparse24", "version": VERSION}
+        symmetric = all(scheme.symmetric for scheme in modules.values())
+        head = {"quant_method": "sparse24", "version": VERSION if symmetric else ZERO_POINTS}
         return {**head, **_entry(default, None), "ignore": ignore, "modules": overrides}
 
     def recognises(self, quantization_config: Mapping[str, Any] | None) -> bool:

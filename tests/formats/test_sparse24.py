@@ -129,7 +129,7 @@ def test_config_says_which_linears_have_zero_points():
     modules["lm_head"] = scheme(bits=8, pattern="dense")
     modules["model.layers.0.mlp.down_proj"] = scheme(bits=8, symmetric=False)
     config = FORMAT.quantization_config(modules, [])
-    assert config["symmetric"] is False
+    assert config["symmetric"] is False and config["version"] == 2  # readers of version 1 must refuse it
     assert (
         config["modules"]["lm_head"]["symmetric"]
         is config["modules"]["model.layers.1.mlp.down_proj"]["symmetric"]
@@ -275,7 +275,9 @@ def test_overrides_inherit_what_they_do_not_say():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 2}, "version 1.*found|version 1, config.json says 2"),
+        ({"version": 3}, "version 1 or 2, config.json says 3"),
+        ({"symmetric": False}, "expected version 2, which has zero points, or symmetric true, found version 1"),
+        ({"modules": {"lm_head": {"symmetric": False}}}, "expected version 2"),
         ({"bits": 3}, "bits 4, 8 or 16"),
         ({"bits": "4"}, "bits 4, 8 or 16"),
         ({"bits": None}, "bits 4, 8 or 16"),

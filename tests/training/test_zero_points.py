@@ -121,6 +121,8 @@ def test_merging_is_the_formula_inside_the_mask(bits, pattern, refit):
 def test_an_adapter_inside_the_mask_is_trained_as_what_is_merged(quantized):
     weights = linear()
     model, layer = adapted(weights, quantized_base=quantized, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(10)
     merged = merge_inside_mask(weights, delta_of(layer).detach(), refit=False)
     assert torch.equal(layer.effective(), merged.dense(torch.float32))
     exported = layer.export()
