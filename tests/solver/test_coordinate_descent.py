@@ -134,7 +134,7 @@ def test_both_ways_decide_alike(problem, monkeypatch):
         gradient = factors.damped @ (rows - W.t())
         visit_block(
             rows[:64], gradient[:64].clone(), factors.damped[:64, :64].contiguous(), swept.scale[:, 0].float().contiguous(),
-            grid, None, True, torch.bfloat16,
+            None, grid, None, True, torch.bfloat16,
         )  # fmt: skip
         results.append(rows)
     same = (results[0] == results[1]).float().mean()

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="the package
 
 N, K, BLOCK = 3, 24, 2  # outputs of two programs, one of them ragged; inputs that fill no power of two
 STORES = [torch.float32, torch.bfloat16]
+ASYMMETRIC = Grid(4, 8, symmetric=False)
 
 
 @pytest.fixture
@@ -68,7 +69,9 @@ def test_what_is_stored_as_bfloat16_is_rounded_bit_by_bit(interpreted):
 
 
 @pytest.mark.parametrize("mask", ["given", "chosen", "none"])
-@pytest.mark.parametrize("grid", [Grid(4, 8), Grid(8, K), None], ids=["int4", "int8", "values"])
+@pytest.mark.parametrize(
+    "grid", [Grid(4, 8), Grid(8, K), ASYMMETRIC, None], ids=["int4", "int8", "asymmetric", "values"]
+)
 def test_sweeps_agree(interpreted, monkeypatch, problem, mask, grid):
     W, factors, keep = problem
     for store in STORES if grid is None else STORES[:1]:
@@ -87,10 +90,7 @@ def test_sweeps_agree(interpreted, monkeypatch, problem, mask, grid):
         assert mask != "given" or not triton_way.weight[~keep].any()
         if grid is not None:
             assert torch.equal(torch_way.codes[same], triton_way.codes[same])
-            assert torch.equal(
-                triton_way.codes.float() * triton_way.scale.float().repeat_interleave(grid.group_size, 1),
-                triton_way.weight,
-            )
+            assert torch.equal(decoded(triton_way, grid.group_size), triton_way.weight)
 
 
 def test_sweeps_in_another_order_agree(interpreted, monkeypatch, problem):
@@ -98,29 +98,31 @@ def test_sweeps_in_another_order_agree(interpreted, monkeypatch, problem):
     W, factors, _ = problem
     order = torch.randperm(K, generator=torch.Generator().manual_seed(9))
     U = factor(factors.damped[order][:, order], 0.01, "x").inverse_cholesky
-    torch_way, triton_way = both(monkeypatch, "SPARSIFY_SWEEP", lambda: column_sweep(W, U, Grid(4, 8), order=order))
-    assert torch.equal(torch_way.scale, triton_way.scale)
-    same = (torch_way.codes == triton_way.codes).all(1)
-    assert same.sum() >= N - 1
-    decoded = triton_way.codes.float() * triton_way.scale.float().repeat_interleave(8, 1)
-    assert torch.equal(decoded, triton_way.weight)
+    for grid in (Grid(4, 8), ASYMMETRIC):
+        torch_way, triton_way = both(
+            monkeypatch, "SPARSIFY_SWEEP", lambda grid=grid: column_sweep(W, U, grid, order=order)
+        )
+        assert torch.equal(torch_way.scale, triton_way.scale)
+        same = (torch_way.codes == triton_way.codes).all(1)
+        assert same.sum() >= N - 1
+        assert torch.equal(decoded(triton_way, 8), triton_way.weight)
 
 
 @pytest.mark.parametrize("mask", ["given", "chosen", "none"])
-@pytest.mark.parametrize("grid", [Grid(4, 8), None], ids=["int4", "values"])
+@pytest.mark.parametrize("grid", [Grid(4, 8), ASYMMETRIC, None], ids=["int4", "asymmetric", "values"])
 def test_coordinate_descents_agree(interpreted, monkeypatch, problem, mask, grid):
     target, factors, keep = problem
     start = target * keep
-    scale = None
+    scale = zero_point = None
     if grid is not None:
         swept = column_sweep(target, factors.inverse_cholesky, grid, mask=keep)
-        start, scale = swept.weight, swept.scale
+        start, scale, zero_point = swept.weight, swept.scale, swept.zero_point
     for store in STORES if grid is None else STORES[:1]:
         start = start.to(store).float()
         torch_way, triton_way = both(
             monkeypatch, "SPARSIFY_COORDINATE_DESCENT",
             lambda start=start, store=store: coordinate_descent(
-                Solved(start, scale=scale), target, factors.damped, 1, grid=grid,
+                Solved(start, scale=scale, zero_point=zero_point), target, factors.damped, 1, grid=grid,
                 mask=keep if mask == "given" else None, two_four=mask == "chosen", store=store,
             ),
         )  # fmt: skip
@@ -129,6 +131,14 @@ def test_coordinate_descents_agree(interpreted, monkeypatch, problem, mask, grid
         assert (error(triton_way.weight, target, factors.damped) < error(start, target, factors.damped)).all()
         assert mask == "none" or is_two_four(triton_way.weight)
         assert mask != "given" or not triton_way.weight[~keep].any()
+        assert grid is None or torch.equal(decoded(triton_way, grid.group_size), triton_way.weight)
+
+
+def decoded(solved, group):
+    steps = solved.codes.float()
+    if solved.zero_point is not None:
+        steps = steps - solved.zero_point.repeat_interleave(group, 1)
+    return steps * solved.scale.float().repeat_interleave(group, 1)
 
 
 def error(W, target, H):
@@ -142,7 +152,7 @@ def test_a_panel_leaves_the_gradient_right(interpreted, monkeypatch, problem):
     rows, wanted = torch.zeros(12, N), target[:, :12].t().contiguous()
     gradient = H @ (rows - wanted)
     monkeypatch.setenv("SPARSIFY_COORDINATE_DESCENT", "triton")
-    visit_block(rows, gradient, H, None, None, None, True, torch.float32)
+    visit_block(rows, gradient, H, None, None, None, None, True, torch.float32)
     assert is_two_four(rows.t()) and rows.any(0).all()
     torch.testing.assert_close(gradient, H @ (rows - wanted), rtol=1e-4, atol=1e-4)
 
@@ -155,11 +165,11 @@ from sparsify.solver import triton_sweep as panels
 
 found = {}
 for name, fixed in (("sweep", {"PANEL": 128}), ("visit", {"PANEL": 64}), ("visit", {"PANEL": 128})):
-    for choice in ({"KEEP": False, "SELECT": True}, {"KEEP": True, "SELECT": False}):
+    for choice in ({"KEEP": False, "SELECT": True, "ZERO": True}, {"KEEP": True, "SELECT": False, "ZERO": False}):
         kernel = getattr(panels, name)
         values = {**fixed, **choice, "GRID": True, "TO_BF16": True, "BLOCK": panels.BLOCK}
         pointers = {"codes": "*i8", "keep": "*u8", "low": "fp32", "high": "fp32"}
-        pointers |= {word: "*fp32" for word in ("rows", "errors", "factor", "scale", "W", "G", "H")}
+        pointers |= {word: "*fp32" for word in ("rows", "errors", "factor", "scale", "zero", "W", "G", "H")}
         signature = {word: "constexpr" if word in values else pointers.get(word, "i32") for word in kernel.arg_names}
         constants = {(kernel.arg_names.index(word),): value for word, value in values.items()}
         for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
