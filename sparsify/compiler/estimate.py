@@ -95,12 +95,19 @@ def stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> i
     kept = 0.5 if scheme.pattern == "2:4" and plan.recipe.export.format == "sparse24" else 1.0
     positions = n * k // 8 if kept < 1 else 0
     scales = n * (k // group) * 2 if scheme.quantize else 0
-    zeros = (
-        0
-        if scheme.symmetric
-        else n * (k // group) * (8 if plan.recipe.export.format == "sparse24" else scheme.bits) // 8
-    )
-    return int(n * k * kept * scheme.bits / 8) + positions + scales + zeros
+    beside = _beside_codes(scheme, (n, k), k // group, plan.recipe.export.format) if scheme.quantize else 0
+    return int(n * k * kept * scheme.bits / 8) + positions + scales + beside
+
+
+def _beside_codes(scheme: Scheme, shape: tuple[int, int], groups: int, format: str) -> int:
+    """Bytes of zero points, and of what else a format stores beside codes and scales."""
+    n, k = shape
+    if format == "sparse24":
+        return 0 if scheme.symmetric else n * groups
+    packed = -(-n * scheme.bits // 32) * 4 * groups
+    if format == "gptq":  # qzeros, which symmetric linears have too, and g_idx
+        return packed + 4 * k
+    return 16 + (0 if scheme.symmetric else packed)  # weight_shape
 
 
 def _memory_bytes(plan: Plan) -> int:
