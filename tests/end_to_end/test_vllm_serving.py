@@ -120,13 +120,29 @@ def test_orphaned_sparse_checkpoints_are_served_as_they_are(tmp_path: Path, kind
         assert_follows(parallel, tmp_path / "sparse24", noise=1e-3)
 
 
-@pytest.mark.parametrize("packed", ["pack-quantized", "gptq"])
-def test_stock_vllm_serves_what_others_read(tmp_path: Path, packed: str) -> None:
+def test_zero_points_are_served(tmp_path: Path) -> None:
+    """With 4 bits and 8, 2:4 and dense, merged linears among them: the tokens of the dense export."""
+    make_dense("qwen2", tmp_path / "model")
+    other = {
+        r"0\.self_attn\.o_proj": {"bits": 8, "symmetric": False},
+        r"1\.self_attn\.o_proj": {"bits": 8, "symmetric": False, "pattern": "dense"},
+        r"1\.mlp\.down_proj": {"group_size": 0, "symmetric": False, "pattern": "dense"},
+    }
+    for format in ("sparse24", "dense"):
+        compress(tmp_path / "model", tmp_path / format, format, other, group_size=32, symmetric=False)
+    served = serve(tmp_path / "sparse24", tmp_path)
+    assert "asymmetric 4-bit 2:4 linears are held with 8 bits: 5 bits per weight in memory, 3 on disk" in served.log
+    assert "asymmetric 8-bit dense linears are held dense: 16 bits per weight in memory, 8 on disk" in served.log
+    assert_same(served, serve(tmp_path / "dense", tmp_path))
+
+
+@pytest.mark.parametrize(("packed", "symmetric"), [("pack-quantized", True), ("gptq", True), ("pack-quantized", False)])
+def test_stock_vllm_serves_what_others_read(tmp_path: Path, packed: str, symmetric: bool) -> None:
     """pack-quantized with a packed head of the very setting of the blocks, which vLLM finds by its name only."""
     make_dense("llama", tmp_path / "model")
-    head = {"lm_head": {"pattern": "dense"}} if packed == "pack-quantized" else None
+    head = {"lm_head": {"pattern": "dense", "symmetric": symmetric}} if packed == "pack-quantized" else None
     for format in (packed, "dense"):
-        compress(tmp_path / "model", tmp_path / format, format, head, group_size=64)
+        compress(tmp_path / "model", tmp_path / format, format, head, group_size=64, symmetric=symmetric)
     try:
         stock = serve(tmp_path / packed, tmp_path, {"VLLM_PLUGINS": ""})
     except AssertionError as error:

@@ -18,19 +18,28 @@ from .conftest import VOCABULARY, make_tokenizer
 GROUP = 32
 
 
-def compress(weight):
-    """Magnitude 2:4 and round to nearest, written out. weight: [N, K]"""
+def compress(weight, symmetric=True):
+    """Magnitude 2:4 and round to nearest, written out. weight: [N, K]; symmetric: False fits the range, with zero points"""
     n, k = weight.shape
     quads = weight.reshape(n, k // 4, 4)
     kept = torch.zeros_like(quads, dtype=torch.bool).scatter(2, quads.abs().topk(2, dim=2).indices, True)
     pruned = (quads * kept).reshape(n, k // GROUP, GROUP)
+    if not symmetric:
+        low, high = pruned.amin(2).clamp(max=0), pruned.amax(2).clamp(min=0)
+        scale = ((high - low) / 15).to(torch.bfloat16)
+        zero = (-8 - low / scale.float()).round().clamp(-8, 7)
+        codes = ((pruned / scale.float()[:, :, None]).round() + zero[:, :, None]).clamp(-8, 7).to(torch.int8)
+        zero_point = zero.to(torch.int8)
+        return LinearWeights(4, "2:4", GROUP, codes=codes.reshape(n, k), scale=scale, zero_point=zero_point).validate(
+            "test"
+        )
     scale = (pruned.abs().amax(2) / 7).to(torch.bfloat16)
     codes = (pruned / scale.float()[:, :, None]).round().clamp(-8, 7).to(torch.int8).reshape(n, k)
     return LinearWeights(4, "2:4", GROUP, codes=codes, scale=scale).validate("test")
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
+@pytest.fixture(scope="module", params=[True, False], ids=["symmetric", "zero points"])
+def stored(tmp_path_factory, request):
     """dense: random bfloat16 model; exact: the compressed weights as plain float32; and one directory per format."""
     root = tmp_path_factory.mktemp("formats")
     torch.manual_seed(0)
@@ -44,7 +53,7 @@ def stored(tmp_path_factory):
     make_tokenizer().save_pretrained(root / "dense")
     source = open_checkpoint(root / "dense")
     linears = {
-        name.removesuffix(".weight"): compress(source.tensor(name).float())
+        name.removesuffix(".weight"): compress(source.tensor(name).float(), request.param)
         for name in source.names()
         if "_proj" in name
     }
