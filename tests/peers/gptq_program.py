@@ -7,9 +7,10 @@ CHECKPOINT: in gptq; DENSE: the same weights as an ordinary model. RESULT gets
     logits            of the checkpoint as the package loads it, on the CPU in bfloat16
     expected          of DENSE in the same environment, in bfloat16
     MODULE.qweight, MODULE.qzeros, MODULE.scales, MODULE.g_idx
-                      what the package's own packer makes of the dense weight of a linear and its scales
+                      what the package's own packer makes of the dense weight of a linear, its scales and its zero points
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -32,12 +33,20 @@ def loaded(package: str, checkpoint: str) -> torch.nn.Module:
     return GPTQModel.load(checkpoint, device="cpu", backend=BACKEND.TORCH, dtype=torch.bfloat16).model
 
 
-def packed(package: str, bits: int, scales: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """weight: float32 [N, K], each a whole multiple of its scale; scales: float32 [N, K/G]."""
+def unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [R, C] to its fields, lowest bits first: [R, C * 32 / bits]."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return (words[:, :, None] >> shifts & (1 << bits) - 1).flatten(1)
+
+
+def packed(
+    package: str, bits: int, scales: torch.Tensor, zeros: torch.Tensor, weight: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """weight: float32 [N, K], each a whole multiple of its scale; scales: float32 [N, K/G]; zeros: [N, K/G], from 0 on."""
     (n, k), group_size = weight.shape, weight.shape[1] // scales.shape[1]
     linear = torch.nn.Linear(k, n, bias=False)
     linear.weight.data = weight
-    zeros = torch.full_like(scales, 1 << bits - 1)
+    zeros = zeros.to(scales.dtype)
     g_idx = torch.arange(k, dtype=torch.int32) // group_size
     if package == "autogptq":
         from auto_gptq.nn_modules.qlinear.qlinear_cuda import QuantLinear
@@ -48,8 +57,9 @@ def packed(package: str, bits: int, scales: torch.Tensor, weight: torch.Tensor) 
         from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
         module = TorchLinear(
-            bits=bits, group_size=group_size, sym=True, desc_act=False, in_features=k, out_features=n, bias=False
-        )
+            bits=bits, group_size=group_size, sym=bool((zeros == 1 << bits - 1).all()), desc_act=False,
+            in_features=k, out_features=n, bias=False,
+        )  # fmt: skip
         module.pack_original(linear, scales.clone(), zeros, g_idx)
     names = ("qweight", "qzeros", "scales", "g_idx")
     return {name: getattr(module, name).detach().contiguous() for name in names}
@@ -62,16 +72,17 @@ def main(package: str, checkpoint: str, dense: str, tokens: str, result: str) ->
         reference = AutoModelForCausalLM.from_pretrained(dense, torch_dtype=torch.bfloat16)
         found["expected"] = reference(ids).logits.float()
     stored = load_file(Path(checkpoint) / "model.safetensors")
+    config = json.loads((Path(checkpoint) / "config.json").read_text())["quantization_config"]
     for name in sorted(stored):
         if name.endswith(".qweight"):
             module = name.removesuffix(".qweight")
             qweight, scales = stored[name], stored[f"{module}.scales"].float()
             inputs = stored[f"{module}.g_idx"].numel()
             bits = 32 * qweight.shape[0] // inputs
-            shifts = torch.arange(0, 32, bits, dtype=torch.int32)[None, :, None]
-            codes = (qweight[:, None, :] >> shifts & (1 << bits) - 1).reshape(inputs, -1) - (1 << bits - 1)
-            weight = codes * scales[stored[f"{module}.g_idx"].long()]
-            again = packed(package, bits, scales.t().contiguous(), weight.t().contiguous())
+            zeros = unpacked(stored[f"{module}.qzeros"], bits) + (config["checkpoint_format"] == "gptq")
+            group = stored[f"{module}.g_idx"].long()
+            weight = (unpacked(qweight.t(), bits).t() - zeros[group]) * scales[group]
+            again = packed(package, bits, *(t.t().contiguous() for t in (scales, zeros, weight)))
             found |= {f"{module}.{suffix}": tensor for suffix, tensor in again.items()}
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, result)
 

@@ -21,20 +21,27 @@ KINDS: dict[str, dict[str, Any]] = {
     "4 bits, 2:4": {"bits": 4, "group_size": 32},
     "8 bits, channel": {"bits": 8, "group_size": 0, "pattern": "dense"},
 }
+# AutoGPTQ does not know the version that can hold every zero point
+ZERO_POINTS: dict[str, dict[str, Any]] = {
+    "4 bits, zero points": {"bits": 4, "group_size": 32, "symmetric": False},
+    "8 bits, dense, zero points": {"bits": 8, "group_size": 64, "pattern": "dense", "symmetric": False},
+}
 # GPTQModel reads other settings of single linears too
 MIXED = {r"o_proj": {"bits": 8, "pattern": "dense"}, r"1\.mlp\.down": None}
 BOUND = 0.0  # logits are equal to the bit: both multiply in bfloat16 with weights rounded once
 
 
 @pytest.mark.parametrize(
-    ("package", "kind"), [(p, k) for p in ("autogptq", "gptqmodel") for k in KINDS] + [("gptqmodel", "mixed")]
+    ("package", "kind"),
+    [(p, k) for p in ("autogptq", "gptqmodel") for k in KINDS] + [("gptqmodel", k) for k in ("mixed", *ZERO_POINTS)],
 )
 def test_it_loads_with_equal_logits_and_its_bytes_are_those_of_the_packer(
     peer: Peer, tmp_path: Path, package: str, kind: str
 ) -> None:
     python = peer(package)
     make_dense("llama", tmp_path / "model", num_attention_heads=4, num_key_value_heads=2)
-    compress(tmp_path / "model", tmp_path / "gptq", "gptq", MIXED if kind == "mixed" else None, **KINDS.get(kind, {}))
+    settings = {**KINDS, **ZERO_POINTS}.get(kind, {})
+    compress(tmp_path / "model", tmp_path / "gptq", "gptq", MIXED if kind == "mixed" else None, **settings)
     export(tmp_path / "gptq", "dense", tmp_path / "dense", quiet=True)
     save_file({"tokens": torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 50, 60, 70, 80]])}, tmp_path / "tokens")
     paths = [str(tmp_path / name) for name in ("gptq", "dense", "tokens", "result")]
@@ -51,8 +58,10 @@ def test_it_loads_with_equal_logits_and_its_bytes_are_those_of_the_packer(
         stored = ours[name]
         if name.endswith("qzeros"):
             bits = 32 * tensor.shape[1] // ours[name.replace("qzeros", "scales")].shape[1]
-            assert not unpack_zero_points(tensor, bits, version).any()
-            assert version == 2 or torch.equal(tensor, stored), name
+            written = unpack_zero_points(stored, bits, 2 if kind in ZERO_POINTS else 1)
+            assert torch.equal(unpack_zero_points(tensor, bits, version), written)
+            assert written.any() if kind in ZERO_POINTS else not written.any()
+            assert (version == 2 and kind not in ZERO_POINTS) or torch.equal(tensor, stored), name
         elif name.endswith("scales"):
             assert torch.equal(tensor.float(), stored.float()), name
         else:
