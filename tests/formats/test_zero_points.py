@@ -68,6 +68,9 @@ def test_the_dense_export_is_scale_times_code_less_zero_point(llama, compress, t
         zeros, scale = (t.double().repeat_interleave(linear.group_size, 1) for t in (linear.zero_point, linear.scale))
         expected = scale * (linear.codes.double() - zeros)
         assert torch.equal(dense.tensor(f"{module}.weight"), expected.float().bfloat16())
+        source = open_dense(original)  # as the source of another recipe
+        assert torch.equal(source.tensor(f"{module}.weight"), expected.float().bfloat16())
+        assert torch.equal(source.first_rows(f"{module}.weight", 5), expected[:5].float().bfloat16())
 
 
 def test_what_holds_no_zero_points_refuses_them_before_it_writes(llama, compress, make_linear, tmp_path) -> None:
