@@ -26,6 +26,7 @@ class Before:
 
     plan:   of the whole recipe and the whole model
     depth:  what metrics.json says of the depth pass
+    basis:  what it says of the basis pass
     errors: output errors of linears that were compressed before it, by their new names
     head:   what metrics.json says of the output head, when that was quantized before it
     kept_zeros: linears that were 2:4 before they were compressed before it, by their new names
@@ -36,6 +37,7 @@ class Before:
     errors: dict[str, float] = field(default_factory=dict)
     head: dict[str, Any] | None = None
     kept_zeros: tuple[str, ...] = ()
+    basis: dict[str, Any] | None = None
 
 
 class Notes:
@@ -121,6 +123,7 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
         "format": plan.recipe.export.format,
         "blocks": len(plan.model.blocks),
         "depth": before.depth,
+        "basis": before.basis,
         "calibration": {
             **calibration.model_dump(mode="json"),
             "tokens": calibration.samples * calibration.sequence_length if _reads_text(plan, whole) else 0,
@@ -150,7 +153,7 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
 
 def _reads_text(plan: Plan, whole: Plan) -> bool:
     depth = whole.recipe.depth
-    return plan.needs_data or (depth is not None and (depth.needs_data or whole.needs_data))
+    return plan.needs_data or whole.recipe.basis is not None or (depth is not None and (depth.needs_data or whole.needs_data))
 
 
 def json_text(value: Any) -> str:

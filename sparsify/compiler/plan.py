@@ -110,7 +110,8 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         solved = [*self.schemes.values(), *([self.head.scheme] if self.head is not None else [])]
-        return self.recipe.tune is not None or any(scheme.needs_data for scheme in solved)
+        reading = self.recipe.tune is not None or self.recipe.basis is not None
+        return reading or any(scheme.needs_data for scheme in solved)
 
     @property
     def compute(self) -> Choice:
@@ -398,8 +399,12 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
     meta = meta_model(checkpoint, torch.float32)
     names = [*compressed.other_names(), *(f"{module}.weight" for module in compressed.modules)]
     opened = BlockModel(checkpoint, meta, find_blocks(meta), target_names(meta, names), torch.float32)
-    depth = recipe.depth is not None or shortened is not None
+    depth = recipe.depth is not None or recipe.basis is not None or shortened is not None
     if depth and not compressed.modules:
+        if recipe.basis is not None and recipe.export.format != "dense":
+            raise RecipeError(
+                f"basis alone leaves the linears of {model} dense: set export.format: dense, or add prune or quantize"
+            )
         if recipe.depth is not None and not _may_be_dense(recipe.depth, recipe.export.format):
             raise RecipeError(
                 f"nothing compresses the linears of {model}, so the result is dense: set export.format: dense, "
