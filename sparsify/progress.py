@@ -284,6 +284,20 @@ def quietly(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Transformers shows no progress bars of its own meanwhile."""
+    from transformers.utils import logging as transformers_logging
+
+    show = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if show:
+            transformers_logging.enable_progress_bar()
+
+
 def on_terminal() -> bool:
     """Whether bars can be drawn on stderr."""
     if os.environ.get("TERM", "") in ("dumb", "unknown"):

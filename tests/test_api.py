@@ -161,6 +161,9 @@ def test_what_does_not_go_together_is_refused(live, tmp_path):
     depth = {"calibration": JOINT["calibration"], "passes": [{"depth": {"method": "deepest", "drop": 1}}]}
     with pytest.raises(SparsifyError, match="keeps the layers"):
         sparsify.apply(depth, live, inplace=True)
+    first = {**JOINT, "llm_compressor": [{"SmoothQuantModifier": {}}]}
+    with pytest.raises(SparsifyError, match="llm-compressor changes that too"):
+        sparsify.apply(first, live, inplace=True)
     with pytest.raises(SparsifyError, match="name it with output="):
         sparsify.apply(JOINT, live, resume=True)
     with pytest.raises(RecipeError, match="names no model"):

@@ -19,6 +19,7 @@ namespace {
 
 using sparsify::kAll;
 using sparsify::kChunk;
+using sparsify::round_to;
 using sparsify::round_to_bf16;
 
 enum class Store { kGrid, kBf16, kFloat };
@@ -31,6 +32,17 @@ struct Panel {
     float low, high;  // of the codes
     Store store;
     bool select;  // choose two of four here; else stay inside `keep`, or change every input when there is none
+};
+
+constexpr int kMostInputs = 128;  // of a group whose scales are refitted
+
+// What does not change from chunk to chunk when the scales of a group are refitted.
+struct Scales {
+    const float* H;  // [size, size]
+    int64_t ldh;
+    int size;
+    int dropped;          // bits of float32's mantissa that a stored scale lacks
+    float tiny, largest;  // the range of stored scales
 };
 
 // The loops over outputs below have no branch, or compilers would not vectorise them.
@@ -88,7 +100,8 @@ INLINE void choose_two(const Panel& p, int i, const float* W, int64_t ldw, const
         }
 }
 
-// One row of the half gradient after `Step` inputs changed: g += H[j, i ... i + Step) change, one product after the other.
+// One row of the half gradient after `Step` inputs changed: g += H[j, i ... i + Step) change, one product after the other. Or
+// one row of H codes, from `Step` more of them.
 template <int Step>
 INLINE void repair(const float* h, const float change[4][kChunk], float* g, int n) {
     for (int c = 0; c < n; c++) {
@@ -138,12 +151,46 @@ INLINE void visit_chunk(const Panel& p, float* W, int64_t ldw, float* G, int64_t
     visit_rows<Store::kFloat>(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
+// The least-squares scale of one group for every output, codes fixed: with weights c unit, e is a quadratic in unit whose slope
+// is c'g and whose curvature is c'Hc. It is taken, rounded to how scales are stored, where it lowers e.
+INLINE void refit_chunk(const Scales& p, float* W, int64_t ldw, const float* G, int64_t ldg, float* unit, int n) {
+    alignas(64) float codes[kMostInputs][kChunk], slope[kChunk], curvature[kChunk], row[kChunk];
+    for (int c = 0; c < n; c++) slope[c] = curvature[c] = 0;
+    for (int i = 0; i < p.size; i++)
+        for (int c = 0; c < n; c++) {
+            codes[i][c] = std::rint(W[i * ldw + c] / unit[c]);
+            slope[c] += codes[i][c] * G[i * ldg + c];
+        }
+    for (int i = 0; i < p.size; i++) {
+        const float* h = p.H + i * p.ldh;
+        const float diagonal = 0.5f * h[i];
+        for (int c = 0; c < n; c++) row[c] = diagonal * codes[i][c];
+        int j = 0;
+        for (; j + 4 <= i; j += 4) repair<4>(h + j, codes + j, row, n);
+        for (; j < i; j++) repair<1>(h + j, codes + j, row, n);
+        for (int c = 0; c < n; c++) curvature[c] += 2 * (codes[i][c] * row[c]);
+    }
+    for (int c = 0; c < n; c++) {
+        const float over = curvature[c] > 1e-30f ? curvature[c] : 1e-30f;
+        const float best = round_to(unit[c] - slope[c] / over, p.dropped), step = best - unit[c];
+        const float change = step * (2 * slope[c] + step * curvature[c]);
+        unit[c] = (best > p.tiny) & (best <= p.largest) & (change < 0) ? best : unit[c];
+    }
+    for (int i = 0; i < p.size; i++)
+        for (int c = 0; c < n; c++) W[i * ldw + c] = codes[i][c] * unit[c];
+}
+
 using VisitChunk = void (*)(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
                             const uint8_t* keep, int64_t ldk, int n);
+using RefitChunk = void (*)(const Scales& p, float* W, int64_t ldw, const float* G, int64_t ldg, float* unit, int n);
 
 void visit_portable(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale,
                     const uint8_t* keep, int64_t ldk, int n) {
     visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
+}
+
+void refit_portable(const Scales& p, float* W, int64_t ldw, const float* G, int64_t ldg, float* unit, int n) {
+    refit_chunk(p, W, ldw, G, ldg, unit, n);
 }
 
 #if SPARSIFY_X86
@@ -154,15 +201,27 @@ void visit_avx2(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, co
     visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
+TARGET_AVX2
+void refit_avx2(const Scales& p, float* W, int64_t ldw, const float* G, int64_t ldg, float* unit, int n) {
+    refit_chunk(p, W, ldw, G, ldg, unit, n);
+}
+
 TARGET_AVX512
 void visit_avx512(const Panel& p, float* W, int64_t ldw, float* G, int64_t ldg, const float* scale, const uint8_t* keep,
                   int64_t ldk, int n) {
     visit_chunk(p, W, ldw, G, ldg, scale, keep, ldk, n);
 }
 
+TARGET_AVX512
+void refit_avx512(const Scales& p, float* W, int64_t ldw, const float* G, int64_t ldg, float* unit, int n) {
+    refit_chunk(p, W, ldw, G, ldg, unit, n);
+}
+
 constexpr VisitChunk kVisits[] = {visit_portable, visit_avx2, visit_avx512};
+constexpr RefitChunk kRefits[] = {refit_portable, refit_avx2, refit_avx512};
 #else
 constexpr VisitChunk kVisits[] = {visit_portable};
+constexpr RefitChunk kRefits[] = {refit_portable};
 #endif
 
 }  // namespace
@@ -182,5 +241,20 @@ extern "C" void sparsify_visit_block(float* W, int64_t ldw, float* G, int64_t ld
         const int64_t c = chunk * kChunk;
         const int n = static_cast<int>(std::min<int64_t>(kChunk, outputs - c));
         visit(panel, W + c, ldw, G + c, ldg, scale ? scale + c : nullptr, keep ? keep + c : nullptr, ldk, n);
+    }
+}
+
+// W, G: [size, outputs], weights, which change, and half gradient; H: [size, size], symmetric; unit: [outputs], the scales of
+// the group, which change; size: at most 128; dropped, tiny, largest: of the type of scales. level: as above.
+extern "C" void sparsify_refit_scale(float* W, int64_t ldw, const float* G, int64_t ldg, const float* H, int64_t ldh,
+                                     int size, int64_t outputs, float* unit, int dropped, float tiny, float largest,
+                                     int threads, int level) {
+    const Scales scales{H, ldh, size, dropped, tiny, largest};
+    const RefitChunk refit = kRefits[sparsify::compilation_of(level)];
+    const int64_t chunks = (outputs + kChunk - 1) / kChunk;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t c = chunk * kChunk;
+        refit(scales, W + c, ldw, G + c, ldg, unit + c, static_cast<int>(std::min<int64_t>(kChunk, outputs - c)));
     }
 }

@@ -22,7 +22,7 @@
 //
 //   amx           tdpbf16ps, 2x2 tiles of 16 x 16
 //   avx512bf16    vdpbf16ps on pairs of rows, 8 x 48 in registers
-//   avx512, avx2  fp32 FMA, bf16 rows widened while packing, 8 x 32 and 4 x 24
+//   avx512, avx2  fp32 FMA, bf16 rows widened while packing, 8 x 32 and 6 x 16
 //   portable      plain C++, 4 x 8; without an FMA instruction, products that fp32 does not hold go through fp64
 #include <algorithm>
 #include <cstddef>
@@ -127,10 +127,9 @@ struct Widened {
 
 // ---------------------------------------------------------------------------------------------- portable
 
-// Panels of fp32 hold as many columns as the register tile of a product has, and `multiply` goes through a block in parts
-// of kPart rows: that much of two panels stays in an L1 of 32 KB while every register tile of their product is computed.
-constexpr int kPart = 128;
-constexpr int kPlainPanel = 24;  // of AVX2, too
+// `multiply` of fp32 goes through a block in parts of so many rows that two panels stay in an L1 of 32 KB while every
+// register tile of their product is computed.
+constexpr int kPlainPanel = 24;
 
 void pack_plain(const void* const* rows, int n_rows, int columns, void*, void* packed) {
     float* out = static_cast<float*>(packed);
@@ -149,20 +148,20 @@ void pack_float32(const void* const* rows, int n_rows, int columns, void*, void*
 }
 
 // The product of two panels from register tiles of M x N. add(a, b, n_rows, sums, ahead) goes on adding up one tile in `sums`
-// over kPart rows at most, and may prefetch as much of `ahead`; `sums` has rows of `panel`.
-template <int panel, int M, int N, typename Add>
+// over part rows at most, and may prefetch as much of `ahead`; `sums` has rows of `panel`.
+template <int panel, int M, int N, int part, typename Add>
 INLINE void multiply_in_parts(const void* left, const void* right, int n_rows, float* c, int64_t ldc, bool lower,
                               const void* ahead, Add add) {
     const float *a = static_cast<const float*>(left), *b = static_cast<const float*>(right);
     const char* next = static_cast<const char*>(ahead);
     constexpr int kTiles = (panel / M) * (panel / N);
     alignas(64) float sums[panel * panel] = {};
-    for (int t = 0; t < n_rows; t += kPart)
+    for (int t = 0; t < n_rows; t += part)
         for (int j = 0; j < panel; j += N)
             for (int i = 0; i < panel; i += M) {
                 if (lower && j >= i + M) continue;
-                add(a + t * panel + i, b + t * panel + j, std::min(kPart, n_rows - t), sums + i * panel + j, next);
-                next += kPart * panel * int(sizeof(float)) / kTiles;
+                add(a + t * panel + i, b + t * panel + j, std::min(part, n_rows - t), sums + i * panel + j, next);
+                next += part * panel * int(sizeof(float)) / kTiles;
             }
     for (int i = 0; i < panel; ++i)
         for (int j = 0; j < panel; ++j) c[i * ldc + j] += sums[i * panel + j];
@@ -263,7 +262,7 @@ void multiply_plain(const void* left, const void* right, int n_rows, float* c, i
                 }
         }
     };
-    multiply_in_parts<kPlainPanel, kPlainRows, kPlainColumns>(left, right, n_rows, c, ldc, lower, ahead, add);
+    multiply_in_parts<kPlainPanel, kPlainRows, kPlainColumns, 128>(left, right, n_rows, c, ldc, lower, ahead, add);
 }
 
 #if SPARSIFY_X86
@@ -271,15 +270,17 @@ void multiply_plain(const void* left, const void* right, int n_rows, float* c, i
 // -------------------------------------------------------------------------------------------------- AVX2
 
 #define TARGET_AVX2 TARGET("avx2,fma")
-constexpr int kRows256 = 4;  // of the register tile: 4 x 3 sums, 3 of the right and 1 of the left operand: 16 registers
+constexpr int kPanel256 = 48;
+constexpr int kRows256 = 6;  // of the register tile: 6 x 2 sums, 2 of the right and 1 of the left operand: 15 registers
+constexpr int kColumns256 = 16;  // of the register tile
 
 TARGET_AVX2 void pack_avx2(const void* const* rows, int n_rows, int columns, void*, void* packed) {
     float* out = static_cast<float*>(packed);
-    Widened<uint16_t> widened(columns, kPlainPanel);
-    for (int t = 0; t < n_rows; ++t, out += kPlainPanel) {
+    Widened<uint16_t> widened(columns, kPanel256);
+    for (int t = 0; t < n_rows; ++t, out += kPanel256) {
         _mm_prefetch(static_cast<const uint16_t*>(rows[t]) + 64, _MM_HINT_T0);  // of the panels that follow
         const uint16_t* row = widened.get(rows[t], 0);
-        for (int j = 0; j < kPlainPanel; j += 8) {
+        for (int j = 0; j < kPanel256; j += 8) {
             const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + j)));
             _mm256_storeu_ps(out + j, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
         }
@@ -287,50 +288,49 @@ TARGET_AVX2 void pack_avx2(const void* const* rows, int n_rows, int columns, voi
 }
 
 struct Sums256 {
-    __m256 at[kRows256][3];
+    __m256 at[kRows256][2];
 
     TARGET_AVX2 INLINE void clear() {
-#pragma GCC unroll 4
-        for (int m = 0; m < kRows256; ++m) at[m][0] = at[m][1] = at[m][2] = _mm256_setzero_ps();
+#pragma GCC unroll 6
+        for (int m = 0; m < kRows256; ++m) at[m][0] = at[m][1] = _mm256_setzero_ps();
     }
     TARGET_AVX2 INLINE void load(const float* from, int stride) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int m = 0; m < kRows256; ++m)
-#pragma GCC unroll 3
-            for (int n = 0; n < 3; ++n) at[m][n] = _mm256_loadu_ps(from + m * stride + 8 * n);
+#pragma GCC unroll 2
+            for (int n = 0; n < 2; ++n) at[m][n] = _mm256_loadu_ps(from + m * stride + 8 * n);
     }
     TARGET_AVX2 INLINE void store(float* to, int stride) const {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int m = 0; m < kRows256; ++m)
-#pragma GCC unroll 3
-            for (int n = 0; n < 3; ++n) _mm256_storeu_ps(to + m * stride + 8 * n, at[m][n]);
+#pragma GCC unroll 2
+            for (int n = 0; n < 2; ++n) _mm256_storeu_ps(to + m * stride + 8 * n, at[m][n]);
     }
     // at += from: what is there is the second summand
     TARGET_AVX2 INLINE void add(const float* from, int stride) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int m = 0; m < kRows256; ++m)
-#pragma GCC unroll 3
-            for (int n = 0; n < 3; ++n) at[m][n] = _mm256_add_ps(_mm256_loadu_ps(from + m * stride + 8 * n), at[m][n]);
+#pragma GCC unroll 2
+            for (int n = 0; n < 2; ++n) at[m][n] = _mm256_add_ps(_mm256_loadu_ps(from + m * stride + 8 * n), at[m][n]);
     }
     TARGET_AVX2 INLINE void step(const float* a, const float* b) {
-        const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8), b2 = _mm256_loadu_ps(b + 16);
-#pragma GCC unroll 4
+        const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+#pragma GCC unroll 6
         for (int m = 0; m < kRows256; ++m) {
             const __m256 x = _mm256_broadcast_ss(a + m);
             at[m][0] = _mm256_fmadd_ps(x, b0, at[m][0]);
             at[m][1] = _mm256_fmadd_ps(x, b1, at[m][1]);
-            at[m][2] = _mm256_fmadd_ps(x, b2, at[m][2]);
         }
     }
-    // One fused multiply-add per row; prefetches 16 bytes per row.
+    // One fused multiply-add per row; prefetches 8 bytes per row.
     TARGET_AVX2 INLINE void dot(const float* a, const float* b, int n_rows, const char* ahead) {
         int t = 0;
-        for (; t + 4 <= n_rows; t += 4, a += 4 * kPlainPanel, b += 4 * kPlainPanel) {
-            _mm_prefetch(ahead + 16 * t, _MM_HINT_T1);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) step(a + i * kPlainPanel, b + i * kPlainPanel);
+        for (; t + 2 <= n_rows; t += 2, a += 2 * kPanel256, b += 2 * kPanel256) {
+            _mm_prefetch(ahead + 8 * t, _MM_HINT_T1);
+            step(a, b);
+            step(a + kPanel256, b + kPanel256);
         }
-        for (; t < n_rows; ++t, a += kPlainPanel, b += kPlainPanel) step(a, b);
+        for (; t < n_rows; ++t, a += kPanel256, b += kPanel256) step(a, b);
     }
 };
 
@@ -340,25 +340,25 @@ TARGET_AVX2 void multiply_avx2(const void* left, const void* right, int n_rows, 
     const auto add = [](const float* a, const float* b, int n, float* sums, const char* next) TARGET_AVX2 {
         Sums256 sum;
         if (!steps) {
-            sum.load(sums, kPlainPanel);
+            sum.load(sums, kPanel256);
             sum.dot(a, b, n, next);
-            sum.store(sums, kPlainPanel);
+            sum.store(sums, kPanel256);
             return;
         }
         constexpr int kHalf = kStep / 2;
-        alignas(32) float even[kRows256 * kPlainPanel];
+        alignas(32) float even[kRows256 * kPanel256];
         for (int t = 0; t < n; t += kStep) {
             sum.clear();
-            sum.dot(a + t * kPlainPanel, b + t * kPlainPanel, kHalf, next + t * 16);
-            sum.store(even, kPlainPanel);
+            sum.dot(a + t * kPanel256, b + t * kPanel256, kHalf, next + t * 8);
+            sum.store(even, kPanel256);
             sum.clear();
-            sum.dot(a + (t + kHalf) * kPlainPanel, b + (t + kHalf) * kPlainPanel, kHalf, next + (t + kHalf) * 16);
-            sum.add(even, kPlainPanel);
-            sum.add(sums, kPlainPanel);
-            sum.store(sums, kPlainPanel);
+            sum.dot(a + (t + kHalf) * kPanel256, b + (t + kHalf) * kPanel256, kHalf, next + (t + kHalf) * 8);
+            sum.add(even, kPanel256);
+            sum.add(sums, kPanel256);
+            sum.store(sums, kPanel256);
         }
     };
-    multiply_in_parts<kPlainPanel, kRows256, kPlainPanel>(left, right, n_rows, c, ldc, lower, ahead, add);
+    multiply_in_parts<kPanel256, kRows256, kColumns256, 64>(left, right, n_rows, c, ldc, lower, ahead, add);
 }
 
 // ----------------------------------------------------------------------------------------------- AVX-512
@@ -451,7 +451,7 @@ TARGET_AVX512 void multiply_avx512(const void* left, const void* right, int n_ro
             sum.store(sums, kPanel512);
         }
     };
-    multiply_in_parts<kPanel512, kRows512, kPanel512>(left, right, n_rows, c, ldc, lower, ahead, add);
+    multiply_in_parts<kPanel512, kRows512, kPanel512, 128>(left, right, n_rows, c, ldc, lower, ahead, add);
 }
 
 #endif  // SPARSIFY_X86
@@ -869,12 +869,12 @@ Kernel fused_kernel(int level, const Order& order) {
                 nothing};
     if (level >= kAvx2)
         return {order,
-                kPlainPanel,
+                kPanel256,
                 192,
                 4,
                 false,
                 arranges,
-                {pack_avx2, pack_float32<kPlainPanel>},
+                {pack_avx2, pack_float32<kPanel256>},
                 steps ? multiply_avx2<true> : multiply_avx2<false>,
                 nothing,
                 nothing};

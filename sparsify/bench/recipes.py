@@ -23,6 +23,7 @@ from sparsify.evaluation import EvaluationResult, evaluate_all
 from sparsify.evaluation.result import number
 from sparsify.failure import Failure, failure_of, foot
 from sparsify.files import read_json
+from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import say
 from sparsify.recipe import Recipe, dump_recipe, load_recipe
 
@@ -149,13 +150,17 @@ class RecipeFailed(SparsifyError):
 
 
 def _make(entry: Contender, quiet: bool) -> None:
-    """Run one recipe, unless its result is there."""
+    """Run one recipe, unless its result is there, made from the same files."""
+    assert entry.recipe.model is not None
     if entry.output.exists():
         made = entry.output / "recipe.yaml"
-        if made.is_file() and made.read_text(encoding="utf-8") == dump_recipe(entry.recipe):
-            return
-        raise SparsifyError(f"{entry.output} was made by another recipe; remove it or choose another --output")
-    assert entry.recipe.model is not None
+        if not made.is_file() or made.read_text(encoding="utf-8") != dump_recipe(entry.recipe):
+            raise SparsifyError(f"{entry.output} was made by another recipe; remove it or choose another --output")
+        if read_json(entry.output / "run.json").get("source") != open_checkpoint(entry.recipe.model).fingerprint():
+            raise SparsifyError(
+                f"{entry.output} was made from other weights of {entry.recipe.model}; remove it or choose another --output"
+            )
+        return
     changes = [argument for change in entry.overrides for argument in ("--set", change)]
     command = [
         sys.executable, "-m", "sparsify", "apply", entry.source, "--model", entry.recipe.model,

@@ -16,8 +16,9 @@ from sparsify.bench.engine_setup import (
     tensor_parallel_ranks,
 )
 from sparsify.bench.machine import BIND, serving_environment, thread_binding, thread_environment
+from sparsify.formats.belonging import check_tensors
 from sparsify.model.checkpoint import open_checkpoint
-from sparsify.model.pretrained import trusts_remote_code
+from sparsify.model.permissions import trusts_remote_code
 
 
 def serve(
@@ -36,6 +37,7 @@ def serve(
     environment = serving_environment(overrides)
     environment |= thread_environment(environment[BIND], environment)
     checkpoint = open_checkpoint(directory)
+    check_tensors(checkpoint)
     build_for([str((checkpoint.config.get("quantization_config") or {}).get("format"))])
     command = [sys.executable, "-m", "sparsify.bench.vllm_cli", "serve", str(checkpoint.directory), *extra_args]
     if trusts_remote_code():

@@ -10,6 +10,7 @@ from sparsify.bench.dummy_model import ENGINE_ARGUMENTS, PREFIX, is_dummy, parse
 from sparsify.bench.workload import BenchOptions, LatencyWorkload, ThroughputWorkload, longest_request
 from sparsify.errors import SparsifyError
 from sparsify.files import read_json
+from sparsify.formats.belonging import check_tensors
 from sparsify.model.checkpoint import open_checkpoint
 
 # vLLM's latency benchmark draws its prompt from the token ids below this.
@@ -53,6 +54,7 @@ def open_targets(
             targets.append(Target(label, directory, f"{model.format}, random", model.nbytes(), ENGINE_ARGUMENTS))
             continue
         checkpoint = open_checkpoint(text)
+        check_tensors(checkpoint)  # vLLM loads the weights itself, and some versions of it miss the same
         quantization = checkpoint.config.get("quantization_config") or {}
         kind = str(quantization.get("format") or quantization.get("quant_method") or "dense")
         targets.append(Target(label, checkpoint.directory, kind, checkpoint.nbytes()))

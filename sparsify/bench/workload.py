@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparsify.errors import SparsifyError
-from sparsify.model.pretrained import trusts_remote_code
+from sparsify.model.permissions import trusts_remote_code
 
 CHAT_TOKENS = 256  # room for a short prompt in its chat template and the answer
 

@@ -22,7 +22,7 @@ from sparsify.cli.command import FAILED, Outcome
 from sparsify.cli.parser import parse
 from sparsify.distributed import is_main
 from sparsify.errors import SparsifyError
-from sparsify.model.pretrained import trusting
+from sparsify.model.permissions import allowing_unknown, trusting
 from sparsify.progress import on_terminal, patiently, silenced
 from sparsify.threads import prepare
 
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with (
             trusting(getattr(args, "trust_remote_code", False)),
+            allowing_unknown(getattr(args, "allow_unknown_tensors", False)),
             only_results_on_stdout(args.command != "serve"),
             silenced(quiet),
             patiently("loading libraries"),

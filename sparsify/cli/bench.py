@@ -3,7 +3,16 @@
 import argparse
 
 from sparsify.cli import bench_kernels, bench_recipes
-from sparsify.cli.command import FAILED, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, Commands, Outcome, add_command
+from sparsify.cli.command import (
+    ALLOWS_UNKNOWN,
+    FAILED,
+    IS_QUIET,
+    SHOWS_JSON,
+    TRUSTS_CODE,
+    Commands,
+    Outcome,
+    add_command,
+)
 from sparsify.cli.serve import INT8_HELP, ONE_PROCESS_HELP, THREADS_HELP
 
 # Defaults of the workloads, repeated here because importing sparsify.bench to print a help page would take seconds.
@@ -70,7 +79,7 @@ def add_in_vllm(benchmarks: Commands, name: str, workload: dict[str, int], about
     """Register a benchmark of whole models. workload: its settings with their defaults, each an option of the command."""
     command = add_command(
         benchmarks, name, bench, about,
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             f"sparsify bench {name} out/dense out/smollm2",
             f"sparsify bench {name} dense=out/dense sparse=out/smollm2 --repeats 3 -- --dtype bfloat16",

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from sparsify.cli.command import IS_QUIET, SHOWS_JSON, TRUSTS_CODE, Commands, Outcome, add_command
+from sparsify.cli.command import ALLOWS_UNKNOWN, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, Commands, Outcome, add_command
 
 # Default of `bench depth`, repeated here because importing sparsify.bench to print a help page would take seconds.
 # A test holds it equal to that of sparsify.bench.
@@ -32,7 +32,7 @@ def add_bench_recipes(benchmarks: Commands) -> None:
     """Register `bench recipes`."""
     command = add_command(
         benchmarks, "recipes", bench_recipes, "apply several recipes to one model; accuracy, time and memory of each",
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             "sparsify bench recipes 2of4 w4a16 2of4-w4a16 --model embedded:smollm2-135m-instruct --output out/recipes",
             "sparsify bench recipes 2of4-w4a16 plain=2of4-w4a16,solver.error_propagation=0 "
@@ -82,7 +82,7 @@ def add_bench_depth(benchmarks: Commands) -> None:
     """Register `bench depth`."""
     command = add_command(
         benchmarks, "depth", bench_depth, "depth methods at several shares of the layers, before and after healing",
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             "sparsify bench depth --model embedded:smollm2-135m-instruct --text test.txt --output out/depth "
             "--set calibration.source=file:train.txt",

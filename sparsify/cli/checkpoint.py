@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sparsify.cli.command import IS_QUIET, SHOWS_JSON, TRUSTS_CODE, Commands, Outcome, add_command
+from sparsify.cli.command import ALLOWS_UNKNOWN, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, Commands, Outcome, add_command
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
@@ -19,7 +19,7 @@ def add_inspect(commands: Commands) -> None:
     """Register `inspect`."""
     command = add_command(
         commands, "inspect", inspect, "show sparsity, 2:4 validity, bits and bytes of every tensor",
-        IS_QUIET, SHOWS_JSON,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=("sparsify inspect out/smollm2",),
     )  # fmt: skip
     command.add_argument("directory", metavar="DIR", help="checkpoint directory")
@@ -27,26 +27,30 @@ def add_inspect(commands: Commands) -> None:
 
 def export(args: argparse.Namespace) -> Outcome:
     """Run `export`."""
-    from sparsify import api
+    from sparsify.compiler.convert import exported
+    from sparsify.compiler.left_dense import some_not_held
 
-    written = api.export(
-        args.source, args.format, args.output, args.head, args.calibration,
-        head_group_size=args.head_group_size, quiet=args.quiet,
-    )  # fmt: skip
-    shown = [f"{args.format} checkpoint written to {written}"]
+    written = exported(
+        args.source, args.format, args.output, args.head, args.head_group_size, args.quiet, args.calibration
+    )
+    shown = [
+        f"{args.format} checkpoint written to {written.output}",
+        *some_not_held(args.format, written.dense_modules),
+    ]
     if args.head == 4 and args.calibration is None:
         shown.append(
             "The output head was rounded to nearest, which costs accuracy with 4 bits; "
             "with --calibration file:TEXT it is solved on that text and loses far less."
         )
-    return Outcome({"output": str(written), "format": args.format}, shown)
+    dense = [{"module": module, "reason": reason} for module, reason in written.dense_modules.items()]
+    return Outcome({"output": str(written.output), "format": args.format, "dense_modules": dense}, shown)
 
 
 def add_export(commands: Commands) -> None:
     """Register `export`."""
     command = add_command(
         commands, "export", export, "write a checkpoint in another format",
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             "sparsify export out/smollm2 --format pack-quantized --output out/smollm2-stock     runs without sparsify",
             "sparsify export out/smollm2 --format sparse24 --head 8 --output out/smollm2-head     quantizes lm_head too",
@@ -58,7 +62,7 @@ def add_export(commands: Commands) -> None:
         "source", metavar="DIR|MODEL", help="checkpoint directory, .gguf file, Hub id or embedded:NAME"
     )
     command.add_argument(
-        "--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized, marlin-24 or dense"
+        "--format", "-f", required=True, metavar="F", help="sparse24, pack-quantized, gptq, marlin-24 or dense"
     )
     command.add_argument("--output", "-o", required=True, metavar="DIR", help="directory to write; must not exist")
     command.add_argument(
@@ -94,7 +98,7 @@ def add_evaluate(commands: Commands) -> None:
     """Register `eval`."""
     command = add_command(
         commands, "eval", evaluate, "measure perplexity, and the distance from the dense model",
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             "sparsify eval out/smollm2 --text test.txt",
             "sparsify eval out/smollm2 --dense embedded:smollm2-135m-instruct --text test.txt",

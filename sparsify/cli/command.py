@@ -80,6 +80,13 @@ TRUSTS_CODE.add_argument(
     help="run Python code that comes with a model or its tokenizer (auto_map)",
 )
 
+ALLOWS_UNKNOWN = argparse.ArgumentParser(add_help=False)
+ALLOWS_UNKNOWN.add_argument(
+    "--allow-unknown-tensors",
+    action="store_true",
+    help="tensors that the model's class does not know are no error: they are carried over as they are, or left out",
+)
+
 TAKES_RECIPE = argparse.ArgumentParser(add_help=False)
 TAKES_RECIPE.add_argument(
     "recipe", metavar="RECIPE", help="name of a built-in recipe (see `sparsify recipes`) or a YAML file"

@@ -2,7 +2,16 @@
 
 import argparse
 
-from sparsify.cli.command import IS_QUIET, SHOWS_JSON, TAKES_RECIPE, TRUSTS_CODE, Commands, Outcome, add_command
+from sparsify.cli.command import (
+    ALLOWS_UNKNOWN,
+    IS_QUIET,
+    SHOWS_JSON,
+    TAKES_RECIPE,
+    TRUSTS_CODE,
+    Commands,
+    Outcome,
+    add_command,
+)
 
 
 def apply(args: argparse.Namespace) -> Outcome:
@@ -19,7 +28,7 @@ def add_apply(commands: Commands) -> None:
     """Register `apply`."""
     command = add_command(
         commands, "apply", apply, "apply a recipe to a model and write the checkpoint",
-        TAKES_RECIPE, IS_QUIET, SHOWS_JSON, TRUSTS_CODE,
+        TAKES_RECIPE, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             "sparsify apply 2of4-w4a16 --model embedded:smollm2-135m-instruct --output out/smollm2",
             "sparsify apply my.yaml --model ./llama --output out/llama --set calibration.samples=256",
@@ -50,7 +59,7 @@ def add_plan(commands: Commands) -> None:
     """Register `plan`."""
     add_command(
         commands, "plan", plan, "show what a recipe will do to a model, without doing it",
-        TAKES_RECIPE, IS_QUIET, SHOWS_JSON, TRUSTS_CODE,
+        TAKES_RECIPE, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=("sparsify plan 2of4-w4a16 --model embedded:smollm2-135m-instruct",),
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sparsify.cli.command import TRUSTS_CODE, Commands, Outcome, add_command
+from sparsify.cli.command import ALLOWS_UNKNOWN, TRUSTS_CODE, Commands, Outcome, add_command
 
 THREADS_HELP = (
     "cores that compute: auto (vLLM keeps one for itself), all, or a list as VLLM_CPU_OMP_THREADS_BIND takes it (0-3)"
@@ -25,7 +25,7 @@ def serve(args: argparse.Namespace) -> Outcome:
 def add_serve(commands: Commands) -> None:
     """Register `serve`."""
     command = add_command(
-        commands, "serve", serve, "serve a checkpoint with vLLM's OpenAI-compatible server", TRUSTS_CODE,
+        commands, "serve", serve, "serve a checkpoint with vLLM's OpenAI-compatible server", TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=("sparsify serve out/smollm2", "sparsify serve out/smollm2 -- --port 8001 --max-model-len 2048"),
     )  # fmt: skip
     command.usage = "sparsify serve [options] DIR [-- VLLM_ARGS]"

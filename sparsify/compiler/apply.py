@@ -17,19 +17,21 @@ from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data, own_rows
 from sparsify.compiler.checkpoint_names import OUTSIDE, refuse_unstorable
-from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
+from sparsify.compiler.left_dense import some_not_held
+from sparsify.compiler.llmcompressor import NOTE, transformed
+from sparsify.compiler.metrics import ADAPTER, CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
 from sparsify.compiler.model_card import model_card
 from sparsify.compiler.plan import Plan, keep_zeros, make_plan
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.rebase import rebase
 from sparsify.compiler.run import Run
-from sparsify.compiler.run_training import ADAPTER, ROWS, read_ahead
+from sparsify.compiler.run_training import ROWS, read_ahead
 from sparsify.compiler.shorten import shorten
 from sparsify.distributed import is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CheckpointError
 from sparsify.files import atomic_write, read_json, write_json
 from sparsify.formats.writer import CheckpointWriter, partial_directory
-from sparsify.progress import quietly, stage
+from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
 
 DEPTH_NOTE, BASIS_NOTE = "depth.json", "basis.json"
@@ -80,16 +82,24 @@ def apply(
         with arithmetic.in_force(), stage(f"reading {model}"):
             plan = keep_zeros(make_plan(recipe, model, served=served))
             refuse_unstorable(plan)
-        identity = dump_recipe(resumable(recipe))
-        writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume=resume, identity=identity)
+            for said in some_not_held(recipe.export.format, plan.written_dense()):
+                say(said, quiet)
+        refuse_other_run(partial_directory(output), resume or not is_main())
+        identity, inputs = dump_recipe(resumable(recipe)), plan.input_digests(output)
+        writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume, identity, inputs)
         finished = writer.parts()
         if is_main():
-            arithmetic = _kept(arithmetic, plan, writer, identity, resume)
+            arithmetic = _kept(arithmetic, plan, writer, resume)
     wait_for_all()  # nobody writes a part before everybody knows which ones were there
     with announced(arithmetic, plan, quiet).in_force():
         before = Before(plan)
         with main_first():
             _read_ahead(plan, writer, quiet)
+        if recipe.llm_compressor:
+            with main_first():
+                dense = transformed(plan, writer, resume or not is_main(), quiet)
+            plan = keep_zeros(make_plan(recipe, str(dense.directory), served=served))
+            writer.source = plan.checkpoint
         if plan.depth is not None:
             plan, before = shortened(plan, writer, resume, quiet, spill)
             writer.source = plan.checkpoint
@@ -100,10 +110,8 @@ def apply(
         return _carry_out(Run(plan, writer, notes, frozenset(finished), before, quiet, spill), start, evaluate)
 
 
-def _kept(arithmetic: Arithmetic, plan: Plan, writer: CheckpointWriter, identity: str, resume: bool) -> Arithmetic:
+def _kept(arithmetic: Arithmetic, plan: Plan, writer: CheckpointWriter, resume: bool) -> Arithmetic:
     """Write into the work directory what the run computes in, complete, once nothing of another run is left there."""
-    if plan.depth is not None:
-        refuse_other_run(writer.work, identity, resume)
     if not resume:
         for stale in (writer.work / CALIBRATION, *writer.work.glob(f"training-*/{ROWS}")):
             stale.unlink(missing_ok=True)  # of a run that was killed before its first part
@@ -152,6 +160,7 @@ def _carry_out(run: Run, start: float, evaluate: Evaluate | None) -> Applied:
         RECORD: json_text(record),
         CARD: model_card(metrics, recipe),
     }
+    writer.refuse_changed(run.before.plan.input_digests(output, whole=False))
     adapter = sorted((writer.work / ADAPTER).glob("*"))
     with stage(f"writing {output}"):
         writer.finish(extra_files={**files, **{f"{ADAPTER}/{file.name}": file.read_bytes() for file in adapter}})
@@ -168,9 +177,11 @@ def _record(run: Run, seconds: float, training_seconds: float) -> dict[str, Any]
     whole = run.before.plan
     return {
         "sparsify": __version__,
+        "llmcompressor": read_json(note)["llmcompressor"] if (note := run.writer.work / NOTE).exists() else None,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "compute": computed(whole) if whole.computes else None,
+        "source": whole.checkpoint.fingerprint(),
         "processes": processes(),
         "seconds": round(seconds, 1),
         "training_seconds": round(training_seconds, 1),
@@ -243,20 +254,13 @@ def rebased(plan: Plan, before: Before, writer: CheckpointWriter, quiet: bool) -
     return rest, replace(before, basis={**read_json(file), "model": model})
 
 
-def refuse_other_run(work: Path, identity: str, resume: bool) -> None:
-    """Refuse what another run left of its depth pass."""
-    file = work / "depth-recipe.yaml"
-    made = [work / BEFORE_DEPTH, partial_directory(work / BEFORE_DEPTH), work / SHORTENED]
-    if any(directory.exists() for directory in made) and file.exists():
-        if not resume:
-            raise CheckpointError(
-                f"{work} holds the beginning of an interrupted run; continue it with --resume, or remove that directory"
-            )
-        if file.read_text() != identity:
-            raise CheckpointError(
-                f"{work} was begun with another recipe; resume with the same one, or remove that directory"
-            )
-    atomic_write(file, identity)
+def refuse_other_run(work: Path, resume: bool) -> None:
+    """Refuse what another run left of its depth pass; the writer compares the runs when this one goes on with it."""
+    made = [work / BEFORE_DEPTH, partial_directory(work / BEFORE_DEPTH), work / SHORTENED, work / REBASED]
+    if not resume and any(directory.exists() for directory in made):
+        raise CheckpointError(
+            f"{work} holds the beginning of an interrupted run; continue it with --resume, or remove that directory"
+        )
 
 
 def _renamed(
@@ -275,7 +279,8 @@ def _renamed(
 
 
 def resumable(recipe: Recipe) -> Recipe:
-    """The recipe without what may differ when an interrupted run is continued: a diverged training goes on at a lower rate."""
+    """The recipe without what may differ when an interrupted run is continued: a diverged training goes on at a lower rate,
+    and a model that was moved is the same model."""
 
     def fixed(step: Any) -> Any:
         if step not in recipe.training:
@@ -284,4 +289,5 @@ def resumable(recipe: Recipe) -> Recipe:
         free = ("learning_rate", "scale_learning_rate", "norm_learning_rate", "save_every", "tensorboard")
         return step.model_copy(update={name: fields[name].default for name in free if name in fields})
 
-    return recipe.model_copy(update={"passes": [fixed(step) for step in recipe.passes]})
+    # the model is compared by its files, wherever they lie
+    return recipe.model_copy(update={"model": None, "passes": [fixed(step) for step in recipe.passes]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from sparsify.compiler.metrics import layer_notes
 from sparsify.compiler.plan import Plan
 from sparsify.compiler.run import Run
 from sparsify.data.calibration import calibration_tokens
-from sparsify.data.fitting import refuse_beyond
+from sparsify.data.fitting import context_of, refuse_beyond
 from sparsify.data.given import read_tokens, token_file
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.distributed import device, is_main, main_first, processes, rank
@@ -33,7 +34,12 @@ from sparsify.solver.solve import Scheme, solve_layer
 from sparsify.training.block_tuning import BlockTuning, Sample, tune_block
 
 CALIBRATION = "calibration.safetensors"
-KERNELS = ("cpu/gram", "cpu/column_sweep", "cpu/coordinate_descent")  # what compressing on data computes with
+KERNELS = (
+    "cpu/gram",
+    "cpu/column_sweep",
+    "cpu/coordinate_descent",
+    "cpu/few_rows",
+)  # what compressing on data computes with
 
 
 def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:
@@ -62,9 +68,9 @@ def _embedding_rows(plan: Plan) -> int:
 
 
 def _text_rows(plan: Plan, quiet: bool) -> Tensor:
-    directory, dtype = plan.checkpoint.directory, plan.compute.dtype
+    dtype = plan.compute.dtype
     try:
-        tokenizer = load_tokenizer(directory, plan.checkpoint.spec)
+        tokenizer = load_tokenizer(plan.checkpoint.directory, plan.checkpoint.spec)
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
             f"{plan.checkpoint.spec} has no tokenizer, which calibration text needs ({str(error).splitlines()[0]}); "
@@ -73,9 +79,9 @@ def _text_rows(plan: Plan, quiet: bool) -> Tensor:
     return calibration_tokens(
         plan.recipe.calibration,
         tokenizer,
-        lambda: open_writer(directory, dtype),
+        lambda: open_writer(plan.checkpoint.loadable_directory(), dtype),
         cache_dir=cache_directory() / "calibration",
-        key=writer_key(plan.checkpoint, dtype),
+        key=lambda: writer_key(plan.checkpoint, dtype),
         quiet=quiet,
         vocabulary=_embedding_rows(plan),
     )
@@ -94,7 +100,8 @@ def compress_on_data(run: Run) -> None:
     if run.spill:
         folder.mkdir(exist_ok=True)
     build_ahead(KERNELS)
-    with stage("calibration text through the embeddings"):
+    fitting = partial(_within_positions, plan, tokens.shape[1])
+    with stage("calibration text through the embeddings"), fitting():
         walk = Walk(plan.model, tokens, plan.needs_dense_reference, folder if run.spill else None, device())
     with summing(), progress_bar("compressing", len(blocks) + (head is not None), quiet=run.quiet) as bar:
         for index, block in enumerate(blocks):
@@ -106,7 +113,7 @@ def compress_on_data(run: Run) -> None:
                 continue
             rewriting = _Rewriting(plan, bar)
             tuning = _Tuning(plan, bar) if plan.recipe.tune is not None else None
-            with _naming(block):
+            with _naming(block), fitting():
                 result = walk.visit(index, lambda name: name in plan.schemes, rewriting, tuning)
             if is_main():
                 gained = tuning.note if tuning is not None else None
@@ -190,6 +197,21 @@ class _Tuning:
             if (source := sources[prefix + name]) is not None
         }
         return {prefix + name: linear for name, linear in tuned.linears.items()}, kept
+
+
+@contextmanager
+def _within_positions(plan: Plan, length: int) -> Iterator[None]:
+    """Say that a sequence is longer than the model's table of positions where that ends a run; rotary positions have none."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        limit = context_of(plan.model.model.config)
+        if limit is None or length <= limit:
+            raise
+        raise CalibrationError(
+            f"{plan.checkpoint.spec} has positions for {limit} tokens, and calibration.sequence_length is {length}; "
+            f"set it to {limit} or less"
+        ) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sparsify.compiler.metrics import CARD, METRICS, RECIPE, json_text
+from sparsify.compiler.left_dense import none_held, some_not_held
+from sparsify.compiler.metrics import ADAPTER, CARD, METRICS, RECIPE, json_text
 from sparsify.compiler.model_card import head_note, model_card
 from sparsify.compute import choose
 from sparsify.data.calibration import calibration_tokens, check_sources
@@ -25,18 +26,18 @@ from sparsify.data.fitting import vocabulary_of
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.files import cache_directory, read_json
-from sparsify.formats import get_format
+from sparsify.formats import ModuleScheme, get_format, written_formats
+from sparsify.formats.belonging import compare_with_config
 from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import CheckpointWriter, partial_directory
 from sparsify.model.capture import head_input
-from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.model.pretrained import load_tokenizer
 from sparsify.model.sequential import TOKENS_PER_MICRO_BATCH
 from sparsify.model.sidecars import inside
-from sparsify.progress import progress, quietly, stage
+from sparsify.progress import progress, quietly, say, stage
 from sparsify.recipe import Calibration, Head, dump_recipe, head_format_problem, parse_recipe
 from sparsify.solver.head_quantization import SolvedHead, head_problem, head_scheme, solve_head
 from sparsify.solver.hessian import HessianAccumulator
@@ -56,7 +57,21 @@ class RoundedHead:
     dense_nbytes: int
 
 
-def export(
+@dataclass(frozen=True)
+class Exported:
+    """A finished export. dense_modules: linears that the format could not hold and that were written dense, and why."""
+
+    output: Path
+    format: str
+    dense_modules: dict[str, str]
+
+
+def export(source: str | Path, format: str, output: str | Path, *settings: Any, **named: Any) -> Path:
+    """As `exported`; returns the directory."""
+    return exported(source, format, output, *settings, **named).output
+
+
+def exported(
     source: str | Path,
     format: str,
     output: str | Path,
@@ -64,7 +79,7 @@ def export(
     head_group_size: str | None = None,
     quiet: bool = False,
     calibration: str | None = None,
-) -> Path:
+) -> Exported:
     """Write `source` in `format`, with its output head quantized to `head_bits`, or with 16 dequantized.
 
     head_group_size: "32", "64" (default), "128" or "channel"
@@ -108,7 +123,7 @@ def convert(
     *,
     dense_head: bool = False,
     quiet: bool = False,
-) -> Path:
+) -> Exported:
     """Write `source` (a checkpoint of any known format, or any dense model) to the directory `output` in `format`.
 
     A dense source can become sparse24 only when every linear in its blocks is 2:4 already (16-bit values).
@@ -116,10 +131,16 @@ def convert(
     calibration: text on which the head is solved by GPTQ; without it the head is rounded to nearest.
     dense_head: dequantize what is compressed outside of the blocks, for software that wants a 16-bit head.
     """
-    get_format(format)
+    if not get_format(format).written:
+        raise CheckpointError(
+            f"sparsify reads {format} and does not write it; it writes {', '.join(written_formats())}"
+        )
     opened = open_compressed(source)
+    compare_with_config(opened)
     linears = _linears(opened, format, output)
-    beside = {name: inside(opened.directory, name) for name in CARRIED if (opened.directory / name).is_file()}
+    for said in some_not_held(format, _not_held(opened, format, linears)):
+        say(said, quiet)
+    beside = _beside(opened.directory)
     asked = None if head is None else _asked(opened, format, head)
     work = partial_directory(Path(output))
     if (work / "writer.json").is_file() and read_json(work / "writer.json").get("identity") == IDENTITY:
@@ -144,11 +165,18 @@ def convert(
         carried = {name: file.read_bytes() for name, file in beside.items()}
         if rounded is not None and head is not None:
             carried = _with_head(head, format, carried, rounded, writer)
+        dense = writer.dense_modules()
         with stage(f"writing {output}"):
-            return writer.finish({}, carried)
+            return Exported(writer.finish({}, carried), format, dense)
     except BaseException:
         writer.discard()
         raise
+
+
+def _beside(directory: Path) -> dict[str, Path]:
+    """What `apply` wrote beside the weights and still belongs to them: its papers, and the adapter of the lora pass."""
+    names = [*CARRIED, *(f"{ADAPTER}/{file.name}" for file in sorted((directory / ADAPTER).glob("*")))]
+    return {name: inside(directory, name) for name in names if (directory / name).is_file()}
 
 
 def _asked(opened: CompressedCheckpoint, format: str, head: Head) -> tuple[OutputHead, Scheme]:
@@ -164,7 +192,9 @@ def _asked(opened: CompressedCheckpoint, format: str, head: Head) -> tuple[Outpu
     found = find_head(opened.checkpoint)
     store = opened.checkpoint.dtype(found.source)
     scheme = head_scheme(head, store if store in FLOATS else torch.bfloat16)
-    if problem := head_problem(found.module, found.shape, scheme):
+    stored = ModuleScheme(scheme.bits, scheme.group_size or found.shape[1], "dense", found.shape)
+    problem = head_problem(found.module, found.shape, scheme) or get_format(format).problem(stored, scheme.dtype)
+    if problem:
         raise CheckpointError(f"{opened.checkpoint.spec}: {problem}")
     return found, scheme
 
@@ -209,6 +239,32 @@ def _linears(opened: CompressedCheckpoint, format: str, output: str | Path) -> s
             f"sparsify apply w4a16 --model {spec} --set export.format={format} --output {output}"
         )
     return _two_four_linears(opened, output)
+
+
+def _not_held(opened: CompressedCheckpoint, format: str, linears: set[str]) -> dict[str, str]:
+    """The linears that `format` cannot hold, and why; CheckpointError when it can hold none of those in the blocks.
+
+    Reads weights only where a number of theirs decides.
+    """
+    target, reasons = get_format(format), {}
+    for module in sorted(linears, key=natural):
+        if module in opened.modules:
+            scheme, dtype = opened.modules[module], opened.dtype(module)
+        else:
+            shape = opened.checkpoint.shape(f"{module}.weight")
+            scheme = ModuleScheme(16, shape[1], "2:4", (shape[0], shape[1]))
+            dtype = opened.checkpoint.dtype(f"{module}.weight")
+        if not get_format(opened.format).records_pattern:
+            scheme = replace(scheme, pattern="2:4")  # it may be so, which only its codes tell
+        problem = target.problem(scheme, dtype)
+        if problem is None and target.depends_on_numbers:
+            problem = target.supports(_linear(opened, module))
+        if problem:
+            reasons[module] = problem
+    inside = [module for module in linears if in_block(module)] or linears
+    if problem := none_held(format, reasons, inside, opened.checkpoint.spec):
+        raise CheckpointError(problem)
+    return reasons
 
 
 def _two_four_linears(opened: CompressedCheckpoint, output: str | Path) -> set[str]:
@@ -256,12 +312,12 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
 
     The model is loaded whole, as `transformers` loads it, and runs on the kernels that serve it.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_compressed(source).checkpoint
     try:
         tokenizer = load_tokenizer(checkpoint.directory, str(source))
         dtype = choose(measure=True).dtype
         with stage(f"loading {source}", quiet):
-            model = open_writer(checkpoint.directory, dtype)
+            model = open_writer(checkpoint.loadable_directory(), dtype)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{source}: transformers cannot load this model to run it on text ({str(error).splitlines()[0]}); "
@@ -272,7 +328,7 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
         tokenizer,
         lambda: model,
         cache_dir=cache_directory() / "calibration",
-        key=writer_key(checkpoint, dtype),
+        key=lambda: writer_key(checkpoint, dtype),
         quiet=quiet,
         vocabulary=vocabulary_of(model.config),
     )

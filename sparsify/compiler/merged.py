@@ -36,6 +36,7 @@ def _as_pack_quantized(scheme: Scheme | None, inputs: int) -> tuple[object, ...]
 STORED: dict[str, Callable[[Scheme | None, int], tuple[object, ...]]] = {
     "sparse24": _as_sparse24,
     "pack-quantized": _as_pack_quantized,
+    "gptq": _as_pack_quantized,
 }
 
 

@@ -18,6 +18,7 @@ METRICS = "metrics.json"
 RECORD = "run.json"
 CARD = "README.md"
 RECIPE = "recipe.yaml"
+ADAPTER = "adapter"  # folder of an adapter that was trained beside the weights
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,9 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
             *(name for name, scheme in plan.schemes.items() if scheme.prune == KEEP),
         ],
         "carried": plan.carried_json(),
+        "source": whole.source_json(),
+        "kept_wide": plan.kept_wide(),
+        "left_behind": whole.left_behind(),
         "sizes": {
             "dense_bytes": whole.dense_bytes(),
             "compressed_bytes": sum(writer.tensor_bytes().values()),

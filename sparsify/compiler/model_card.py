@@ -8,6 +8,7 @@ import yaml
 
 from sparsify.compiler.plan_training import short
 from sparsify.formats import ModuleScheme
+from sparsify.formats.foreign import source_in_words
 from sparsify.model.output_head import OutputHead
 from sparsify.recipe import Recipe, dump_recipe
 from sparsify.recipe.sources import sources_in_words
@@ -17,6 +18,7 @@ HUB_IDS = {"embedded:smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruc
 USAGE = {
     "sparse24": "vLLM serves it with the sparsify plugin (`pip install sparsify-24`), transformers after `import sparsify`.",
     "pack-quantized": "It runs in stock vLLM and transformers; the zeros are stored, so it is no faster than dense 4-bit.",
+    "gptq": "AutoGPTQ and GPTQModel load it; the zeros are stored, so it is no faster than dense 4-bit.",
     "dense": "It runs everywhere; the zeros are stored, so it is no smaller than the original.",
 }
 
@@ -41,6 +43,8 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     ]
     if depth := metrics.get("depth"):
         rows.insert(0, ("layers", f"{depth['layers_after']} of {depth['layers_before']}, by {depth['method']}"))
+    if source := metrics.get("source"):
+        rows.insert(0, ("source", source_in_words(source)))
     if head := metrics.get("head"):
         rows.insert(-1, ("output head", head_in_words(head, sizes["head_bytes"])))
     rows += [(training["kind"], training_in_words(training)) for training in metrics.get("training", [])]

@@ -112,9 +112,7 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
         choice = CHOOSE_TWO if needs_of(scheme.prune, None).sweep else CHOOSE_ONE
         group = 0 if grid is None else grid.group_size
         scales = 2 * weights * (group if group <= 2 * BLOCKSIZE else BLOCKSIZE)  # H @ codes inside every group
-        parts["coordinate descent"] = 2 * weights * k + scheme.coordinate_descent * (
-            2 * weights * k + choice * weights + scales
-        )
+        parts["coordinate descent"] = scheme.coordinate_descent * (2 * weights * k + choice * weights + scales)
     if scheme.needs_data and measured:
         parts["errors"] = 4 * weights * k  # (W - What) H and W H
     return parts

@@ -5,27 +5,43 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
 from sparsify.compiler.estimate import Estimate, estimate, time_in_words, training_in_words
+from sparsify.compiler.left_dense import none_held
 from sparsify.compiler.merged import merged_with, merging_problem
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
 from sparsify.compiler.shorten import PlannedDepth, plan_depth
 from sparsify.compiler.zeros import two_four_sources
 from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
-from sparsify.formats import ModuleScheme
+from sparsify.formats import ModuleScheme, get_format
+from sparsify.formats.foreign import DequantizedCheckpoint, open_dense, source_in_words
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
-from sparsify.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from sparsify.model.decoder import ROUTER, BlockModel, find_blocks, meta_model, open_blocks, target_names
+from sparsify.formats.writer import partial_directory
+from sparsify.model.capture import fake_hidden
+from sparsify.model.checkpoint import Checkpoint, TensorInfo
+from sparsify.model.decoder import (
+    ROUTER,
+    BlockModel,
+    find_blocks,
+    meta_model,
+    open_blocks,
+    refuse_other_tensors,
+    target_names,
+)
+from sparsify.model.linear_groups import skipped_by_shape
 from sparsify.model.output_head import OutputHead, find_head
+from sparsify.model.pretrained import ADAPTER
+from sparsify.model.sidecars import secrets
 from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
 from sparsify.recipe.methods import KEEP, QUANTIZE, needs_of
 from sparsify.recipe.sources import sources_in_words
@@ -56,6 +72,14 @@ class Planned:
     @property
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    def stored(self) -> ModuleScheme | None:
+        """What is to be packed; None for what stays dense, and for what is only trained."""
+        if self.scheme is not None:
+            group = self.scheme.group_size if self.scheme.quantize else 0
+            return ModuleScheme(self.scheme.bits, group or self.shape[1], self.scheme.pattern, self.shape)
+        trained = self.given is not None and self.given.bits == 16 and self.given.pattern == "dense"
+        return None if trained else self.given
 
     def describe(self) -> str:
         """Its new form, in words."""
@@ -163,11 +187,34 @@ class Plan:
         packed = sum(self.compressed.nbytes(module) for module in inside)
         return self.checkpoint.nbytes() - packed + sum(2 * n * k for n, k in inside.values())
 
+    def input_digests(self, output: Path, whole: bool = True) -> dict[str, str]:
+        """Digests of the files of the model, and of the teachers by their place in the recipe. whole: as for
+        `Checkpoint.digests`. output: the directory that is written, which may lie inside of the model's."""
+        apart = (output, partial_directory(output))
+        found = self.checkpoint.digests(whole, apart)
+        for number, planned in enumerate(self.training, 1):
+            if planned.teacher is not None and planned.teacher.directory != self.checkpoint.directory:
+                digests = planned.teacher.digests(whole, apart)
+                found |= {f"teacher {number}: {name}": digest for name, digest in digests.items()}
+        return found
+
     def carried(self) -> list[str]:
         """Tensors of the checkpoint that the model class does not know, such as a layer for predicting further tokens. No
         pass reads them; they come into the output as they are."""
         names = self.checkpoint.names() if self.compressed is None else self.compressed.other_names()
         return [name for name in names if name not in self.model.sources]
+
+    def kept_wide(self) -> list[str]:
+        """Tensors that stay float32 or float64 in a model of 16-bit types."""
+        packed = {planned.source for planned in self.linears.values() if planned.scheme or planned.given}
+        names = self.checkpoint.names() if self.compressed is None else self.compressed.other_names()
+        kept = {name: self.stored_dtype(name) for name in names if name not in packed}
+        return [name for name, dtype in kept.items() if dtype.is_floating_point and dtype.itemsize > 2]
+
+    def left_behind(self) -> list[str]:
+        """Files of the model that do not come along: what looks like a credential, and an adapter, which is not merged."""
+        adapter = [ADAPTER] if (self.checkpoint.directory / ADAPTER).exists() else []
+        return [*adapter, *secrets(self.checkpoint.directory)]
 
     def carried_json(self) -> dict[str, Any] | None:
         """What metrics.json says of them."""
@@ -179,10 +226,23 @@ class Plan:
             else None
         )
 
+    def source_json(self) -> dict[str, Any] | None:
+        """What metrics.json says of a source that is quantized itself."""
+        return self.checkpoint.to_json() if isinstance(self.checkpoint, DequantizedCheckpoint) else None
+
     def dense_modules(self) -> dict[str, str]:
         """What stays dense and why."""
         kept = {name: planned.reason for name, planned in self.linears.items() if planned.reason is not None}
         return {**kept, **self.other_dense}
+
+    def written_dense(self) -> dict[str, str]:
+        """Linears that the export format cannot hold as the recipe wants them: they are written dense, and why."""
+        target, reasons = get_format(self.recipe.export.format), {}
+        for module, planned in self.linears.items():
+            scheme = planned.stored()
+            if scheme is not None and (problem := target.problem(scheme, self.store)):
+                reasons[module] = problem
+        return reasons
 
     def estimate(self) -> Estimate:
         """What it will cost."""
@@ -201,10 +261,14 @@ class Plan:
                 }
                 for name, p in self.linears.items()
             },
+            "llm_compressor": self.recipe.llm_compressor,
             "depth": None if self.depth is None else self.depth.to_json(),
             "head": self._head_json(),
-            "dense_modules": self.dense_modules(),
+            "dense_modules": self.dense_modules() | self.written_dense(),
             "carried": self.carried_json(),
+            "source": self.source_json(),
+            "kept_wide": self.kept_wide(),
+            "left_behind": self.left_behind(),
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
@@ -236,9 +300,10 @@ class Plan:
         for column in ("linear", "shape", "blocks", "becomes"):
             table.add_column(column, justify="right" if column in ("shape", "blocks") else "left")
         kinds: dict[tuple[str, tuple[int, int], str], int] = {}
+        unheld = self.written_dense()
         for name, planned in self.linears.items():
             inside = name.removeprefix(self.model.blocks[planned.block] + ".")
-            what = planned.describe()
+            what = planned.describe() + (f"; written dense: {unheld[name]}" if name in unheld else "")
             kinds[inside, planned.shape, what] = kinds.get((inside, planned.shape, what), 0) + 1
         for (inside, shape, what), count in kinds.items():
             table.add_row(inside, f"{shape[0]} x {shape[1]}", str(count), what)
@@ -256,12 +321,21 @@ class Plan:
             how = "no linear is compressed" if self._is_dense else "compressed already, masks stay as they are"
         if self.depth is not None:
             how = f"{self.depth.describe()}\n{how}" if self._depth_first else f"{how}\nthen {self.depth.describe()}"
+        if self.recipe.llm_compressor:
+            how = f"first, in llm-compressor: {', '.join(name for entry in self.recipe.llm_compressor for name in entry)}\n{how}"
         table.caption = (
             f"{how}; {cost.dense_bytes / 1e6:.0f} MB become {cost.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
             f"memory about {cost.memory_bytes / 1e9:.1f} GB"
             + (f", {time_in_words(cost.operations, self.compute.dtype)}" if cost.operations else "")
             + (f"\n{self.compute.describe()}" if self.computes else "")
+            + (f"\nthe source is {source_in_words(source)}" if (source := self.source_json()) else "")
             + (f"\n{carried_in_words(carried)}" if (carried := self.carried_json()) else "")
+            + (f"\nstays wider than 16 bits: {kinds_in_words(wide)}" if (wide := self.kept_wide()) else "")
+            + (
+                f"\nleft behind, as an adapter or what looks like a credential: {', '.join(behind)}"
+                if (behind := self.left_behind())
+                else ""
+            )
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
         )
         return table
@@ -269,14 +343,21 @@ class Plan:
 
 def carried_in_words(carried: Mapping[str, Any]) -> str:
     """`carried over as they are: 11 tensors (2.1 MB) unknown to LlamaForCausalLM: model.layers.2.*`"""
-    kinds: dict[str, None] = {}
-    for name in carried["tensors"]:
-        block = re.match(r"(?:.*?\.)?\d+\.", name)
-        kinds[f"{block.group()}*" if block else name] = None
-    shown = ", ".join([*kinds][:MANY_CARRIED]) + (", ..." if len(kinds) > MANY_CARRIED else "")
-    count = len(carried["tensors"])
-    what = f"{count} tensor{'s' if count > 1 else ''} ({carried['bytes'] / 1e6:.1f} MB)"
-    return f"carried over as stored: {what} {carried['reason']}: {shown}"
+    kinds = [re.sub(r"^((?:.*?\.)?\d+\.).*", r"\1*", name) for name in carried["tensors"]]
+    size = f"({carried['bytes'] / 1e6:.1f} MB) {carried['reason']}"
+    return f"carried over as stored: {_counted(kinds, size)}"
+
+
+def kinds_in_words(names: Sequence[str]) -> str:
+    """`12 tensors: model.layers.*.mlp.gate.e_score_correction_bias`"""
+    return _counted([re.sub(r"\.\d+(?=\.)", ".*", name) for name in names])
+
+
+def _counted(kinds: Sequence[str], more: str = "") -> str:
+    """How many tensors, and what kinds of them there are."""
+    different = [*dict.fromkeys(kinds)]
+    shown = ", ".join(different[:MANY_CARRIED]) + (", ..." if len(different) > MANY_CARRIED else "")
+    return f"{len(kinds)} tensor{'s' if len(kinds) > 1 else ''}{' ' * bool(more)}{more}: {shown}"
 
 
 def describe(scheme: Scheme) -> str:
@@ -298,10 +379,37 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     served: the result is what is exported, and vLLM has to load it
     """
     plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None)
-    plan = keep_zeros(plan, whole=False)
-    if served and (problem := merging_problem(plan.linears, recipe.export.format)):
+    plan.checkpoint.sidecar_files()  # a link out of the directory is better known now
+    plan = keep_zeros(without_skipped(plan), whole=False)
+    format = recipe.export.format
+    stored = [name for name, planned in plan.linears.items() if planned.stored() is not None]
+    if problem := none_held(format, plan.written_dense(), stored, model):
+        raise RecipeError(f"export.format: {problem}")
+    if served and (problem := merging_problem(plan.linears, format)):
         raise RecipeError(problem)
     return plan if recipe.depth is None else replace(plan, depth=plan_depth(recipe.depth, plan.model))
+
+
+def without_skipped(plan: Plan) -> Plan:
+    """The plan without linears that a walk would skip for their shapes; CheckpointError where none is left."""
+    if not plan.needs_data or plan.compressed is not None:
+        return plan
+    skipped = {name: why for name, why in skipped_by_shape(plan.model).items() if name in plan.schemes}
+    linears = {
+        name: replace(planned, scheme=None, asked=None, reason=skipped[name]) if name in skipped else planned
+        for name, planned in plan.linears.items()
+    }
+    if plan.schemes and not plan.schemes.keys() - skipped.keys():
+        raise CheckpointError(nothing_compressed(plan, skipped.values()))
+    return replace(plan, linears=linears)
+
+
+def nothing_compressed(plan: Plan, reasons: Iterable[str]) -> str:
+    """The error of a run that could compress nothing."""
+    return (
+        f"none of the {len(plan.schemes)} linears of {plan.checkpoint.spec} that the recipe names can be compressed: "
+        + ("; ".join(f"{why} ({count})" for why, count in Counter(reasons).most_common()))
+    )
 
 
 def keep_zeros(plan: Plan, whole: bool = True) -> Plan:
@@ -352,7 +460,7 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
     """The plan without the depth pass: every linear of the model as it is."""
     if not recipe.compresses:
         return _training_plan(recipe, model, shortened)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_dense(model)
     opened = open_blocks(checkpoint)
     store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
     linears: dict[str, Planned] = {}
@@ -383,6 +491,8 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
     if not plan.schemes:
         reasons = sorted(set(plan.dense_modules().values()))
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
+    if plan.computes:
+        fake_hidden(opened)  # refuses a model that does not call its blocks one after another
     outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}
     outside -= {plan.head.head.source} if plan.head is not None and not plan.head.head.tied else set()
     other |= {opened.sources[name][0].removesuffix(".weight"): "outside the decoder blocks" for name in sorted(outside)}
@@ -397,6 +507,7 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
     compressed = open_compressed(model)
     checkpoint = compressed.checkpoint
     meta = meta_model(checkpoint, torch.float32)
+    refuse_other_tensors(meta, checkpoint, compressed.dense_shapes())
     names = [*compressed.other_names(), *(f"{module}.weight" for module in compressed.modules)]
     opened = BlockModel(checkpoint, meta, find_blocks(meta), target_names(meta, names), torch.float32)
     depth = recipe.depth is not None or recipe.basis is not None or shortened is not None
@@ -473,7 +584,9 @@ def _head(recipe: Recipe, opened: BlockModel, store: torch.dtype, calibrates: bo
         return None
     head = find_head(opened.checkpoint, opened.model, opened.sources)
     scheme = head_scheme(recipe.export.head, store, calibrates)
-    if problem := head_problem(head.module, head.shape, scheme):
+    stored = ModuleScheme(scheme.bits, scheme.group_size or head.shape[1], "dense", head.shape)
+    problem = head_problem(head.module, head.shape, scheme)
+    if problem or (problem := get_format(recipe.export.format).problem(stored, store)):
         raise RecipeError(f"export.head: {problem}")
     return PlannedHead(head, scheme)
 

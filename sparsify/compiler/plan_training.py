@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsify.errors import CheckpointError
-from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.formats.foreign import open_dense
+from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.pretrained import load_tokenizer
 from sparsify.recipe import Distill, Finetune, Recipe
 from sparsify.training.distill import check_same_language
@@ -49,6 +50,8 @@ class PlannedTraining:
             times = "once" if settings.epochs == 1 else f"{settings.epochs} times"
             what = f"{settings.data} {times}, {settings.batch_size} conversations of at most {settings.sequence_length} tokens a step"
         teacher = "" if self.teacher is None else f", teacher {self.teacher.spec}"
+        if self.teacher is not None and self.teacher.quantization is not None:
+            teacher += f" (dequantized: {self.teacher.quantization})"
         return f"{settings.kind}: {what}{teacher}"
 
     def to_json(self) -> dict[str, Any]:
@@ -79,9 +82,7 @@ def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shorten
         spec = model.spec  # a recipe that compresses starts from the dense model
     teacher = None
     if spec is not None:
-        teacher = model if spec == model.spec else open_checkpoint(spec)
-        if "quantization_config" in teacher.config:
-            raise CheckpointError(f"teacher {spec} is compressed itself; name the dense model")
+        teacher = model if spec == model.spec else open_dense(spec)
         layers = None if shortened is None else shortened.layers
         check_same_language(model.config, teacher.config, spec, settings.loss.squarehead > 0, layers)
         _check_tokenizers(model, teacher)

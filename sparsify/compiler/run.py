@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from sparsify.compiler.checkpoint_names import (
 )
 from sparsify.compiler.metrics import Before, Notes, layer_notes
 from sparsify.compiler.model_card import head_note
-from sparsify.compiler.plan import Plan, PlannedHead
+from sparsify.compiler.plan import Plan, PlannedHead, nothing_compressed
 from sparsify.compiler.run_training import train_stage
 from sparsify.errors import CheckpointError
 from sparsify.formats.reader import CompressedCheckpoint
@@ -60,10 +59,7 @@ class Run:
         reasons = [why for note in found for module, why in note["skipped"].items() if module in plan.schemes]
         reasons += unpacked.values()
         self.writer.discard()
-        raise CheckpointError(
-            f"none of the {len(plan.schemes)} linears of {plan.checkpoint.spec} that the recipe names can be compressed: "
-            + "; ".join(f"{why} ({count})" for why, count in Counter(reasons).most_common())
-        )
+        raise CheckpointError(nothing_compressed(plan, reasons))
 
     def take_over(self, compressed: CompressedCheckpoint) -> None:
         """Take over a checkpoint that is compressed already, block by block, as compressing it would have left it."""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from sparsify.compiler.metrics import ADAPTER
 from sparsify.compiler.plan_training import PlannedTraining
 from sparsify.compute import for_precision
 from sparsify.data.calibration import calibration_tokens
@@ -31,10 +32,10 @@ from sparsify.formats.reader import natural
 from sparsify.formats.scheme import in_block
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.model.decoder import load_state, meta_model, target_names, without_bars
+from sparsify.model.decoder import load_state, meta_model, target_names
 from sparsify.model.linear import LinearWeights
 from sparsify.model.pretrained import load_causal_lm, load_config, load_tokenizer
-from sparsify.progress import stage
+from sparsify.progress import stage, without_bars
 from sparsify.recipe import Calibration, Distill, Finetune, Lora
 from sparsify.recipe.sources import SELF, parse_source
 from sparsify.training.distill import TextRows, cache_teacher, collate, online
@@ -42,7 +43,6 @@ from sparsify.training.qat_linear import make_trainable
 from sparsify.training.student import Student, Teacher, trainable_parameters
 from sparsify.training.trainer import PREFIX, load_parameters, train
 
-ADAPTER = "adapter"  # folder of an output directory
 ROWS = "rows.safetensors"  # what a training pass reads, in its folder of the work directory
 
 
@@ -330,9 +330,9 @@ def text_tokens(asked: Calibration, settings: Distill, writes: Checkpoint, quiet
         return calibration_tokens(
             asked,
             load_tokenizer(writes.directory, writes.spec),
-            lambda: open_writer(writes.directory, for_precision(settings.precision)),
+            lambda: open_writer(writes.loadable_directory(), for_precision(settings.precision)),
             cache_dir=cache_directory() / "calibration",
-            key=writer_key(writes, for_precision(settings.precision)),
+            key=lambda: writer_key(writes, for_precision(settings.precision)),
             quiet=quiet,
             vocabulary=vocabulary_of(load_config(writes.directory, writes.spec)),
         )
@@ -357,7 +357,7 @@ def open_teacher(planned: PlannedTraining, device: str) -> Teacher:
     settings = planned.settings
     with without_bars():
         teacher = planned.teacher
-        model = load_causal_lm(teacher.directory, teacher.spec, dtype=for_precision(settings.precision))
+        model = load_causal_lm(teacher.loadable_directory(), teacher.spec, dtype=for_precision(settings.precision))
     model.to(device)
     loss = settings.loss
     return Teacher(model, feature=loss.squarehead > 0, logits=loss.kl > 0, blocks=planned.teacher_blocks)

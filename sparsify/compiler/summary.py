@@ -9,8 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from sparsify.compiler.model_card import head_in_words, shown_perplexity, training_in_words
-from sparsify.compiler.plan import carried_in_words
+from sparsify.compiler.plan import carried_in_words, kinds_in_words
 from sparsify.compiler.shorten import describe_note
+from sparsify.formats.foreign import source_in_words
 
 
 def summary(metrics: Mapping[str, Any], title: str) -> Table:
@@ -37,8 +38,14 @@ def summary(metrics: Mapping[str, Any], title: str) -> Table:
         table.add_row("left dense", f"{count}: {reason}")
     if kept := metrics.get("kept_zeros"):
         table.add_row("zeros kept", f"in {len(kept)} linears that were 2:4 already")
+    if source := metrics.get("source"):
+        table.add_row("source", source_in_words(source))
     if carried := metrics.get("carried"):
         table.add_row("carried over", carried_in_words(carried).partition(": ")[2])
+    if wide := metrics.get("kept_wide"):
+        table.add_row("wider than 16 bits", kinds_in_words(wide))
+    if behind := metrics.get("left_behind"):
+        table.add_row("left behind", f"{', '.join(behind)}: adapters, and what looks like a credential")
     for training in metrics["training"]:
         table.add_row(training["kind"], training_in_words(training))
     if evaluation := metrics.get("evaluation"):

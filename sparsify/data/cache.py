@@ -14,7 +14,6 @@ from torch import Tensor
 from sparsify.files import atomic_write
 
 VERSION = 2  # raise it when sampling or packing changes, so that old entries are not found
-INCIDENTAL = ("_name_or_path", "transformers_version")  # where a model was loaded from and by what is not what it is
 
 
 def cached(cache_dir: Path | None, key: dict[str, Any], shape: tuple[int, int], make: Callable[[], Tensor]) -> Tensor:
@@ -45,13 +44,3 @@ def tokenizer_key(tokenizer: Any) -> str:
     pipeline = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)]
     return hashlib.sha256(json.dumps([pipeline, marks]).encode()).hexdigest()
-
-
-def model_key(model: Any) -> str:
-    """A digest of every weight of a loaded model. Reads all of them: seconds per 10 GB, little beside sampling."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in INCIDENTAL}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsify.data.cache import cached, model_key, tokenizer_key
+from sparsify.data.cache import cached, tokenizer_key
 from sparsify.data.files import RECORD_FILES, file_records, hub_records, read_text
 from sparsify.data.fitting import refuse_beyond
 from sparsify.data.mixture import interleave
@@ -28,7 +28,7 @@ def calibration_tokens(
     tokenizer: Any,
     model_factory: Callable[[], Any] | None = None,
     cache_dir: Path | None = None,
-    key: str | None = None,
+    key: Callable[[], str] | None = None,
     quiet: bool = False,
     vocabulary: int | None = None,
 ) -> Tensor:
@@ -39,8 +39,7 @@ def calibration_tokens(
     same with the records of a data set, shuffled by the seed. A mixture takes from each source its share of the rows, and
     the seed shuffles the sources among each other.
 
-    With `cache_dir`, written and downloaded rows are kept there. `key` identifies the model (a hash of its checkpoint);
-    given, a hit calls no `model_factory`, not given, the weights of the loaded model are hashed.
+    With `cache_dir`, downloaded rows are kept there, and written ones where `key` gives the digest of the model's checkpoint.
     Raises CalibrationError when the text is missing, unreadable, too short, or holds tokens beyond `vocabulary`, the number
     of tokens that the model has an embedding for."""
     check_sources(spec)  # before the model writes for minutes
@@ -65,7 +64,7 @@ def _rows(
     tokenizer: Any,
     model_factory: Callable[[], Any] | None,
     cache_dir: Path | None,
-    key: str | None,
+    key: Callable[[], str] | None,
     quiet: bool,
 ) -> Tensor:
     """The rows of the one source `name` of `spec`."""
@@ -114,24 +113,18 @@ def _own_text(
     model_factory: Callable[[], Any] | None,
     cache_dir: Path | None,
     asked: dict[str, Any],
-    key: str | None,
+    key: Callable[[], str] | None,
     quiet: bool,
 ) -> Tensor:
     if model_factory is None:
         raise CalibrationError("calibration source self needs the model; give a text with calibration.source=file:PATH")
-    model = None
-    if cache_dir is not None and key is None:
-        model = model_factory()
-        key = model_key(model)
-
     options = spec.self or SelfText()
 
     def sample() -> Tensor:
         from sparsify.data.self_generated.rows import own_rows
 
-        if (writer := model) is None:
-            with stage("loading the model that writes the text", quiet):
-                writer = model_factory()
+        with stage("loading the model that writes the text", quiet):
+            writer = model_factory()
         limit = getattr(writer.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and spec.sequence_length > limit:
             raise CalibrationError(
@@ -139,5 +132,7 @@ def _own_text(
             )
         return own_rows(writer, tokenizer, spec.samples, spec.sequence_length, spec.seed, options, quiet)
 
-    asked |= {"self": options.model_dump(), "model": key}
+    if cache_dir is None or key is None:
+        return sample()
+    asked |= {"self": options.model_dump(), "model": key()}
     return cached(cache_dir, asked, (spec.samples, spec.sequence_length), sample)

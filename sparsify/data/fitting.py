@@ -14,6 +14,13 @@ def vocabulary_of(config: Any) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
+def context_of(config: Any) -> int | None:
+    """How many tokens a model has positions for, where its config says so. Rotary positions go beyond, tables do not."""
+    text = config.get_text_config(decoder=True)
+    sizes = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+
+
 def refuse_beyond(tokens: Tensor | Sequence[int], vocabulary: int | None, tokenizer: Any, place: str) -> None:
     """Refuse token ids that the embedding does not have.
 

@@ -30,7 +30,7 @@ def squared_error(output: Tensor, wanted: Tensor) -> Tensor:
 LOSSES: dict[str, BlockLoss] = {"mse": squared_error, "relative": block_loss}
 
 
-def next_token_loss(model: BlockModel, after: int, as_tuple: bool) -> BlockLoss:
+def next_token_loss(model: BlockModel, after: int, returned: int) -> BlockLoss:
     """The loss of a replacement's output [B, T, d] given the tokens [B, T], by the layers from `after` on, which are loaded."""
 
     def loss(output: Tensor, tokens: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def next_token_loss(model: BlockModel, after: int, as_tuple: bool) -> BlockLoss:
         hidden = output.to(model.dtype)
         for index in range(after, len(model.blocks)):
             hidden = run_block(model.block(index), hidden, calls[index])
-        logits = finish(model, tokens, hidden, as_tuple)[:, :-1].float()
+        logits = finish(model, tokens, hidden, returned)[:, :-1].float()
         each = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
         return each.view(tokens.shape[0], -1).mean(1).sum()
 

@@ -19,6 +19,7 @@ from sparsify.evaluation.result import EvaluationResult, table
 from sparsify.evaluation.score import Score, chunked, score_logits, score_models
 from sparsify.evaluation.text import SELF, file_chunks, self_chunks
 from sparsify.failure import Failure, failure_of
+from sparsify.formats.foreign import described
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import progress, quietly, stage
 
@@ -87,8 +88,9 @@ def evaluate_all(
     reference = None if dense is None else load_model(dense, device)
     loaded = _load_all(models, reference, device)
     if ids is None:
-        assert reference is not None
-        ids = self_chunks(reference.model, tokenizer, length, count, cache_dir, quiet)
+        assert reference is not None and dense is not None
+        key = open_checkpoint(dense).fingerprint
+        ids = self_chunks(reference.model, tokenizer, length, count, cache_dir, key, quiet)
 
     started = time.perf_counter()
     ready = [item for item in loaded if isinstance(item, LoadedModel)]
@@ -110,7 +112,7 @@ def evaluate_all(
         results.append(
             EvaluationResult(
                 model=name,
-                format=format_name(checkpoint.config),
+                format=format_name({"quantization_config": described(checkpoint)}),
                 nbytes=checkpoint.nbytes(),
                 perplexity=math.nan if mine is None else mine.perplexity,
                 tokens=len(ids) * (length - 1) if mine is None else mine.tokens,

@@ -11,10 +11,14 @@ from torch import nn
 
 from sparsify.data.fitting import vocabulary_of
 from sparsify.errors import CheckpointError
+from sparsify.formats import get_format
+from sparsify.formats.belonging import check_tensors
+from sparsify.formats.foreign import dequantized, described, is_native, reads_foreign
 from sparsify.model import pretrained
-from sparsify.model.checkpoint import open_checkpoint
-from sparsify.model.decoder import without_bars
-from sparsify.progress import stage
+from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.progress import say, stage, without_bars
+
+NOT_IN_TRANSFORMERS = ("marlin-24", "sparse-24-bitmask")  # formats of ours that it has no code for
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class LoadedModel:
 def format_name(config: dict[str, Any]) -> str:
     """`sparse24`, `pack-quantized`, ... as config.json declares it; `dense` when it declares nothing."""
     quantization = config.get("quantization_config") or {}
-    return str(quantization.get("format") or quantization.get("quant_method") or "dense")
+    orphan = next((name for name in NOT_IN_TRANSFORMERS if get_format(name).recognises(quantization)), None)
+    return orphan or str(quantization.get("format") or quantization.get("quant_method") or "dense")
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -44,14 +49,34 @@ def pick_device(device: str | None = None) -> torch.device:
 def load_model(spec: str | Path, device: str | None = None) -> LoadedModel:
     """Loads a directory, a hub id, a .gguf file or `embedded:NAME` in float32."""
     checkpoint = open_checkpoint(spec)
+    check_tensors(checkpoint)
+    directory = _loadable(checkpoint)
     try:
         with stage(f"loading {spec}"), without_bars():
-            model = pretrained.load_causal_lm(checkpoint.directory, str(spec), dtype=torch.float32)
+            model = pretrained.load_causal_lm(directory, str(spec), dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{spec}: transformers cannot load this model ({reason})") from error
     model.to(pick_device(device)).eval()
-    return LoadedModel(str(spec), checkpoint.directory, model, checkpoint.nbytes(), format_name(checkpoint.config))
+    return LoadedModel(
+        str(spec),
+        checkpoint.directory,
+        model,
+        checkpoint.nbytes(),
+        format_name({"quantization_config": described(checkpoint)}),
+    )
+
+
+def _loadable(checkpoint: Checkpoint) -> Path:
+    """The directory that transformers loads: that of the model, or its dequantized weights where transformers has no kernels
+    for them on every machine, or reads something else than the packages that wrote them."""
+    config = described(checkpoint)
+    orphaned = any(get_format(name).recognises(config) for name in NOT_IN_TRANSFORMERS)
+    if not orphaned and (config is None or not reads_foreign(config) or is_native(config)):
+        return checkpoint.directory
+    opened = dequantized(checkpoint)
+    say(f"{checkpoint.spec} is scored as dequantized weights ({opened.quantization})")
+    return opened.loadable_directory()
 
 
 def load_vocabulary(spec: str | Path) -> int | None:

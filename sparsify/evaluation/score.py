@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from sparsify.data.fitting import context_of
 from sparsify.errors import NumericalError, SparsifyError
 
 # Positions whose log-probabilities are alive at once: 256 x 128k x 4 bytes = 128 MiB for the widest vocabularies.
@@ -157,7 +158,16 @@ def _logits(name: str, model: nn.Module, ids: Tensor) -> Tensor:
     """ids: [1, S];  returns the logits that predict ids[0, 1:]: [S - 1, V]."""
     device = next(model.parameters()).device
     # use_cache=False: nothing is decoded, and a cache would hold every layer's keys and values.
-    logits = model(ids.to(device), use_cache=False).logits[0, :-1]
+    try:
+        logits = model(ids.to(device), use_cache=False).logits[0, :-1]
+    except (IndexError, RuntimeError) as error:
+        limit = context_of(model.config) if hasattr(model, "config") else None
+        if limit is None or ids.shape[1] <= limit:
+            raise
+        raise SparsifyError(
+            f"{name} has positions for {limit} tokens, and the text is read {ids.shape[1]} at a time: "
+            f"give --sequence-length {limit} or less"
+        ) from error
     if not torch.isfinite(logits).all():
         raise NumericalError(
             f"{name} gives NaN or infinite logits on the evaluation text: its weights are damaged or overflow; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,10 @@ def self_chunks(
     sequence_length: int,
     chunks: int,
     cache_dir: Path | None = None,
+    key: Callable[[], str] | None = None,
     quiet: bool = False,
 ) -> Tensor:
-    """Text that the dense model samples from itself at temperature 1. Returns [C, S]."""
+    """Text that the dense model samples from itself at temperature 1. Returns [C, S]. cache_dir, key: of `calibration_tokens`."""
     spec = Calibration(source=SELF, samples=chunks, sequence_length=sequence_length, seed=SELF_SEED)
     vocabulary = vocabulary_of(dense.config)
-    return calibration_tokens(spec, tokenizer, lambda: dense, cache_dir=cache_dir, quiet=quiet, vocabulary=vocabulary)
+    return calibration_tokens(spec, tokenizer, lambda: dense, cache_dir, key, quiet, vocabulary)

@@ -2,19 +2,27 @@
 
 from sparsify.errors import CheckpointError
 from sparsify.formats.dense import Dense
+from sparsify.formats.gptq import Gptq
 from sparsify.formats.marlin24 import Marlin24
 from sparsify.formats.pack_quantized import PackQuantized
 from sparsify.formats.scheme import Format, ModuleScheme
 from sparsify.formats.sparse24 import Sparse24
+from sparsify.formats.sparse24_bitmask import Sparse24Bitmask
 
-_FORMATS: dict[str, Format] = {format.name: format for format in (Sparse24(), Dense(), PackQuantized(), Marlin24())}
+_ALL: tuple[Format, ...] = (Sparse24(), Dense(), PackQuantized(), Gptq(), Marlin24(), Sparse24Bitmask())
+_FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 
-__all__ = ["Format", "ModuleScheme", "get_format", "known_formats"]
+__all__ = ["Format", "ModuleScheme", "get_format", "known_formats", "written_formats"]
 
 
 def known_formats() -> list[str]:
-    """Names that `get_format` and recipes accept."""
+    """Names of the formats that are read."""
     return list(_FORMATS)
+
+
+def written_formats() -> list[str]:
+    """Names of the formats that are written too."""
+    return [name for name, format in _FORMATS.items() if format.written]
 
 
 def get_format(name: str) -> Format:

@@ -1,13 +1,14 @@
 """The quantization_config of compressed-tensors: which modules a checkpoint compresses and how. For the formats it has named."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from sparsify.errors import CheckpointError
 from sparsify.formats.scheme import AGAIN, NOT_OWN, Label, ModuleScheme, common_label, in_block
 
 METHOD = "compressed-tensors"
+Found = TypeVar("Found")
 
 
 def describe(format: str, modules: Mapping[str, ModuleScheme], ignore: list[str]) -> dict[str, Any] | None:
@@ -47,12 +48,17 @@ def labels_of(
 
     shapes: of every tensor of the checkpoint, by name
     """
+    for name in sorted(shapes):
+        if name.endswith(".bitmask"):
+            module = name.removesuffix(".bitmask")
+            other = (config or {}).get("format")
+            raise CheckpointError(f"{module} is in sparse-24-bitmask beside {other}, which sparsify reads alone only")
     end = ".weight_packed"
     packed = {name.removesuffix(end): shape for name, shape in shapes.items() if name.endswith(end)}
-    labels = _labels_by_target(config or {})
+    labels = labels_by_target(config or {})
     found = {}
     for module, shape in sorted(packed.items()):
-        label = _matching(module, labels)
+        label = matching(module, labels)
         if label is None:
             raise CheckpointError(f"{module} is packed, but no group in config.json targets it; {NOT_OWN}")
         if len(shape) != 2:
@@ -85,33 +91,66 @@ def _group(format: str, label: Label, targets: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _labels_by_target(config: Mapping[str, Any]) -> dict[str, Label]:
-    """The config groups as target -> label; CheckpointError when a group is not symmetric weight-only integers."""
+def weights_by_target(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the config groups say of weights, by target; CheckpointError when a group is damaged.
+
+    Each comes with `group`, its name, and `input_activations` of that group.
+    """
     groups = config.get("config_groups")
     if not isinstance(groups, dict):
         raise CheckpointError(f"quantization_config: config_groups is missing or no object; {AGAIN}")
-    labels: dict[str, Label] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
         targets = group.get("targets") if isinstance(group, dict) else None
         named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
         if not isinstance(weights, dict) or not isinstance(targets, list) or not named:
             raise CheckpointError(f"quantization_config, {name}: expected weights and a list of targets; {AGAIN}")
+        said = {**weights, "group": name, "input_activations": group.get("input_activations")}
+        found |= dict.fromkeys(targets, said)
+    return found
+
+
+def labels_by_target(config: Mapping[str, Any]) -> dict[str, Label]:
+    """The config groups as target -> label; CheckpointError when a group is not symmetric weight-only integers."""
+    labels: dict[str, Label] = {}
+    for target, weights in weights_by_target(config).items():
+        name = weights["group"]
         strategy, bits, size = weights.get("strategy"), weights.get("num_bits"), weights.get("group_size")
         grouped = strategy == "group" and isinstance(size, int) and size > 0
         readable = weights.get("type", "int") == "int" and (strategy == "channel" or grouped)
-        symmetric = weights.get("symmetric", True) is True and not group.get("input_activations")
+        symmetric = weights.get("symmetric", True) is True and not weights["input_activations"]
         if not isinstance(bits, int) or bits not in (4, 8) or not readable or not symmetric:
             raise CheckpointError(
                 f"quantization_config, {name}: expected symmetric 4- or 8-bit integer weights, per group or channel, "
                 f"and no quantized activations, found {bits!r} bits, strategy {strategy!r}, group size {size!r}, "
                 f"symmetric {weights.get('symmetric')!r}; quantize the dense model again"
             )
-        labels |= {target: Label(bits, size if grouped else "channel", "dense") for target in targets}
+        labels[target] = Label(bits, size if grouped else "channel", "dense")
     return labels
 
 
-def _matching(module: str, labels: Mapping[str, Label]) -> Label | None:
+def names_in(config: Mapping[str, Any], key: str, default: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """A list of modules, regular expressions and classes in `config`; CheckpointError when it is something else."""
+    names = config.get(key)
+    if names is None:
+        return default
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"quantization_config: {key} must be a list of module names; {AGAIN}")
+    return tuple(names)
+
+
+def is_name(target: str) -> bool:
+    """Whether a target names one module, and is no class and no regular expression."""
+    return not target.startswith("re:") and target != "Linear"
+
+
+def is_ignored(module: str, ignore: Iterable[str]) -> bool:
+    """Whether a module is in a list of names and regular expressions."""
+    return matching(module, dict.fromkeys((name for name in ignore if name != "Linear"), True)) is not None
+
+
+def matching(module: str, labels: Mapping[str, Found]) -> Found | None:
     """As compressed-tensors does: the exact name first, then regular expressions, then the class of the module."""
     if module in labels:
         return labels[module]

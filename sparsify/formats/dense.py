@@ -3,17 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sparsify.formats.scheme import ModuleScheme, take_bias, take_tensor, with_bias
+from sparsify.formats.scheme import Format, ModuleScheme, take_bias, take_tensor, with_bias
 from sparsify.model.linear import LinearWeights
 
 
-class Dense:
+class Dense(Format):
     """Weights as any software reads them. Codes and scales are not kept: the way back to a packed format is closed."""
 
     name = "dense"
     suffixes: frozenset[str] = frozenset()
+    holds = "every linear"
+
+    def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
+        return None
 
     def supports(self, linear: LinearWeights) -> str | None:
         return None

@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from sparsify.formats.belonging import compare_with_config
+from sparsify.formats.foreign import DequantizedCheckpoint
 from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
 from sparsify.formats.scheme import in_block
 from sparsify.model.linear import is_two_four
@@ -25,7 +27,8 @@ class TensorReport:
 
     sparsity: fraction of weights that are exactly zero; two_four: whether every 4 consecutive inputs hold at most two
     non-zero weights. Both are None for what is no matrix, and two_four for what lies outside of the blocks.
-    bits: of a stored weight; nbytes: on disk with scales and positions; dense_nbytes: the same tensor at 16 bits.
+    bits: of a stored weight; floating: whether that is a floating number, where it has scales
+    nbytes: on disk with scales and positions; dense_nbytes: the same tensor at 16 bits
     """
 
     name: str
@@ -39,6 +42,7 @@ class TensorReport:
     two_four: bool | None
     nbytes: int
     dense_nbytes: int
+    floating: bool = False
 
     @property
     def kind(self) -> str:
@@ -49,11 +53,15 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Every tensor of a checkpoint; `totals` sums them up."""
+    """Every tensor of a checkpoint; `totals` sums them up.
+
+    not_compared: why nobody knows whether these are the tensors of the model that config.json describes; None where they are
+    """
 
     source: str
     format: str
     tensors: tuple[TensorReport, ...]
+    not_compared: str | None = None
 
     def outside(self) -> list[TensorReport]:
         """The compressed linears outside of the blocks."""
@@ -88,16 +96,45 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         rows = [{**asdict(t), "shape": list(t.shape)} for t in self.tensors]
-        return {"source": self.source, "format": self.format, "totals": self.totals(), "tensors": rows}
+        return {
+            "source": self.source,
+            "format": self.format,
+            "not_compared": self.not_compared,
+            "totals": self.totals(),
+            "tensors": rows,
+        }
 
 
 @quietly
 def inspect(source: str | Path, quiet: bool = False) -> Inspection:
-    """Read every tensor of a checkpoint once, check it, and measure it."""
+    """Read every tensor of a checkpoint once, check it, and measure it. The tensors must be those of its config.json."""
     opened = open_compressed(source)
+    not_compared = compare_with_config(opened)
+    if isinstance(foreign := opened.checkpoint, DequantizedCheckpoint):
+        return _inspect_foreign(foreign, quiet, not_compared)
     names = sorted([*opened.modules, *opened.other_names()], key=natural)
     reports = tuple(_report(opened, name) for name in progress(names, "Inspecting", quiet=quiet))
-    return Inspection(opened.checkpoint.spec, opened.format, reports)
+    return Inspection(opened.checkpoint.spec, opened.format, reports, not_compared)
+
+
+def _inspect_foreign(opened: DequantizedCheckpoint, quiet: bool, not_compared: str | None) -> Inspection:
+    """A checkpoint that is read by dequantizing: its weights are measured dense, its bytes are those on the disk."""
+    names = sorted(opened.names(), key=natural)
+    reports = tuple(_report_foreign(opened, name) for name in progress(names, "Inspecting", quiet=quiet))
+    return Inspection(opened.spec, opened.quantization, reports, not_compared)
+
+
+def _report_foreign(opened: DequantizedCheckpoint, name: str) -> TensorReport:
+    module = name.removesuffix(".weight")
+    tensor = opened.tensor(name)
+    if module == name or module not in opened.modules:
+        return _plain(name, tensor)
+    stored = opened.modules[module]
+    two_four = is_two_four(tensor)
+    return TensorReport(
+        module, True, stored.shape, _name(tensor.dtype), stored.bits, stored.group_size, "2:4" if two_four else "dense",
+        _sparsity(tensor), two_four, opened.module_nbytes(module), tensor.numel() * 2, stored.floating,
+    )  # fmt: skip
 
 
 def _report(opened: CompressedCheckpoint, name: str) -> TensorReport:
@@ -111,12 +148,18 @@ def _report(opened: CompressedCheckpoint, name: str) -> TensorReport:
             None if linear.bits == 16 else linear.group_size, linear.pattern,
             _sparsity(stored), is_two_four(stored), opened.nbytes(name), stored.numel() * 2 + bias,
         )  # fmt: skip
-    tensor = opened.tensor(name)
+    return _plain(name, opened.tensor(name))
+
+
+def _plain(name: str, tensor: Tensor) -> TensorReport:
+    measured = (
+        tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    )  # torch counts no float8
     matrix = tensor.dim() == 2 and tensor.is_floating_point() and name.endswith(".weight")
-    two_four = is_two_four(tensor) if matrix and in_block(name.removesuffix(".weight")) else None
+    two_four = is_two_four(measured) if matrix and in_block(name.removesuffix(".weight")) else None
     return TensorReport(
         name, False, tuple(tensor.shape), _name(tensor.dtype), tensor.dtype.itemsize * 8, None, None,
-        _sparsity(tensor) if matrix else None, two_four, tensor.nbytes, tensor.nbytes,
+        _sparsity(measured) if matrix else None, two_four, tensor.nbytes, tensor.nbytes,
     )  # fmt: skip
 
 
@@ -171,12 +214,17 @@ def render(inspection: Inspection) -> RenderableType:
         f"{t.name}: {8 * t.nbytes / _count(t):.2f} bits per weight, {_size(t.nbytes)}, outside of the blocks"
         for t in inspection.outside()
     ]
-    return Group(table, Text("\n".join([summary, *heads])))
+    doubts = [f"not compared with config.json: {why}"] if (why := inspection.not_compared) else []
+    return Group(table, Text("\n".join([summary, *heads, *doubts])))
 
 
 def _weights(report: TensorReport) -> str:
-    """How weights are stored: `int4 g64 2:4`, `bfloat16 2:4`, `bfloat16`."""
-    stored = report.dtype if report.group_size is None else f"int{report.bits} g{report.group_size}"
+    """How weights are stored: `int4 g64 2:4`, `float8 g128`, `bfloat16 2:4`, `bfloat16`."""
+    stored = (
+        report.dtype
+        if report.group_size is None
+        else f"{'float' if report.floating else 'int'}{report.bits} g{report.group_size}"
+    )
     return f"{stored} {report.pattern or ''}".strip()
 
 

@@ -13,14 +13,24 @@ these rows are the outputs 8 g to 8 g + 7 of the 64: so a lane's results lie sid
 naming the parts of an index and putting them into another order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
-from sparsify.formats.config_groups import describe, is_described, labels_of
+from sparsify.formats.config_groups import (
+    describe,
+    is_described,
+    is_ignored,
+    is_name,
+    labels_by_target,
+    labels_of,
+    matching,
+    names_in,
+)
 from sparsify.formats.packing import (
     kept_nibbles,
     nibbles_ascend,
@@ -32,9 +42,11 @@ from sparsify.formats.packing import (
 from sparsify.formats.scheme import (
     AGAIN,
     FLOATS,
+    Format,
+    Label,
     ModuleScheme,
-    linear_problem,
     scheme_problem,
+    stored_problem,
     take_bias,
     take_tensor,
     with_bias,
@@ -75,16 +87,21 @@ def _scales_are_plain(k: int, group_size: int) -> bool:
     return group_size >= k // 2
 
 
-class Marlin24:
+class Marlin24(Format):
     """What vLLM had a sparse GPU kernel for until 2026."""
 
     name = "marlin-24"
     suffixes = SUFFIXES
+    holds = "2:4 linears with 4 or 8 bits, group_size 128 or channel, outputs in multiples of 64"
+    depends_on_numbers = True
+
+    def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
+        if scheme.bits == 16 or scheme.pattern != "2:4":
+            return "marlin-24 holds 4- or 8-bit codes of 2:4 sparse linears only"
+        return stored_problem(scheme, dtype) or _scheme_problem(scheme)
 
     def supports(self, linear: LinearWeights) -> str | None:
-        if linear.bits == 16 or linear.pattern != "2:4":
-            return "marlin-24 holds 4- or 8-bit codes of 2:4 sparse linears only"
-        if problem := linear_problem(linear) or _scheme_problem(ModuleScheme.of(linear)):
+        if problem := self.problem(ModuleScheme.of(linear), linear.dtype):
             return problem
         assert linear.scale is not None
         if not torch.equal(linear.scale.to(torch.float16).to(linear.scale.dtype), linear.scale):
@@ -146,11 +163,43 @@ class Marlin24:
         self, quantization_config: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, ModuleScheme]:
         schemes = {}
-        for module, (label, (steps, words)) in labels_of(quantization_config, shapes).items():
-            shape = (words * 2 // label.bits, steps * INPUTS)
-            plain = label.scheme(shape)
-            schemes[module] = ModuleScheme(plain.bits, plain.group_size, "2:4", shape)
+        for module, (label, stored) in labels_of(quantization_config, shapes).items():
+            schemes[module] = replace(label, pattern="2:4").scheme(linear_shape(stored, label.bits))
         return schemes
+
+
+@dataclass(frozen=True)
+class Marlin24Config:
+    """The quantization_config of such a checkpoint: target -> how its linears are compressed, and what is not."""
+
+    targets: Mapping[str, Label]
+    ignore: tuple[str, ...]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Marlin24Config":
+        """Read `quantization_config`; CheckpointError says what is wrong with it."""
+        targets = {target: replace(label, pattern="2:4") for target, label in labels_by_target(config).items()}
+        return cls(targets, names_in(config, "ignore"))
+
+    def label(self, module: str) -> Label | None:
+        """How a linear module is compressed, or None when it is dense."""
+        return None if is_ignored(module, self.ignore) else matching(module, self.targets)
+
+    @property
+    def modules(self) -> dict[str, Label]:
+        """The linears that are named one by one."""
+        return {target: label for target, label in self.targets.items() if is_name(target)}
+
+    def renamed(self, rename: Callable[[list[str]], list[str]]) -> "Marlin24Config":
+        """The same for a model that calls its modules otherwise."""
+        return Marlin24Config(
+            dict(zip(rename([*self.targets]), self.targets.values(), strict=True)), tuple(rename([*self.ignore]))
+        )
+
+
+def linear_shape(stored: tuple[int, int], bits: int) -> tuple[int, int]:
+    """(N, K) of a linear whose weight_packed has the shape `stored`."""
+    return stored[1] * 2 // bits, stored[0] * INPUTS
 
 
 def _scheme_problem(scheme: ModuleScheme) -> str | None:

@@ -21,9 +21,10 @@ from sparsify.formats.packing import pack_words, unpack_words
 from sparsify.formats.scheme import (
     AGAIN,
     FLOATS,
+    Format,
     ModuleScheme,
-    linear_problem,
     scheme_problem,
+    stored_problem,
     take_bias,
     take_tensor,
     with_bias,
@@ -33,16 +34,21 @@ from sparsify.model.linear import LinearWeights, is_two_four
 SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"})
 
 
-class PackQuantized:
+class PackQuantized(Format):
     """The format that everybody else reads."""
 
     name = "pack-quantized"
     suffixes = SUFFIXES
+    holds = "linears that are quantized to 4 or 8 bits, group_size 32, 64, 128 or channel"
+    records_pattern = False
+
+    def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
+        if scheme.bits == 16:
+            return "pack-quantized holds 4- or 8-bit codes, and this linear is not quantized"
+        return stored_problem(scheme, dtype)
 
     def supports(self, linear: LinearWeights) -> str | None:
-        if linear.bits == 16:
-            return "pack-quantized holds 4- or 8-bit codes, and this linear is not quantized"
-        return linear_problem(linear)
+        return self.problem(ModuleScheme.of(linear), linear.dtype)
 
     def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
         assert linear.codes is not None and linear.scale is not None

@@ -49,6 +49,16 @@ def _nibble_table() -> Tensor:
     return torch.tensor(table, dtype=torch.uint8)
 
 
+def two_kept_nibbles(members: Tensor) -> Tensor:
+    """Position nibbles of quads that name their two kept positions by bits. members: uint8, four bits each, any shape.
+
+    INVALID where not exactly two bits are set.
+    """
+    table = _nibble_table()
+    table[[bits for bits in range(16) if bits.bit_count() != 2]] = INVALID
+    return table.to(members.device)[members.int()]
+
+
 def kept_nibbles(weight: Tensor) -> Tensor:
     """Which two positions of every quad are kept. weight: [N, K], 2:4. Returns nibbles: uint8 [N, K/4].
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
 from sparsify.formats import get_format, known_formats
+from sparsify.formats.foreign import dequantized, described, is_only_dequantized, reads_foreign
 from sparsify.formats.scheme import ModuleScheme, in_block
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.model.linear import LinearWeights
@@ -74,28 +76,49 @@ class CompressedCheckpoint:
         names = tensors_of(module, self.checkpoint.infos, self._suffixes)
         return sum(self.checkpoint.info(f"{module}.{suffix}").nbytes for suffix in names)
 
+    def dtype(self, module: str) -> torch.dtype:
+        """The floating type of the scales or values of a compressed linear, as its file says."""
+        names = tensors_of(module, self.checkpoint.infos, self._suffixes - {"bias"})
+        found = [self.checkpoint.dtype(f"{module}.{suffix}") for suffix in names if suffix != "bias"]
+        return next((dtype for dtype in found if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
+
     def other_names(self) -> list[str]:
         """The tensors that are not part of a compressed linear."""
         taken = {f"{m}.{s}" for m in self.modules for s in tensors_of(m, self.checkpoint.infos, self._suffixes)}
         return [name for name in self.checkpoint.names() if name not in taken]
 
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of the dense model, by name: a compressed linear is its `weight`, and its `bias` where it has one."""
+        biases = {f"{module}.bias" for module in self.modules if f"{module}.bias" in self.checkpoint}
+        plain = {name: self.checkpoint.shape(name) for name in {*self.other_names(), *biases}}
+        return plain | {f"{module}.weight": scheme.shape for module, scheme in self.modules.items()}
+
     def tensor(self, name: str) -> Tensor:
         return self.checkpoint.tensor(name)
 
 
-def open_compressed(source: str | Path) -> CompressedCheckpoint:
-    """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown."""
-    checkpoint = open_checkpoint(source)
-    described = checkpoint.config.get("quantization_config")
-    if described is not None and not isinstance(described, dict):
-        raise CheckpointError(f"{checkpoint.spec}: quantization_config in config.json must be an object")
+def recognised(checkpoint: Checkpoint) -> CompressedCheckpoint | None:
+    """A checkpoint as one of a known format, a dense model too; None where its config.json names another."""
+    config = described(checkpoint)
+    foreign = config is not None and reads_foreign(config)
+    if config is not None and foreign and is_only_dequantized(config, checkpoint.infos):
+        return None
     for name in known_formats():
         format = get_format(name)
-        if format.recognises(described):
+        if format.recognises(config):
             shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
-            return CompressedCheckpoint(checkpoint, name, format.schemes(described, shapes))
-    method = " ".join(str((described or {}).get(key)) for key in ("quant_method", "format") if key in (described or {}))
-    raise CheckpointError(
-        f"{checkpoint.spec} is quantized with {method or 'an unnamed method'}, which sparsify cannot read; "
-        f"it reads {', '.join(known_formats())}: start from the dense model instead"
-    )
+            try:
+                return CompressedCheckpoint(checkpoint, name, format.schemes(config, shapes))
+            except CheckpointError:
+                if not foreign:
+                    raise
+    return None
+
+
+def open_compressed(source: str | Path) -> CompressedCheckpoint:
+    """Open a checkpoint of any known format, a dense model too; CheckpointError when it is damaged or unknown.
+
+    What is quantized in a way that no format of ours holds is dense here: dequantized on reading (`formats.foreign`).
+    """
+    checkpoint = open_checkpoint(source)
+    return recognised(checkpoint) or CompressedCheckpoint(dequantized(checkpoint), "dense", {})

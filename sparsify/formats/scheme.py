@@ -82,11 +82,11 @@ def scheme_problem(scheme: ModuleScheme) -> str | None:
     return None
 
 
-def linear_problem(linear: LinearWeights) -> str | None:
-    """Why this linear has to stay dense in every packed format, or None."""
-    if linear.dtype not in FLOATS:
-        return f"its weights or scales are {str(linear.dtype).removeprefix('torch.')}, not bfloat16 or float16"
-    return scheme_problem(ModuleScheme.of(linear))
+def stored_problem(scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
+    """Why a linear has to stay dense in every packed format, or None. dtype: of its scales or values."""
+    if dtype not in FLOATS:
+        return f"its weights or scales are {str(dtype).removeprefix('torch.')}, not bfloat16 or float16"
+    return scheme_problem(scheme)
 
 
 def in_block(module: str) -> bool:
@@ -106,7 +106,8 @@ def take_tensor(
     if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
         found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         raise CheckpointError(f"{name}: expected {wanted}, found {found}; {NOT_OWN}")
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    if wide.is_floating_point() and not torch.isfinite(wide).all():
         raise CheckpointError(f"{name}: expected finite numbers, found NaN or Inf; {AGAIN}")
     return tensor
 
@@ -125,13 +126,29 @@ class Format(Protocol):
     """One way to write compressed linears into safetensors files and config.json.
 
     suffixes: the last name components that mark a tensor as part of a compressed linear (the bias aside).
+    holds: the linears that it can hold, in the words of a recipe, for the message about one that it cannot.
+    depends_on_numbers: whether `supports` can refuse what `problem` cannot, or reads the pattern that decides.
+    records_pattern: whether a checkpoint says which linears are 2:4; where it does not, the codes are looked at.
+    written: whether sparsify writes it.
+    config_file: a file beside config.json that repeats its quantization_config.
     """
 
     name: str
     suffixes: frozenset[str]
+    holds: str
+    depends_on_numbers: bool = False
+    records_pattern: bool = True
+    written: bool = True
+    config_file: str | None = None
+
+    def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
+        """None, or why a linear of this scheme must stay dense in this format, as it is known before its weights are read.
+
+        dtype: of its scales, or of its values where there are none
+        """
 
     def supports(self, linear: LinearWeights) -> str | None:
-        """None, or why this linear must stay dense in this format."""
+        """None, or why this very linear must stay dense in this format: `problem`, or a number that cannot be held."""
 
     def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
         """The tensors of a validated linear by suffix."""

@@ -33,12 +33,13 @@ from sparsify.formats.scheme import (
     AGAIN,
     FLOATS,
     NOT_OWN,
+    Format,
     Label,
     ModuleScheme,
     common_label,
     in_block,
-    linear_problem,
     scheme_problem,
+    stored_problem,
     take_bias,
     take_tensor,
     with_bias,
@@ -153,14 +154,18 @@ def all_zero(tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> bool:
     return bool((tensors["weight_packed"] == word).all())
 
 
-class Sparse24:
+class Sparse24(Format):
     """2:4 sparse with 4, 8 or 16 bits, and quantized without sparsity where a module asks for it."""
 
     name = "sparse24"
     suffixes = SUFFIXES
+    holds = "2:4 linears with 4, 8 or 16 bits and dense ones with 4 or 8, group_size 32, 64, 128 or channel"
+
+    def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
+        return stored_problem(scheme, dtype)
 
     def supports(self, linear: LinearWeights) -> str | None:
-        return linear_problem(linear)
+        return self.problem(ModuleScheme.of(linear), linear.dtype)
 
     def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
         stored = linear.values if linear.bits == 16 else linear.codes

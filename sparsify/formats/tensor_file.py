@@ -17,9 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
-from sparsify.model.checkpoint import DTYPES
+from sparsify.files import write_json
+from sparsify.model.checkpoint import DTYPES, INDEX, MODEL
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+SHARD_BYTES = 2_000_000_000
+METADATA = {"format": "pt"}  # what transformers expects in the header of a weights file
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -69,6 +72,29 @@ def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mappi
             file.write(_raw(name, tensors[name]))
 
 
+def write_shards(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """model.safetensors, or shards of at most SHARD_BYTES with their index. A tensor is never split."""
+    shards: list[dict[str, LazyTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        write_tensors(directory / MODEL, shards[0], METADATA)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(directory / file, shard, METADATA)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with writing(directory / INDEX):
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
 def _raw(name: str, tensor: LazyTensor) -> memoryview:
     loaded = tensor.load()
     if tuple(loaded.shape) != tensor.shape or loaded.dtype != tensor.dtype:
@@ -76,10 +102,14 @@ def _raw(name: str, tensor: LazyTensor) -> memoryview:
     return loaded.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_tensor(file: Path, name: str) -> Tensor:
-    """Read one tensor of one safetensors file; CheckpointError when it cannot be read."""
+def read_tensor(file: Path, name: str, axis: int | None = None, count: int = 0) -> Tensor:
+    """Read one tensor of one safetensors file, or its first `count` entries along an axis; CheckpointError when it cannot be
+    read."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
+            if axis is None:
+                return opened.get_tensor(name)
+            part = opened.get_slice(name)
+            return part[:count] if axis == 0 else part[:, :count]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: cannot read {name} ({error}); download or create it again") from None

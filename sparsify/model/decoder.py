@@ -7,8 +7,7 @@ list that holds most of its parameters.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 
 from sparsify import compute
 from sparsify.errors import CheckpointError
+from sparsify.model.belonging import carried_over, differences, refuse
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.pretrained import causal_lm_of, load_config
+from sparsify.progress import without_bars
 
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # mixture-of-experts routers that are plain linears
 
@@ -120,20 +121,6 @@ class BlockModel:
         ]
 
 
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Transformers shows no progress bars of its own meanwhile."""
-    from transformers.utils import logging as transformers_logging
-
-    show = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if show:
-            transformers_logging.enable_progress_bar()
-
-
 def load_state(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Put checkpoint tensors into a model on the meta device, as transformers would: renamed, assembled, in `dtype` but for
     what the model class keeps in float32."""
@@ -192,19 +179,35 @@ def find_blocks(model: nn.Module) -> list[str]:
     return [f"{best}.{index}" for index in range(len(outer[best]))]
 
 
-def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """The model that config.json describes, its parameters on the meta device. A compressed one is built as if dense."""
+def refuse_changing_weights(model: nn.Module, spec: str) -> None:
+    """CheckpointError for a model class that changes the weights of its blocks while it runs, which no compressed one can."""
+    every = getattr(model.config, "rescale_every", 0)
+    if isinstance(every, int) and every > 0:
+        raise CheckpointError(
+            f"{spec}: {type(model).__name__} divides weights by two every {every} blocks while it runs (rescale_every in "
+            "config.json, a guard of float16 against overflow), which compressed weights cannot; set it to 0, which changes "
+            "nothing in bfloat16 and float32"
+        )
+
+
+def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, Any] | None = None) -> nn.Module:
+    """The model that config.json describes, its parameters on the meta device. A compressed one is built as if dense.
+
+    described: another config.json than the one in the directory
+    """
     from accelerate import init_empty_weights
 
     try:
         config = load_config(checkpoint.directory, checkpoint.spec)
+        if described is not None:
+            config = type(config).from_dict(described)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model: nn.Module = causal_lm_of(config, checkpoint.directory, checkpoint.spec, dtype=dtype)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
-            f"{checkpoint.spec}: transformers cannot build this model from config.json: {error}"
+            f"{checkpoint.spec}: transformers cannot build this model from config.json: {(str(error).splitlines() or [''])[0]}"
         ) from None
     return model.eval().requires_grad_(False)
 
@@ -222,25 +225,31 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blo
     if dtype is None:
         dtype = compute.for_model(checkpoint.dtypes()).dtype
     model = meta_model(checkpoint, dtype)
+    refuse_changing_weights(model, checkpoint.spec)
     blocks = find_blocks(model)
     opened = BlockModel(checkpoint, model, blocks, source_map(model, checkpoint), dtype)
-    _check_shapes(opened)
+    _refuse_shared_weights(opened)
+    refuse_other_tensors(model, checkpoint)
     return opened
 
 
-def _check_shapes(opened: BlockModel) -> None:
-    parameters = dict(opened.model.named_parameters(remove_duplicate=False))
-    stored = {target for target, _ in opened.sources.values()}
-    for source, (target, same) in opened.sources.items():
-        if same and target in parameters and opened.checkpoint.shape(source) != tuple(parameters[target].shape):
-            raise CheckpointError(
-                f"{opened.checkpoint.spec}: {source} has shape {list(opened.checkpoint.shape(source))}, "
-                f"but config.json asks for {list(parameters[target].shape)}"
-            )
-    for index, block in enumerate(opened.blocks):
-        for name, _ in opened.block(index).named_parameters():
-            if f"{block}.{name}" not in stored and not any(s.startswith(f"{block}.{name}") for s in stored):
-                if all(same for _, same in opened.sources.values()):
-                    raise CheckpointError(
-                        f"{opened.checkpoint.spec} lacks the tensor {block}.{name}; is it complete and of this model type?"
-                    )
+def refuse_other_tensors(
+    model: nn.Module, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
+    """CheckpointError where the tensors of a checkpoint are not those of the model, which is on the meta device.
+
+    shapes: of its tensors, compressed linears as dense ones; default: as they are in the files
+    """
+    stored = shapes if shapes is not None else {name: info.shape for name, info in checkpoint.infos.items()}
+    refuse(differences(model, stored, carried_over(checkpoint.directory)), checkpoint.spec)
+
+
+def _refuse_shared_weights(opened: BlockModel) -> None:
+    """CheckpointError for a model that stores weights of one block and uses them in others too (Zamba)."""
+    ties: dict[str, str] = getattr(opened.model, "all_tied_weights_keys", None) or {}
+    shared = sorted(name for name in ties if opened.owner(name) is not None)
+    if shared:
+        raise CheckpointError(
+            f"{opened.checkpoint.spec}: {type(opened.model).__name__} uses the same weights in several blocks "
+            f"({shared[0]} is {ties[shared[0]]}), and each block is compressed by itself; it is not supported"
+        )

@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sparsify.model.capture import capture_calls, leaving, run_block
+from sparsify.model.capture import capture_calls, leaving, run_block, values_returned
 from sparsify.model.decoder import BlockModel
 from sparsify.model.sublayers import KINDS, Structure, Sublayer, find_structure, run_without
 
@@ -37,7 +37,7 @@ class Resident:
         self.calls = [calls for _, calls in entered]
         with torch.no_grad():
             call = self.calls[0][0]
-            self.as_tuple = isinstance(model.block(0)(self.entering[0], *call.args, **call.kwargs), tuple)
+            self.returned = values_returned(model.block(0)(self.entering[0], *call.args, **call.kwargs))
         self._structures: dict[int, Structure] = {}
 
     @property
@@ -65,7 +65,7 @@ class Resident:
     @torch.no_grad()
     def logits(self, hidden: Tensor, batch: int) -> Tensor:
         """What the model makes of the hidden state [B, T, d] that leaves the last block: logits [B * T, V]."""
-        return finish(self.model, self.tokens[batch], hidden, self.as_tuple).flatten(0, 1)
+        return finish(self.model, self.tokens[batch], hidden, self.returned).flatten(0, 1)
 
     def close(self) -> None:
         """Free the blocks."""
@@ -84,10 +84,10 @@ def probed_structure(model: BlockModel, block: int, tokens: Tensor) -> Structure
     return find_structure(model.block(block), hidden, calls[block], model.blocks[block])
 
 
-def finish(model: BlockModel, tokens: Tensor, hidden: Tensor, as_tuple: bool) -> Tensor:
+def finish(model: BlockModel, tokens: Tensor, hidden: Tensor, returned: int) -> Tensor:
     """Logits [B, T, V] of a hidden state [B, T, d] that leaves the last block; differentiable in it. tokens: [B, T]
 
-    as_tuple: whether blocks of this model give their hidden state inside a tuple
+    returned: how many values a block of this model returns, as `capture.RETURNED`
     """
-    with leaving(model, hidden, as_tuple):
+    with leaving(model, hidden, returned):
         return model.model(input_ids=tokens, use_cache=False).logits

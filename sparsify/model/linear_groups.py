@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.model.capture import BlockCall, run_block
-from sparsify.model.decoder import ROUTER
+from sparsify.model.capture import BlockCall, fake_calls, run_block, without_numbers
+from sparsify.model.decoder import ROUTER, BlockModel
+
+PROBE_TOKENS = 16
+NOT_CALLED = "not called in a forward pass"
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[Line
     finally:
         for hook in hooks:
             hook.remove()
-    skipped = {name: "not called in a forward pass" for name in linears.values() if name not in seen}
+    skipped = {name: NOT_CALLED for name in linears.values() if name not in seen}
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, inputs in seen.items():
         t = inputs[0]
@@ -52,3 +56,20 @@ def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[Line
         else:
             groups.setdefault((t.data_ptr(), t.shape, t.stride()), []).append(name)
     return [LinearGroup(tuple(names), key[1][-1]) for key, names in groups.items()], skipped
+
+
+@torch.no_grad()
+def skipped_by_shape(model: BlockModel) -> dict[str, str]:
+    """The linears that `find_groups` will skip, by full name, and why: found on tensors of shapes only, without a weight.
+
+    A block is left out that cannot run so, because its code looks at numbers; so is what such numbers decide.
+    """
+    found: dict[str, str] = {}
+    with without_numbers(model) as hollow:
+        entering = fake_calls(hollow)
+        for index, block in enumerate(hollow.blocks if entering is not None else ()):
+            assert entering is not None
+            with suppress(Exception):  # whatever the model's own code raises on tensors without numbers
+                skipped = find_groups(hollow.block(index), entering[0], entering[1][index])[1]
+                found |= {f"{block}.{name}": why for name, why in skipped.items() if why != NOT_CALLED}
+    return found

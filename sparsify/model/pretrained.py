@@ -5,35 +5,26 @@ It runs only where the user said so. transformers would ask on the terminal, and
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sparsify.errors import CheckpointError
 from sparsify.files import read_json
+from sparsify.model.belonging import refuse_badly_loaded
+from sparsify.model.permissions import trusts_remote_code
+from sparsify.model.sidecars import inside
+from sparsify.progress import say
 
-TRUST = "SPARSIFY_TRUST_REMOTE_CODE"
+NAME_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+ADAPTER = "adapter_config.json"
+MODULE = re.compile(r"[\w-]+([./][\w-]+)*")  # of Python code in the directory
+HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w-]*(\.[\w-]+)*")
 
-
-def trusts_remote_code() -> bool:
-    """Whether Python code that comes with a model may run."""
-    return os.environ.get(TRUST, "0") not in ("", "0")
-
-
-@contextmanager
-def trusting(trust: bool) -> Iterator[None]:
-    """Let code that comes with models run inside of the block, in processes that it starts too."""
-    before = os.environ.get(TRUST)
-    if trust:
-        os.environ[TRUST] = "1"
-    try:
-        yield
-    finally:
-        if trust:
-            os.environ.pop(TRUST)
-            os.environ.update({} if before is None else {TRUST: before})
+_said: set[tuple[str, str]] = set()  # foreign code that was named already
 
 
 def load_config(directory: str | Path, spec: str | None = None) -> Any:
@@ -53,11 +44,38 @@ def load_tokenizer(directory: str | Path, spec: str | None = None, **settings: A
 
 
 def load_causal_lm(directory: str | Path, spec: str | None = None, **settings: Any) -> Any:
-    """The causal language model of a directory. settings: of `AutoModelForCausalLM.from_pretrained`."""
+    """The causal language model of a directory. settings: of `AutoModelForCausalLM.from_pretrained`.
+
+    CheckpointError where tensors are missing, unknown or of another shape, which transformers at most mentions.
+    """
     from transformers import AutoModelForCausalLM
 
-    with _named(directory, spec):
-        return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trusts_remote_code(), **settings)
+    with _named(directory, spec), _without_adapter(Path(directory)) as place:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place,
+            trust_remote_code=trusts_remote_code(),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **settings,
+        )
+    refuse_badly_loaded(model, info, directory, spec)
+    model.name_or_path = model.config._name_or_path = str(directory)
+    return model
+
+
+@contextmanager
+def _without_adapter(directory: Path) -> Iterator[Path]:
+    """The directory, or one of links to its files but for an adapter, which transformers would put on the weights unasked:
+    what is compressed is the model without it."""
+    if not (directory / ADAPTER).exists():
+        yield directory
+        return
+    say(f"{directory}: the adapter beside the weights ({ADAPTER}) is left out; merge it first where it is wanted")
+    with TemporaryDirectory(prefix="sparsify-") as folder:
+        for file in directory.iterdir():
+            if file.name != ADAPTER:
+                (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def causal_lm_of(config: Any, directory: str | Path, spec: str | None = None, **settings: Any) -> Any:
@@ -79,21 +97,58 @@ def _named(directory: str | Path, spec: str | None) -> Iterator[None]:
         code = ", ".join(_code(Path(directory))) or "no transformers class reads it"
         raise CheckpointError(
             f"{spec or directory} needs Python code that comes with it ({code}), which does not run unasked; read that "
-            f"code, and where you trust it add --trust-remote-code (in Python: {TRUST}=1 in the environment)"
+            f"code, and where you trust it add --trust-remote-code (in Python trust_remote_code=True)"
         ) from None
 
 
 def _code(directory: Path) -> list[str]:
-    """The files of code that the config and the tokenizer of a model name."""
-    found: list[str] = []
-    for name in ("config.json", "tokenizer_config.json"):
+    """The files of code that the settings of a model name."""
+    return list(dict.fromkeys(f"{reference.rpartition('.')[0]}.py" for _, reference in _references(directory)))
+
+
+def _references(directory: Path) -> Iterator[tuple[str, str]]:
+    """The classes that come with a model, `[REPOSITORY--]MODULE.CLASS`, each with the file that names it."""
+    for name in NAME_CODE:
         try:
             settings = read_json(directory / name)
         except (CheckpointError, OSError):
             continue
-        classes = settings.get("auto_map") if isinstance(settings, dict) else None
-        for entry in classes.values() if isinstance(classes, dict) else ():
-            for one in entry if isinstance(entry, list) else [entry]:
-                if isinstance(one, str) and "." in one:
-                    found.append(f"{one.rpartition('.')[0]}.py")
-    return list(dict.fromkeys(found))
+        yield from ((name, reference) for reference in _in_auto_map(settings))
+
+
+def _in_auto_map(settings: Any) -> Iterator[str]:
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        if key == "auto_map":
+            entries = value.values() if isinstance(value, dict) else [value]
+            for entry in entries:
+                yield from (one for one in (entry if isinstance(entry, list) else [entry]) if isinstance(one, str))
+        else:
+            yield from _in_auto_map(value)
+
+
+def refuse_foreign_code(directory: Path, spec: str) -> None:
+    """CheckpointError where the settings of a model name code that does not lie in its directory.
+
+    A path out of the directory is refused always, another repository of the Hub unless remote code is trusted; then it is
+    named on stderr.
+    """
+    for file, reference in _references(directory):
+        repository, is_elsewhere, own = reference.rpartition("--")
+        module = own.rpartition(".")[0]
+        if not MODULE.fullmatch(module) or (is_elsewhere and not HUB_ID.fullmatch(repository)):
+            raise CheckpointError(
+                f"{spec}: {file} names code outside of the directory (auto_map: {reference}), which never runs; "
+                "take that entry out"
+            )
+        if not is_elsewhere:
+            if (directory / f"{module}.py").is_symlink():
+                inside(directory, f"{module}.py")
+        elif not trusts_remote_code():
+            raise CheckpointError(
+                f"{spec}: {file} names Python code of another repository, {repository} (auto_map: {reference}); take that "
+                "entry out where transformers knows the model itself, or read that code, and where you trust it add "
+                "--trust-remote-code (in Python trust_remote_code=True)"
+            )
+        elif (spec, repository) not in _said:
+            _said.add((spec, repository))
+            say(f"{spec} may run Python code of another repository: {repository} ({module}.py)")

@@ -24,10 +24,9 @@ from sparsify.errors import NumericalError, SparsifyError
 from sparsify.model.capture import BlockCall, call_of_row, capture_calls, head_inputs, run_block, share_equal
 from sparsify.model.decoder import BlockModel
 from sparsify.model.linear import LinearWeights
-from sparsify.model.linear_groups import LinearGroup, find_groups
+from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups
 
 TOKENS_PER_MICRO_BATCH = 4096
-PROBE_TOKENS = 16
 
 
 @dataclass

@@ -82,12 +82,15 @@ __all__ = [
 
 
 def load_recipe(
-    source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = (), model: str | None = None
+    source: str | Path | Mapping[str, Any] | Recipe | Sequence[Any],
+    overrides: Sequence[str] = (),
+    model: str | None = None,
 ) -> Recipe:
     """A recipe from a file, from a ready one by its name (`2of4-w4a16`), from plain data or from a typed one, with `--set`
     overrides and `--model` applied, validated.
 
-    Every problem raises RecipeError, with file and line. Recipes of llm-compressor are translated when they can be."""
+    Every problem raises RecipeError, with file and line. Recipes of llm-compressor are translated when they can be, and so is
+    a list of its modifier objects."""
     if not isinstance(source, str | Path):
         return recipe_from(source, overrides=overrides, model=model)
     path = find_recipe(source)
@@ -112,13 +115,19 @@ def parse_recipe(text: str, name: str = "recipe", overrides: Sequence[str] = (),
 
 
 def recipe_from(
-    data: Mapping[str, Any] | Recipe, name: str = "recipe", overrides: Sequence[str] = (), model: str | None = None
+    data: Mapping[str, Any] | Recipe | Sequence[Any],
+    name: str = "recipe",
+    overrides: Sequence[str] = (),
+    model: str | None = None,
 ) -> Recipe:
-    """A recipe from plain data, as YAML would give it, or from a typed one; `version` may be left out."""
+    """A recipe from plain data, as YAML would give it, from a typed one, or from modifier objects of llm-compressor; `version`
+    may be left out."""
     if isinstance(data, Recipe):
         if not overrides and model is None:
             return data
         data = data.model_dump(mode="json")
+    if llmcompressor.is_modifier(data):
+        data = llmcompressor.from_modifiers([data])
     return _validated(Document(name, dict(data) if isinstance(data, Mapping) else data), overrides, model)
 
 

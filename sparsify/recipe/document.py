@@ -15,6 +15,10 @@ from sparsify.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
 
+# How PyYAML writes members of enumerations, and so llm-compressor into its recipe.yaml: `!!python/object/apply:MODULE.Class [int]`.
+# Nothing is called: the text between the brackets is what is meant.
+_ENUMERATION = re.compile(r"tag:yaml\.org,2002:python/object/apply:(?:compressed_tensors|llmcompressor)\.[\w.]+")
+
 _RESOLVERS: list[tuple[str, str, list[str]]] = [  # tag, pattern, the characters a match can start with
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("tag:yaml.org,2002:int", r"[-+]?[0-9]+", list("-+0123456789")),
@@ -93,6 +97,8 @@ def _build(node: yaml.Node, name: str, path: KeyPath, origins: dict[KeyPath, str
     if id(node) in enclosing:
         raise RecipeError(f"{place}: an alias refers to the value that contains it; write the value out")
     enclosing = (*enclosing, id(node))
+    if isinstance(node, yaml.SequenceNode) and _ENUMERATION.fullmatch(node.tag) and node.value:
+        return _build(node.value[0], name, path, origins, enclosing)
     if isinstance(node, yaml.SequenceNode):
         return [_build(item, name, (*path, index), origins, enclosing) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):

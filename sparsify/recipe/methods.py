@@ -38,6 +38,10 @@ QUANTIZE = {
 }
 
 
+TRANSFORMS = {"AWQModifier": True, "SmoothQuantModifier": True, "SpinQuantModifier": False}
+"""Modifiers of llm-compressor that change a dense model into another dense model; True for those that read calibration text."""
+
+
 def needs_of(prune: str | None, quantize: str | None) -> Needs:
     """What a linear needs that is pruned and quantized by these methods; None leaves that half out."""
     return (PRUNE[prune] if prune else NOTHING) | (QUANTIZE[quantize] if quantize else NOTHING)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sparsify.recipe.methods import PRUNE, QUANTIZE
+from sparsify.recipe.methods import PRUNE, QUANTIZE, TRANSFORMS
 from sparsify.recipe.schema.base import refuse
 from sparsify.recipe.schema.training import Distill, Finetune, Lora
 from sparsify.recipe.sources import same_text
@@ -197,9 +197,10 @@ def _solver(recipe: "Recipe") -> None:
 
 
 def _format(recipe: "Recipe") -> None:
-    if recipe.export.format == "pack-quantized" and recipe.quantize is None and recipe.compresses:
+    format = recipe.export.format
+    if format in ("pack-quantized", "gptq") and recipe.quantize is None and recipe.compresses:
         raise refuse(
-            "pack-quantized stores integers but no pass quantizes; add a quantize pass or export sparse24",
+            f"{format} stores integers but no pass quantizes; add a quantize pass or export sparse24",
             "export",
             "format",
         )
@@ -227,6 +228,28 @@ def _leak(recipe: "Recipe") -> None:
             )
 
 
+def _llm_compressor(recipe: "Recipe") -> None:
+    """What runs in llm-compressor first: modifiers that leave a dense model, for passes that compress it."""
+    names = []
+    for index, entry in enumerate(recipe.llm_compressor or ()):
+        if len(entry) != 1 or next(iter(entry)) not in (*TRANSFORMS, "QuantizationModifier"):
+            raise refuse(
+                f"an entry has one key, the name of a modifier: {', '.join(TRANSFORMS)}, or QuantizationModifier after AWQModifier",
+                "llm_compressor",
+                index,
+            )
+        names.append(next(iter(entry)))
+    if not names:
+        return
+    if ("AWQModifier" in names) != ("QuantizationModifier" in names) or names[0] == "QuantizationModifier":
+        raise refuse(
+            "AWQModifier needs a QuantizationModifier after it, which says what it prepares for, and nothing else does",
+            "llm_compressor",
+        )
+    if recipe.depth is not None or not recipe.compresses:
+        raise refuse("llm_compressor needs a pass that prunes or quantizes, and no depth pass", "llm_compressor")
+
+
 RULES: tuple[Callable[["Recipe"], None], ...] = (
     _duplicates,
     _depth_between,
@@ -239,4 +262,5 @@ RULES: tuple[Callable[["Recipe"], None], ...] = (
     _solver,
     _format,
     _leak,
+    _llm_compressor,
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsify.errors import CheckpointError
 from sparsify.files import atomic_write, read_json
+from sparsify.formats.foreign import open_dense
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.report.figures import size_parts
 from sparsify.report.page import render_page
@@ -56,7 +57,7 @@ def report_on(
     head = (metrics.get("head") or {}).get("module")
     parts = {"compressed": size_parts(open_checkpoint(directory), modules, head)}
     try:
-        parts["dense"] = size_parts(open_checkpoint(dense or metrics["base_model"]), modules, head)
+        parts["dense"] = size_parts(open_dense(dense or metrics["base_model"]), modules, head)
     except CheckpointError:
         if dense is not None:
             raise  # asked for by name; the base model of an old run may well be gone

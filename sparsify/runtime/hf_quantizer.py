@@ -66,7 +66,9 @@ class Sparse24Quantizer(HfQuantizer):
             # A type that cannot be right is refused by name when the tensors are checked after loading.
             scale = header[f"{name}.weight_values" if scheme.bits == 16 else f"{name}.weight_scale"]
             scale_dtype = scale.dtype or torch.float32
-            model.set_submodule(path, Sparse24Linear(name, scheme, scale_dtype, bias))
+            linear = Sparse24Linear(name, scheme, scale_dtype, bias)
+            linear._is_hf_initialized = True  # type: ignore[assignment]  # its tensors are all in the files
+            model.set_submodule(path, linear)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -79,7 +81,7 @@ class Sparse24Quantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, Sparse24Linear):
                 module.prepare(model.dtype)
-        # Nothing here can be trained; activations that asked for gradients would only fail later.
+        # Compressed weights have no gradient; the rest is frozen beside them until somebody asks for it
         return model.requires_grad_(False)
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -87,7 +89,7 @@ class Sparse24Quantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # with adapters: transformers' Trainer refuses a quantized model without any by itself
 
     @property
     def is_compileable(self) -> bool:

@@ -26,14 +26,17 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, PackedvLLMParameter
 
 from sparsify.errors import CheckpointError
-from sparsify.formats import ModuleScheme
-from sparsify.formats.scheme import FLOATS, INPUT_MULTIPLE, Label, scheme_problem
+from sparsify.formats import ModuleScheme, get_format
+from sparsify.formats.scheme import AGAIN, FLOATS, INPUT_MULTIPLE, Label, scheme_problem
 from sparsify.formats.sparse24 import Sparse24Config as ConfigOnDisk
 from sparsify.formats.sparse24 import all_zero, checked_tensors, tensor_layout
-from sparsify.runtime.backends import announce, choose_backend
+from sparsify.runtime.backends import announce, choose_backend, get_backend
+from sparsify.runtime.dequantized import DequantizedWeight
+from sparsify.runtime.legacy import LegacyConfig, LegacyShard, legacy_config, legacy_format
 from sparsify.runtime.op import sparse24_linear
 
 METHOD = "sparse24"
+DRAFT = "draft_model."  # what vLLM puts before the names of a draft's modules; no checkpoint has it
 FIRST_TWO_OF_FOUR = 0x44  # a valid pair of meta nibbles: inputs 0 and 1 of both quads
 
 # vLLM prints the records of loggers below "vllm" only
@@ -43,16 +46,19 @@ logger = logging.getLogger("vllm.sparsify")
 def register() -> None:
     """Entry point. vLLM calls it in every process, some call it twice."""
     register_quantization_config(METHOD)(Sparse24Config)
-    if Sparse24LinearMethod.__name__ not in WEIGHT_LOADER_V2_SUPPORTED:
-        WEIGHT_LOADER_V2_SUPPORTED.append(Sparse24LinearMethod.__name__)
+    for method in (Sparse24LinearMethod, LegacyMethod):
+        if method.__name__ not in WEIGHT_LOADER_V2_SUPPORTED:
+            WEIGHT_LOADER_V2_SUPPORTED.append(method.__name__)
 
 
 class Sparse24Config(QuantizationConfig):
     """Which modules are compressed, and how. vLLM pickles it by name for its workers."""
 
-    def __init__(self, on_disk: ConfigOnDisk) -> None:
+    def __init__(self, on_disk: ConfigOnDisk | LegacyConfig, legacy: str | None = None) -> None:
+        """legacy: the format of compressed-tensors that the checkpoint is in, where it is not sparse24."""
         super().__init__()
         self.on_disk = on_disk
+        self.legacy = legacy
 
     @classmethod
     def get_name(cls) -> str:
@@ -71,11 +77,21 @@ class Sparse24Config(QuantizationConfig):
         return []  # everything is in config.json
 
     @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> Any:
+        """Claim the sparse checkpoints of compressed-tensors: vLLM asks methods of plugins before its own, which refuses."""
+        return METHOD if isinstance(hf_quant_cfg, dict) and legacy_format(hf_quant_cfg) else None
+
+    @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
+        if (format := legacy_format(config)) is not None:
+            return cls(legacy_config(config), format)
         return cls(ConfigOnDisk.from_dict(config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename modules as vLLM's model class does."""
+        if not isinstance(self.on_disk, ConfigOnDisk):
+            self.on_disk = self.on_disk.renamed(hf_to_vllm_mapper.apply_list)
+            return
         self.on_disk = ConfigOnDisk(
             default=self.on_disk.default,
             ignore=frozenset(hf_to_vllm_mapper.apply_list(sorted(self.on_disk.ignore))),
@@ -83,14 +99,18 @@ class Sparse24Config(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        prefix = prefix.removeprefix(DRAFT)
         if isinstance(layer, LinearBase):
             label = self._label(prefix, layer.input_size)
-            return UnquantizedLinearMethod() if label is None else Sparse24LinearMethod(label, prefix)
+            return UnquantizedLinearMethod() if label is None else self._method(label, prefix)
         if isinstance(layer, VocabParallelEmbedding) and prefix in self.on_disk.modules:
             if not isinstance(layer, ParallelLMHead):
                 raise CheckpointError(f"{prefix}: compressed embeddings cannot be served; add {prefix} to ignore")
-            return Sparse24LinearMethod(self.on_disk.modules[prefix], prefix)
+            return self._method(self.on_disk.modules[prefix], prefix)
         return None  # attention, experts, embeddings: as in the dense model
+
+    def _method(self, label: Label, prefix: str) -> "Sparse24LinearMethod":
+        return Sparse24LinearMethod(label, prefix) if self.legacy is None else LegacyMethod(label, prefix, self.legacy)
 
     def _label(self, prefix: str, inputs: int) -> Label | None:
         """How the linear `prefix` is compressed; linears that vLLM merges must all be compressed alike."""
@@ -100,9 +120,11 @@ class Sparse24Config(QuantizationConfig):
         # "channel" and a group of all inputs are one scheme, so compare what the labels mean for this many inputs
         if len({label and label.scheme((1, inputs)) for label in labels.values()}) > 1:
             found = "; ".join(f"{part}: {label or 'dense'}" for part, label in labels.items())
+            hint = "use one setting for all of them in the recipe"
+            if self.legacy is not None:
+                hint = "sparsify export writes such a checkpoint as dense, which is served"
             raise CheckpointError(
-                f"vLLM merges {', '.join(parts)} into one linear, so they must be compressed alike, found {found}; "
-                "use one setting for all of them in the recipe"
+                f"vLLM merges {', '.join(parts)} into one linear, so they must be compressed alike, found {found}; {hint}"
             )
         return labels[parts[0]]
 
@@ -114,12 +136,12 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.label = label
         self.prefix = prefix
         self.scheme: ModuleScheme  # of this rank's shard
-        self.backend: str
-        self.buffers: tuple[str, ...]  # names on the layer of what the back end prepared
+        self.backend: str | None = None
+        self.buffers: tuple[str, ...] = ()  # names on the layer of what the back end prepared
         self.loaded: dict[str, set[Any]] = {}  # suffix -> the shards that have arrived
         self.merged = 1  # how many linears of the checkpoint make up this one
         self.dummy = False
-        self.zero = False  # nothing to multiply with: a sublayer that depth pruning removed
+        self.zero: bool | None = None  # nothing to multiply with: a sublayer that depth pruning removed
 
     def create_weights(
         self,
@@ -160,17 +182,18 @@ class Sparse24LinearMethod(LinearMethodBase):
         """vLLM's loader with what it lacks: it converts types silently and asserts shapes without a name."""
         name = f"{self.prefix}.{suffix}"
 
-        def checked(parameter: nn.Parameter, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
+        # vLLM finds the parameter by the name of this argument when it loads again
+        def checked(param: nn.Parameter, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
             if suffix in ("weight_scale", "weight_values") and loaded.dtype in FLOATS and not self.loaded.get(suffix):
-                parameter.data = parameter.data.to(loaded.dtype)  # which of the two floats is not known before
-            if loaded.dtype != parameter.dtype:
-                found = f"expected {parameter.dtype}, found {loaded.dtype}"
+                param.data = param.data.to(loaded.dtype)  # which of the two floats is not known before
+            if loaded.dtype != param.dtype:
+                found = f"expected {param.dtype}, found {loaded.dtype}"
                 raise CheckpointError(f"{name}: {found}; the checkpoint is damaged")
             try:
-                load(parameter, loaded, *shard, **keywords)
+                load(param, loaded, *shard, **keywords)
             except (AssertionError, RuntimeError) as error:
                 raise CheckpointError(
-                    f"{name}: {list(loaded.shape)} from the checkpoint does not fit into {list(parameter.shape)} "
+                    f"{name}: {list(loaded.shape)} from the checkpoint does not fit into {list(param.shape)} "
                     f"({str(error) or 'other shape'}); config.json and the files do not belong together"
                 ) from error
             self.loaded.setdefault(suffix, set()).add(shard[0] if shard else None)
@@ -188,22 +211,33 @@ class Sparse24LinearMethod(LinearMethodBase):
             tensors["weight_meta"][layer.num_org_embeddings_per_partition :] = FIRST_TWO_OF_FOUR
         device = next(iter(tensors.values())).device
         checked_tensors(self.prefix, tensors, self.scheme)
-        self.zero = all_zero(tensors, self.scheme)
+        zero = all_zero(tensors, self.scheme)
+        if self.zero and not zero:
+            raise CheckpointError(
+                f"{self.prefix}: had no weights when the engine started; start it again to serve others"
+            )
+        for suffix in tensors:
+            delattr(layer, suffix)
+        self.loaded.clear()  # other weights may follow, which vLLM copies into the buffers that are there
+        dtype: torch.dtype = layer.params_dtype  # type: ignore[assignment]
+        layer.weight = DequantizedWeight(  # LoRA and DeepSeek's attention ask for it
+            self.prefix, self.scheme.shape, dtype, device, lambda: self._dense(layer, dtype, device)
+        )
+        self.zero = zero and not self.buffers  # a captured graph goes on multiplying
         if self.zero:
-            for suffix in tensors:
-                delattr(layer, suffix)
             logger.info("%s: all weights are zero, its products are skipped", self.prefix)
             return
-        dtype: torch.dtype = layer.params_dtype  # type: ignore[assignment]
-        backend = choose_backend(self.scheme, device, dtype)
+        backend = get_backend(self.backend) if self.backend else choose_backend(self.scheme, device, dtype)
         prepared = backend.prepare(tensors, self.scheme, dtype)
         self.buffers = tuple(f"sparse24_{i}" for i in range(len(prepared)))
         for name, tensor in zip(self.buffers, prepared, strict=True):
-            layer.register_buffer(name, tensor, persistent=False)
-        for suffix in tensors:
-            delattr(layer, suffix)
+            layer.register_buffer(name, tensor)  # a persistent one: vLLM updates no others
         self.backend = backend.name
         announce(logger, backend, self.scheme, device)
+
+    def _dense(self, layer: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[N, K]: the products of the unit vectors, since only the back end can read what it prepared."""
+        return self.apply(layer, torch.eye(self.scheme.shape[1], dtype=dtype, device=device)).T
 
     def _refuse_missing(self, tensors: dict[str, Tensor]) -> None:
         """vLLM does not notice when tensors of a quantized model are missing and would serve uninitialised memory."""
@@ -221,12 +255,62 @@ class Sparse24LinearMethod(LinearMethodBase):
             nothing = x.new_zeros(*x.shape[:-1], self.scheme.shape[0])
             return nothing if bias is None else nothing + bias
         prepared = [getattr(layer, name) for name in self.buffers]
+        assert self.backend is not None
         return sparse24_linear(x, prepared, bias, self.scheme, self.backend)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         raise CheckpointError(
             f"{self.prefix} is compressed and tied to the embeddings; set tie_word_embeddings to false in config.json"
         )
+
+
+class LegacyMethod(Sparse24LinearMethod):
+    """Loads a linear of a legacy format: each of its parts is decoded when it is complete, then cut and merged as sparse24.
+
+    The layer has a parameter without numbers for every tensor of the checkpoint, which takes it in; those of sparse24, whose
+    names are partly the same, stand aside until all have arrived.
+    """
+
+    def __init__(self, label: Label, prefix: str, format: str) -> None:
+        super().__init__(label, prefix)
+        self.format = format
+        self.parts: dict[Any, LegacyShard] = {}  # by the shard of the merged linear
+        self.aside: dict[str, nn.Parameter] = {}
+
+    def create_weights(self, layer: nn.Module, *sizes: Any, **settings: Any) -> None:
+        super().create_weights(layer, *sizes, **settings)
+        for suffix in tensor_layout(self.scheme, FLOATS[0]):
+            self.aside[suffix] = getattr(layer, suffix)
+            delattr(layer, suffix)
+        for suffix in sorted(get_format(self.format).suffixes):
+            taker = nn.Parameter(torch.empty(0), requires_grad=False)
+            taker.weight_loader = self._taking(suffix)  # type: ignore[attr-defined]
+            layer.register_parameter(suffix, taker)
+
+    def _taking(self, suffix: str) -> Callable[..., None]:
+        def take(param: nn.Parameter, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
+            name = f"{self.prefix} ({shard[0]})" if shard else self.prefix
+            part = self.parts.setdefault(shard, LegacyShard(name, self.format, self.label))
+            for target, tensor in (part.add(suffix, loaded) or {}).items():
+                parameter = self.aside[target]
+                parameter.weight_loader(parameter, tensor.to(parameter.device), *shard, **keywords)  # type: ignore[attr-defined]
+
+        return take
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if not self.aside:
+            hint = "start it again, or write the checkpoint as sparse24: sparsify export DIR --format sparse24"
+            raise CheckpointError(f"{self.prefix}: {self.format} cannot be loaded into a running engine; {hint}")
+        for part in self.parts.values():
+            if part.tensors:
+                raise CheckpointError(f"{part.name}.{part.missing()[0]}: the checkpoint does not hold it; {AGAIN}")
+        for suffix in get_format(self.format).suffixes:
+            delattr(layer, suffix)
+        for suffix, parameter in self.aside.items():
+            layer.register_parameter(suffix, parameter)
+        self.aside.clear()
+        self.parts.clear()
+        super().process_weights_after_loading(layer)
 
 
 def _shard(prefix: str, whole: ModuleScheme, n: int, k: int) -> ModuleScheme:

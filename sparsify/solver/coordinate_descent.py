@@ -6,6 +6,9 @@ values, and from time to time each scale. Every step lowers e = (w - t)' H (w - 
 sweep's. Cyclic descent on codes is that of QuantEase (arXiv 2309.01885), exchanges of the support that of ALPS
 (arXiv 2406.07831, section 3); here one step does both.
 
+The half gradient of a block, H (w - t), is computed anew at every visit: one product with all inputs of what the weights are
+off by, where keeping it up to date would be one of the same size after every visit, and would read and write all of it.
+
 W is held transposed, [K, N], as in `column_sweep.py`.
 """
 
@@ -17,12 +20,14 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
+from sparsify.model.few_rows import few_rows_product
 from sparsify.solver.column_sweep import Solved
 from sparsify.solver.dispatch import kernel_for
 from sparsify.solver.grid import Grid
 
 FORCE = "SPARSIFY_COORDINATE_DESCENT"
 BLOCKSIZE = 64
+LARGEST = 2 * BLOCKSIZE  # group that is visited as one block
 
 
 @torch.no_grad()
@@ -50,39 +55,41 @@ def coordinate_descent(
     if not passes:
         return solved
     W = solved.weight.t().clone(memory_format=torch.contiguous_format)
+    off = (solved.weight - target).contiguous()  # [N, K]
     mask = mask.t().contiguous() if mask is not None else None
     scales = solved.scale.float().t().contiguous() if solved.scale is not None else None  # [K/G, N]
     group = grid.group_size if grid is not None else BLOCKSIZE
-    size = group if group <= 2 * BLOCKSIZE else BLOCKSIZE
-    G = H @ (W - target.t())  # half the gradient of e
+    size = group if group <= LARGEST else BLOCKSIZE
     for _ in range(passes):
         for start in range(0, W.shape[0], size):
             columns = slice(start, min(start + size, W.shape[0]))
             unit = scales[start // group] if scales is not None else None
-            before = W[columns].clone()
             kept = mask[columns] if mask is not None else None
-            H_block, G_block = H[columns, columns].contiguous(), G[columns].clone()
-            visit_block(W[columns], G_block, H_block, unit, grid, kept, two_four, store)
+            H_block, G = H[columns, columns].contiguous(), few_rows_product(H[columns], off)
+            visit_block(W[columns], G, H_block, unit, grid, kept, two_four, store)
             if unit is not None and grid is not None and group == size:
-                _refit_scale(W[columns], G_block, H_block, unit, grid)
-            G.addmm_(H[:, columns], W[columns] - before)
+                refit_scale(W[columns], G, H_block, unit, grid)
+            torch.sub(W[columns].t(), target[:, columns], out=off[:, columns])
         if scales is not None and grid is not None and group != size:
             for index, unit in enumerate(scales):
                 columns = slice(index * group, (index + 1) * group)
-                before = W[columns].clone()
-                _refit_scale(W[columns], G[columns], H[columns, columns], unit, grid)
-                G.addmm_(H[:, columns], W[columns] - before)
+                refit_scale(W[columns], few_rows_product(H[columns], off), H[columns, columns], unit, grid)
+                torch.sub(W[columns].t(), target[:, columns], out=off[:, columns])
     if scales is None or grid is None:
         return Solved(W.t().contiguous())
     codes = (W / scales.repeat_interleave(group, 0)).round_().to(torch.int8)
     return Solved(W.t().contiguous(), codes.t().contiguous(), scales.t().contiguous().to(grid.dtype))
 
 
-def _refit_scale(W: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> None:
+def refit_scale(W: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> None:
     """Move the scales of one group to their least-squares values, codes fixed. Changes W and unit in place.
 
     W, G: [G, N], weights and half gradient; H: [G, G]; unit: [N].
     """
+    kernel = kernel_for(FORCE, "cpu/coordinate_descent", W.device)
+    if kernel is not None and W.shape[0] <= LARGEST and hasattr(kernel, "refit_scale"):  # a GPU computes it as below
+        kernel.refit_scale(W, G, H, unit, grid)
+        return
     codes = (W / unit).round_()
     curvature = (codes * (H @ codes)).sum(0)
     slope = (codes * G).sum(0)

@@ -63,6 +63,17 @@ def visit_block(
     )  # fmt: skip
 
 
+def refit_scale(W: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> None:
+    """As `coordinate_descent.refit_scale`, for at most 128 columns."""
+    assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, G, H)) and unit.is_contiguous()
+    stored = torch.finfo(grid.dtype)
+    _library("cpu/coordinate_descent").sparsify_refit_scale(
+        _pointer(W), _int64(W.stride(0)), _pointer(G), _int64(G.stride(0)), _pointer(H), _int64(H.stride(0)),
+        W.shape[0], _int64(W.shape[1]), _pointer(unit), DROPPED_BITS[grid.dtype], _float(stored.tiny), _float(stored.max),
+        torch.get_num_threads(), kernel_level(),
+    )  # fmt: skip
+
+
 def _library(name: str) -> ctypes.CDLL:
     library = build.load(name)
     assert library is not None, "dispatch.kernel_for has loaded it"

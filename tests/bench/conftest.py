@@ -22,7 +22,7 @@ def write_checkpoint(directory: Path, width: int, config: dict) -> Path:
 @pytest.fixture
 def models(tmp_path):
     base = {"max_position_embeddings": 2048, "vocab_size": 49152}
-    sparse = {**base, "quantization_config": {"quant_method": "sparse24"}}
+    sparse = {**base, "quantization_config": {"quant_method": "sparse24", "version": 1, "bits": 4, "group_size": 64}}
     return [write_checkpoint(tmp_path / "dense", 400, base), write_checkpoint(tmp_path / "small", 100, sparse)]
 
 

@@ -51,6 +51,12 @@ def test_each_recipe_is_made_once_and_scored_as_eval_does(place):
     assert again[0].evaluation["test.txt"].kl == results[0].evaluation["test.txt"].kl
     with pytest.raises(SparsifyError, match="was made by another recipe"):
         compare(place, f"raw={place / 'sparsegpt.yaml'}")
+    weights = place / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    with pytest.raises(SparsifyError, match="was made from other weights"):
+        compare(place, one)
+    weights.write_bytes(before)
     shown = table(results)
     assert shown.row_count == 3 and [column.header for column in shown.columns][:2] == ["recipe", "perplexity"]
 

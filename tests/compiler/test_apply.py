@@ -6,18 +6,20 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RwkvConfig, Zamba2Config
+from transformers.models.llama.modeling_llama import LlamaModel
 
 import sparsify.compiler.apply as run
 import sparsify.compiler.calibrate as calibrate
 from sparsify.compiler.apply import apply
 from sparsify.compiler.plan import make_plan
-from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
+from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError, SparsifyError
+from sparsify.evaluation import evaluate
 from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
 from sparsify.training.qat_linear import kept_positions
-from tests.helpers.tiny import FAMILIES, save_tiny, tiny_text
+from tests.helpers.tiny import FAMILIES, save_tiny, tiny_text, tiny_tokenizer
 
 JOINT = """
 version: 1
@@ -230,6 +232,87 @@ def test_nothing_to_do_is_refused(tmp_path, recipe):
         make_plan(recipe("sparse24", 'ignore=["*"]'), str(source))
 
 
+@pytest.fixture
+def rwkv(tmp_path):
+    """Blocks that return three values, and whose class divides weights by two every six blocks unless told otherwise."""
+
+    def make(every):
+        config = RwkvConfig(
+            vocab_size=96, hidden_size=64, attention_hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            context_length=64, rescale_every=every, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+        tiny_tokenizer().save_pretrained(tmp_path / "source")
+        return tmp_path / "source"
+
+    return make
+
+
+def test_blocks_that_return_several_values(tmp_path, recipe, rwkv):
+    source = rwkv(0)
+    assert len(apply(recipe(), str(source), tmp_path / "out", quiet=True).metrics["layers"]) == 2 * 7
+    apply(recipe("dense"), str(source), tmp_path / "dense", quiet=True)
+    ids = torch.arange(4, 20)[None]
+    ours, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / f, dtype=torch.float32) for f in ("out", "dense"))
+    compressed = open_compressed(tmp_path / "out")
+    for name in compressed.modules:
+        dense.get_submodule(name).weight.data = compressed.linear(name).dense(torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(ours(ids).logits, dense(ids).logits, atol=1e-4)
+
+
+def test_a_class_that_changes_its_weights_is_refused_in_the_plan(recipe, rwkv):
+    for asked in (recipe(), parse_recipe(DATA_FREE)):
+        with pytest.raises(
+            CheckpointError, match="divides weights by two every 6 blocks .* set it to 0, which changes nothing"
+        ):
+            make_plan(asked, str(rwkv(6)))
+
+
+def test_a_class_that_runs_its_blocks_in_another_way_is_refused_in_the_plan(tmp_path, recipe, monkeypatch):
+    source = save_tiny(tmp_path / "source")
+    make_plan(recipe(), str(source))
+    whole = LlamaModel.forward
+
+    def twice(self, *args, **kwargs):
+        self.layers[0](torch.zeros(1, 16, 64))
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", twice)
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM does not call its blocks one after another"):
+        make_plan(recipe(), str(source))
+    make_plan(parse_recipe(DATA_FREE), str(source))
+
+
+def test_sequences_longer_than_the_table_of_positions_are_refused(tmp_path, recipe):
+    """OPT has 128 of them; a rotary model goes on."""
+    source = save_tiny(tmp_path / "source", "opt")
+    longer = recipe("sparse24", "calibration.sequence_length=160")
+    with pytest.raises(
+        CalibrationError, match=r"positions for 128 tokens, and calibration.sequence_length is 160; set it to 128"
+    ):
+        apply(longer, str(source), tmp_path / "out", quiet=True)
+    with pytest.raises(
+        SparsifyError, match=r"positions for 128 tokens, and the text is read 160 at a time: give --sequence-length"
+    ):
+        evaluate(source, None, tmp_path / "text.txt", 160, 2, quiet=True)
+    apply(longer, str(save_tiny(tmp_path / "rotary")), tmp_path / "out", quiet=True)
+    assert evaluate(tmp_path / "out", None, tmp_path / "text.txt", 160, 2, quiet=True).tokens == 2 * 159
+
+
+def test_blocks_that_share_their_weights_are_refused_in_the_plan(tmp_path):
+    config = Zamba2Config(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_mem_blocks=1,
+        layers_block_type=["mamba", "hybrid"] * 2, mamba_d_state=8, mamba_headdim=16, n_mamba_heads=8, mamba_ngroups=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    with pytest.raises(
+        CheckpointError, match=r"Zamba2ForCausalLM uses the same weights in several blocks \(model.layers.3.shared"
+    ):
+        make_plan(parse_recipe(DATA_FREE), str(tmp_path / "source"))
+
+
 def test_too_little_text_is_refused_and_leaves_no_output(tmp_path, recipe):
     source = save_tiny(tmp_path / "source")
     with pytest.raises(CalibrationError, match="samples"):
@@ -257,11 +340,12 @@ def test_truncated_checkpoint_is_refused(tmp_path, recipe):
         apply(recipe(), str(source), tmp_path / "out", quiet=True)
 
 
-def test_compressed_input_is_refused(tmp_path, recipe):
+def test_a_compressed_input_is_dequantized_and_keeps_its_zeros(tmp_path, recipe):
     source = save_tiny(tmp_path / "source")
     apply(recipe(), str(source), tmp_path / "out", quiet=True)
-    with pytest.raises(CheckpointError, match="compressed already"):
-        make_plan(recipe(), str(tmp_path / "out"))
+    plan = make_plan(recipe(), str(tmp_path / "out"))
+    assert plan.checkpoint.quantization == "sparse24, 4-bit 2:4"
+    assert {scheme.prune for scheme in plan.schemes.values()} == {"keep"}
 
 
 def test_existing_output_is_refused(tmp_path, recipe):

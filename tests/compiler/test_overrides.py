@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -300,3 +301,21 @@ def test_training_keeps_every_scheme(tmp_path, recipe, source, training):
         assert not torch.equal(one, other), module  # each kind learns
         if pattern == "2:4":
             assert is_two_four(other), module
+
+
+def test_linears_that_the_export_format_cannot_hold_are_in_the_plan(recipe, source):
+    """pack-quantized holds integers: pruned linears without them are written dense, and not all of them may be."""
+    some = make_plan(recipe("{match: o_proj, quantize: null}", format="pack-quantized"), str(source))
+    unheld = some.written_dense()
+    assert {name.rpartition(".")[2] for name in unheld} == {"o_proj"} and unheld.items() <= some.to_json()[
+        "dense_modules"
+    ].items()
+    console = Console(width=300)
+    with console.capture() as shown:
+        console.print(some.table())
+    assert "written dense: pack-quantized holds 4- or 8-bit codes" in shown.get()
+    assert not make_plan(recipe("{match: o_proj, quantize: null}"), str(source)).written_dense()
+    with pytest.raises(RecipeError) as caught:
+        make_plan(recipe("{match: '*', quantize: null}", format="pack-quantized"), str(source))
+    said = str(caught.value)
+    assert "export.format: none of the 21 linears" in said and "quantized to 4 or 8 bits" in said

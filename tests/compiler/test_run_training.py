@@ -323,12 +323,13 @@ def test_teachers_that_cannot_teach_are_refused_before_the_walk(tmp_path, recipe
         ("larger", "vocabulary of 112 tokens and the student one of 96"),
         ("deeper", "blocks: 4 and the student 3.*loss.squarehead: 0"),
         ("foreign", "another vocabulary"),
-        ("compressed", "compressed itself"),
     ):
         with pytest.raises(CheckpointError, match=words):
             apply(recipe(640, f", teacher: {tmp_path / teacher}"), str(source), tmp_path / "out", quiet=True)
     more = f", teacher: {tmp_path / 'deeper'}, loss: {{squarehead: 0}}"
     assert make_plan(recipe(640, more), str(source)).training[0].teacher.spec == str(tmp_path / "deeper")
+    said = make_plan(recipe(640, f", teacher: {tmp_path / 'compressed'}"), str(source)).training[0].describe()
+    assert said.endswith(f"teacher {tmp_path / 'compressed'} (dequantized: sparse24, 4-bit 2:4)")
 
 
 def test_too_little_text_is_told_in_the_words_of_the_pass(tmp_path, recipe, source):

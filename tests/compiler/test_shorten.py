@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import sparsify.compiler.apply as run
 from sparsify.compiler.apply import apply
@@ -22,7 +23,7 @@ from sparsify.model.linear import is_two_four
 from sparsify.model.sublayers import Sublayer
 from sparsify.recipe import parse_recipe
 from sparsify.runtime.module import Sparse24Linear
-from tests.helpers.tiny import FAMILIES, save_tiny, tiny_text
+from tests.helpers.tiny import FAMILIES, save_tiny, tiny_text, tiny_tokenizer
 
 IDS = torch.randint(4, 96, (2, 24), generator=torch.Generator().manual_seed(2))  # longer than a sliding window
 LORA = "lora: {tokens: 2k, samples: 40, batch_size: 4, sequence_length: 32, precision: float32, learning_rate: 0.02}"
@@ -117,6 +118,76 @@ def test_a_model_that_the_new_config_does_not_describe_is_refused(tmp_path, monk
     write_shortened(source, choice, {}, tmp_path / "short")
     with pytest.raises(CheckpointError, match="decides something by the number of a layer"):
         verify(source, choice, {}, tmp_path / "short")
+
+
+SIZES = dict(
+    vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+PERIODIC = {
+    "qwen2_moe": {
+        "decoder_sparse_step": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+    },
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "num_experts": 2, "mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False,
+    },
+}  # fmt: skip
+
+
+def save_family(directory, family, **settings):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**SIZES | settings), dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("family", PERIODIC)
+def test_layers_whose_making_depends_on_their_number(tmp_path, recipe, family):
+    """Every second one holds experts, or mixes tokens in another way: one alone cannot go, two can. The plan says so."""
+    source = save_family(tmp_path / "source", family, **PERIODIC[family])
+    with pytest.raises(
+        CheckpointError, match="decides by the number of a layer what it is made of: layer . would become"
+    ):
+        make_plan(recipe("depth: {method: angular, drop: 1}"), str(source))
+    make_plan(
+        recipe("depth: {method: angular, drop: 1, protect_last: 0, protect_first: 0}"), str(source)
+    )  # the last may go
+    apply(recipe("depth: {method: angular, drop: 2}"), str(source), tmp_path / "out", quiet=True)
+    note = json.loads((tmp_path / "out" / "metrics.json").read_text())["depth"]
+    kept = [block for block in range(6) if not note["first"] <= block < note["first"] + 2]
+    whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    short = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for layer, block in zip(short.model.layers, kept, strict=True):
+        old = whole.model.layers[block].state_dict()
+        assert layer.state_dict().keys() == old.keys()
+        assert all(torch.equal(tensor, old[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_a_choice_that_the_class_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+    source = open_source(save_family(tmp_path / "source", "qwen2_moe", **PERIODIC["qwen2_moe"]))
+    kept = [Sublayer(block, position) for block in (0, 1, 2, 3, 5) for position in (0, 1)]
+    with pytest.raises(CheckpointError, match="layer 5 would become layer 4, which differs in mlp"):
+        write_shortened(source, Choice(kept, as_layers(kept), {}), {}, tmp_path / "short")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_several_streams_of_hidden_states_are_refused_in_the_plan(tmp_path, recipe):
+    more = dict(
+        num_kv_shared_layers=2, sliding_window=32, vocab_size_per_layer_input=96, hidden_size_per_layer_input=16
+    )
+    more |= dict(
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        intermediate_size=[128] * 6,
+        activation_sparsity_pattern=[0.0] * 6,
+        laurel_rank=8,
+    )
+    source = save_family(tmp_path / "source", "gemma3n_text", **more)
+    for settings in ("method: angular, drop: 1", "method: finercut, drop: 2"):
+        with pytest.raises(CheckpointError, match="Gemma3nForCausalLM passes 4 streams of hidden states"):
+            make_plan(recipe(f"depth: {{{settings}}}"), str(source))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,15 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 import sparsify.model.sequential as sequential
 from sparsify.compiler.apply import apply
+from sparsify.compiler.checkpoint_names import refuse_unstorable
 from sparsify.compiler.plan import make_plan
 from sparsify.compiler.summary import summary
 from sparsify.errors import CheckpointError, NumericalError, RecipeError
+from sparsify.formats.inspect import inspect
 from sparsify.formats.reader import open_compressed
+from sparsify.model.checkpoint import Checkpoint
+from sparsify.model.permissions import allowing_unknown
+from sparsify.model.pretrained import load_causal_lm
 from sparsify.recipe import parse_recipe
 from sparsify.solver.masks.magnitude import magnitude_mask
 from tests.helpers.tiny import save_tiny, tiny_text
@@ -74,6 +79,10 @@ def test_a_router_bias_stays_float32_to_the_bit(tmp_path, dtype):
     written = load_file(tmp_path / "out" / "model.safetensors")
     (name,) = [name for name in state if "e_score" in name]
     assert written[name].dtype == torch.float32 and same_bits(written[name], state[name])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["kept_wide"] == [name]
+    shown = [str(cell) for column in summary(metrics, "t").columns for cell in column.cells]
+    assert "1 tensor: model.layers.*.mlp.gate.e_score_correction_bias" in shown
     assert {t.dtype for n, t in written.items() if t.is_floating_point() and n != name} == {torch.bfloat16}
 
 
@@ -97,6 +106,17 @@ def test_a_float32_model_is_cast_as_the_recipe_says(tmp_path):
     opened = open_compressed(tmp_path / "out")
     for name in opened.other_names():
         assert same_bits(opened.tensor(name), state[name].bfloat16())
+
+
+def test_what_does_not_come_along_is_said(tmp_path):
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    (source / "hf_token.txt").write_text("secret")
+    plan = make_plan(parse_recipe(PRUNED), str(source))
+    assert plan.to_json()["left_behind"] == ["hf_token.txt"] and "hf_token.txt" in plan.table().caption
+    metrics = apply(parse_recipe(PRUNED), str(source), tmp_path / "out", quiet=True).metrics
+    assert metrics["left_behind"] == ["hf_token.txt"] and not (tmp_path / "out" / "hf_token.txt").exists()
+    shown = [str(cell) for column in summary(metrics, "t").columns for cell in column.cells]
+    assert any("hf_token.txt" in cell for cell in shown) and metrics["kept_wide"] == []
 
 
 def test_one_float16_tensor_makes_no_float16_model(tmp_path):
@@ -140,6 +160,19 @@ def test_a_cast_that_overflows_is_refused_by_name_before_anything_is_written(tmp
     apply(parse_recipe(PRUNED), str(source), tmp_path / "out", quiet=True)
 
 
+def test_a_float32_model_is_not_read_for_what_bfloat16_holds(tmp_path, monkeypatch):
+    source = save_tiny(tmp_path / "source")
+    read = []
+    monkeypatch.setattr(Checkpoint, "tensor", lambda self, name: read.append(name))
+    refuse_unstorable(make_plan(parse_recipe(PRUNED), str(source)))
+    assert not read
+    monkeypatch.undo()
+    changed(source, lambda s: s[NORM].view(-1)[5:6].fill_(3.4e38) and None)  # rounds to infinity
+    with pytest.raises(NumericalError, match=rf"{NORM}.*3\.4e\+38 leaves the range of bfloat16"):
+        apply(parse_recipe(PRUNED), str(source), tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
 def extra(state):
     layer = {n.replace(".2.", ".3."): t.clone() for n, t in state.items() if ".layers.2." in n}
     more = {"model.layers.3.eh_proj.weight": torch.randn(64, 128), "counter": torch.tensor([3, 4])}
@@ -153,10 +186,15 @@ def test_tensors_that_the_model_does_not_know_are_carried_over_and_named(tmp_pat
     state = changed(source, extra)
     unknown = {name: tensor for name, tensor in state.items() if name not in before}
     recipe = on_text(tmp_path, *passes) if len(passes) > 1 else parse_recipe(PRUNED)
-    plan = make_plan(recipe, str(source))
-    assert set(plan.to_json()["carried"]["tensors"]) == set(unknown)
-    assert "model.layers.3.*" in plan.table().caption
-    result = apply(recipe, str(source), tmp_path / "out", quiet=True)
+    with pytest.raises(
+        CheckpointError, match=r"holds counter, model\.layers\.3.*\(and 8 more\), which LlamaForCausalLM"
+    ):
+        make_plan(recipe, str(source))
+    with allowing_unknown(True):
+        plan = make_plan(recipe, str(source))
+        assert set(plan.to_json()["carried"]["tensors"]) == set(unknown)
+        assert "model.layers.3.*" in plan.table().caption
+        result = apply(recipe, str(source), tmp_path / "out", quiet=True)
     written = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in unknown.items():
         assert same_bits(written[name], tensor), name
@@ -167,14 +205,30 @@ def test_tensors_that_the_model_does_not_know_are_carried_over_and_named(tmp_pat
     assert metrics["sizes"]["dense_bytes"] == sum(tensor.nbytes for tensor in state.values())
     shown = [str(cell) for column in summary(result.metrics, "t").columns for cell in column.cells]
     assert any("model.layers.3.*" in cell and "counter" in cell for cell in shown)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    load_causal_lm(tmp_path / "out", dtype=torch.float32)  # the run was told, so nobody has to be told again
+    assert inspect(tmp_path / "out", quiet=True).not_compared is None
+
+
+def test_a_layer_for_further_tokens_is_carried_over_unasked(tmp_path):
+    """DeepSeek numbers it behind the last block; its class in transformers does not build it."""
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    state = changed(source, lambda s: {n: t for n, t in extra(s).items() if n != "counter"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    result = apply(parse_recipe(PRUNED), str(source), tmp_path / "out", quiet=True)
+    behind = {name for name in state if ".layers.3." in name}
+    assert set(result.metrics["carried"]["tensors"]) == behind
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(same_bits(written[name], state[name]) for name in behind)
+    load_causal_lm(source, dtype=torch.float32)
 
 
 def test_a_depth_pass_keeps_a_layer_behind_the_last_behind_the_last(tmp_path):
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     state = changed(source, extra)
     recipe = parse_recipe("version: 1\npasses: [{depth: {method: deepest, drop: 1}}]\nexport: {format: dense}\n")
-    apply(recipe, str(source), tmp_path / "out", quiet=True)
+    with allowing_unknown(True):
+        apply(recipe, str(source), tmp_path / "out", quiet=True)
     written = load_file(tmp_path / "out" / "model.safetensors")
     for name in ("model.layers.3.eh_proj.weight", "model.layers.3.mlp.up_proj.weight", "counter"):
         assert same_bits(written[name.replace(".3.", ".2.")], state[name]), name

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from sparsify.data.calibration import calibration_tokens
 from sparsify.data.self_generated.sample import (
     MAX_BATCH,
+    RUN,
     Script,
     Segment,
     Temperature,
@@ -136,6 +137,26 @@ def test_drawing_follows_the_probabilities() -> None:
     assert edges.tolist() == [0, 1, 4]
 
 
+@pytest.mark.parametrize("vocabulary", [RUN, 3 * RUN + 7, 5000])
+def test_drawing_is_inverse_transform_sampling(vocabulary: int) -> None:
+    """Against the cumulative probabilities in float64. Tokens of no probability are never drawn, first, last or between."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(300, vocabulary, generator=generator)
+    logits[:, ::3] = -torch.inf
+    logits[:, -5:] = -torch.inf
+    logits[0, : 2 * RUN] = -torch.inf if vocabulary > 2 * RUN else 0
+    u = torch.rand(300, generator=generator, dtype=torch.float64)
+    u[:100], u[100:200] = 0, 1 - 2**-53
+    warmth = torch.linspace(0.5, 1.5, 300, dtype=torch.float64)
+    drawn, likelihood = inverse_transform(logits, u, warmth)
+    probability = torch.softmax(logits.double() / warmth[:, None], -1)
+    assert (probability.gather(1, drawn[:, None]) > 0).all()
+    above = probability.cumsum(-1).gather(1, drawn[:, None])[:, 0]
+    assert (above > u - 1e-6).all() and (above - probability.gather(1, drawn[:, None])[:, 0] < u + 1e-6).all()
+    exact = torch.log_softmax(logits.double(), -1).gather(1, drawn[:, None])[:, 0]
+    assert torch.allclose(likelihood, exact, atol=1e-5)
+
+
 def test_batches_are_bounded_by_their_keys_and_values(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     row = 2 * 2 * 2 * 2 * 8 * 64  # key and value, 2 bytes, 2 layers, 2 heads of 8, 64 tokens
     assert batch_size(llama.config, 5, 64) == 5
@@ -183,23 +204,22 @@ def test_sampled_rows_are_kept_per_model(tokenizer: Any, llama: Any, tmp_path: P
             SPEC, tokenizer, factory, cache_dir=tmp_path / "new" / "cache", quiet=True, **settings
         )
 
-    first = get(key="checkpoint-1")
-    assert torch.equal(get(key="checkpoint-1"), first) and len(loads) == 1, "a hit needs no model"
-    by_weights = get()
-    assert torch.equal(get(), by_weights)
+    first = get(key=lambda: "checkpoint-1")
+    assert torch.equal(get(key=lambda: "checkpoint-1"), first) and len(loads) == 1, "a hit needs no model"
     with torch.no_grad():
         llama.lm_head.weight[5] += 1
-    assert not torch.equal(get(), by_weights), "other weights are another model"
-    assert len(list((tmp_path / "new" / "cache").glob("*"))) == 3
+    assert not torch.equal(get(key=lambda: "checkpoint-2"), first), "another model"
+    assert not torch.equal(get(), first), "nobody said which model it is"
+    assert len(list((tmp_path / "new" / "cache").glob("*"))) == 2
 
 
 def test_a_damaged_entry_is_made_again(tokenizer: Any, llama: Any, tmp_path: Path) -> None:
-    first = calibration_tokens(SPEC, tokenizer, lambda: llama, cache_dir=tmp_path, key="k", quiet=True)
+    first = calibration_tokens(SPEC, tokenizer, lambda: llama, cache_dir=tmp_path, key=lambda: "k", quiet=True)
     (entry,) = tmp_path.iterdir()
     whole = entry.read_bytes()
     for content in (b"", whole[: len(whole) // 2], b"garbage" * 100):
         entry.write_bytes(content)
-        again = calibration_tokens(SPEC, tokenizer, lambda: llama, cache_dir=tmp_path, key="k", quiet=True)
+        again = calibration_tokens(SPEC, tokenizer, lambda: llama, cache_dir=tmp_path, key=lambda: "k", quiet=True)
         assert torch.equal(again, first) and entry.read_bytes() == whole
 
 

@@ -166,7 +166,7 @@ def test_a_mixture_holds_the_rows_that_each_source_gives_alone(tokenizer: Any, l
 
     def get(**changes: Any) -> list[tuple[int, ...]]:
         given = {**spec.model_dump(), **changes}
-        rows = calibration_tokens(Calibration(**given), tokenizer, lambda: llama, tmp_path, "key", quiet=True)
+        rows = calibration_tokens(Calibration(**given), tokenizer, lambda: llama, tmp_path, lambda: "key", quiet=True)
         return list(map(tuple, rows.tolist()))
 
     mixed = get()

@@ -29,6 +29,7 @@ class Answers:
     """What one engine said. tokens: [prompt][step]; logprobs: [prompt][step] of the best few tokens; log: its output.
 
     together, alone: what it said to the mixed requests of `serve`, all in flight at once and one after another.
+    adapted: what it said with the adapter of `serve`; reloaded: with the weights of each directory of `reload`.
     """
 
     tokens: list[list[int]]
@@ -36,6 +37,8 @@ class Answers:
     log: str
     together: "Answers | None" = None
     alone: "Answers | None" = None
+    adapted: "Answers | None" = None
+    reloaded: "tuple[Answers, ...]" = ()
 
 
 def serve(
@@ -44,9 +47,14 @@ def serve(
     environment: dict[str, str] | None = None,
     prompts: Sequence[Sequence[int]] = PROMPTS,
     mixed: Sequence[tuple[Sequence[int], int]] = (),
+    adapter: Path | None = None,
+    reload: Sequence[Path] = (),
     **engine: Any,
 ) -> Answers:
-    """Start vLLM on `model`, answer the prompts greedily, stop. mixed: (prompt, new tokens) to answer in both ways."""
+    """Start vLLM on `model`, answer the prompts greedily, stop. mixed: (prompt, new tokens) to answer in both ways.
+
+    adapter: of LoRA, to answer with too; reload: checkpoints to read into the running engine and answer with, one by one
+    """
     settings = {
         "dtype": "bfloat16",
         "enforce_eager": True,
@@ -66,6 +74,7 @@ def serve(
     job = {
         "prompts": [list(prompt) for prompt in prompts],
         "mixed": [[list(prompt), new_tokens] for prompt, new_tokens in mixed],
+        "adapter": None if adapter is None else str(adapter), "reload": [str(directory) for directory in reload],
         "engine": {"model": str(model), **settings, **engine},
         "environment": variables, "folder": str(scratch), "log": str(log), "result": str(result),
     }  # fmt: skip
@@ -75,7 +84,10 @@ def serve(
     assert status == 0 and result.is_file(), f"vLLM failed with exit status {status}:\n{said[-6000:]}"
     found = json.loads(result.read_text())
     together, alone = (_answers(found[way], said) for way in ("together", "alone"))
-    return replace(_answers(found["answers"], said), together=together, alone=alone)
+    adapted = _answers(found["adapted"], said) if adapter is not None else None
+    reloaded = tuple(_answers(told, said) for told in found["reloaded"])
+    whole = _answers(found["answers"], said)
+    return replace(whole, together=together, alone=alone, adapted=adapted, reloaded=reloaded)
 
 
 class _Host:
@@ -129,11 +141,17 @@ def assert_same(ours: Answers, theirs: Answers, noise: float = BFLOAT16_NOISE, t
 
 
 def distances(
-    answers: Answers, model: Path, prompts: Sequence[Sequence[int]] = PROMPTS, dtype: torch.dtype = torch.float32
+    answers: Answers,
+    model: Path,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    dtype: torch.dtype = torch.float32,
+    adapter: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From what transformers computes for `model` in `dtype`, fed with the same tokens, in log-probabilities:
     how far each one that was told lies from it, and how far each chosen token lies below the best."""
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    if adapter is not None:
+        reference.load_adapter(str(adapter))
     told, chosen = [], []
     for prompt, tokens, steps in zip(prompts, answers.tokens, answers.logprobs, strict=True):
         with torch.no_grad():
@@ -144,7 +162,9 @@ def distances(
     return torch.tensor(told).abs(), torch.tensor(chosen)
 
 
-def assert_follows(answers: Answers, model: Path, noise: float, dtype: torch.dtype = torch.float32) -> None:
+def assert_follows(
+    answers: Answers, model: Path, noise: float, dtype: torch.dtype = torch.float32, adapter: Path | None = None
+) -> None:
     """The log-probabilities are those that transformers computes for `model` in `dtype`, fed with the same tokens."""
-    told, chosen = distances(answers, model, dtype=dtype)
+    told, chosen = distances(answers, model, dtype=dtype, adapter=adapter)
     assert told.max() <= noise and chosen.max() <= noise

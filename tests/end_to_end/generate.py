@@ -2,9 +2,12 @@
 
 python generate.py < JOBS     JOB = {"prompts": [[ids]], "engine": {keywords of vllm.LLM},
                                      "mixed": [[[ids], new tokens]...],
+                                     "adapter": directory or null, "reload": [directories],
                                      "environment": of its process, "folder": to run in, "log": file, "result": file}
 
-result = {"answers": to the prompts, "together": to the mixed requests while they come in, "alone": one after another}
+result = {"answers": to the prompts, "adapted": the same with the adapter, "reloaded": the same after each of `reload` has
+          been read into the running engine, "together": to the mixed requests while they come in,
+          "alone": one after another}
 
 Importing vLLM takes 20 seconds of a core, which is more than a tiny model takes. So that is done once, and each job is
 answered by a fork, which has made nothing yet: no engine, no threads.
@@ -53,6 +56,7 @@ def arriving(engine: Any, requests: list[tuple[Any, Any]]) -> list[Any]:
 def answer(job: dict[str, Any]) -> None:
     """What one process does: start the engine, tell its tokens, stop."""
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     def greedy(new_tokens: int) -> Any:
         return SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=TOP, ignore_eos=True, detokenize=False)
@@ -60,6 +64,15 @@ def answer(job: dict[str, Any]) -> None:
     engine = LLM(**job["engine"])
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     result = {"answers": [told(a) for a in engine.generate(prompts, greedy(NEW_TOKENS), use_tqdm=False)]}
+    if job["adapter"]:
+        adapter = LoRARequest("adapter", 1, job["adapter"])
+        adapted = engine.generate(prompts, greedy(NEW_TOKENS), use_tqdm=False, lora_request=adapter)
+        result["adapted"] = [told(a) for a in adapted]
+    result["reloaded"] = []
+    for directory in job["reload"]:
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+        engine.reset_prefix_cache()  # it holds what the old weights made
+        result["reloaded"].append([told(a) for a in engine.generate(prompts, greedy(NEW_TOKENS), use_tqdm=False)])
     mixed = [({"prompt_token_ids": ids}, greedy(new_tokens)) for ids, new_tokens in job["mixed"]]
     engine.reset_prefix_cache()
     result["together"] = [told(answer) for answer in arriving(engine, mixed)]

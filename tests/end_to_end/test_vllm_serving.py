@@ -4,11 +4,13 @@ Every engine is a process of its own and costs half a minute, so each one answer
 the answers. Greedy tokens may differ only where the two best are closer than the rounding of bfloat16.
 """
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsify.bench import BenchOptions, ThroughputWorkload, throughput
 from sparsify.bench.vllm_cli import CPU_BUILD, installed_as
@@ -18,6 +20,7 @@ from sparsify.formats.reader import open_compressed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.processor import FORCE, available_levels, other_variables
 from tests.end_to_end.engine import BFLOAT16_NOISE, Answers, assert_follows, assert_same, serve
+from tests.helpers.bitmask import checkpoint
 from tests.helpers.compressed import MIXED, compress, make_dense
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("needs_vllm")]
@@ -91,13 +94,41 @@ def test_compiled_serves_the_same(tmp_path: Path) -> None:
     assert_follows(compiled, tmp_path / "dense", noise=BFLOAT16_NOISE)
 
 
-def test_stock_vllm_serves_pack_quantized(tmp_path: Path) -> None:
-    """With a packed head of the very setting of the blocks, which vLLM finds by its name only."""
+@pytest.mark.parametrize("kind", ["marlin-24", "none", "int8", "float8"])
+def test_orphaned_sparse_checkpoints_are_served_as_they_are(tmp_path: Path, kind: str) -> None:
+    """marlin-24 and sparse-24-bitmask (16 bits, int8, float8), which vLLM itself refuses: the tokens of their dense export."""
+    make_dense("llama", tmp_path / "model", num_attention_heads=4, num_key_value_heads=2)
+    old = tmp_path / "old"
+    if kind == "marlin-24":
+        compress(tmp_path / "model", old, kind, group_size=128, scale_dtype=torch.float16)
+        config = json.loads((old / "config.json").read_text())
+        # as llm-compressor left it there
+        config["quantization_config"]["sparsity_config"] = {"format": "dense", "targets": ["Linear"], "ignore": []}
+        (old / "config.json").write_text(json.dumps(config))
+    else:
+        checkpoint(tmp_path / "model", old, kind)
+    assert open_compressed(old).format == (kind if kind == "marlin-24" else "sparse-24-bitmask")
+    export(old, "dense", tmp_path / "dense", quiet=True)
+    served = serve(old, tmp_path)
+    assert "sparse24: back end" in served.log
+    assert_follows(served, tmp_path / "dense", noise=BFLOAT16_NOISE)
+    if kind == "marlin-24":
+        assert_same(served, serve(tmp_path / "dense", tmp_path))
+        # in float32 the dense export is another model: its weights are rounded to 16 bits
+        export(old, "sparse24", tmp_path / "sparse24", quiet=True)
+        parallel = serve(old, tmp_path, tensor_parallel_size=2, dtype="float32")
+        assert_follows(parallel, tmp_path / "sparse24", noise=1e-3)
+
+
+@pytest.mark.parametrize("packed", ["pack-quantized", "gptq"])
+def test_stock_vllm_serves_what_others_read(tmp_path: Path, packed: str) -> None:
+    """pack-quantized with a packed head of the very setting of the blocks, which vLLM finds by its name only."""
     make_dense("llama", tmp_path / "model")
-    for format in ("pack-quantized", "dense"):
-        compress(tmp_path / "model", tmp_path / format, format, {"lm_head": {"pattern": "dense"}}, group_size=64)
+    head = {"lm_head": {"pattern": "dense"}} if packed == "pack-quantized" else None
+    for format in (packed, "dense"):
+        compress(tmp_path / "model", tmp_path / format, format, head, group_size=64)
     try:
-        stock = serve(tmp_path / "pack-quantized", tmp_path, {"VLLM_PLUGINS": ""})
+        stock = serve(tmp_path / packed, tmp_path, {"VLLM_PLUGINS": ""})
     except AssertionError as error:
         if "has no attribute 'cpu_gemm_wna16'" in str(error):
             pytest.skip("this vLLM build has no W4A16 kernel for this processor")

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsify.compiler.convert import export
 from sparsify.evaluation import evaluate_all
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.linear import LinearWeights
+from tests.helpers.bitmask import checkpoint
 
 from .conftest import VOCABULARY, make_tokenizer
 
@@ -47,7 +49,7 @@ def stored(tmp_path_factory):
         if "_proj" in name
     }
     others = {name: source.tensor(name) for name in source.names() if "_proj" not in name}
-    for form in ("sparse24", "pack-quantized"):
+    for form in ("sparse24", "pack-quantized", "gptq"):
         writer = CheckpointWriter(root / form, form, source)
         writer.write_part("all", linears, others)
         writer.finish()
@@ -72,3 +74,17 @@ def test_every_format_scores_like_its_weights(stored, text_file, form):
     assert exact.kl > 0.01, "compression must be visible, or the comparison proves nothing"
     [against_exact] = evaluate_all([stored / form], stored / "exact", text_file, 32, 4, device="cpu", quiet=True)
     assert against_exact.kl < 1e-5
+
+
+@pytest.mark.parametrize("form", ["gptq", "sparse-24-bitmask"])
+def test_what_transformers_cannot_load_is_scored_all_the_same(stored, text_file, tmp_path, form):
+    old = stored / form
+    if form == "sparse-24-bitmask":
+        old = tmp_path / "old"
+        assert len(checkpoint(stored / "dense", old, "float8")) == 14
+    export(old, "dense", tmp_path / "dense", quiet=True)
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(old)
+    packed, dense = evaluate_all([old, tmp_path / "dense"], None, text_file, 32, 4, device="cpu", quiet=True)
+    assert packed.format == form and packed.nbytes < dense.nbytes
+    assert packed.perplexity == pytest.approx(dense.perplexity, rel=1e-5)

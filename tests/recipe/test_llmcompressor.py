@@ -1,9 +1,21 @@
 """Recipes of llm-compressor. The texts are in the form that its documentation and examples use."""
 
+from enum import Enum
+
 import pytest
 
 from sparsify.errors import RecipeError
-from sparsify.recipe import Override, Prune, Quantize, Solver, parse_recipe
+from sparsify.recipe import (
+    Override,
+    Prune,
+    Quantize,
+    QuantizeChange,
+    Solver,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    settings_of,
+)
 
 TWO_STAGES = """
 sparsity_stage:
@@ -40,6 +52,9 @@ quantization_stage:
 """
 
 
+GPTQ = Quantize(method="gptq", bits=4, group_size=128, activation_order=True)
+
+
 def gptq(settings: str) -> str:
     return f"quant_stage:\n  quant_modifiers:\n    GPTQModifier:\n      {settings}\n"
 
@@ -58,11 +73,12 @@ def test_two_stages_become_two_passes() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (gptq("scheme: W4A16"), Quantize(method="gptq", bits=4, group_size=128)),
-        (gptq("scheme: {W8A16: [Linear]}"), Quantize(method="gptq", bits=8, group_size=128)),
+        (gptq("scheme: W4A16"), GPTQ),
+        (gptq("{scheme: W4A16, actorder: null}"), Quantize(method="gptq", bits=4, group_size=128)),
+        (gptq("scheme: {W8A16: [Linear]}"), GPTQ.model_copy(update={"bits": 8})),
         (
             gptq("scheme: {weights: {num_bits: 8, strategy: channel, observer: memoryless_minmax}}"),
-            Quantize(method="gptq", bits=8, group_size="channel", scale_search=False),
+            Quantize(method="gptq", bits=8, group_size="channel", activation_order=True, scale_search=False),
         ),
         (
             gptq("{actorder: static, targets: Linear, scheme: w4a16, ignore: lm_head, offload_hessians: true}"),
@@ -70,7 +86,7 @@ def test_two_stages_become_two_passes() -> None:
         ),
         (
             gptq("config_groups: {g: {weights: {num_bits: 4, group_size: -1}, targets: [Linear]}}"),
-            Quantize(method="gptq", bits=4, group_size="channel"),
+            Quantize(method="gptq", bits=4, group_size="channel", activation_order=True),
         ),
         (
             "s_stage:\n  s_modifiers:\n    QuantizationModifier: {scheme: W4A16, ignore: [lm_head]}\n",
@@ -98,6 +114,29 @@ def test_overrides_apply_to_the_translation() -> None:
     [
         ("s_stage:\n  s_modifiers:\n    SmoothQuantModifier: {smoothing_strength: 0.8}\n", 3, "SmoothQuantModifier"),
         ("s_stage:\n  s_modifiers:\n    AWQModifier: {}\n", 3, "AWQModifier has no counterpart"),
+        ("s_stage:\n  s_modifiers:\n    AutoRoundModifier: {scheme: W4A16}\n", 3, "AutoRoundModifier has no counterpart"),
+        ("s_stage:\n  s_modifiers:\n    QuIPModifier: {}\n    GPTQModifier: {scheme: W4A16}\n", 3, "while the model runs"),
+        ("s_stage:\n  s_modifiers:\n    SpinQuantModifier: {rotations: [R1, R4]}\n", 3, "R3 and R4 turn activations"),
+        (
+            "s_stage:\n  s_modifiers:\n    GPTQModifier: {scheme: W4A16}\n    SmoothQuantModifier: {}\n",
+            4,
+            "stands after GPTQModifier; put it first",
+        ),
+        (
+            "s_stage:\n  s_modifiers:\n    AWQModifier: {}\n    SparseGPTModifier: {mask_structure: 2:4}\n",
+            3,
+            "no modifier follows that quantizes",
+        ),
+        (
+            "s_stage:\n  s_modifiers:\n    QuantizationModifier: {scheme: W4A16}\n    GPTQModifier: {scheme: W8A16}\n",
+            4,
+            "GPTQModifier and QuantizationModifier both quantize model.layers.0.self_attn.q_proj",
+        ),
+        (
+            "s_stage:\n  s_modifiers:\n    MagnitudePruningModifier:\n      mask_structure: 2:4\n      init_sparsity: 0.0\n",
+            5,
+            "init_sparsity: 0.0 has no counterpart",
+        ),
         ("s_stage:\n  run_type: train\n  s_modifiers: {}\n", 2, "stage 's_stage' is for training"),
         ("s_stage:\n  s_modifiers: {}\nfoo: 1\n", 3, "'foo' of an llm-compressor recipe"),
         ("s_stage:\n  s_modifiers: {}\n", 1, "no modifier that sparsify knows"),
@@ -110,7 +149,7 @@ def test_overrides_apply_to_the_translation() -> None:
             "'owl_m' has no counterpart",
         ),
         (
-            "s_stage:\n  s_modifiers:\n    WandaPruningModifier:\n      mask_structure: 2:4\n      targets: [q]\n",
+            "s_stage:\n  s_modifiers:\n    WandaPruningModifier:\n      mask_structure: 2:4\n      targets: [LlamaMLP]\n",
             5,
             "cannot be translated",
         ),
@@ -127,7 +166,12 @@ def test_overrides_apply_to_the_translation() -> None:
         (gptq("scheme: {weights: {num_bits: 4, strategy: group, group_size: 48}}"), 4, "group_size must be 32, 64"),
         (gptq("scheme: {weights: {num_bits: 4, strategy: channel}, input_activations: {num_bits: 8}}"), 4, "'input_"),
         (gptq("scheme: {weights: {num_bits: 4, strategy: channel, zp_dtype: torch.int8}}"), 4, "'zp_dtype' has no"),
-        (gptq("config_groups: {a: {weights: {}}, b: {weights: {}}}"), 4, "2 config groups cannot be translated"),
+        (gptq("config_groups: {a: {weights: {}}, b: {weights: {}}}"), 4, "strategy: tensor has no counterpart"),
+        (gptq("config_groups: {a: {weights: {num_bits: 4, group_size: 128}, targets: [Embedding]}}"), 4, "is a class"),
+        (gptq("{scheme: W4A16, weight_observer: imatrix_mse}"), 4, "observer: imatrix_mse has no counterpart"),
+        (gptq("{scheme: W4A16_ASYM}"), 4, "symmetric: False has no counterpart"),
+        (gptq("{scheme: W2A16}"), 4, "num_bits: 2 has no counterpart"),
+        (gptq("{scheme: W4A16, actorder: null, config_groups: {}}"), 4, "both scheme and config_groups"),
     ],
 )  # fmt: skip
 def test_what_has_no_counterpart_is_refused_by_name(text: str, line: int, words: str) -> None:
@@ -168,3 +212,223 @@ def test_a_constant_mask_without_pruning_keeps_the_zeros_of_the_model():
     assert recipe.export.format == "sparse24" and recipe.solver.damping == 0.02
     alone = parse_recipe("s_stage:\n  s_modifiers:\n    ConstantPruningModifier: {targets: x}\n")
     assert alone.prune.method == "keep" and alone.quantize is None
+
+
+# ---------------------------------------------------------------------------- by the rules of llm-compressor 0.14
+
+
+@pytest.mark.parametrize(
+    ("modifier", "group", "order"),
+    [
+        ("", "", True),  # static is the default since 0.8
+        ("", "actorder: null", True),
+        ("", "actorder: false", True),
+        ("", "actorder: static", True),
+        ("", "actorder: weight", True),
+        ("actorder: null", "", False),
+        ("actorder: null", "actorder: false", False),
+        ("actorder: static", "", True),
+        ("actorder: weight", "actorder: static", True),
+        ("actorder: null", "actorder: static", None),  # an error there
+        ("actorder: group", "", None),
+        ("", "actorder: dynamic", None),
+    ],
+)
+def test_the_order_of_columns_is_decided_as_llm_compressor_decides_it(
+    modifier: str, group: str, order: bool | None
+) -> None:
+    text = gptq(
+        f"{{{modifier + ', ' if modifier else ''}config_groups: {{g: {{weights: {{num_bits: 4, group_size: 32, {group}}}}}}}}}"
+    )
+    if order is None:
+        with pytest.raises(RecipeError, match="actorder"):
+            parse_recipe(text)
+        return
+    recipe = parse_recipe(text)
+    assert recipe.quantize is not None and recipe.quantize.activation_order is order
+
+
+WRITTEN = """
+pruning_stage_0:
+  pruning_modifiers:
+    SparseGPTModifier:
+      requires_calibration_data: true
+      sparsity: 0.5
+      mask_structure: '2:4'
+      sequential_update: false
+      targets: [Linear]
+      ignore: ['re:.*lm_head']
+      block_size: 128
+      dampening_frac: 0.01
+      preserve_sparsity_mask: false
+      offload_hessians: false
+pruning_stage_1:
+  pruning_modifiers:
+    GPTQModifier:
+      config_groups:
+        g:
+          targets: [Linear]
+          weights:
+            num_bits: 4
+            type: !!python/object/apply:compressed_tensors.quantization.quant_args.QuantizationType [
+              int]
+            symmetric: true
+            group_size: 64
+            strategy: !!python/object/apply:compressed_tensors.quantization.quant_args.QuantizationStrategy [
+              group]
+            block_structure: null
+            dynamic: false
+            actorder: null
+            scale_dtype: null
+            zp_dtype: null
+            observer: memoryless_minmax
+            observer_kwargs: {}
+          input_activations: null
+          output_activations: null
+          format: null
+      targets: [Linear]
+      ignore: [lm_head]
+      bypass_divisibility_checks: false
+      requires_calibration_data: true
+      block_size: 128
+      dampening_frac: 0.01
+      actorder: static
+      batched_quantization: auto
+"""
+
+
+def test_what_llm_compressor_itself_writes_beside_a_model_loads() -> None:
+    """Every key that 0.14.0.1 dumps, enumerations as Python tags, and stages numbered because a second recipe was appended."""
+    recipe = parse_recipe(WRITTEN)
+    order = Quantize(method="gptq", bits=4, group_size=64, activation_order=True, scale_search=False)
+    assert recipe.passes == [Prune(method="sparsegpt"), order]
+    assert recipe.solver == Solver(damping=0.01) and recipe.ignore == ["re:.*lm_head", "lm_head"]
+
+
+def test_several_groups_become_overrides_that_leave_nothing_of_each_other() -> None:
+    """compressed-tensors: a name wins over regular expressions, those over a class, among equals the alphabetically first."""
+    text = gptq(
+        """
+      ignore: [lm_head]
+      config_groups:
+        one: {targets: ["re:.*down_proj$", "re:.*v_proj"], weights: {num_bits: 8, group_size: 32, strategy: group}}
+        all: {targets: [Linear], weights: {num_bits: 4, group_size: 32, strategy: group}}
+        two: {targets: [model.layers.2.mlp.down_proj], weights: {num_bits: 4, group_size: 64, strategy: group}}
+"""
+    )
+    recipe = parse_recipe(text)
+    eight, four = QuantizeChange(bits=8, group_size=32), QuantizeChange(bits=4, group_size=64)
+    assert recipe.passes == [Quantize(method="gptq", bits=4, group_size=32, activation_order=True)]
+    assert recipe.overrides == [
+        Override(match="re:.*v_proj", quantize=eight),
+        Override(match="re:.*down_proj$", quantize=eight),
+        Override(match="model.layers.2.mlp.down_proj", quantize=four),
+    ]
+
+
+def test_linears_outside_of_the_targets_are_left_alone() -> None:
+    text = (
+        "s_stage:\n  s_modifiers:\n"
+        "    WandaPruningModifier: {mask_structure: 2:4, targets: ['re:.*layers.[01]$', model.layers.3]}\n"
+        "    QuantizationModifier: {scheme: {W8A16: ['re:model.*down_proj$'], W4A16: ['re:.*gate|re:x']}, ignore: [lm_head]}\n"
+    )
+    recipe = parse_recipe(text)
+    names = {f"model.layers.{layer}.{part}" for layer in range(12) for part in ("mlp.down_proj", "mlp.gate_proj")}
+    pruned = {name for name in names if settings_of(recipe, name).prune}
+    assert pruned == {name for name in names if name.split(".")[2] in ("0", "1", "3")}
+    bits = {name: step.bits for name in names if (step := settings_of(recipe, name).quantize)}
+    assert bits == {name: 8 if "down" in name else 4 for name in names}
+    assert (
+        settings_of(recipe, "vision.model.layers.0.mlp.down_proj").quantize is None
+    )  # the start of the full name counts
+
+
+def test_two_modifiers_that_quantize_different_linears() -> None:
+    text = (
+        "s_stage:\n  s_modifiers:\n"
+        "    QuantizationModifier: {scheme: W4A16, targets: ['re:.*self_attn.*'], ignore: [lm_head]}\n"
+        "    GPTQModifier: {scheme: W8A16, targets: ['re:.*mlp.*'], ignore: [lm_head]}\n"
+    )
+    recipe = parse_recipe(text)
+    attention = settings_of(recipe, "model.layers.0.self_attn.q_proj").quantize
+    mlp = settings_of(recipe, "model.layers.0.mlp.up_proj").quantize
+    assert attention == Quantize(method="rtn", bits=4, group_size=128)
+    assert mlp == Quantize(method="gptq", bits=8, group_size=128, activation_order=True)
+
+
+def test_gptq_without_groups_solves_those_of_the_modifier_before_in_their_order() -> None:
+    text = (
+        "s_stage:\n  s_modifiers:\n    QuantizationModifier:\n      ignore: [lm_head]\n"
+        "      config_groups: {g: {targets: [Linear], weights: {num_bits: 4, group_size: 64}}}\n"
+        "    GPTQModifier: {block_size: 64, dampening_frac: 0.05}\n"
+    )
+    recipe = parse_recipe(text)  # GPTQModifier's default order reaches groups of its own only
+    assert recipe.passes == [Quantize(method="gptq", bits=4, group_size=64)] and recipe.solver.damping == 0.05
+    ordered = parse_recipe(text.replace("group_size: 64}", "group_size: 64, actorder: static}"))
+    assert ordered.quantize is not None and ordered.quantize.activation_order
+
+
+def test_a_head_that_is_not_ignored_is_quantized() -> None:
+    head = parse_recipe(gptq("{scheme: W4A16, ignore: ['re:.*router']}")).export.head
+    assert head is not None and (head.bits, head.group_size, head.method) == (4, 128, "gptq")
+    for ignore in ("lm_head", "re:.*lm_head", "re:.*head$"):
+        assert parse_recipe(gptq(f"{{scheme: W4A16, ignore: ['{ignore}']}}")).export.head is None
+
+
+def test_a_magnitude_modifier_that_is_not_gradual_is_magnitude_pruning() -> None:
+    text = "s_stage:\n  s_modifiers:\n    MagnitudePruningModifier:\n      {start: 0.0, targets: __ALL_PRUNABLE__, "
+    text += (
+        "init_sparsity: 0.5, final_sparsity: 0.5, update_scheduler: cubic, scheduler_args: {}, mask_structure: '2:4'}\n"
+    )
+    assert parse_recipe(text).passes == [Prune(method="magnitude")]
+
+
+def test_a_class_in_ignore_that_is_ignored_by_name_too_says_nothing_new() -> None:
+    recipe = parse_recipe(gptq("{scheme: W4A16, ignore: [lm_head, 're:.*self_attn', LlamaAttention]}"))
+    assert recipe.ignore == ["lm_head", "re:.*self_attn"]
+
+
+def test_awq_runs_first_with_the_quantization_that_it_prepares_for() -> None:
+    text = "s_stage:\n  s_modifiers:\n    SmoothQuantModifier: {smoothing_strength: 0.8, ignore: null}\n    AWQModifier: {n_grid: 4}\n"
+    text += "    GPTQModifier: {scheme: W4A16, ignore: [lm_head], dampening_frac: 0.05}\n"
+    recipe = parse_recipe(text)
+    assert recipe.llm_compressor == [
+        {"SmoothQuantModifier": {"smoothing_strength": 0.8}},
+        {"AWQModifier": {"n_grid": 4}},
+        {"QuantizationModifier": {"scheme": "W4A16", "ignore": ["lm_head"]}},
+    ]
+    assert recipe.passes == [GPTQ] and recipe.solver.damping == 0.05
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "words"),
+    [
+        ("[{GPTQModifier: {}}]", "an entry has one key"),
+        ("[{AWQModifier: {}}]", "AWQModifier needs a QuantizationModifier"),
+        ("[{QuantizationModifier: {}}, {AWQModifier: {}}]", "AWQModifier needs a QuantizationModifier"),
+        ("[{SmoothQuantModifier: {}}, {QuantizationModifier: {}}]", "nothing else does"),
+    ],
+)
+def test_what_cannot_run_before_the_passes_is_refused(modifiers: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe(f"version: 1\nllm_compressor: {modifiers}\npasses: [{{prune: {{method: magnitude}}}}]\n")
+
+
+def test_modifier_objects_are_a_recipe() -> None:
+    """A stand-in with the dump of llm-compressor's own: enumerations, nested lists, fields that record progress."""
+
+    class GPTQModifier:
+        def __init__(self, scheme: str) -> None:
+            self.scheme = scheme
+
+        def model_dump(self) -> dict[str, object]:
+            return {"scheme": self.scheme, "ignore": ["lm_head"], "actorder": Strategy.STATIC, "initialized_": True}
+
+    class Strategy(Enum):
+        STATIC = "static"
+
+    assert load_recipe([[GPTQModifier("W4A16")]]) == load_recipe(GPTQModifier("W4A16"))
+    assert load_recipe([GPTQModifier("W4A16")]).passes == [GPTQ]
+    with pytest.raises(RecipeError, match="a recipe is a mapping"):
+        load_recipe([1])

@@ -230,6 +230,9 @@ def test_a_wrong_override_is_named(assignment: str, words: str) -> None:
         ("re:.*layers\\.[01]\\.", "model.layers.1.mlp.up_proj", True),
         ("re:.*layers\\.[01]\\.", "model.layers.11.mlp.up_proj", False),
         ("re:.*gate$", "model.layers.1.mlp.gate_proj", False),
+        ("re:mlp", "model.layers.1.mlp.gate_proj", True),
+        ("re:^mlp", "model.layers.1.mlp.gate_proj", False),
+        ("re:^model.layers.1", "model.layers.1.mlp.gate_proj", True),
     ],
 )
 def test_ignore_patterns(pattern: str, module: str, matches: bool) -> None:

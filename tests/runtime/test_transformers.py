@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import sparsify  # noqa: F401  what a user has to write
 from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.reader import open_compressed
 from sparsify.runtime.module import Sparse24Linear
 from tests.helpers.agreement import Agree
-from tests.helpers.compressed import MIXED, compress, make_dense
+from tests.helpers.compressed import MIXED, compress, make_dense, round_linear
 
 FAMILIES = ["llama", "qwen2", "phi3", "opt", "gpt_neox"]
+Q = "model.layers.0.self_attn.q_proj"
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
 
 
@@ -151,15 +155,107 @@ def test_copies_prepare_their_own_weights(llama: Path) -> None:
     assert torch.equal(logits(other), expected)
 
 
-def test_gradients_are_refused_by_name(llama: Path) -> None:
+def test_gradients_pass_through_to_what_lies_before(llama: Path) -> None:
+    """Those of the dense model with the very same weights; compressed weights have none of their own."""
     ours = AutoModelForCausalLM.from_pretrained(llama / "sparse24", dtype=torch.float32)
-    assert ours(IDS).logits.shape == (1, 8, 96)  # fine without no_grad, as long as nobody wants gradients
-    embedded = ours.get_input_embeddings()(IDS).requires_grad_()
-    with pytest.raises(SparsifyError, match=r"model\.layers\.0\.self_attn\.q_proj: sparse24 weights have no gradient"):
-        ours(inputs_embeds=embedded)
+    dense = AutoModelForCausalLM.from_pretrained(llama / "dense", dtype=torch.float32)
+    compressed = open_compressed(llama / "sparse24")
+    for name in compressed.modules:
+        dense.get_submodule(name).weight.data = compressed.linear(name).dense(torch.float32)
+    found = []
+    for model in (ours, dense):
+        model.requires_grad_(False)
+        embedded = model.get_input_embeddings()(IDS).clone().requires_grad_()
+        model(inputs_embeds=embedded, labels=IDS).loss.backward()
+        found.append(embedded.grad)
+    assert found[1].abs().max() > 0
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
-Q = "model.layers.0.self_attn.q_proj"
+def test_gradients_of_a_bias_and_of_an_empty_linear() -> None:
+    weights = round_linear(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(2, 3, 64)
+    for linear in (weights, weights.zeroed()):
+        module = Sparse24Linear("m", ModuleScheme.of(linear), torch.bfloat16, bias=True)
+        module.load_state_dict({**get_format("sparse24").encode(linear), "bias": torch.randn(32)})
+        module.bias.requires_grad_(True)
+        ours, wanted = (x.clone().requires_grad_() for _ in range(2))
+        bias = module.bias.detach().clone().requires_grad_(True)
+        module(ours).square().sum().backward()
+        nn.functional.linear(wanted, linear.dense(torch.float32), bias).square().sum().backward()
+        torch.testing.assert_close(ours.grad, wanted.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(module.bias.grad, bias.grad, rtol=1e-4, atol=1e-4)
+
+
+STATE_SPACE: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 16, "time_step_rank": 32},
+    "falcon_mamba": {"state_size": 16, "time_step_rank": 32},
+    "mamba2": {"state_size": 16, "num_heads": 8, "head_dim": 32, "n_groups": 1},
+}
+
+
+@pytest.mark.parametrize("family", STATE_SPACE)
+def test_models_that_multiply_with_the_weight_themselves(family: str, tmp_path: Path, agree: Agree) -> None:
+    """Mamba's blocks compute `self.dt_proj.weight @ x`, and their initialization reads `out_proj.weight`."""
+    config = CONFIG_MAPPING[family](
+        vocab_size=96, hidden_size=128, num_hidden_layers=2, tie_word_embeddings=False, eos_token_id=2,
+        **STATE_SPACE[family],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    for format in ("sparse24", "dense"):
+        compress(
+            tmp_path / "model", tmp_path / format, format, {"lm_head": {"bits": 8, "pattern": "dense"}}, group_size=32
+        )
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse24", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    modules = {module.name for module in ours.modules() if isinstance(module, Sparse24Linear)}
+    assert {"lm_head", "backbone.layers.1.mixer.out_proj"} <= modules
+    assert family == "mamba2" or "backbone.layers.1.mixer.dt_proj" in modules
+    compressed = open_compressed(tmp_path / "sparse24")
+    for name in compressed.modules:
+        dense.get_submodule(name).weight.data = compressed.linear(name).dense(torch.float32)
+    agree(logits(ours), logits(dense))
+    greedy: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(ours.generate(IDS, **greedy), dense.generate(IDS, **greedy))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_weight_is_the_dense_one_in_the_type_of_the_activations(llama: Path, dtype: torch.dtype) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(llama / "sparse24", dtype=dtype)
+    compressed = open_compressed(llama / "sparse24")
+    for name in compressed.modules:
+        weight = ours.get_submodule(name).weight
+        assert (weight.dtype, tuple(weight.shape)) == (dtype, compressed.linear(name).shape)
+        assert type(weight.clone()) is torch.Tensor and torch.equal(
+            weight.clone(), compressed.linear(name).dense(dtype)
+        )
+    ours.to(torch.float16)
+    assert ours.get_submodule(name).weight.dtype == torch.float16
+
+
+def test_asking_for_its_type_or_shape_dequantizes_nothing(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(llama / "sparse24", dtype=torch.float32)
+    weight = ours.get_submodule(Q).weight
+    monkeypatch.setattr(Sparse24Linear, "dense", lambda *_: pytest.fail("dequantized"))
+    assert weight.shape == (128, 128) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    assert weight.data.detach().is_floating_point() and weight.numel() == 128 * 128 and Q in repr(weight)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda module: module.weight.mul_(2),
+        lambda module: module.weight.data.add_(1),
+        lambda module: setattr(module.weight, "data", torch.zeros(128, 128)),
+        lambda module: torch.add(module.weight, 1, out=module.weight),
+    ],
+)
+def test_the_weight_cannot_be_written(llama: Path, write: Callable[[nn.Module], object]) -> None:
+    """It would be lost: nothing of it is stored."""
+    ours = AutoModelForCausalLM.from_pretrained(llama / "sparse24", dtype=torch.float32)
+    with pytest.raises(SparsifyError, match=rf"{Q}: its weight is compressed and cannot be changed in place"):
+        write(ours.get_submodule(Q))
 
 
 def _edit(tensors: dict[str, torch.Tensor], name: str, how: str) -> None:

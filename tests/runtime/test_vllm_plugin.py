@@ -28,7 +28,13 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
 from vllm.model_executor.models.utils import WeightsMapper
 
 from sparsify.compiler.apply import apply
@@ -295,6 +301,18 @@ def test_names_follow_the_model_class() -> None:
     assert set(config.on_disk.modules) == {"language_model.model.head"}
 
 
+def test_a_draft_of_speculative_decoding_is_named_as_its_checkpoint(rank: Rank) -> None:
+    """vLLM calls its modules `draft_model.lm_head` and so on, which neither `modules` nor `ignore` of config.json do."""
+    weights = {"lm_head": make_linear(64, bits=8, pattern="dense"), "model.layers.0.mlp.up_proj": make_linear(64)}
+    config = config_for(weights, ignore=["model.layers.1.mlp.up_proj"])
+    head = ParallelLMHead(64, K, quant_config=config, prefix="draft_model.lm_head")
+    assert isinstance(head.quant_method, Sparse24LinearMethod)
+    assert head.quant_method.label == config.on_disk.modules["lm_head"]
+    for block, kind in enumerate((Sparse24LinearMethod, UnquantizedLinearMethod)):
+        name = f"draft_model.model.layers.{block}.mlp.up_proj"
+        assert type(ColumnParallelLinear(K, 64, quant_config=config, prefix=name).quant_method) is kind
+
+
 def test_workers_receive_the_configuration() -> None:
     config = config_for({"model.layers.0.a": make_linear(32), "model.head": make_linear(32, bits=8)})
     assert pickle.loads(pickle.dumps(config)).on_disk == config.on_disk
@@ -409,6 +427,73 @@ def test_forced_back_end_is_heard(rank: Rank, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("SPARSIFY_BACKEND", "nonesuch")
     with pytest.raises(Exception, match="known back ends: .*reference"):
         load(layer, [(None, weights)])
+
+
+def reload(layer: nn.Module, loads: Loads) -> None:
+    """What `LLM.collective_rpc("reload_weights")` does to one layer, and what waking up from sleep of level 2 is followed by."""
+    initialize_layerwise_reload(layer)
+    for shard, weights in loads:
+        for suffix, tensor in get_format("sparse24").encode(weights).items():
+            target = getattr(layer, suffix)
+            target.weight_loader(target, tensor, *([] if shard is None else [shard]))
+    finalize_layerwise_reload(layer, None)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_can_be_replaced_in_place_again_and_again(scale_dtype: torch.dtype, rank: Rank) -> None:
+    """Into the memory that captured graphs read, with the checks of the first time."""
+    prefix = "model.layers.0.mlp."
+    names = ("gate_proj", "up_proj")
+    first, second, third = (
+        [(i, make_linear(64, 2 * time + i, scale_dtype=scale_dtype)) for i in range(2)] for time in range(3)
+    )
+    config = config_for({prefix + name: weights for name, (_, weights) in zip(names, first, strict=True)})
+    layer = MergedColumnParallelLinear(
+        K, [64, 64], bias=False, params_dtype=torch.float32, quant_config=config, prefix=prefix + "gate_up_proj"
+    )
+    record_metadata_for_reloading(layer)
+    load(layer, first)
+    places = {name: buffer.data_ptr() for name, buffer in layer.named_buffers()}
+    x = torch.randn(5, K)
+    for loads in (second, third):
+        reload(layer, loads)
+        torch.testing.assert_close(product(layer, x), expected(loads, x), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(layer.weight.clone(), torch.cat([w.dense(torch.float32) for _, w in loads]))
+        assert {name: buffer.data_ptr() for name, buffer in layer.named_buffers()} == places and places
+        assert not list(layer.parameters())
+    reload(layer, [(i, weights.zeroed()) for i, weights in first])
+    assert not product(layer, x).any()
+    with pytest.raises(
+        CheckpointError, match=r"gate_up_proj\.weight_packed: the checkpoint holds 1 of the 2 tensors it needs"
+    ):
+        reload(layer, first[:1])
+
+
+def test_a_linear_that_was_served_as_empty_cannot_get_weights(rank: Rank) -> None:
+    name, weights = "model.layers.0.self_attn.o_proj", make_linear(32)
+    layer = ReplicatedLinear(
+        K, 32, bias=False, params_dtype=torch.float32, quant_config=config_for({name: weights}), prefix=name
+    )
+    record_metadata_for_reloading(layer)
+    load(layer, [(None, weights.zeroed())])
+    reload(layer, [(None, weights.zeroed())])
+    assert not product(layer, torch.randn(5, K)).any()
+    with pytest.raises(CheckpointError, match="o_proj: had no weights when the engine started; start it again"):
+        reload(layer, [(None, weights)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_dense_weight_can_be_had(kind: dict[str, Any], rank: Rank, dtype: torch.dtype) -> None:
+    """Multi-head latent attention dequantizes its kv_b_proj once; LoRA asks for the device."""
+    name, weights = "model.layers.0.self_attn.kv_b_proj", make_linear(96, **kind)
+    config = config_for({name: weights})
+    layer = ColumnParallelLinear(K, 96, bias=False, params_dtype=dtype, quant_config=config, prefix=name)
+    load(layer, [(None, weights)])
+    wanted = weights.dense(torch.float32).to(dtype)
+    torch.testing.assert_close(get_and_maybe_dequant_weights(layer, dtype), wanted)
+    torch.testing.assert_close(layer.weight.clone(), wanted)
+    assert layer.weight.device == torch.device("cpu") and layer.weight.dtype == dtype
+    assert "weight" not in dict(layer.named_parameters()) | dict(layer.named_buffers())
 
 
 @pytest.mark.parametrize("kind", [*KINDS.values(), {"bits": 4, "group_size": 32, "pattern": "dense"}], ids=str)

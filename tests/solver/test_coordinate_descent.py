@@ -10,7 +10,7 @@ from sparsify.errors import SparsifyError
 from sparsify.model.linear import is_two_four
 from sparsify.native import build
 from sparsify.solver.column_sweep import Solved, column_sweep
-from sparsify.solver.coordinate_descent import coordinate_descent, visit_block
+from sparsify.solver.coordinate_descent import coordinate_descent, refit_scale, visit_block
 from sparsify.solver.grid import Grid
 from sparsify.solver.hessian import Statistics, factor, relative_error
 from sparsify.solver.masks.magnitude import magnitude_mask
@@ -139,6 +139,39 @@ def test_both_ways_decide_alike(problem, monkeypatch):
         results.append(rows)
     same = (results[0] == results[1]).float().mean()
     assert same > 0.995  # sums in another order: a rare tie may fall the other way
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [128, 30])
+def test_scales_move_to_the_minimum_with_codes_fixed(problem, stored, size):
+    W, factors = problem
+    H = factors.damped[:size, :size].contiguous()
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (size, N), generator=generator).double()
+    before = (0.5 + torch.rand(N, generator=generator)).to(stored).float()
+    target = before * codes.float() * (1 + 0.3 * torch.randn(N, generator=generator))
+    target += 0.1 * torch.randn(size, N, generator=generator)
+    codes[:, 0] = 0  # no scale is better than another
+
+    rows, scale = codes.float() * before, before.clone()
+    refit_scale(rows, H @ (rows - target), H, scale, Grid(4, size, stored))
+    assert torch.equal(rows, codes.float() * scale)
+    assert torch.equal(scale.to(stored).float(), scale)
+    exact = (codes * (H.double() @ target.double())).sum(0) / (codes * (H.double() @ codes)).sum(0)
+    exact = torch.where(exact.isnan(), before.double(), exact)
+    off = (scale - exact).abs() / exact
+    assert off.max() < torch.finfo(stored).eps + 1e-5
+    assert (scale != before).float().mean() > 0.5
+
+
+def test_scales_without_curvature_or_out_of_range_stay(problem):
+    H = torch.eye(4)
+    W = torch.tensor([[2.0, 0.0, 1e30]] * 4)
+    unit = torch.tensor([1.0, 1.0, 1e30])
+    G = H @ (W - torch.tensor([[-4.0, 5.0, 3e30]] * 4))
+    refit_scale(W, G, H, unit, Grid(4, 4, torch.float16))
+    assert unit.tolist()[:2] == [1.0, 1.0]  # a negative scale, and one that moves nothing
+    assert unit[2] == torch.tensor(1e30)  # float16 holds nothing larger than 65504
 
 
 @pytest.mark.parametrize(("bits", "select"), [(4, True), (4, False), (16, True), (16, False)])

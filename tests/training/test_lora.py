@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sparsify.compiler.apply import apply
+from sparsify.compiler.convert import export
 from sparsify.errors import RecipeError
 from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import LinearWeights, is_two_four
@@ -247,6 +248,19 @@ def test_an_exported_adapter_gives_peft_the_students_logits(tmp_path, run):
     assert len(tensors) == 2 * 7 * 3 and all(4 in tensor.shape for tensor in tensors.values())
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 4 and config["lora_alpha"] == 16
+
+
+def test_an_exported_adapter_loads_on_the_sparse24_model_and_on_its_export(tmp_path, run):
+    _, student = run("out", QUANTIZED, ", export: adapter")
+    export(tmp_path / "out", "dense", tmp_path / "dense", quiet=True)
+    files = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    assert all((tmp_path / "dense" / file).read_bytes() == (tmp_path / "out" / file).read_bytes() for file in files)
+    for directory, bound in (("out", 1e-4), ("dense", 0.1)):  # weights of the dense export are rounded to 16 bits
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / directory, dtype=torch.float32)
+        without = logits(base)
+        loaded = PeftModel.from_pretrained(base, tmp_path / directory / "adapter")
+        assert torch.allclose(logits(loaded), logits(student), atol=bound)
+        assert (logits(loaded) - without).abs().max() > 3 * bound
 
 
 def test_the_base_beside_an_adapter_stays_as_it_was_compressed(tmp_path, run):

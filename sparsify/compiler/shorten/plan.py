@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsify.compiler.plan_training import short
+from sparsify.compiler.shorten.fit import refuse_misfits
 from sparsify.depth import METHODS
 from sparsify.depth.stop import (
     Weights,
@@ -84,7 +85,8 @@ def _criterion(settings: Depth) -> str:
 
 
 def plan_depth(settings: Depth, model: BlockModel) -> PlannedDepth:
-    """Check a depth pass against a model. RecipeError when it asks for what no choice could give; runs nothing."""
+    """Check a depth pass against a model. RecipeError when it asks for what no choice could give, CheckpointError when no layer
+    of this architecture can go; runs nothing."""
     weights = weights_of(model, {})
     layers = weights.layers
     free = free_layers(settings, layers)
@@ -121,6 +123,7 @@ def plan_depth(settings: Depth, model: BlockModel) -> PlannedDepth:
         if exact and not reached(settings, weights, least):
             raise refuse_goal(settings, weights, least, what)
         left = _least_removal(settings, weights, least) if exact else weights.blocks
+    refuse_misfits(settings, model)
     return PlannedDepth(settings, weights, left, exact)
 
 

@@ -14,7 +14,7 @@ from sparsify.compiler.shorten.source import Source
 from sparsify.depth.layers import Layer
 from sparsify.depth.replacement import LOSSES, next_token_loss, train_replacement
 from sparsify.distributed import device
-from sparsify.model.capture import call_of_row
+from sparsify.model.capture import call_of_row, values_returned
 from sparsify.model.in_memory import probed_structure
 from sparsify.model.sequential import Walk
 from sparsify.progress import Task
@@ -66,8 +66,8 @@ def replace_block(settings: Depth, source: Source, choice: Choice, tokens: Tenso
             model.load(index)
             model.block(index).to(device())
         call = walk.calls[0][first]
-        as_tuple = isinstance(block(entering[0], *call.args, **call.kwargs), tuple)
-        loss = next_token_loss(model, first + count, as_tuple)
+        returned = values_returned(block(entering[0], *call.args, **call.kwargs))
+        loss = next_token_loss(model, first + count, returned)
         rows = tokens.to(device()).split(1)
         distilled = [Sample(one.entering, row, one.call) for one, row in zip(samples, rows, strict=True)]
         tuning = BlockTuning(

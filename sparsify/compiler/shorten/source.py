@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sparsify import compute
 from sparsify.depth.layers import Layer
 from sparsify.distributed import device
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
-from sparsify.model.checkpoint import Checkpoint
+from sparsify.model.checkpoint import Checkpoint, TensorInfo
 from sparsify.model.decoder import BlockModel, find_blocks, meta_model, target_names
 from sparsify.model.in_memory import probed_structure
 from sparsify.model.linear import LinearWeights
@@ -30,6 +31,16 @@ class _Decoded(Checkpoint):
     compressed: CompressedCheckpoint | None = None
     computed_in: torch.dtype = torch.float32
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        assert self.compressed is not None
+        return self.compressed.config
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        assert self.compressed is not None
+        return self.compressed.checkpoint.infos
+
     def names(self) -> list[str]:
         assert self.compressed is not None
         biases = [f"{module}.bias" for module in self.compressed.modules if f"{module}.bias" in self.infos]
@@ -40,7 +51,7 @@ class _Decoded(Checkpoint):
         module, _, last = name.rpartition(".")
         if last == "weight" and module in self.compressed.modules:
             return self.compressed.linear(module).dense(self.computed_in)
-        return super().tensor(name)
+        return self.compressed.tensor(name)
 
 
 @dataclass(frozen=True)

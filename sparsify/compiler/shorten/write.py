@@ -6,16 +6,16 @@ something by the number of a layer is noticed here.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify.compiler.shorten.choose import Choice
+from sparsify.compiler.shorten.config import shortened_config
+from sparsify.compiler.shorten.fit import misfit
 from sparsify.compiler.shorten.replace import place
 from sparsify.compiler.shorten.source import Source, open_source, probe_tokens
 from sparsify.depth.layers import Layer
@@ -25,15 +25,14 @@ from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.capture import capture_calls, run_block
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.linear import LinearWeights
-from sparsify.model.pretrained import load_config
-from sparsify.model.sublayers import FEED_FORWARD, KINDS, Structure, run_without
+from sparsify.model.sublayers import KINDS, Structure, run_without
 from sparsify.training.block_tuning import Tuned
-
-FEED_FORWARD_SETTING = re.compile(r"mlp|moe|ffn|feed_forward|intermediate|expert")
 
 
 def write_shortened(source: Source, choice: Choice, structures: Mapping[int, Structure], output: Path) -> None:
     """Write the layers that are left under their new numbers, and everything outside of them as it is."""
+    if problem := misfit(source.model, choice.layers):
+        raise CheckpointError(f"{source.checkpoint.spec}: {problem}")
     checkpoint = Checkpoint(source.checkpoint.spec, source.checkpoint.directory)
     vars(checkpoint)["config"] = shortened_config(source.checkpoint, choice.layers, len(source.model.blocks))
     writer = CheckpointWriter(output, source.compressed.format, checkpoint)
@@ -128,24 +127,6 @@ def renumbered(name: str, old: int, new: int) -> str:
     if not count:
         raise CheckpointError(f"{name} does not hold the number {old} of its layer, so its layer cannot get another")
     return changed
-
-
-def shortened_config(checkpoint: Checkpoint, layers: Sequence[Layer], blocks: int) -> dict[str, Any]:
-    """config.json for the layers that are left: their number, and every setting that lists a value per layer."""
-    config = copy.deepcopy(checkpoint.config)
-    whole: Any = load_config(checkpoint.directory, checkpoint.spec)
-    text = whole.get_text_config(decoder=True)
-    level = config["text_config"] if text is not whole and isinstance(config.get("text_config"), dict) else config
-    level[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    for key, value in text.to_dict().items():
-        if not isinstance(value, list) or "token_id" in key or key == "architectures":
-            continue
-        kind = FEED_FORWARD if FEED_FORWARD_SETTING.search(key) else KINDS[0]
-        if len(value) == blocks and (key in level or any(entry != value[0] for entry in value)):
-            level[key] = [value[layer.source(kind)] for layer in layers]
-        elif key.endswith("_layers") and value and all(type(entry) is int and 0 <= entry < blocks for entry in value):
-            level[key] = [number for number, layer in enumerate(layers) if layer.source(kind) in value]
-    return config
 
 
 @torch.no_grad()

@@ -7,14 +7,14 @@ import torch
 
 from sparsify.distributed import device
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.model.decoder import without_bars
 from sparsify.model.pretrained import load_causal_lm
+from sparsify.progress import without_bars
 
 SHARE_OF_GPU = 0.5  # of its free memory that the weights may take; the rest is for keys and values
 
 
 def writer_key(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
-    """What decides a text that this model writes, for `calibration_tokens`: its checkpoint, and the type it computes in."""
+    """What decides a text that this model writes, for `calibration_tokens`: every byte of it, and the type it computes in."""
     return f"{checkpoint.fingerprint()} {dtype}"
 
 

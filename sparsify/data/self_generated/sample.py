@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparsify.errors import CalibrationError
+from sparsify.model.few_rows import few_rows_linears
 from sparsify.progress import progress_bar
 
 CACHE_BYTES = 2 << 30  # keys and values of one batch stay below this
@@ -26,7 +28,8 @@ GPU_FACTOR = 4  # on a GPU both bounds are so many times higher: a step of 128 r
 # float32, where a core takes at least four times as long for each.
 WORK_PER_THREAD = {2: 4e9, 4: 1e9}
 CPU = torch.device("cpu")
-DRAW_ROWS = 16  # rows drawn at once: bounds the float64 copies of the vocabulary
+DRAW_ROWS = 16  # rows drawn at once: so many probabilities of a vocabulary stay in a cache
+RUN = 256  # tokens whose probabilities are summed first; only those of the run that is drawn are added up one by one
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,8 @@ def sample_rows(
     model.eval()
     torch.set_num_threads(useful_threads(threads, len(batches[0]) * model.num_parameters(), some.dtype))
     try:
-        with progress_bar("sampling calibration text", total=len(batches) * sequence_length, quiet=quiet) as bar:
+        total = len(batches) * sequence_length
+        with few_rows_linears(model), progress_bar("sampling calibration text", total=total, quiet=quiet) as bar:
             written = [
                 _sample_batch(model, list(islice(rows, len(batch))), batch, frozenset(endings), bar.advance)
                 for batch in batches
@@ -186,7 +190,8 @@ def _sample_batch(
             heat = [rows[index].temperature.at(rows[index].sampled, rows[index].varied) for index in free]
             at = torch.tensor(free)
             u, warmth = draws[at, column], torch.tensor(heat, dtype=torch.float64)
-            drawn, likelihood = inverse_transform(logits[at.to(logits.device)], u.to(logits.device), warmth)
+            some = logits if len(free) == len(rows) else logits[at.to(logits.device)]
+            drawn, likelihood = inverse_transform(some, u.to(logits.device), warmth)
             tokens[at, column] = drawn.cpu()
             total[at] += likelihood.cpu()
             count[at] += 1
@@ -213,14 +218,30 @@ def inverse_transform(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[T
     parts = zip(logits.split(DRAW_ROWS), u.split(DRAW_ROWS), temperature.split(DRAW_ROWS), strict=True)
     for some_logits, some_u, some_heat in parts:
         exact = some_logits.float()
-        cumulative = torch.softmax(exact / some_heat[:, None].float(), -1).cumsum(-1, dtype=torch.float64)
-        total = cumulative[:, -1:]
-        if not torch.isfinite(total).all():
+        weights = torch.softmax(exact / some_heat[:, None].float(), -1)
+        if missing := -weights.shape[1] % RUN:
+            weights = pad(weights, (0, missing))
+        runs = weights.unflatten(1, (-1, RUN))  # [B, V / RUN, RUN]
+        sums = runs.sum(-1).double()
+        ends = sums.cumsum(-1)
+        if not torch.isfinite(ends[:, -1]).all():
             raise CalibrationError(
                 "the model cannot write calibration text: its logits are NaN or infinite; check the checkpoint, "
                 "or calibrate on a text with calibration.source=file:PATH"
             )
-        token = torch.searchsorted(cumulative, some_u[:, None] * total, right=True).clamp_(max=logits.shape[1] - 1)
+        wanted = some_u[:, None] * ends[:, -1:]
+        run = _first_beyond(ends, wanted)
+        inside = runs.gather(1, run[:, :, None].expand(-1, -1, RUN))[:, 0].cumsum(-1, dtype=torch.float64)
+        token = run * RUN + _first_beyond(inside, wanted - (ends - sums).gather(1, run))
         drawn.append(token[:, 0])
-        likelihood.append((exact.gather(1, token)[:, 0] - torch.logsumexp(exact, -1)).double())
+        likelihood.append(torch.log_softmax(exact, -1).gather(1, token)[:, 0].double())
     return torch.cat(drawn), torch.cat(likelihood)
+
+
+def _first_beyond(cumulative: Tensor, wanted: Tensor) -> Tensor:
+    """The first place at which `cumulative` exceeds `wanted`, as far as rounding lets it; never one that adds nothing.
+
+    cumulative: [B, n] float64, not falling, positive at its end; wanted: [B, 1]. Returns int64 [B, 1]."""
+    end = cumulative[:, -1:]
+    below = torch.minimum(wanted.clamp(min=0), torch.nextafter(end, torch.zeros_like(end)))
+    return torch.searchsorted(cumulative, below, right=True)

@@ -80,6 +80,12 @@ class Recipe(Model):
         "or re:REGEX",
     )
     solver: Solver = Solver()
+    llm_compressor: list[dict[str, dict[str, Any]]] | None = Field(
+        default=None,
+        min_length=1,
+        description="modifiers of llm-compressor that change the dense model before the passes, run in llm-compressor's own "
+        "environment: AWQModifier (with the QuantizationModifier that it prepares for), SmoothQuantModifier, SpinQuantModifier",
+    )
     passes: list[Pass] = Field(min_length=1, description="what is done to the model; each kind at most once")
     overrides: list[Override] = Field(
         default=[],
