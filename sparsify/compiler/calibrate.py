@@ -34,12 +34,7 @@ from sparsify.solver.solve import Scheme, solve_layer
 from sparsify.training.block_tuning import BlockTuning, Sample, tune_block
 
 CALIBRATION = "calibration.safetensors"
-KERNELS = (
-    "cpu/gram",
-    "cpu/column_sweep",
-    "cpu/coordinate_descent",
-    "cpu/few_rows",
-)  # what compressing on data computes with
+KERNELS = ("cpu/gram", "cpu/column_sweep", "cpu/coordinate_descent")  # what compressing on data computes with
 
 
 def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:

@@ -28,6 +28,7 @@ from sparsify.recipe.methods import TRANSFORMS
 
 PYTHON = "SPARSIFY_LLMCOMPRESSOR_PYTHON"
 DIRECTORY = "llm-compressor"  # in the work directory: the dense model that came back
+SOURCES = Path(__file__).parents[2]  # where `make peers` leaves it
 NOTE = "llm-compressor.json"  # beside it, written last: what it was made of
 
 
@@ -35,14 +36,11 @@ def peer_python(modifiers: list[str]) -> str:
     """The Python of llm-compressor's environment. Raises MissingDependency, which says how to make one.
 
     modifiers: those that need it."""
-    if named := os.environ.get(PYTHON):
-        found = [Path(named)]
-    else:
-        roots = (Path.cwd(), Path(__file__).parents[2])
-        found = [root / ".venv-peers" / "bin" / "python" for root in roots]
-    for python in found:
-        if python.is_file() and os.access(python, os.X_OK):
-            return str(python)
+    named = os.environ.get(PYTHON)
+    # not of the working directory: a program that happens to lie there is not to be run
+    python = Path(named) if named else SOURCES / ".venv-peers" / "bin" / "python"
+    if python.is_file() and os.access(python, os.X_OK):
+        return str(python)
     where = f"{PYTHON} names {named}, which is no program" if named else "there is no .venv-peers"
     raise MissingDependency(
         f"{', '.join(modifiers)} run in llm-compressor itself, which has an environment of its own, and {where}: make it with "

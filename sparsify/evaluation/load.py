@@ -11,14 +11,12 @@ from torch import nn
 
 from sparsify.data.fitting import vocabulary_of
 from sparsify.errors import CheckpointError
-from sparsify.formats import get_format
 from sparsify.formats.belonging import check_tensors
 from sparsify.formats.foreign import dequantized, described, is_native, reads_foreign
 from sparsify.model import pretrained
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 from sparsify.progress import say, stage, without_bars
-
-NOT_IN_TRANSFORMERS = ("marlin-24", "sparse-24-bitmask")  # formats of ours that it has no code for
+from sparsify.runtime.legacy import legacy_format
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ class LoadedModel:
 def format_name(config: dict[str, Any]) -> str:
     """`sparse24`, `pack-quantized`, ... as config.json declares it; `dense` when it declares nothing."""
     quantization = config.get("quantization_config") or {}
-    orphan = next((name for name in NOT_IN_TRANSFORMERS if get_format(name).recognises(quantization)), None)
-    return orphan or str(quantization.get("format") or quantization.get("quant_method") or "dense")
+    return legacy_format(quantization) or str(quantization.get("format") or quantization.get("quant_method") or "dense")
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -71,8 +68,7 @@ def _loadable(checkpoint: Checkpoint) -> Path:
     """The directory that transformers loads: that of the model, or its dequantized weights where transformers has no kernels
     for them on every machine, or reads something else than the packages that wrote them."""
     config = described(checkpoint)
-    orphaned = any(get_format(name).recognises(config) for name in NOT_IN_TRANSFORMERS)
-    if not orphaned and (config is None or not reads_foreign(config) or is_native(config)):
+    if legacy_format(config) is None and (config is None or not reads_foreign(config) or is_native(config)):
         return checkpoint.directory
     opened = dequantized(checkpoint)
     say(f"{checkpoint.spec} is scored as dequantized weights ({opened.quantization})")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparsify.errors import CheckpointError
 from sparsify.formats.gptq_packing import (
+    VERSIONS,
     group_indices,
     pack_codes,
     pack_zero_points,
@@ -48,7 +49,6 @@ from sparsify.model.linear import LinearWeights, is_two_four
 
 SUFFIXES = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 MULTIPLE = 32  # AutoGPTQ makes room for whole words of 32 inputs and of 32 outputs
-VERSIONS = {"gptq": 1, "gptq_v2": 2}
 DEFAULT = Label(4, 128, "dense")
 
 
@@ -67,9 +67,6 @@ class Gptq(Format):
         if scheme.shape[0] % MULTIPLE or scheme.shape[1] % MULTIPLE:
             return f"gptq holds multiples of {MULTIPLE} outputs and inputs, not {scheme.shape[0]} x {scheme.shape[1]}"
         return stored_problem(scheme, dtype)
-
-    def supports(self, linear: LinearWeights) -> str | None:
-        return self.problem(ModuleScheme.of(linear), linear.dtype)
 
     def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
         assert linear.codes is not None and linear.scale is not None

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sparsify.formats.packing import pack_words, unpack_words
 
+VERSIONS = {"gptq": 1, "gptq_v2": 2}  # how zero points are stored, by `checkpoint_format`
+
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """qweight. codes: int8 [N, K], K a multiple of 32 / bits. Returns int32 [K * bits / 32, N]."""

@@ -47,9 +47,6 @@ class PackQuantized(Format):
             return "pack-quantized holds 4- or 8-bit codes, and this linear is not quantized"
         return stored_problem(scheme, dtype)
 
-    def supports(self, linear: LinearWeights) -> str | None:
-        return self.problem(ModuleScheme.of(linear), linear.dtype)
-
     def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
         assert linear.codes is not None and linear.scale is not None
         encoded = {

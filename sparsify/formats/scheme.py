@@ -149,6 +149,7 @@ class Format(Protocol):
 
     def supports(self, linear: LinearWeights) -> str | None:
         """None, or why this very linear must stay dense in this format: `problem`, or a number that cannot be held."""
+        return self.problem(ModuleScheme.of(linear), linear.dtype)
 
     def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
         """The tensors of a validated linear by suffix."""

@@ -164,9 +164,6 @@ class Sparse24(Format):
     def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
         return stored_problem(scheme, dtype)
 
-    def supports(self, linear: LinearWeights) -> str | None:
-        return self.problem(ModuleScheme.of(linear), linear.dtype)
-
     def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
         stored = linear.values if linear.bits == 16 else linear.codes
         assert stored is not None

@@ -53,9 +53,6 @@ class Sparse24Bitmask(Format):
     def problem(self, scheme: ModuleScheme, dtype: torch.dtype) -> str | None:
         return "sparsify reads sparse-24-bitmask and does not write it"
 
-    def supports(self, linear: LinearWeights) -> str | None:
-        return self.problem(ModuleScheme.of(linear), linear.dtype)
-
     def encode(self, linear: LinearWeights) -> dict[str, Tensor]:
         raise NotImplementedError(self.problem(ModuleScheme.of(linear), linear.dtype))
 

@@ -20,7 +20,6 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from sparsify.model.few_rows import few_rows_product
 from sparsify.solver.column_sweep import Solved
 from sparsify.solver.dispatch import kernel_for
 from sparsify.solver.grid import Grid
@@ -65,7 +64,7 @@ def coordinate_descent(
             columns = slice(start, min(start + size, W.shape[0]))
             unit = scales[start // group] if scales is not None else None
             kept = mask[columns] if mask is not None else None
-            H_block, G = H[columns, columns].contiguous(), few_rows_product(H[columns], off)
+            H_block, G = H[columns, columns].contiguous(), H[columns] @ off.t()
             visit_block(W[columns], G, H_block, unit, grid, kept, two_four, store)
             if unit is not None and grid is not None and group == size:
                 refit_scale(W[columns], G, H_block, unit, grid)
@@ -73,7 +72,7 @@ def coordinate_descent(
         if scales is not None and grid is not None and group != size:
             for index, unit in enumerate(scales):
                 columns = slice(index * group, (index + 1) * group)
-                refit_scale(W[columns], few_rows_product(H[columns], off), H[columns, columns], unit, grid)
+                refit_scale(W[columns], H[columns] @ off.t(), H[columns, columns], unit, grid)
                 torch.sub(W[columns].t(), target[:, columns], out=off[:, columns])
     if scales is None or grid is None:
         return Solved(W.t().contiguous())

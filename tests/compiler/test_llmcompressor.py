@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsify import api
+from sparsify.compiler import llmcompressor
 from sparsify.compiler.llmcompressor import NOTE, peer_python
 from sparsify.errors import CheckpointError, MissingDependency
 from sparsify.formats.reader import open_compressed
@@ -158,9 +159,15 @@ def test_without_an_environment_the_error_says_how_to_make_one(
         api.apply(recipe(SMOOTH), model, tmp_path / "out", calibration=tokens(), quiet=True)
     monkeypatch.delenv("SPARSIFY_LLMCOMPRESSOR_PYTHON")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(llmcompressor, "SOURCES", tmp_path / "elsewhere")
     python = tmp_path / ".venv-peers" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
+    with pytest.raises(
+        MissingDependency, match=r"there is no \.venv-peers"
+    ):  # nothing that lies in the working directory runs
+        peer_python(["AWQModifier"])
+    monkeypatch.setattr(llmcompressor, "SOURCES", tmp_path)
     assert peer_python(["AWQModifier"]) == str(python)
 
 

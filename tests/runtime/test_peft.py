@@ -12,21 +12,11 @@ import sparsify  # noqa: F401  what a user has to write
 from sparsify.errors import SparsifyError
 from sparsify.formats.reader import open_compressed
 from sparsify.runtime.module import Sparse24Linear
-from tests.helpers.compressed import MIXED, compress, make_dense
 
 peft = pytest.importorskip("peft", reason="peft is not installed; pip install 'sparsify-24[train]'")
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("llama")
-    make_dense("llama", root / "model")
-    for format in ("sparse24", "dense"):
-        compress(root / "model", root / format, format, MIXED)
-    return root
 
 
 def pair(llama: Path) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -20,8 +20,8 @@ from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.reader import open_compressed
 from sparsify.runtime.module import Sparse24Linear
-from tests.helpers.agreement import Agree
-from tests.helpers.compressed import MIXED, compress, make_dense, round_linear
+from tests.helpers.agreement import Agree, close
+from tests.helpers.compressed import compress, make_dense, round_linear
 
 FAMILIES = ["llama", "qwen2", "phi3", "opt", "gpt_neox"]
 Q = "model.layers.0.self_attn.q_proj"
@@ -31,16 +31,6 @@ IDS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with linears of every kind: `sparse24` and `dense` in one folder."""
-    root = tmp_path_factory.mktemp("llama")
-    make_dense("llama", root / "model")
-    for format in ("sparse24", "dense"):
-        compress(root / "model", root / format, format, MIXED)
-    return root
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,9 +184,13 @@ STATE_SPACE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("agree")  # chooses the back end
 @pytest.mark.parametrize("family", STATE_SPACE)
-def test_models_that_multiply_with_the_weight_themselves(family: str, tmp_path: Path, agree: Agree) -> None:
-    """Mamba's blocks compute `self.dt_proj.weight @ x`, and their initialization reads `out_proj.weight`."""
+def test_models_that_multiply_with_the_weight_themselves(family: str, tmp_path: Path) -> None:
+    """Mamba's blocks compute `self.dt_proj.weight @ x`, and their initialization reads `out_proj.weight`.
+
+    Where a weight lies in memory decides how PyTorch adds up some of these products, so bits are not compared.
+    """
     config = CONFIG_MAPPING[family](
         vocab_size=96, hidden_size=128, num_hidden_layers=2, tie_word_embeddings=False, eos_token_id=2,
         **STATE_SPACE[family],
@@ -215,7 +209,7 @@ def test_models_that_multiply_with_the_weight_themselves(family: str, tmp_path: 
     compressed = open_compressed(tmp_path / "sparse24")
     for name in compressed.modules:
         dense.get_submodule(name).weight.data = compressed.linear(name).dense(torch.float32)
-    agree(logits(ours), logits(dense))
+    close(logits(ours), logits(dense))
     greedy: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert torch.equal(ours.generate(IDS, **greedy), dense.generate(IDS, **greedy))
 

@@ -152,7 +152,7 @@ def test_merged_columns(kind: dict[str, Any], rank: Rank, world: int) -> None:
         layer = MergedColumnParallelLinear(K, [64, 64], bias=False, quant_config=config, prefix=prefix + "gate_up_proj")
         load(layer, loads)
         pieces.append(product(layer, x).reshape(3, 2, 64 // world))
-    torch.testing.assert_close(torch.cat(pieces, 2).reshape(3, 128), expected(loads, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(pieces, 2).reshape(3, 128), expected(loads, x), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -172,7 +172,7 @@ def test_merged_heads(kind: dict[str, Any], rank: Rank, world: int) -> None:
         keys.append((k, v))
     distinct = keys[:: max(1, world // 2)]
     y = torch.cat([*queries, *(k for k, _ in distinct), *(v for _, v in distinct)], 1)
-    torch.testing.assert_close(y, expected(loads, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, expected(loads, x), rtol=1e-5, atol=1e-4)
 
 
 def test_fused_on_disk(kind: dict[str, Any], rank: Rank) -> None:
@@ -224,7 +224,7 @@ def test_head_with_a_padded_vocabulary(rank: Rank, name: str, world: int) -> Non
         pieces.append(product(layer, x))
     y = torch.cat(pieces, 1)
     assert y.shape == (3, 128)
-    torch.testing.assert_close(y[:, :96], expected([(None, weights)], x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y[:, :96], expected([(None, weights)], x), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -245,7 +245,7 @@ def test_head_of_a_model_that_was_tied(rank: Rank, tmp_path: Path, bits: Literal
     assert y.shape == (3, 128)
     scale = weights.scale.double().repeat_interleave(weights.group_size, 1)
     exact = x.double() @ (weights.codes.double() * scale).t()
-    torch.testing.assert_close(y[:, :97].double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y[:, :97].double(), exact, rtol=1e-5, atol=1e-4)
     assert config.get_quant_method(VocabParallelEmbedding(97, k, prefix="m"), "model.embed_tokens") is None
 
 
@@ -289,7 +289,7 @@ def test_one_group_and_channel_are_alike(rank: Rank) -> None:
     layer = MergedColumnParallelLinear(64, [32, 32], bias=False, quant_config=config, prefix=prefix + "gate_up_proj")
     load(layer, loads)
     x = torch.randn(2, 64)
-    torch.testing.assert_close(product(layer, x), expected(loads, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product(layer, x), expected(loads, x), rtol=1e-5, atol=1e-4)
 
 
 def test_names_follow_the_model_class() -> None:
@@ -377,7 +377,7 @@ def test_scales_of_two_types_in_one_merged_linear(rank: Rank) -> None:
     layer = MergedColumnParallelLinear(K, [32, 32], bias=False, quant_config=config, prefix=prefix + "gate_up_proj")
     load(layer, [(0, half), (1, half)])
     x = torch.randn(2, K)
-    torch.testing.assert_close(product(layer, x), expected([(0, half), (1, half)], x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product(layer, x), expected([(0, half), (1, half)], x), rtol=1e-5, atol=1e-4)
 
 
 def test_tied_head_and_compressed_embeddings_are_refused(rank: Rank) -> None:

@@ -18,7 +18,6 @@ from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparsify.errors import CalibrationError
-from sparsify.model.few_rows import few_rows_linears
 from sparsify.progress import progress_bar
 
 CACHE_BYTES = 2 << 30  # keys and values of one batch stay below this
@@ -133,7 +132,7 @@ def sample_rows(
     torch.set_num_threads(useful_threads(threads, len(batches[0]) * model.num_parameters(), some.dtype))
     try:
         total = len(batches) * sequence_length
-        with few_rows_linears(model), progress_bar("sampling calibration text", total=total, quiet=quiet) as bar:
+        with progress_bar("sampling calibration text", total=total, quiet=quiet) as bar:
             written = [
                 _sample_batch(model, list(islice(rows, len(batch))), batch, frozenset(endings), bar.advance)
                 for batch in batches

@@ -34,11 +34,11 @@ from sparsify.formats.foreign.scheme import (
     names_ending,
     stream_fields,
 )
+from sparsify.formats.gptq_packing import VERSIONS
 from sparsify.formats.scheme import AGAIN, NOT_OWN
 
 BITS = (2, 3, 4, 8)
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field of a word
-VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
 @dataclass(frozen=True)
