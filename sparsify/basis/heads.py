@@ -38,6 +38,6 @@ def head_rotations(W: Tensor, blocks: Tensor, value_heads: int, steps: int) -> T
             best, least = Q.detach(), float(loss.detach())
         if step < steps:
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     return orthogonal(best.double())

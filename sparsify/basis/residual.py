@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsify.basis.objective import dropped, rotated_diagonal
 
 RATE = 0.01
+SAMPLED = 1024  # rows, or columns by fours, of a matrix that the rotation is chosen on
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,14 @@ def residual_rotation(
         share = 0.0
         for part in parts:
             loss = part.loss(point) / len(parts)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             share += float(loss.detach())
         if share < least:
             best, least = Q.detach().double(), share
         tick(share)
         if step < steps:
             optimizer.zero_grad()
-            Q.backward(point.grad)  # type: ignore[no-untyped-call]
+            Q.backward(point.grad)
             optimizer.step()
     return _exactly_orthogonal(best, around)
 

@@ -24,16 +24,16 @@ class Basis:
 
 
 @torch.no_grad()
-def set_weight(linear: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
+def set_weight(linear: Any, weight: Tensor, bias: Tensor | None = None) -> None:
     """Give a linear new values, rounded once to its type. weight, bias: float64"""
-    linear.weight.copy_(weight)  # type: ignore[operator, union-attr]
+    linear.weight.copy_(weight)
     if bias is not None and linear.bias is not None:
-        linear.bias.copy_(bias)  # type: ignore[operator, union-attr]
+        linear.bias.copy_(bias)
 
 
-def _of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _of(linear: Any) -> tuple[Tensor, Tensor | None]:
     bias = linear.bias
-    return linear.weight.double(), None if bias is None else bias.double()  # type: ignore[operator, union-attr]
+    return linear.weight.double(), None if bias is None else bias.double()
 
 
 @torch.no_grad()
@@ -51,13 +51,13 @@ def fold_norm(block: nn.Module, norm: Norm, Q: Tensor) -> None:
 
 
 @torch.no_grad()
-def turn_embedding(table: nn.Module, Q: Tensor) -> None:
+def turn_embedding(table: Any, Q: Tensor) -> None:
     """E Q: for tables of tokens and positions, each row of which is added to the residual stream."""
-    table.weight.copy_(table.weight.double() @ Q)  # type: ignore[operator, union-attr]
+    table.weight.copy_(table.weight.double() @ Q)
 
 
 @torch.no_grad()
-def turn_writer(linear: nn.Module, Q: Tensor) -> None:
+def turn_writer(linear: Any, Q: Tensor) -> None:
     """Q'W and Q'b: for what writes the residual stream."""
     weight, bias = _of(linear)
     set_weight(linear, Q.t() @ weight, None if bias is None else Q.t() @ bias)
@@ -67,14 +67,15 @@ def turn_writer(linear: nn.Module, Q: Tensor) -> None:
 def turn_heads(block: nn.Module, heads: Heads, Q: Tensor) -> None:
     """Q'V for each value head, and the columns of the output projection times Q. Q: float64 [value_heads, h, h]"""
     size = Q.shape[-1]
-    values, output = block.get_submodule(heads.values), block.get_submodule(heads.output)
+    values: Any = block.get_submodule(heads.values)
+    output: Any = block.get_submodule(heads.output)
     weight, bias = _of(values)
     turned = torch.einsum("vij,vik->vjk", Q, weight.unflatten(0, (heads.value_heads, size))).flatten(0, 1)
     if bias is not None:
         bias = torch.einsum("vij,vi->vj", Q, bias.unflatten(0, (heads.value_heads, size))).flatten()
     set_weight(values, turned, bias)
     each = Q.repeat_interleave(heads.query_heads // heads.value_heads, 0)
-    columns = output.weight.double().unflatten(1, (heads.query_heads, size))  # type: ignore[operator, union-attr]
+    columns = output.weight.double().unflatten(1, (heads.query_heads, size))
     set_weight(output, torch.einsum("nqi,qij->nqj", columns, each).flatten(1))
 
 

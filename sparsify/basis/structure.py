@@ -202,7 +202,9 @@ def _refuse_rest(block: nn.Module, name: str, norms: list[Norm], writers: tuple[
 
 
 @torch.no_grad()
-def _response(block: nn.Module, x: Tensor, call: BlockCall, linear: str, factor: float, token: int | None = None) -> _Seen:
+def _response(
+    block: nn.Module, x: Tensor, call: BlockCall, linear: str, factor: float, token: int | None = None
+) -> _Seen:
     """The block while `linear` gives `factor` times as much, for one token only where `token` is given."""
 
     def scale(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -219,6 +221,12 @@ def _response(block: nn.Module, x: Tensor, call: BlockCall, linear: str, factor:
         hook.remove()
 
 
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 def _mixes(block: nn.Module, x: Tensor, call: BlockCall, linear: str, writer: str, seen: _Seen) -> bool:
     """Whether what `linear` gives for an earlier token reaches what `writer` reads of the last one."""
     other = _response(block, x, call, linear, 0.0, x.shape[1] // 2)
@@ -226,11 +234,18 @@ def _mixes(block: nn.Module, x: Tensor, call: BlockCall, linear: str, writer: st
 
 
 def _heads(
-    block: nn.Module, x: Tensor, call: BlockCall, readers: list[str], writers: tuple[str, ...], seen: _Seen, query: int, value: int
+    block: nn.Module,
+    x: Tensor,
+    call: BlockCall,
+    readers: list[str],
+    writers: tuple[str, ...],
+    seen: _Seen,
+    query: int,
+    value: int,
 ) -> Heads | None:
     """The values: what the output projection reads is a weighted sum over tokens of them, so proportional to them."""
     for name, output in itertools.product(readers, writers):
-        inputs, rows = block.get_submodule(output).in_features, block.get_submodule(name).out_features
+        inputs, rows = _linear(block, output).in_features, _linear(block, name).out_features
         if inputs % query or rows % value or inputs // query != rows // value or query % value:
             continue
         read, doubled = seen.read[output], _response(block, x, call, name, 2.0).read[output]
@@ -245,10 +260,10 @@ def _channels(
 ) -> Channels | None:
     """What the writer behind the activation reads of a token depends on the linears before it at that token alone."""
     for after in writers:
-        width = block.get_submodule(after).in_features
-        before = {}
+        width = _linear(block, after).in_features
+        before: dict[str, int] = {}
         for name in readers:
-            rows = block.get_submodule(name).out_features
+            rows = _linear(block, name).out_features
             if rows not in (width, 2 * width) or _mixes(block, x, call, name, after, seen):
                 continue
             if not torch.equal(_response(block, x, call, name, 0.0).read[after], seen.read[after]):

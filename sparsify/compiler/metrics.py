@@ -157,7 +157,11 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
 
 def _reads_text(plan: Plan, whole: Plan) -> bool:
     depth = whole.recipe.depth
-    return plan.needs_data or whole.recipe.basis is not None or (depth is not None and (depth.needs_data or whole.needs_data))
+    return (
+        plan.needs_data
+        or whole.recipe.basis is not None
+        or (depth is not None and (depth.needs_data or whole.needs_data))
+    )
 
 
 def json_text(value: Any) -> str:

@@ -263,6 +263,7 @@ class Plan:
             },
             "llm_compressor": self.recipe.llm_compressor,
             "depth": None if self.depth is None else self.depth.to_json(),
+            "basis": None if self.recipe.basis is None else self.recipe.basis.model_dump(mode="json"),
             "head": self._head_json(),
             "dense_modules": self.dense_modules() | self.written_dense(),
             "carried": self.carried_json(),
@@ -319,6 +320,8 @@ class Plan:
         )
         if self.compressed is not None:
             how = "no linear is compressed" if self._is_dense else "compressed already, masks stay as they are"
+        if self.recipe.basis is not None:
+            how = f"first {self.recipe.basis.describe()}\n{how}"
         if self.depth is not None:
             how = f"{self.depth.describe()}\n{how}" if self._depth_first else f"{how}\nthen {self.depth.describe()}"
         if self.recipe.llm_compressor:

@@ -7,7 +7,7 @@ choice of a basis needs; the second rewrites block after block, checks that each
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sparsify.basis import rewrite
 from sparsify.basis.channels import channel_order
 from sparsify.basis.heads import head_blocks, head_rotations
 from sparsify.basis.objective import dropped
-from sparsify.basis.residual import Reading, Writing, residual_rotation
+from sparsify.basis.residual import SAMPLED, Reading, Writing, residual_rotation
 from sparsify.basis.structure import TOLERANCE, Norm, Structure, find_structure, gain, is_centred
 from sparsify.compiler.checkpoint_names import OUTSIDE, part_name
 from sparsify.compiler.plan import Plan
@@ -29,14 +29,14 @@ from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.capture import BlockCall, capture_calls, head_inputs, run_block
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import BlockModel, open_blocks
+from sparsify.model.linear_groups import PROBE_TOKENS
 from sparsify.model.output_head import find_head
-from sparsify.model.sequential import PROBE_TOKENS, GroupVisit, Walk
+from sparsify.model.sequential import GroupVisit, Walk
 from sparsify.progress import Task, progress_bar
 from sparsify.recipe import Basis
 from sparsify.solver.hessian import HessianAccumulator, factor
 
 DAMPING = 0.004  # of the inverse Hessians that the objective reads
-SAMPLED = 1024  # rows, or columns by fours, of a matrix that a rotation is chosen on
 
 
 @dataclass
@@ -90,7 +90,13 @@ def rebase(settings: Basis, plan: Plan, tokens: Tensor, output: Path, quiet: boo
 
 
 def _read(
-    settings: Basis, exact: BlockModel, index: int, hidden: Tensor, call: BlockCall, walk: Walk, generator: torch.Generator
+    settings: Basis,
+    exact: BlockModel,
+    index: int,
+    hidden: Tensor,
+    call: BlockCall,
+    walk: Walk,
+    generator: torch.Generator,
 ) -> _Block:
     """Take the calibration text through one block and keep what choosing a basis needs of it."""
     exact.load(index)
@@ -131,18 +137,17 @@ def _reading(block: nn.Module, norm: Norm, H: Tensor, prefix: str, generator: to
     usable = g.abs() > 1e-6 * g.abs().max()
     scale = torch.where(usable, 1 / torch.where(usable, g, torch.ones_like(g)), torch.zeros_like(g))
     H = H * scale[:, None] * scale
-    W = torch.cat([block.get_submodule(name).weight for name in norm.readers]).detach() * g  # type: ignore[list-item]
+    weights: list[Any] = [block.get_submodule(name).weight for name in norm.readers]
+    W = torch.cat(weights).detach() * g
     if W.shape[0] > SAMPLED:
         W = W[torch.randperm(W.shape[0], generator=generator)[:SAMPLED].to(W.device)]
     inverse = torch.cholesky_inverse(factor(H, DAMPING, prefix + norm.readers[0]).cholesky)
     return Reading(W, inverse, _energy(W, H))
 
 
-def _keep_writer(
-    kept: _Block, block: nn.Module, name: str, H: Tensor, prefix: str, generator: torch.Generator
-) -> None:
-    W = block.get_submodule(name).weight.detach()
-    assert isinstance(W, Tensor)
+def _keep_writer(kept: _Block, block: nn.Module, name: str, H: Tensor, prefix: str, generator: torch.Generator) -> None:
+    linear: Any = block.get_submodule(name)
+    W: Tensor = linear.weight.detach()
     inverse = torch.cholesky_inverse(factor(H, DAMPING, prefix + name).cholesky)
     diagonal = inverse.diagonal().clone()
     kept.inverse_diagonals[name], kept.totals[name] = diagonal, _energy(W, H)
@@ -322,14 +327,21 @@ def _write_part(exact: BlockModel, index: int | None, changed: set[str], writer:
             tensors[source] = exact.checkpoint.tensor(source)
             continue
         if not same:
-            raise CheckpointError(f"{target} is assembled from several tensors of the checkpoint; its basis cannot be changed")
+            raise CheckpointError(
+                f"{target} is assembled from several tensors of the checkpoint; its basis cannot be changed"
+            )
         value = exact.model.get_parameter(target).detach().cpu()
         tensors[source] = value.to(exact.checkpoint.dtype(source)).contiguous()
     writer.write_part(OUTSIDE if index is None else part_name(index), {}, tensors)
 
 
 def _write_outside(
-    exact: BlockModel, outside: _Outside | None, Q: Tensor | None, tokens: Tensor, hidden: Tensor, writer: CheckpointWriter
+    exact: BlockModel,
+    outside: _Outside | None,
+    Q: Tensor | None,
+    tokens: Tensor,
+    hidden: Tensor,
+    writer: CheckpointWriter,
 ) -> None:
     """Embeddings, last norm and output head, the latter with weights of its own."""
     carried = {name: exact.checkpoint.tensor(name) for name in exact.checkpoint.names() if name not in exact.sources}
@@ -355,7 +367,7 @@ def _write_outside(
     _write_part(exact, None, {*outside.embeddings, outside.norm.name, outside.head}, writer)
 
 
-def _note(settings: Basis, found: list[_Block], shares: list[Mapping[str, float]]) -> dict[str, Any]:
+def _note(settings: Basis, found: list[_Block], shares: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """What metrics.json says of the pass. dropped: mean share of tr(W H W') that 2:4 drops, by linear, before and after."""
     names = {key.rpartition(" ")[0] for block in shares for key in block}
     means = {

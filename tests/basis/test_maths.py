@@ -76,7 +76,9 @@ def test_head_rotations_drop_less_of_the_output_projection():
     torch.testing.assert_close(blocks[1], torch.linalg.inv(H)[8:16, 8:16])
     Q = head_rotations(W, blocks, shared, 60)
     assert Q.shape == (shared, size, size)
-    torch.testing.assert_close(Q.mT @ Q, torch.eye(size, dtype=torch.float64).expand(shared, -1, -1), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        Q.mT @ Q, torch.eye(size, dtype=torch.float64).expand(shared, -1, -1), atol=1e-12, rtol=0
+    )
     whole = torch.block_diag(*Q.repeat_interleave(heads // shared, 0)).float()
     assert lost(W @ whole, whole.t() @ H @ whole) < 0.95 * lost(W, H)
 

@@ -18,7 +18,20 @@ IDS = torch.randint(4, 96, (2, 24), generator=torch.Generator().manual_seed(2)) 
 EQUAL = 1e-4  # of the largest logit, in float32
 # LayerNorms with and without offsets, parallel blocks, one norm for both halves, biases, tied heads, q/k norms, scaled
 # embeddings and residuals, fused projections
-WHOLE = ["llama", "qwen2", "qwen3", "mistral", "phi3", "opt", "gpt_neox", "cohere", "granite", "starcoder2", "stablelm", "phi"]
+WHOLE = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "phi3",
+    "opt",
+    "gpt_neox",
+    "cohere",
+    "granite",
+    "starcoder2",
+    "stablelm",
+    "phi",
+]
 PARTLY = {"gemma2": "post_attention_layernorm", "gemma3_text": "post_attention_layernorm", "olmo2": "q_norm"}
 OWN_VALUES = {*WHOLE, *PARTLY} - {"phi3", "gpt_neox"}  # whose values are a linear of their own
 

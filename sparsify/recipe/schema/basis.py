@@ -26,3 +26,12 @@ class Basis(PassModel):
         if not (self.residual or self.heads or self.channels):
             raise refuse("basis changes nothing when residual, heads and channels are all false; leave the pass out")
         return self
+
+    def describe(self) -> str:
+        """`another basis: residual stream turned, values of heads turned, feed-forward channels ordered`"""
+        parts = [
+            ("residual stream turned", self.residual),
+            ("values of heads turned", self.heads),
+            ("feed-forward channels ordered", self.channels),
+        ]
+        return f"another basis: {', '.join(words for words, done in parts if done)}"
