@@ -167,7 +167,7 @@ def find_structure(
     writers = tuple(n for n in linears if n not in reading and block.get_submodule(n).out_features == width)
     if residual:
         _refuse_rest(block, name, norms, writers, width)
-    readers = [n for n in linears if n in reading]
+    readers = [n for n in linears if n in reading] or linears  # where norms come after the sublayers, none reads one
     heads = _heads(block, x, call, readers, writers, seen, query_heads, value_heads)
     rest = [n for n in writers if heads is None or n != heads.output]
     channels = _channels(block, x, call, readers, tuple(rest), seen)
@@ -245,6 +245,8 @@ def _heads(
 ) -> Heads | None:
     """The values: what the output projection reads is a weighted sum over tokens of them, so proportional to them."""
     for name, output in itertools.product(readers, writers):
+        if name == output:
+            continue
         inputs, rows = _linear(block, output).in_features, _linear(block, name).out_features
         if inputs % query or rows % value or inputs // query != rows // value or query % value:
             continue
@@ -264,7 +266,7 @@ def _channels(
         before: dict[str, int] = {}
         for name in readers:
             rows = _linear(block, name).out_features
-            if rows not in (width, 2 * width) or _mixes(block, x, call, name, after, seen):
+            if name == after or rows not in (width, 2 * width) or _mixes(block, x, call, name, after, seen):
                 continue
             if not torch.equal(_response(block, x, call, name, 0.0).read[after], seen.read[after]):
                 before[name] = rows // width

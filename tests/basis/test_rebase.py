@@ -111,7 +111,7 @@ def test_a_tied_head_gets_weights_of_its_own(tmp_path, recipe):
 
 
 def test_a_recipe_goes_on_from_the_new_basis(tmp_path, recipe):
-    directory = source(tmp_path / "model", "llama")
+    directory = source(tmp_path / "model", "llama", tie_word_embeddings=True)
     passes = ["prune: {method: sparsegpt}", "quantize: {bits: 4, group_size: 32}"]
     done = apply(recipe("{steps: 5}", *passes, format="sparse24"), str(directory), tmp_path / "out", quiet=True)
     found = done.metrics["basis"]
@@ -119,6 +119,12 @@ def test_a_recipe_goes_on_from_the_new_basis(tmp_path, recipe):
     assert all(after < before for before, after in found["dropped"].values())
     assert done.metrics["base_model"] == str(directory)
     assert {layer["pattern"] for layer in done.metrics["layers"]} == {"2:4"}
+    sizes, dense = done.metrics["sizes"], load_file(directory / "model.safetensors")
+    assert sizes["dense_bytes"] == sum(
+        tensor.nbytes for tensor in dense.values()
+    )  # of the model, not of what was made of it
+    linears = sum(dense[f"{layer['module']}.weight"].nbytes for layer in done.metrics["layers"])
+    assert sizes["outside_bytes"] + sizes["dense_head_bytes"] + linears == sizes["dense_bytes"]
     assert torch.isfinite(logits(tmp_path / "out")).all()
 
 
