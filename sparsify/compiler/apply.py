@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
-from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data
+from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data, own_rows
 from sparsify.compiler.checkpoint_names import OUTSIDE, refuse_unstorable
 from sparsify.compiler.left_dense import some_not_held
 from sparsify.compiler.llmcompressor import NOTE, transformed
@@ -23,6 +23,7 @@ from sparsify.compiler.metrics import ADAPTER, CARD, METRICS, RECIPE, RECORD, Be
 from sparsify.compiler.model_card import model_card
 from sparsify.compiler.plan import Plan, keep_zeros, make_plan
 from sparsify.compiler.plan_training import Shortened
+from sparsify.compiler.rebase import rebase
 from sparsify.compiler.run import Run
 from sparsify.compiler.run_training import ROWS, read_ahead
 from sparsify.compiler.shorten import shorten
@@ -33,8 +34,9 @@ from sparsify.formats.writer import CheckpointWriter, partial_directory
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
 
-DEPTH_NOTE = "depth.json"
+DEPTH_NOTE, BASIS_NOTE = "depth.json", "basis.json"
 BEFORE_DEPTH, SHORTENED = "before-depth", "depth"  # directories: the model compressed, and what is left of its layers
+REBASED = "basis"  # the model in another basis
 
 Evaluate = Callable[[Path], dict[str, Any]]
 """Measures a finished directory; what it returns goes into metrics.json and the model card."""
@@ -100,6 +102,9 @@ def apply(
             writer.source = plan.checkpoint
         if plan.depth is not None:
             plan, before = shortened(plan, writer, resume, quiet, spill)
+            writer.source = plan.checkpoint
+        if plan.recipe.basis is not None:
+            plan, before = rebased(plan, before, writer, quiet)
             writer.source = plan.checkpoint
         notes = Notes(writer.work / "notes")
         return _carry_out(Run(plan, writer, notes, frozenset(finished), before, quiet, spill), start, evaluate)
@@ -229,9 +234,29 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, s
     return rest, Before(plan, note, _renamed(plan, rest, note["layers"], errors), head, zeros)
 
 
+def rebased(plan: Plan, before: Before, writer: CheckpointWriter, quiet: bool) -> tuple[Plan, Before]:
+    """Run the basis pass; give the plan of the rest, on the rewritten model, which a resumed run finds finished."""
+    recipe = plan.recipe
+    assert recipe.basis is not None
+    model, directory, file = plan.checkpoint.spec, writer.work / REBASED, writer.work / BASIS_NOTE
+    with main_first():
+        tokens = own_rows(calibration_rows(plan, writer, quiet))
+    if not file.exists():  # written last
+        if is_main():
+            shutil.rmtree(directory, ignore_errors=True)
+        note = rebase(recipe.basis, plan, tokens, directory, quiet)
+        if is_main():
+            write_json(file, note)
+    wait_for_all()
+    layers = len(plan.model.blocks)
+    whole = Shortened(layers, tuple(range(layers)))
+    rest = keep_zeros(make_plan(recipe.after_basis(), str(directory), whole))
+    return rest, replace(before, basis={**read_json(file), "model": model})
+
+
 def refuse_other_run(work: Path, resume: bool) -> None:
     """Refuse what another run left of its depth pass; the writer compares the runs when this one goes on with it."""
-    made = [work / BEFORE_DEPTH, partial_directory(work / BEFORE_DEPTH), work / SHORTENED]
+    made = [work / BEFORE_DEPTH, partial_directory(work / BEFORE_DEPTH), work / SHORTENED, work / REBASED]
     if not resume and any(directory.exists() for directory in made):
         raise CheckpointError(
             f"{work} holds the beginning of an interrupted run; continue it with --resume, or remove that directory"

@@ -14,6 +14,7 @@ from sparsify.compute import for_precision, rates
 from sparsify.distributed import device
 from sparsify.formats import get_format
 from sparsify.model.linear import LinearWeights
+from sparsify.model.output_head import find_head
 from sparsify.recipe.sources import SELF
 from sparsify.solver.solve import Scheme
 
@@ -63,7 +64,15 @@ def _output_bytes(plan: Plan) -> int:
     if plan.head is not None:
         own = 0 if plan.head.head.tied else plan.checkpoint.info(plan.head.head.source).nbytes
         saved += own - stored_bytes(plan.head.scheme, plan.head.head.shape, plan)
+    elif plan.recipe.basis is not None and plan.recipe.basis.residual:
+        saved -= _own_head_bytes(plan)
     return plan.checkpoint.nbytes() - saved
+
+
+def _own_head_bytes(plan: Plan) -> int:
+    """What an output head that is tied to the embedding adds when it gets weights of its own; 0 where it is not tied."""
+    head = find_head(plan.checkpoint, plan.model.model, plan.model.sources)
+    return plan.checkpoint.info(head.source).nbytes if head.tied else 0
 
 
 def _files_of(plan: Plan, block: int) -> list[str]:

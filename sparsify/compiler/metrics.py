@@ -27,6 +27,7 @@ class Before:
 
     plan:   of the whole recipe and the whole model
     depth:  what metrics.json says of the depth pass
+    basis:  what it says of the basis pass
     errors: output errors of linears that were compressed before it, by their new names
     head:   what metrics.json says of the output head, when that was quantized before it
     kept_zeros: linears that were 2:4 before they were compressed before it, by their new names
@@ -37,6 +38,7 @@ class Before:
     errors: dict[str, float] = field(default_factory=dict)
     head: dict[str, Any] | None = None
     kept_zeros: tuple[str, ...] = ()
+    basis: dict[str, Any] | None = None
 
 
 class Notes:
@@ -96,20 +98,22 @@ def _sparsity(linear: LinearWeights) -> float:
 
 def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Before) -> dict[str, Any]:
     found = [notes.read(index) for index in range(len(plan.model.blocks))]
-    dense = plan.dense_modules()
+    left_dense = plan.dense_modules()
     for note in found:
-        dense |= note["skipped"]
-    dense |= writer.dense_modules()
+        left_dense |= note["skipped"]
+    left_dense |= writer.dense_modules()
     whole = before.plan
     head = before.head if plan.head is None else notes.read_head()
     by_module = writer.linear_bytes()
     layers = [layer for note in found for layer in note["layers"]]
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     linear_bytes = sum(by_module[exported_name(plan, layer["module"])] for layer in layers)
-    own = [plan.head.head.source] if plan.head is not None and not plan.head.head.tied else []
-    dense_head_bytes = sum(plan.checkpoint.info(name).nbytes for name in own)
-    dense_bytes = plan.dense_bytes()
-    outside = dense_bytes - sum(plan.dense_linear_bytes(layer["module"]) for layer in layers) - dense_head_bytes
+    dense = whole if before.depth is None else plan  # a basis pass may have given the head weights of its own
+    own = [dense.head.head.source] if dense.head is not None and not dense.head.head.tied else []
+    dense_head_bytes = sum(dense.checkpoint.info(name).nbytes for name in own)
+    outside = (
+        dense.dense_bytes() - sum(dense.dense_linear_bytes(layer["module"]) for layer in layers) - dense_head_bytes
+    )
     if before.head is not None:
         dense_head_bytes = 0 if before.head["tied"] else 2 * before.head["shape"][0] * before.head["shape"][1]
         outside -= 2 * before.head["shape"][0] * before.head["shape"][1]
@@ -121,6 +125,7 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
         "format": plan.recipe.export.format,
         "blocks": len(plan.model.blocks),
         "depth": before.depth,
+        "basis": before.basis,
         "calibration": {
             **calibration.model_dump(mode="json"),
             "tokens": calibration.samples * calibration.sequence_length if _reads_text(plan, whole) else 0,
@@ -129,7 +134,7 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
         "layers": layers,
         "tuning": [note["tuning"] for note in found] if plan.recipe.tune is not None else None,
         "head": head,
-        "dense_modules": [{"module": module, "reason": reason} for module, reason in dense.items()],
+        "dense_modules": [{"module": module, "reason": reason} for module, reason in left_dense.items()],
         "kept_zeros": [
             *before.kept_zeros,
             *(name for name, scheme in plan.schemes.items() if scheme.prune == KEEP),
@@ -153,7 +158,11 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
 
 def _reads_text(plan: Plan, whole: Plan) -> bool:
     depth = whole.recipe.depth
-    return plan.needs_data or (depth is not None and (depth.needs_data or whole.needs_data))
+    return (
+        plan.needs_data
+        or whole.recipe.basis is not None
+        or (depth is not None and (depth.needs_data or whole.needs_data))
+    )
 
 
 def json_text(value: Any) -> str:

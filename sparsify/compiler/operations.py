@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsify.basis.residual import SAMPLED
 from sparsify.compiler.shorten import SEARCHED_ROWS
 from sparsify.recipe.methods import needs_of
-from sparsify.recipe.schema import SelfText
+from sparsify.recipe.schema import Basis, SelfText
 from sparsify.recipe.sources import SELF
 from sparsify.solver.coordinate_descent import BLOCKSIZE
 from sparsify.solver.grid import SHRINK
@@ -56,6 +57,7 @@ def count_operations(plan: Plan) -> dict[str, int]:
     "self-written text": what the model computes to write its calibration text, where that is not in the cache yet
     "walk": both streams through the blocks; "statistics": X'X and Xd'X of every group, and X'X of the head
     "masks", "sweep", "coordinate descent", "errors": the solver, linears and head together; "tune": the training of blocks
+    "basis": the forward pass and statistics that a basis is chosen by, and the steps of the residual stream's rotation
     "depth": the scores of a depth pass
     """
     tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
@@ -85,6 +87,8 @@ def count_operations(plan: Plan) -> dict[str, int]:
             _add(parts, solving(piece, k, scheme, measured=scheme.needs_data))
     if plan.recipe.tune is not None:  # forward, and backward to inputs and to weights
         parts["tune"] = 3 * plan.recipe.tune.epochs * share * walk + share * walk
+    if plan.recipe.basis is not None:
+        parts["basis"] = _basis(plan, plan.recipe.basis, walk)
     if plan.depth is not None:
         parts["depth"] = _depth(plan, plan.depth, tokens)
     return {name: round(work) for name, work in parts.items() if work}
@@ -127,6 +131,19 @@ def _forward(plan: Plan, tokens: int) -> float:
     """Operations of one forward pass of the blocks over the calibration tokens."""
     length = plan.recipe.calibration.sequence_length
     return 2.0 * tokens * _block_weights(plan) + tokens * len(plan.model.blocks) * _attention(plan, length)
+
+
+def _basis(plan: Plan, settings: Basis, walk: float) -> float:
+    """A forward pass with X'X of every group; then, every step, W Q, H^-1 Q and their gradients for sampled rows of it."""
+    tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
+    groups = groups_of(plan)
+    found = walk + sum(
+        _statistics(group.inputs, tokens, propagates=False) + 4 * group.inputs**3 / 3 for group in groups
+    )
+    config: Any = plan.model.model.config
+    width = getattr(config.get_text_config(decoder=True), "hidden_size", 0)
+    step = 4 * SAMPLED * width**2 + 3 * width**3  # H^-1 Q for every second group: the others write the stream
+    return found + (settings.steps * len(groups) * step if settings.residual else 0)
 
 
 def _block_weights(plan: Plan) -> int:

@@ -141,7 +141,8 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         solved = [*self.schemes.values(), *([self.head.scheme] if self.head is not None else [])]
-        return self.recipe.tune is not None or any(scheme.needs_data for scheme in solved)
+        reading = self.recipe.tune is not None or self.recipe.basis is not None
+        return reading or any(scheme.needs_data for scheme in solved)
 
     @property
     def compute(self) -> Choice:
@@ -276,6 +277,7 @@ class Plan:
             },
             "llm_compressor": self.recipe.llm_compressor,
             "depth": None if self.depth is None else self.depth.to_json(),
+            "basis": None if self.recipe.basis is None else self.recipe.basis.model_dump(mode="json"),
             "head": self._head_json(),
             "dense_modules": self.dense_modules() | self.written_dense(),
             "carried": self.carried_json(),
@@ -332,6 +334,8 @@ class Plan:
         )
         if self.compressed is not None:
             how = "no linear is compressed" if self._is_dense else "compressed already, masks stay as they are"
+        if self.recipe.basis is not None:
+            how = f"first {self.recipe.basis.describe()}\n{how}"
         if self.depth is not None:
             how = f"{self.depth.describe()}\n{how}" if self._depth_first else f"{how}\nthen {self.depth.describe()}"
         if self.recipe.llm_compressor:
@@ -527,8 +531,12 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
     refuse_other_tensors(meta, checkpoint, compressed.dense_shapes())
     names = [*compressed.other_names(), *(f"{module}.weight" for module in compressed.modules)]
     opened = BlockModel(checkpoint, meta, find_blocks(meta), target_names(meta, names), torch.float32)
-    depth = recipe.depth is not None or shortened is not None
+    depth = recipe.depth is not None or recipe.basis is not None or shortened is not None
     if depth and not compressed.modules:
+        if recipe.basis is not None and recipe.export.format != "dense":
+            raise RecipeError(
+                f"basis alone leaves the linears of {model} dense: set export.format: dense, or add prune or quantize"
+            )
         if recipe.depth is not None and not _may_be_dense(recipe.depth, recipe.export.format):
             raise RecipeError(
                 f"nothing compresses the linears of {model}, so the result is dense: set export.format: dense, "

@@ -18,6 +18,7 @@ from sparsify.recipe.patterns import ignored_by
 from sparsify.recipe.per_linear import LinearSettings, override_problem, settings_of
 from sparsify.recipe.schema import (
     PASSES,
+    Basis,
     Calibration,
     Columns,
     Depth,
@@ -44,6 +45,7 @@ from sparsify.recipe.schema import (
 from sparsify.recipe.wording import closest
 
 __all__ = [
+    "Basis",
     "Calibration",
     "Columns",
     "Depth",

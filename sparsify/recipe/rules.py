@@ -77,6 +77,37 @@ def _depth_between(recipe: "Recipe") -> None:
         )
 
 
+def _basis_first(recipe: "Recipe") -> None:
+    """Basis rewrites a dense model, and masks and codes belong to one basis."""
+    kinds = [step.kind for step in recipe.passes]
+    if "basis" not in kinds:
+        return
+    place = kinds.index("basis")
+    before = [kind for kind in kinds[:place] if kind != "depth"]
+    if before:
+        raise refuse(
+            f"basis comes after {before[0]}, whose weights belong to the basis they were made in; put basis first",
+            "passes",
+            place,
+            "basis",
+        )
+    if "depth" in kinds[place:]:
+        raise refuse(
+            "depth comes after basis, which is chosen for all layers; put depth before it",
+            "passes",
+            kinds.index("depth"),
+            "depth",
+        )
+    if not recipe.compresses and recipe.training:
+        raise refuse(
+            f"basis prepares a model for prune or quantize, and only {recipe.training[0].kind} follows; add one of them, or "
+            "leave basis out",
+            "passes",
+            place,
+            "basis",
+        )
+
+
 def _training_last(recipe: "Recipe") -> None:
     """Training needs all masks and scales; nothing after it could compress without undoing it."""
     first = next((index for index, step in enumerate(recipe.passes) if isinstance(step, Distill | Finetune)), None)
@@ -107,7 +138,7 @@ def _adapter_last(recipe: "Recipe") -> None:
 
 def _starts_compressed(recipe: "Recipe") -> None:
     """A recipe that only trains reads a compressed checkpoint, which does not say what the dense model was."""
-    if recipe.compresses or recipe.depth is not None:
+    if recipe.compresses or recipe.depth is not None or recipe.basis is not None:
         return
     for index, step in enumerate(recipe.passes):
         if isinstance(step, Distill) and step.needs_teacher and step.teacher is None:
@@ -222,6 +253,7 @@ def _llm_compressor(recipe: "Recipe") -> None:
 RULES: tuple[Callable[["Recipe"], None], ...] = (
     _duplicates,
     _depth_between,
+    _basis_first,
     _training_last,
     _adapter_last,
     _order,

@@ -35,7 +35,7 @@ FAMILIES: dict[str, dict] = {
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: object) -> torch.nn.Module:
     """A random model of a few thousand weights, float32, large enough weights that its layers do something."""
-    settings = {k: v for k, v in {**COMMON, **FAMILIES[family], **changes}.items() if v is not None}
+    settings = {k: v for k, v in {**COMMON, **FAMILIES.get(family, {}), **changes}.items() if v is not None}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings), dtype=torch.float32)
     with torch.no_grad():

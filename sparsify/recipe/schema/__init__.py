@@ -6,6 +6,7 @@ In YAML a pass is a mapping of one key, `- prune: {...}`; here it is the object 
 """
 
 from sparsify.recipe.schema.base import problem_path
+from sparsify.recipe.schema.basis import Basis
 from sparsify.recipe.schema.calibration import Calibration, SelfText, WeightedSource
 from sparsify.recipe.schema.depth import Depth, DepthTarget
 from sparsify.recipe.schema.export import Evaluation, Export, Head, head_format_problem
@@ -15,6 +16,7 @@ from sparsify.recipe.schema.training import Columns, Distill, Finetune, Finetune
 
 __all__ = [
     "PASSES",
+    "Basis",
     "Calibration",
     "Columns",
     "Depth",

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from sparsify.recipe.rules import RULES
 from sparsify.recipe.schema.base import Model, PassModel, Patterns, refuse
+from sparsify.recipe.schema.basis import Basis
 from sparsify.recipe.schema.calibration import Calibration
 from sparsify.recipe.schema.depth import Depth
 from sparsify.recipe.schema.export import Evaluation, Export
@@ -15,7 +16,7 @@ from sparsify.recipe.sources import same_text
 from sparsify.recipe.wording import closest
 
 PASSES: dict[str, type[PassModel]] = {
-    model.kind: model for model in (Depth, Prune, Quantize, Tune, Distill, Finetune, Lora)
+    model.kind: model for model in (Depth, Basis, Prune, Quantize, Tune, Distill, Finetune, Lora)
 }
 
 
@@ -53,6 +54,7 @@ def _kind(value: Any) -> str:
 
 Pass = Annotated[
     Annotated[Depth, Tag("depth")]
+    | Annotated[Basis, Tag("basis")]
     | Annotated[Prune, Tag("prune")]
     | Annotated[Quantize, Tag("quantize")]
     | Annotated[Tune, Tag("tune")]
@@ -104,6 +106,14 @@ class Recipe(Model):
         return before, self.model_copy(update={"passes": self.passes[place + 1 :]})
 
     @property
+    def basis(self) -> Basis | None:
+        return next((step for step in self.passes if isinstance(step, Basis)), None)
+
+    def after_basis(self) -> "Recipe":
+        """The recipe without its basis pass, which is its first; it may have no passes."""
+        return self.model_copy(update={"passes": [step for step in self.passes if not isinstance(step, Basis)]})
+
+    @property
     def prune(self) -> Prune | None:
         return next((step for step in self.passes if isinstance(step, Prune)), None)
 
@@ -130,7 +140,7 @@ class Recipe(Model):
     @property
     def compresses(self) -> bool:
         """Whether linears of a dense model are compressed first; otherwise the recipe starts from a compressed one."""
-        return any(not isinstance(step, Depth | Distill | Finetune) for step in self.passes)
+        return any(not isinstance(step, Depth | Basis | Distill | Finetune) for step in self.passes)
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
