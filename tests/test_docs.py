@@ -45,6 +45,7 @@ OF_OTHERS = {
     "operator torchvision::nms does not exist",
     "Unknown quantization method: sparse24",
     "'_C' object has no attribute 'cpu_gemm_wna16'",
+    "Unsupported quantization config: bits=4, sym=False",
 }
 
 

@@ -64,26 +64,26 @@ def search_scale(rows: Tensor, grid: Grid, kept: Tensor | None, d: Tensor | None
     if kept is not None:
         rows = rows * kept
     smallest = torch.finfo(grid.dtype).tiny
-    least_weight = rows.amin(0).clamp_(max=0)
+    least = rows.amin(0).clamp_(max=0)  # of the weights; their range includes zero
     if grid.symmetric:
         full = rows.abs().amax(0) / (grid.high + 0.5)
     else:
-        full = (rows.amax(0).clamp_(min=0) - least_weight) / (grid.high - grid.low)
+        full = (rows.amax(0).clamp_(min=0) - least) / (grid.high - grid.low)
     weight = None if d is None else d[:, None] ** -2
     best_error: Tensor | None = None
-    best, best_zero = full, None if grid.symmetric else torch.zeros_like(full)
+    best, best_zero = full, None
     for ratio in SHRINK if grid.search else (1.0,):
         scale = (full * ratio).to(grid.dtype).float().clamp_(min=smallest)
-        zero = None
-        if best_zero is not None:
-            zero = (grid.low - least_weight * ratio / scale).round_().clamp_(grid.low, grid.high)
+        zero = None if grid.symmetric else (grid.low - least * ratio / scale).round_().clamp_(grid.low, grid.high)
         error = rounded(rows, scale, zero, grid).mul_(scale).sub_(rows).square_()
         total = (error if weight is None else error.mul_(weight)).sum(0)
-        better = None if best_error is None else total < best_error
-        best = scale if better is None else torch.where(better, scale, best)
+        if best_error is None:
+            best_error, best, best_zero = total, scale, zero
+            continue
+        better = total < best_error
+        best, best_error = torch.where(better, scale, best), torch.minimum(total, best_error)
         if zero is not None and best_zero is not None:
-            best_zero = zero if better is None else torch.where(better, zero, best_zero)
-        best_error = total if best_error is None else torch.minimum(total, best_error)
+            best_zero = torch.where(better, zero, best_zero)
     return best, best_zero
 
 

@@ -159,3 +159,19 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     resumed = apply(recipe(), str(source), tmp_path / "out", resume=True, quiet=True)
     assert resumed.record["resumed_after_blocks"] == 1
     assert (resumed.output / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_checkpoint_that_has_zero_points_is_trained_on_them(source: Path, recipe: Any, tmp_path: Path) -> None:
+    """A recipe that only trains, from the format of others: what comes out has the masks and zero points that went in."""
+    before = apply(recipe(DENSE, "export.format=pack-quantized"), str(source), tmp_path / "before", quiet=True).output
+    steps = DISTILL.replace("tokens: 640", f"teacher: {source}, tokens: 640")
+    asked = recipe(HEAD + "passes:\n", more=steps)
+    plan = make_plan(asked, str(before))
+    assert {linear.describe() for linear in plan.linears.values()} == {
+        "is dense asymmetric 4-bit, groups of 32, trained"
+    }
+    apply(asked, str(before), tmp_path / "after", quiet=True)
+    one, other = open_compressed(before), open_compressed(tmp_path / "after")
+    assert one.format == "pack-quantized" and other.format == "sparse24" and one.modules.keys() == other.modules.keys()
+    assert any(not torch.equal(one.linear(m).codes, other.linear(m).codes) for m in one.modules)
+    assert all(torch.equal(one.linear(m).zero_point, other.linear(m).zero_point) for m in one.modules)
