@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsify.basis.residual import SAMPLED
 from sparsify.compiler.operations import SOLVER, count_operations, in_words
 from sparsify.compute import for_precision, rates
 from sparsify.distributed import device
@@ -132,7 +133,20 @@ def _memory_bytes(plan: Plan) -> int:
     outside = sum(math.prod(plan.checkpoint.shape(name)) for name in plan.model.source_names(None)) * itemsize
     activations = streams * tokens * (3 * hidden + widest) * itemsize
     walk = outside + 3 * block_bytes + activations + 6 * widest * widest * 4
-    return max(walk, writing_bytes(plan), _training_bytes(plan))
+    return max(walk, _basis_bytes(plan, outside, activations // streams), writing_bytes(plan), _training_bytes(plan))
+
+
+def _basis_bytes(plan: Plan, outside: int, activations: int) -> int:
+    """Of a basis pass: two blocks in float32 and, for all blocks at once, what their readers' inverse Hessians and the sampled
+    weights of their readers and writers take."""
+    basis = plan.recipe.basis
+    if basis is None:
+        return 0
+    config: Any = plan.model.model.config
+    width = getattr(config.get_text_config(decoder=True), "hidden_size", 0)
+    blocks = [sum(p.numel() for p in plan.model.block(i).parameters()) for i in range(len(plan.model.blocks))]
+    kept = 4 * len(blocks) * (2 * width * width + 4 * SAMPLED * width) if basis.residual else 0
+    return outside + 2 * 4 * max(blocks) + activations + kept
 
 
 def writing_bytes(plan: Plan) -> int:
