@@ -34,11 +34,11 @@ class Head(Model):
 class Export(Model):
     """What is written."""
 
-    format: Literal["sparse24", "dense", "pack-quantized", "gptq"] = Field(
+    format: Literal["sparse24", "dense", "pack-quantized", "gptq", "compressed-tensors"] = Field(
         default="sparse24",
         description="sparse24 (smallest, needs the sparsify plugin), pack-quantized (stock vLLM and "
-        "transformers, stores the zeros), gptq (AutoGPTQ and GPTQModel, stores the zeros) or dense "
-        "(runs everywhere, no smaller)",
+        "transformers, stores the zeros), gptq (AutoGPTQ and GPTQModel, stores the zeros), dense "
+        "(runs everywhere, no smaller) or compressed-tensors (what llm_compressor saved, as it is)",
     )
     dtype: Literal["auto", "bfloat16", "float16"] = Field(
         default="auto",
