@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sparsify.recipe.llmcompressor.whole import names_of, saved_as, unusable
+from sparsify.recipe.llmcompressor.whole import SAVED, names_of, saved_as, unusable
 from sparsify.recipe.methods import PRUNE, QUANTIZE, TRANSFORMS
 from sparsify.recipe.schema.base import refuse
 from sparsify.recipe.schema.training import Distill, Finetune, Lora
@@ -215,7 +215,7 @@ def _llm_compressor(recipe: "Recipe") -> None:
         _runs_whole(recipe)
     elif recipe.llm_compressor:
         _runs_before(recipe, names_of(recipe.llm_compressor))
-    if not recipe.whole and recipe.export.format == "compressed-tensors":
+    if not recipe.whole and recipe.export.format == SAVED:
         raise refuse(
             "compressed-tensors means the files as llm-compressor saves them, so it needs llm_compressor and 'passes: []'; "
             "choose another format",
@@ -253,11 +253,13 @@ def _runs_whole(recipe: "Recipe") -> None:
     if recipe.export.head is not None:
         raise refuse("llm-compressor decides on the output head; leave head out", "export", "head")
     kept, format = saved_as(entries), recipe.export.format
-    if format == "dense" or format == kept or (kept == "pack-quantized" and format != "compressed-tensors"):
+    if format == "dense" or format == kept or (kept == "pack-quantized" and format != SAVED):
         return
     if kept == "dense":
-        raise refuse(f"{format} stores integers or 2:4 zeros, and these modifiers leave neither; use dense", "export", "format")
-    if format != "compressed-tensors":
+        raise refuse(
+            f"{format} stores integers or 2:4 zeros, and these modifiers leave neither; use dense", "export", "format"
+        )
+    if format != SAVED:
         raise refuse(
             f"{format} cannot hold what these modifiers leave (other than 4 or 8 bits, one scale for a whole matrix, zero points, "
             "an embedding, or groups in an order of their own); use compressed-tensors, which keeps it as llm-compressor saves it",

@@ -6,8 +6,8 @@ from typing import Any
 from sparsify.errors import RecipeError
 from sparsify.recipe.document import Document, KeyPath
 from sparsify.recipe.llmcompressor.modifiers import (
-    MODIFIERS,
     LIFECYCLE,
+    MODIFIERS,
     NO_COUNTERPART,
     Rule,
     Work,

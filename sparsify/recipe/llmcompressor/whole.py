@@ -18,6 +18,7 @@ AUTOROUND = "AutoRoundModifier"
 QUANTIZES = (AUTOROUND, "GPTQModifier", "QuantizationModifier")
 PRUNES = ("SparseGPTModifier", "WandaPruningModifier", "MagnitudePruningModifier", "ConstantPruningModifier")
 KNOWN = (*TRANSFORMS, *QUANTIZES, *PRUNES)
+SAVED = "compressed-tensors"  # the export format that keeps what llm-compressor saves
 REMOVED = "actorder: group"  # in llm-compressor 0.14
 _TEXT = (AUTOROUND, "GPTQModifier", "SparseGPTModifier", "WandaPruningModifier")
 _PRESET = re.compile(r"W(?P<bits>[2-8])A16(?P<asymmetric>_ASYM)?")
@@ -118,7 +119,14 @@ def saved_as(entries: Entries) -> str:
     if not quantizing:
         return "dense"
     held = all(group.held for _, groups in quantizing for group in groups)
-    return "pack-quantized" if held and not needs_older(entries) else "compressed-tensors"
+    return "pack-quantized" if held and not needs_older(entries) else SAVED
+
+
+def leaves_zeros(entries: Entries) -> bool:
+    """Whether any modifier prunes without the 2:4 pattern."""
+    return any(
+        (without_counterpart(name, settings) or "").startswith("mask_structure") for name, settings in _each(entries)
+    )
 
 
 def needs_older(entries: Entries) -> bool:

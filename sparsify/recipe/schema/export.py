@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sparsify.recipe.llmcompressor.whole import SAVED
 from sparsify.recipe.schema.base import Model, refuse
 
 
@@ -48,6 +49,11 @@ class Export(Model):
     head: Head | None = Field(
         default=None, description="quantize the output head as well; without it the head stays 16-bit"
     )
+
+    @property
+    def encoding(self) -> str:
+        """The format that linears are packed in; that of plain tensors for what llm-compressor saved."""
+        return "dense" if self.format == SAVED else self.format
 
     @model_validator(mode="after")
     def _check(self) -> "Export":
