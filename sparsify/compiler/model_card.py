@@ -19,7 +19,7 @@ USAGE = {
     "sparse24": "vLLM serves it with the sparsify plugin (`pip install sparsify-24`), transformers after `import sparsify`.",
     "pack-quantized": "It runs in stock vLLM and transformers; the zeros are stored, so it is no faster than dense 4-bit.",
     "gptq": "AutoGPTQ and GPTQModel load it; the zeros are stored, so it is no faster than dense 4-bit.",
-    "compressed-tensors": "vLLM and transformers load it through compressed-tensors, as llm-compressor saved it.",
+    "compressed-tensors": "The weights are as llm-compressor saved them: what loads those loads this, by way of compressed-tensors.",
     "dense": "It runs everywhere; the zeros are stored, so it is no smaller than the original.",
 }
 

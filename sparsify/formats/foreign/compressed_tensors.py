@@ -85,7 +85,10 @@ class CompressedTensors:
         return bool(formats) and formats <= set(FORMATS) and _sparsity(config) in DENSE
 
     def is_native(self, config: Mapping[str, Any]) -> bool:
-        """Whether transformers runs it on a CPU with these very weights: packed integers, and what is dense."""
+        """Whether transformers runs it on a CPU with these very weights: packed integers of linears, and what is dense.
+        compressed-tensors 0.17 fails on a packed embedding."""
+        if any("Embedding" in (group.get("targets") or ()) for group in _groups(config).values()):
+            return False
         formats = {config.get("format"), *(group.get("format") for group in _groups(config).values())}
         return formats <= {PACKED, *DENSE}
 
