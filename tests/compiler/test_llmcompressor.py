@@ -52,7 +52,6 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     code.write_text(
         "import json, shutil, sys\n"
         "from pathlib import Path\n"
-        "from safetensors.torch import load_file, save_file\n"
         "here = Path(__file__).parent\n"
         "if sys.argv[2] == '-c':\n"
         "    print((here / 'version').read_text())\n"
@@ -66,6 +65,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "    shutil.copytree(here / 'saved', job['output'])\n"
         "    print(json.dumps({'llmcompressor': '0.14.0.1'}))\n"
         "    sys.exit()\n"
+        "from safetensors.torch import load_file, save_file\n"  # takes seconds
         "tensors = {k: v for f in Path(job['source']).glob('*.safetensors') for k, v in load_file(f).items()}\n"
         "tensors = {k: v * 2 if '.layers.0.' in k and v.dim() == 2 else v for k, v in tensors.items()}\n"
         "extra = here / 'extra'\n"
