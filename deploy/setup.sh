@@ -120,8 +120,11 @@ PYTHON
 
 started=$SECONDS
 make_venv
-# The floor has a torch of its own in its lock; what `newest` gets is for pip to say.
-[ "$SPARSIFY_DEVICE" = cuda ] && [ "$KIND" != torch ] || [ "$KIND" = floor ] || [ "$KIND" = newest ] || install_cpu_torch
+# The floor has a torch of its own in its lock; what `newest` and GPTQModel, which wants 2.14.1, get is for pip to say.
+case "$KIND-$SPARSIFY_DEVICE" in
+  floor-* | newest-* | gptqmodel-*) ;;
+  torch-* | *-cpu) install_cpu_torch ;;
+esac
 modules=(torch transformers)
 case "$KIND-$LOCKED" in
   main-1)
@@ -159,7 +162,7 @@ case "$KIND-$LOCKED" in
     modules+=(llmcompressor)
     ;;
   gptqmodel-*)
-    say "${GPTQMODEL[*]} (not locked)"
+    say "${GPTQMODEL[*]} (not locked; torch among them, on Linux as a CUDA build: 5.7 GB)"
     pip_install "${GPTQMODEL[@]}"
     # it is imported by its tests only: on two cores it needs GPTQMODEL_CPU_WORKERS=2
     ;;
