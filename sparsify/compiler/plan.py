@@ -585,9 +585,14 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
     linears = {}
     for module, scheme in compressed.modules.items():
         source = f"{module}.weight"
-        target = opened.sources[source][0] if source in opened.sources else source
+        target, same = opened.sources.get(source, (source, True))
+        if not same and not recipe.whole:
+            raise CheckpointError(
+                f"{model} holds {module} compressed, which transformers puts together with others into one tensor, so it cannot "
+                "be trained; start from the dense model"
+            )
         if (block := opened.owner(target)) is not None:
-            name = target.removesuffix(".weight")
+            name = target.removesuffix(".weight") if same else module
             linears[name] = Planned(name, source, block, scheme.shape, None, None, scheme)
     if not linears and not depth and not recipe.whole:
         raise CheckpointError(
