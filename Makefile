@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PARALLEL := --numprocesses $(JOBS) --dist loadfile
 READY := $(VENV)/.ready
 PEERS := .venv-peers/.ready
-GPTQ_PEERS := .venv-gptqmodel/.ready .venv-autogptq/.ready
+OTHER_PEERS := $(patsubst %,.venv-%/.ready,gptqmodel autogptq autoawq llmcompressor013)
 # All but the table that benchmarks/tune_sparse24.py writes.
 CXX_SOURCES := $(filter-out %/sparse24_crossovers.h,$(wildcard $(foreach end,h cpp cu,kernels/*/*.$(end) tests/kernels/*.$(end) tests/runtime/*.$(end))))
 SETUP := pyproject.toml deploy/setup.sh deploy/versions.sh
@@ -69,12 +69,12 @@ doctor: $(READY) ## Say what is installed and what this machine can run
 build: $(READY) ## Build the wheel and the source distribution into dist/
 	$(BIN)/python -m build
 
-peers: $(PEERS) $(GPTQ_PEERS) ## Make environments of llm-compressor, GPTQModel and AutoGPTQ, to compare with them
+peers: $(PEERS) $(OTHER_PEERS) ## Make environments of llm-compressor (two), GPTQModel, AutoGPTQ and AutoAWQ, to compare with them
 
 test-peers: $(READY) ## Run the tests that compare with those packages; `make peers` first, what is missing is skipped by name
 	$(BIN)/python -m pytest -m peers -rs tests/peers tests/recipe $(PYTEST_ARGS)
 
-$(GPTQ_PEERS): .venv-%/.ready: deploy/setup.sh deploy/versions.sh
+$(OTHER_PEERS): .venv-%/.ready: deploy/setup.sh deploy/versions.sh
 	@VENV=.venv-$* deploy/setup.sh $*
 	@touch $@
 
@@ -101,4 +101,4 @@ clean: ## Remove what runs and tools left behind (out/, caches, dist/)
 	find sparsify tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv: ## Remove .venv and the environments beside it
-	rm -rf .venv .venv-peers .venv-gptqmodel .venv-autogptq .venv-floor .venv-newest
+	rm -rf .venv .venv-peers $(OTHER_PEERS:/.ready=) .venv-floor .venv-newest

@@ -5,6 +5,7 @@
 #   deploy/setup.sh serve    .venv: sparsify (a copy) and vLLM, no tools: what a container image needs
 #   deploy/setup.sh peers    .venv-peers: llm-compressor, whose pins exclude vLLM's
 #   deploy/setup.sh gptqmodel, autogptq   .venv-gptqmodel, .venv-autogptq: what the gptq that we write is compared with
+#   deploy/setup.sh autoawq, llmcompressor013   .venv-autoawq, .venv-llmcompressor013: AutoAWQ; the last llm-compressor with actorder: group
 #   deploy/setup.sh torch    .venv: the CPU build of torch alone, for `pip install .` to find (deploy/check_install.sh)
 #   deploy/setup.sh floor    .venv-floor: the lowest versions that pyproject.toml allows, and the tests' tools
 #   deploy/setup.sh newest   .venv-newest: the newest versions that it allows (without vLLM, whose pins hold them back)
@@ -38,8 +39,8 @@ die() { printf '[set-up] error: %s\n' "$*" >&2; exit 1; }
 
 case "$KIND" in
   main | serve | torch) VENV=${VENV:-.venv} ;;
-  peers | gptqmodel | autogptq | floor | newest) VENV=${VENV:-.venv-$KIND} ;;
-  *) die "unknown environment '$KIND'; say nothing (the main one), 'serve', 'peers', 'gptqmodel', 'autogptq', 'torch', 'floor' or 'newest'" ;;
+  peers | gptqmodel | autogptq | autoawq | llmcompressor013 | floor | newest) VENV=${VENV:-.venv-$KIND} ;;
+  *) die "unknown environment '$KIND'; say nothing (the main one), 'serve', 'peers', 'gptqmodel', 'autogptq', 'autoawq', 'llmcompressor013', 'torch', 'floor' or 'newest'" ;;
 esac
 case "$LOCKED" in 0 | 1) ;; *) die "LOCKED is '$LOCKED'; it can be 1 (the versions of deploy/lock) or 0 (the newest that fit)" ;; esac
 
@@ -119,8 +120,11 @@ PYTHON
 
 started=$SECONDS
 make_venv
-# The floor has a torch of its own in its lock; what `newest` gets is for pip to say.
-[ "$SPARSIFY_DEVICE" = cuda ] && [ "$KIND" != torch ] || [ "$KIND" = floor ] || [ "$KIND" = newest ] || install_cpu_torch
+# The floor has a torch of its own in its lock; what `newest` and GPTQModel, which wants 2.14.1, get is for pip to say.
+case "$KIND-$SPARSIFY_DEVICE" in
+  floor-* | newest-* | gptqmodel-*) ;;
+  torch-* | *-cpu) install_cpu_torch ;;
+esac
 modules=(torch transformers)
 case "$KIND-$LOCKED" in
   main-1)
@@ -158,13 +162,22 @@ case "$KIND-$LOCKED" in
     modules+=(llmcompressor)
     ;;
   gptqmodel-*)
-    say "${GPTQMODEL[*]} (not locked)"
+    say "${GPTQMODEL[*]} (not locked; torch among them, on Linux as a CUDA build: 5.7 GB)"
     pip_install "${GPTQMODEL[@]}"
     # it is imported by its tests only: on two cores it needs GPTQMODEL_CPU_WORKERS=2
     ;;
   autogptq-*)
     say "${AUTOGPTQ[*]} (not locked)"
     pip_install "${AUTOGPTQ[@]}"
+    ;;
+  autoawq-*)
+    say "${AUTOAWQ[*]} (not locked)"
+    pip_install "${AUTOAWQ[@]}" # it has no wheel, and needs no compiler
+    ;;
+  llmcompressor013-*)
+    say "${LLMCOMPRESSOR013[*]} (not locked)"
+    pip_install "${LLMCOMPRESSOR013[@]}"
+    modules+=(llmcompressor)
     ;;
   torch-*) modules=() ;;
   floor-*)

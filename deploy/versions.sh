@@ -8,4 +8,6 @@ GPTQMODEL=("gptqmodel==7.7.0")               # .venv-gptqmodel: loads and packs 
 AUTOGPTQ=(                                  # .venv-autogptq: so does this, with the packages of its last release, of 2024
   "auto-gptq==0.7.1" "transformers==4.40.2" "accelerate==0.30.1" "peft==0.10.0" "datasets==2.19.1" "pyarrow==15.0.2" "numpy<2"
 )
+AUTOAWQ=("autoawq==0.2.9" "transformers==4.51.3" "triton>=3.6")  # .venv-autoawq: packs awq; it is not developed any more
+LLMCOMPRESSOR013=("llmcompressor==0.13.0")  # .venv-llmcompressor013: the last one with actorder: group
 UV=uv==0.13.9                               # resolves the locks; nothing else uses it

@@ -18,10 +18,21 @@ from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data, own_rows
 from sparsify.compiler.checkpoint_names import OUTSIDE, refuse_unstorable
 from sparsify.compiler.left_dense import some_not_held
-from sparsify.compiler.llmcompressor import NOTE, transformed
-from sparsify.compiler.metrics import ADAPTER, CARD, METRICS, RECIPE, RECORD, Before, Notes, json_text, metrics_of
+from sparsify.compiler.llmcompressor import transformed
+from sparsify.compiler.metrics import (
+    ADAPTER,
+    CARD,
+    LLMCOMPRESSOR,
+    METRICS,
+    RECIPE,
+    RECORD,
+    Before,
+    Notes,
+    json_text,
+    metrics_of,
+)
 from sparsify.compiler.model_card import model_card
-from sparsify.compiler.plan import Plan, keep_zeros, make_plan
+from sparsify.compiler.plan import Plan, keep_zeros, make_plan, saved_plan
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.rebase import rebase
 from sparsify.compiler.run import Run
@@ -82,11 +93,10 @@ def apply(
         with arithmetic.in_force(), stage(f"reading {model}"):
             plan = keep_zeros(make_plan(recipe, model, served=served))
             refuse_unstorable(plan)
-            for said in some_not_held(recipe.export.format, plan.written_dense()):
-                say(said, quiet)
+            _say_left_dense(plan, quiet)
         refuse_other_run(partial_directory(output), resume or not is_main())
         identity, inputs = dump_recipe(resumable(recipe)), plan.input_digests(output)
-        writer = CheckpointWriter(output, recipe.export.format, plan.checkpoint, resume, identity, inputs)
+        writer = CheckpointWriter(output, recipe.export.encoding, plan.checkpoint, resume, identity, inputs)
         finished = writer.parts()
         if is_main():
             arithmetic = _kept(arithmetic, plan, writer, resume)
@@ -97,8 +107,10 @@ def apply(
             _read_ahead(plan, writer, quiet)
         if recipe.llm_compressor:
             with main_first():
-                dense = transformed(plan, writer, resume or not is_main(), quiet)
-            plan = keep_zeros(make_plan(recipe, str(dense.directory), served=served))
+                made = transformed(plan, writer, resume or not is_main(), quiet).directory
+            plan = saved_plan(recipe, made) if recipe.whole else keep_zeros(make_plan(recipe, str(made), served=served))
+            if recipe.whole:
+                _say_left_dense(plan, quiet)
             writer.source = plan.checkpoint
         if plan.depth is not None:
             plan, before = shortened(plan, writer, resume, quiet, spill)
@@ -108,6 +120,11 @@ def apply(
             writer.source = plan.checkpoint
         notes = Notes(writer.work / "notes")
         return _carry_out(Run(plan, writer, notes, frozenset(finished), before, quiet, spill), start, evaluate)
+
+
+def _say_left_dense(plan: Plan, quiet: bool) -> None:
+    for said in some_not_held(plan.recipe.export.format, plan.written_dense()):
+        say(said, quiet)
 
 
 def _kept(arithmetic: Arithmetic, plan: Plan, writer: CheckpointWriter, resume: bool) -> Arithmetic:
@@ -154,7 +171,7 @@ def _carry_out(run: Run, start: float, evaluate: Evaluate | None) -> Applied:
         return Applied(output, read_json(output / METRICS), read_json(output / RECORD))
     metrics = metrics_of(plan, run.notes, writer, run.before)
     record = _record(run, time.perf_counter() - start, trained)
-    files = {
+    files: dict[str, str | bytes] = {
         RECIPE: dump_recipe(recipe),
         METRICS: json_text(metrics),
         RECORD: json_text(record),
@@ -163,7 +180,8 @@ def _carry_out(run: Run, start: float, evaluate: Evaluate | None) -> Applied:
     writer.refuse_changed(run.before.plan.input_digests(output, whole=False))
     adapter = sorted((writer.work / ADAPTER).glob("*"))
     with stage(f"writing {output}"):
-        writer.finish(extra_files={**files, **{f"{ADAPTER}/{file.name}": file.read_bytes() for file in adapter}})
+        files |= {f"{ADAPTER}/{file.name}": file.read_bytes() for file in adapter}
+        writer.finish(plan.saved_config(), files)
     if evaluate is not None:
         metrics["evaluation"] = {key: value for key, value in evaluate(output).items() if key != "seconds"}
         atomic_write(output / METRICS, json_text(metrics))
@@ -177,7 +195,9 @@ def _record(run: Run, seconds: float, training_seconds: float) -> dict[str, Any]
     whole = run.before.plan
     return {
         "sparsify": __version__,
-        "llmcompressor": read_json(note)["llmcompressor"] if (note := run.writer.work / NOTE).exists() else None,
+        "llmcompressor": read_json(note)["llmcompressor"]
+        if (note := run.writer.work / LLMCOMPRESSOR).exists()
+        else None,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "compute": computed(whole) if whole.computes else None,

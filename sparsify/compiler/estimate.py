@@ -87,7 +87,7 @@ def _files_of(plan: Plan, block: int) -> list[str]:
 def stored_bytes(scheme: Scheme | None, shape: tuple[int, int], plan: Plan) -> int:
     """Bytes of a linear in the export format, found by describing it without any data."""
     n, k = shape
-    if scheme is None or plan.recipe.export.format == "dense":
+    if scheme is None or plan.recipe.export.encoding == "dense":
         return n * k * 2
     group = (scheme.group_size or k) if scheme.quantize else k
     empty = {"device": "meta"}

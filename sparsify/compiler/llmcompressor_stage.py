@@ -1,16 +1,19 @@
-"""Modifiers of llm-compressor on a dense model: run as a file by the Python of llm-compressor's environment.
+"""Modifiers of llm-compressor on a model: run as a file by the Python of llm-compressor's environment.
 
     PYTHON llmcompressor_stage.py JOB.json
 
 That environment lacks sparsify, so nothing of it is imported here. JOB.json holds
 
     source:     directory of the dense model
-    output:     directory to write: weights alone, as safetensors
+    output:     directory to write: weights alone, as safetensors, and of a whole recipe what llm-compressor saves
+    whole:      whether the modifiers are all that is done; otherwise they leave a dense model
+    dtype:      type to load the model in, or auto
     modifiers:  [{NAME: settings}, ...]
     rows:       safetensors file with `tokens`, int64 [rows, length], or null for modifiers that read no text
     trust:      whether Python code that comes with the model may run
 
-A QuantizationModifier among them tells AWQModifier what it prepares for: weights are saved as they are before it rounds them.
+Where they are not all that is done, a QuantizationModifier among them tells AWQModifier what it prepares for: weights are
+saved as they are before it rounds them.
 The last line of stdout is a JSON object with the version of llm-compressor.
 """
 
@@ -29,9 +32,8 @@ def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     torch, transformers = import_module("torch"), import_module("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        job["source"], dtype="auto", trust_remote_code=job["trust"]
+        job["source"], dtype=job["dtype"], trust_remote_code=job["trust"]
     )
-    untouched = set(model.state_dict())
     if not torch.accelerator.is_available():
         _pin_nothing()
     groups = {f"{index}_modifiers": entry for index, entry in enumerate(job["modifiers"])}
@@ -39,11 +41,20 @@ def main(job_file: str) -> None:
     text = {} if job["rows"] is None else _text(torch, job["rows"])
     # the processor is only asked for text that is not tokenized yet
     import_module("llmcompressor").oneshot(model=model, processor=object(), recipe=recipe, **text)
+    if job["whole"]:
+        _save_as_it_is(model, job["output"])
+        print(json.dumps({"llmcompressor": version("llmcompressor")}))
+        return
     _without_quantization(model)
-    if set(model.state_dict()) != untouched:
-        raise SystemExit("the modifiers changed which tensors the model has")
     type(model).save_pretrained(model, job["output"])
     print(json.dumps({"llmcompressor": version("llmcompressor")}))
+
+
+def _save_as_it_is(model: Any, output: str) -> None:
+    """As llm-compressor saves it, but for its recipe.yaml, which it would append to one beside the source."""
+    saving: Any = import_module("llmcompressor.transformers.compression.compressed_tensors_utils")
+    saving.update_and_save_recipe = lambda *_: None
+    model.save_pretrained(output)
 
 
 def _text(torch: Any, file: str) -> dict[str, Any]:

@@ -10,14 +10,17 @@ from typing import Any
 from sparsify.compiler.checkpoint_names import OUTSIDE, exported_name, part_name
 from sparsify.compiler.plan import Plan
 from sparsify.files import read_json, write_json
+from sparsify.formats.foreign import DequantizedCheckpoint
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.linear import LinearWeights
+from sparsify.recipe.llmcompressor.whole import SAVED, names_of
 from sparsify.recipe.methods import KEEP
 
 METRICS = "metrics.json"
 RECORD = "run.json"
 CARD = "README.md"
 RECIPE = "recipe.yaml"
+LLMCOMPRESSOR = "llm-compressor.json"  # in the work directory, written last: what llm-compressor has made, and of what
 ADAPTER = "adapter"  # folder of an adapter that was trained beside the weights
 
 
@@ -92,6 +95,24 @@ def layer_notes(block: int, linears: dict[str, LinearWeights], errors: dict[str,
     ]
 
 
+def saved_notes(plan: Plan, block: int) -> list[dict[str, Any]]:
+    """The same of linears that stay as llm-compressor saved them."""
+    return [
+        {
+            "module": module,
+            "block": block,
+            "shape": list(planned.shape),
+            "bits": planned.given.bits,
+            "pattern": planned.given.pattern,
+            "group_size": planned.given.group_size,
+            "sparsity": round(float((plan.checkpoint.tensor(planned.source) == 0).float().mean()), 6),
+            "relative_error": None,
+        }
+        for module, planned in plan.linears.items()
+        if planned.block == block and planned.given is not None
+    ]
+
+
 def _sparsity(linear: LinearWeights) -> float:
     return round(float((linear.unscaled() == 0).float().mean()), 6)
 
@@ -104,7 +125,7 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
     left_dense |= writer.dense_modules()
     whole = before.plan
     head = before.head if plan.head is None else notes.read_head()
-    by_module = writer.linear_bytes()
+    by_module = writer.linear_bytes() | _saved_bytes(plan)
     layers = [layer for note in found for layer in note["layers"]]
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     linear_bytes = sum(by_module[exported_name(plan, layer["module"])] for layer in layers)
@@ -124,12 +145,13 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
         "recipe": whole.recipe.model_dump(mode="json"),
         "format": plan.recipe.export.format,
         "blocks": len(plan.model.blocks),
+        "llm_compressor": _handed_over(writer, whole),
         "depth": before.depth,
         "basis": before.basis,
         "calibration": {
             **calibration.model_dump(mode="json"),
             "tokens": calibration.samples * calibration.sequence_length if _reads_text(plan, whole) else 0,
-            "computed_in": whole.compute.name if _reads_text(plan, whole) else None,
+            "computed_in": whole.compute.name if _computes_on_text(plan, whole) else None,
         },
         "layers": layers,
         "tuning": [note["tuning"] for note in found] if plan.recipe.tune is not None else None,
@@ -156,7 +178,37 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
     }
 
 
+def _handed_over(writer: CheckpointWriter, whole: Plan) -> dict[str, Any] | None:
+    """What llm-compressor did: its version, its modifiers in their order, whether that was all, and then how the result was
+    stored and the share of zeros in it."""
+    if whole.recipe.llm_compressor is None:
+        return None
+    note = read_json(writer.work / LLMCOMPRESSOR)
+    return {
+        "version": note["llmcompressor"],
+        "modifiers": names_of(whole.recipe.llm_compressor),
+        "whole": whole.recipe.whole,
+        "stored": note.get("stored"),
+        "zeros": note.get("zeros"),
+    }
+
+
+def _saved_bytes(plan: Plan) -> dict[str, int]:
+    """Bytes of the linears that stay as llm-compressor saved them."""
+    opened = plan.checkpoint
+    if plan.recipe.export.format != SAVED or not isinstance(opened, DequantizedCheckpoint):
+        return {}
+    return {
+        module: sum(opened.stored.info(f"{module}.{suffix}").nbytes for suffix in one.stored)
+        for module, one in opened.modules.items()
+    }
+
+
 def _reads_text(plan: Plan, whole: Plan) -> bool:
+    return whole.reads_text or _computes_on_text(plan, whole)
+
+
+def _computes_on_text(plan: Plan, whole: Plan) -> bool:
     depth = whole.recipe.depth
     return (
         plan.needs_data

@@ -19,6 +19,7 @@ USAGE = {
     "sparse24": "vLLM serves it with the sparsify plugin (`pip install sparsify-24`), transformers after `import sparsify`.",
     "pack-quantized": "It runs in stock vLLM and transformers; the zeros are stored, so it is no faster than dense 4-bit.",
     "gptq": "AutoGPTQ and GPTQModel load it; the zeros are stored, so it is no faster than dense 4-bit.",
+    "compressed-tensors": "The weights are as llm-compressor saved them: what loads those loads this, by way of compressed-tensors.",
     "dense": "It runs everywhere; the zeros are stored, so it is no smaller than the original.",
 }
 
@@ -47,6 +48,8 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
         rows.insert(-1, ("basis", basis_in_words(basis)))
     if source := metrics.get("source"):
         rows.insert(0, ("source", source_in_words(source)))
+    if made := metrics.get("llm_compressor"):
+        rows.insert(0, (f"llm-compressor {made['version']}", made_in_words(made)))
     if head := metrics.get("head"):
         rows.insert(-1, ("output head", head_in_words(head, sizes["head_bytes"])))
     rows += [(training["kind"], training_in_words(training)) for training in metrics.get("training", [])]
@@ -69,8 +72,19 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
 
 def _kinds(metrics: dict[str, Any]) -> list[str]:
     """Tags for what was done."""
-    sparse = not metrics.get("depth") or any(layer["pattern"] == "2:4" for layer in metrics["layers"])
-    return [*(["2:4"] if sparse else []), *(["depth-pruning"] if metrics.get("depth") else [])]
+    made = metrics.get("llm_compressor")
+    ours = not metrics.get("depth") and not (made and made["whole"])
+    sparse = ours or any(layer["pattern"] == "2:4" for layer in metrics["layers"])
+    depth, foreign = bool(metrics.get("depth")), made is not None
+    return [*["2:4"] * sparse, *["depth-pruning"] * depth, *["llm-compressor"] * foreign]
+
+
+def made_in_words(made: dict[str, Any]) -> str:
+    """`AWQModifier, before the passes`; `SparseGPTModifier, all that was done; left dense, 50.0% of the weights zero`"""
+    names = ", ".join(made["modifiers"])
+    if not made["whole"]:
+        return f"{names}, before the passes"
+    return f"{names}, all that was done; left {made['stored']}, {made['zeros']:.1%} of the weights zero"
 
 
 def _usage(metrics: dict[str, Any]) -> str:

@@ -43,6 +43,7 @@ from sparsify.model.output_head import OutputHead, find_head
 from sparsify.model.pretrained import ADAPTER
 from sparsify.model.sidecars import secrets
 from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
+from sparsify.recipe.llmcompressor.whole import REMOVED, SAVED, leaves_zeros, names_of, needs_older, reads_text
 from sparsify.recipe.methods import KEEP, QUANTIZE, needs_of
 from sparsify.recipe.sources import sources_in_words
 from sparsify.solver.head_quantization import head_problem, head_scheme
@@ -145,6 +146,11 @@ class Plan:
         return reading or any(scheme.needs_data for scheme in solved)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is read, by our passes or by llm-compressor."""
+        return self.needs_data or reads_text(self.recipe.llm_compressor or ())
+
+    @property
     def compute(self) -> Choice:
         """The type that the model is computed in, as it suits this machine or the run that is going on."""
         return for_model(self.checkpoint.dtypes())
@@ -237,6 +243,13 @@ class Plan:
         """What metrics.json says of a source that is quantized itself."""
         return self.checkpoint.to_json() if isinstance(self.checkpoint, DequantizedCheckpoint) else None
 
+    def saved_config(self) -> dict[str, Any]:
+        """What config.json of the output says as llm-compressor has written it."""
+        opened = self.checkpoint
+        if self.recipe.export.format != SAVED or not isinstance(opened, DequantizedCheckpoint):
+            return {}
+        return {"quantization_config": opened.stored.config["quantization_config"]}
+
     def dense_modules(self) -> dict[str, str]:
         """What stays dense and why."""
         kept = {name: planned.reason for name, planned in self.linears.items() if planned.reason is not None}
@@ -244,7 +257,7 @@ class Plan:
 
     def written_dense(self) -> dict[str, str]:
         """Linears that the export format cannot hold as the recipe wants them: they are written dense, and why."""
-        target, reasons = get_format(self.recipe.export.format), {}
+        target, reasons = get_format(self.recipe.export.encoding), {}
         for module, planned in self.linears.items():
             scheme = planned.stored()
             if scheme is not None and (problem := target.problem(scheme, self.store)):
@@ -286,9 +299,9 @@ class Plan:
             "left_behind": self.left_behind(),
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
-            "calibration": self.recipe.calibration.model_dump(mode="json") if self.needs_data else None,
+            "calibration": self.recipe.calibration.model_dump(mode="json") if self.reads_text else None,
             "compute": self.compute.to_json() if self.computes else None,
-            "estimate": self.estimate().to_json(),
+            "estimate": None if self.recipe.whole else self.estimate().to_json(),
         }
 
     @property
@@ -309,6 +322,8 @@ class Plan:
 
     def table(self) -> Table:
         """One row per kind of linear and one for the output head, costs below."""
+        if self.recipe.whole:
+            return self._whole_table()
         cost = self.estimate()
         ratio = cost.dense_bytes / max(cost.output_bytes, 1)
         table = Table(title=f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks", caption_justify="left")
@@ -339,7 +354,8 @@ class Plan:
         if self.depth is not None:
             how = f"{self.depth.describe()}\n{how}" if self._depth_first else f"{how}\nthen {self.depth.describe()}"
         if self.recipe.llm_compressor:
-            how = f"first, in llm-compressor: {', '.join(name for entry in self.recipe.llm_compressor for name in entry)}\n{how}"
+            text = f", on {sources_in_words(calibration)}" if self.reads_text else ""
+            how = f"first, in llm-compressor{text}: {', '.join(names_of(self.recipe.llm_compressor))}\n{how}"
         table.caption = (
             f"{how}; {cost.dense_bytes / 1e6:.0f} MB become {cost.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
             f"memory about {cost.memory_bytes / 1e9:.1f} GB"
@@ -355,6 +371,22 @@ class Plan:
             )
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
         )
+        return table
+
+    def _whole_table(self) -> Table:
+        """Of a recipe that llm-compressor runs: which linears it changes, and how, is for llm-compressor to say."""
+        entries, format = self.recipe.llm_compressor or [], self.recipe.export.format
+        table = Table(title=f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks", caption_justify="left")
+        table.add_column("in llm-compressor, in this order")
+        for name in names_of(entries):
+            table.add_row(name)
+        said = ["llm-compressor runs all of this recipe, in an environment of its own"]
+        said += [f"calibration on {sources_in_words(self.recipe.calibration.model_dump())}"] if self.reads_text else []
+        said += [f"{REMOVED} needs llm-compressor 0.13: 0.14 has it no more"] if needs_older(entries) else []
+        said += ["its zeros have no pattern: no kernel makes them smaller or faster"] if leaves_zeros(entries) else []
+        said += [f"written as {format}, as llm-compressor saves it" if format == SAVED else f"written as {format}"]
+        said += [f"the source is {source_in_words(source)}"] if (source := self.source_json()) else []
+        table.caption = "\n".join(said)
         return table
 
 
@@ -396,6 +428,8 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     shortened: what a depth pass left; the recipe is then what follows it
     served: the result is what is exported, and vLLM has to load it
     """
+    if recipe.whole:
+        return _whole_plan(recipe, model)
     plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None)
     plan.checkpoint.sidecar_files()  # a link out of the directory is better known now
     plan = keep_zeros(without_skipped(plan), whole=False)
@@ -409,6 +443,36 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     if served and (problem := merging_problem(plan.linears, format)):
         raise RecipeError(problem)
     return plan if recipe.depth is None else replace(plan, depth=plan_depth(recipe.depth, plan.model))
+
+
+def _whole_plan(recipe: Recipe, model: str) -> Plan:
+    """The plan of a recipe that llm-compressor runs from end to end, which decides on each linear."""
+    checkpoint = open_dense(model)
+    opened = open_blocks(checkpoint)
+    checkpoint.sidecar_files()
+    return Plan(recipe, opened, {}, {}, DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint))
+
+
+def saved_plan(recipe: Recipe, directory: Path) -> Plan:
+    """The plan of what is left of such a recipe: to write what llm-compressor saved in the export format.
+
+    Raises CheckpointError where that cannot hold what llm-compressor left.
+    """
+    plan, format = _training_plan(recipe, str(directory), None), recipe.export.format
+    if format == "dense":
+        return plan
+    opened = plan.checkpoint
+    quantized = opened.quantization if isinstance(opened, DequantizedCheckpoint) else None
+    if format == SAVED and quantized is not None:
+        return plan
+    problem = none_held(recipe.export.encoding, plan.written_dense(), plan.linears, "the model")
+    if problem or not plan.linears or format == SAVED:
+        raise CheckpointError(
+            problem
+            or f"llm-compressor left {quantized or 'a dense model'}, which {format} cannot hold; set export.format to "
+            f"{SAVED if quantized is not None else 'dense'}"
+        )
+    return plan
 
 
 def without_skipped(plan: Plan) -> Plan:
@@ -525,7 +589,7 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
 
     A dense one is served by depth alone; what trains it then trains all linears of its blocks, 16-bit as they are.
     """
-    compressed = open_compressed(model)
+    compressed = open_compressed(model) if recipe.export.format != SAVED else _as_saved(open_dense(model))
     checkpoint = compressed.checkpoint
     meta = meta_model(checkpoint, torch.float32)
     refuse_other_tensors(meta, checkpoint, compressed.dense_shapes())
@@ -547,11 +611,16 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
     linears = {}
     for module, scheme in compressed.modules.items():
         source = f"{module}.weight"
-        target = opened.sources[source][0] if source in opened.sources else source
+        target, same = opened.sources.get(source, (source, True))
+        if not same and not recipe.whole:
+            raise CheckpointError(
+                f"{model} holds {module} compressed, which transformers puts together with others into one tensor, so it cannot "
+                "be trained; start from the dense model"
+            )
         if (block := opened.owner(target)) is not None:
-            name = target.removesuffix(".weight")
+            name = target.removesuffix(".weight") if same else module
             linears[name] = Planned(name, source, block, scheme.shape, None, None, scheme)
-    if not linears and not depth:
+    if not linears and not depth and not recipe.whole:
         raise CheckpointError(
             f"{model} holds no compressed linear, and this recipe only trains; compress it first, for instance with "
             f"2of4, or write 2:4 zeros as such: sparsify export {model} --format sparse24"
@@ -567,6 +636,13 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
     store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
     training = plan_training(recipe, checkpoint, shortened)
     return Plan(recipe, opened, linears, other, store, None, training, compressed)
+
+
+def _as_saved(checkpoint: Checkpoint) -> CompressedCheckpoint:
+    """A checkpoint of any scheme that stays as it is stored: its weights are not unpacked but where they are looked at."""
+    quantized = checkpoint.modules if isinstance(checkpoint, DequantizedCheckpoint) else {}
+    modules = {name: ModuleScheme(one.bits, one.group_size, "dense", one.shape) for name, one in quantized.items()}
+    return CompressedCheckpoint(checkpoint, "dense", modules)
 
 
 def _may_be_dense(depth: Depth, format: str) -> bool:

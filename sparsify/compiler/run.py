@@ -16,15 +16,17 @@ from sparsify.compiler.checkpoint_names import (
     part_name,
     stored,
 )
-from sparsify.compiler.metrics import Before, Notes, layer_notes
+from sparsify.compiler.metrics import Before, Notes, layer_notes, saved_notes
 from sparsify.compiler.model_card import head_note
 from sparsify.compiler.plan import Plan, PlannedHead, nothing_compressed
 from sparsify.compiler.run_training import train_stage
 from sparsify.errors import CheckpointError
+from sparsify.formats.foreign import DequantizedCheckpoint
 from sparsify.formats.reader import CompressedCheckpoint
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.linear import LinearWeights
 from sparsify.progress import progress, progress_bar
+from sparsify.recipe.llmcompressor.whole import SAVED
 from sparsify.solver.head_quantization import SolvedHead, solve_head
 from sparsify.solver.solve import solve_layer
 
@@ -64,6 +66,8 @@ class Run:
     def take_over(self, compressed: CompressedCheckpoint) -> None:
         """Take over a checkpoint that is compressed already, block by block, as compressing it would have left it."""
         plan = self.plan
+        if plan.recipe.export.format == SAVED:
+            return self._take_over_saved(compressed)
         owners = {name: plan.model.owner(target) for name, (target, _) in plan.model.sources.items()}
         for index in progress([*range(len(plan.model.blocks)), None], "taking over"):
             part = OUTSIDE if index is None else part_name(index)
@@ -79,6 +83,22 @@ class Run:
             if index is None:
                 tensors |= {name: compressed.tensor(name) for name in plan.carried() if name not in biases}
             self.writer.write_part(part, linears, tensors)
+
+    def _take_over_saved(self, compressed: CompressedCheckpoint) -> None:
+        """Take over every tensor as llm-compressor saved it."""
+        plan, opened = self.plan, compressed.checkpoint
+        assert isinstance(opened, DequantizedCheckpoint)
+        owners = {name: plan.model.owner(target) for name, (target, _) in plan.model.sources.items()}
+        parts: dict[int | None, list[str]] = {index: [] for index in [*range(len(plan.model.blocks)), None]}
+        for name in opened.stored.names():
+            weight = f"{name.rpartition('.')[0]}.weight"
+            parts[owners.get(name if name in owners else weight)].append(name)
+        for index, names in progress(parts.items(), "taking over", total=len(parts)):
+            part = OUTSIDE if index is None else part_name(index)
+            if part not in self.finished:
+                if index is not None:
+                    self.notes.write(index, saved_notes(plan, index), {})
+                self.writer.write_part(part, {}, {name: opened.stored.tensor(name) for name in names})
 
     def train(self) -> None:
         """The training passes, each on what the one before left. Notes of the layers follow the weights."""

@@ -8,7 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
-from sparsify.compiler.model_card import basis_in_words, head_in_words, shown_perplexity, training_in_words
+from sparsify.compiler.model_card import (
+    basis_in_words,
+    head_in_words,
+    made_in_words,
+    shown_perplexity,
+    training_in_words,
+)
 from sparsify.compiler.plan import carried_in_words, kinds_in_words
 from sparsify.compiler.shorten import describe_note
 from sparsify.formats.foreign import source_in_words
@@ -23,6 +29,8 @@ def summary(metrics: Mapping[str, Any], title: str) -> Table:
         table.add_row("depth", describe_note(depth))
     if basis := metrics.get("basis"):
         table.add_row("basis", basis_in_words(basis))
+    if made := metrics.get("llm_compressor"):
+        table.add_row(f"llm-compressor {made['version']}", made_in_words(made))
     ratio = sizes["dense_bytes"] / sizes["compressed_bytes"]
     table.add_row(
         "size",

@@ -116,6 +116,11 @@ def labels_by_target(config: Mapping[str, Any]) -> dict[str, Label]:
     labels: dict[str, Label] = {}
     for target, weights in weights_by_target(config).items():
         name = weights["group"]
+        if target == "Embedding":
+            raise CheckpointError(
+                f"quantization_config, {name}: it quantizes embeddings, and the linears of a format are packed alone; "
+                "quantize the dense model again without that group"
+            )
         strategy, bits, size = weights.get("strategy"), weights.get("num_bits"), weights.get("group_size")
         grouped = strategy == "group" and isinstance(size, int) and size > 0
         readable = weights.get("type", "int") == "int" and (strategy == "channel" or grouped)

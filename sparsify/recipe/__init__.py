@@ -171,6 +171,7 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors. Passes appear in their YAML form, a mapping of one key."""
     schema = Recipe.model_json_schema(mode="validation")
     schema["required"] = ["version", "passes"]  # in a file
+    schema["anyOf"] = [{"properties": {"passes": {"minItems": 1}}}, {"required": ["llm_compressor"]}]
     definitions = schema["$defs"]
     for definition in (schema, *definitions.values()):
         for value in definition["properties"].values():

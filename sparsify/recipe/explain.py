@@ -110,10 +110,8 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
         return f"{name} must be a mapping of settings, not {shown(value)}"
     if kind == "list_type":
         return f"{name} must be a list, one '- ' entry per line, not {shown(value)}"
-    if kind == "too_short" and path != ("passes",):
-        return f"{name} is empty; give at least one entry or leave it out"
     if kind == "too_short":
-        return f"{name} is empty, so there is nothing to do; add for instance '- prune: {{method: sparsegpt}}'"
+        return f"{name} is empty; give at least one entry or leave it out"
     if kind == "string_too_short":
         return f"{name} is empty"
     if kind == "finite_number":

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sparsify.recipe.llmcompressor.whole import SAVED, names_of, saved_as, unusable
 from sparsify.recipe.methods import PRUNE, QUANTIZE, TRANSFORMS
 from sparsify.recipe.schema.base import refuse
 from sparsify.recipe.schema.training import Distill, Finetune, Lora
@@ -228,19 +229,40 @@ def _leak(recipe: "Recipe") -> None:
             )
 
 
+def _some_pass(recipe: "Recipe") -> None:
+    if not recipe.passes and not recipe.llm_compressor:
+        raise refuse(
+            "passes is empty, so there is nothing to do; add for instance '- prune: {method: sparsegpt}'", "passes"
+        )
+
+
 def _llm_compressor(recipe: "Recipe") -> None:
-    """What runs in llm-compressor first: modifiers that leave a dense model, for passes that compress it."""
-    names = []
+    """What runs in llm-compressor first: modifiers that leave a dense model for the passes, or, without passes, all that is
+    done."""
     for index, entry in enumerate(recipe.llm_compressor or ()):
-        if len(entry) != 1 or next(iter(entry)) not in (*TRANSFORMS, "QuantizationModifier"):
+        if len(entry) != 1:
+            raise refuse("an entry has one key, the name of a modifier", "llm_compressor", index)
+    if recipe.whole:
+        _runs_whole(recipe)
+    elif recipe.llm_compressor:
+        _runs_before(recipe, names_of(recipe.llm_compressor))
+    if not recipe.whole and recipe.export.format == SAVED:
+        raise refuse(
+            "compressed-tensors means the files as llm-compressor saves them, so it needs llm_compressor and 'passes: []'; "
+            "choose another format",
+            "export",
+            "format",
+        )
+
+
+def _runs_before(recipe: "Recipe", names: list[str]) -> None:
+    for index, name in enumerate(names):
+        if name not in (*TRANSFORMS, "QuantizationModifier"):
             raise refuse(
-                f"an entry has one key, the name of a modifier: {', '.join(TRANSFORMS)}, or QuantizationModifier after AWQModifier",
+                f"before passes run {', '.join(TRANSFORMS)}, and QuantizationModifier after AWQModifier; {name} needs 'passes: []'",
                 "llm_compressor",
                 index,
             )
-        names.append(next(iter(entry)))
-    if not names:
-        return
     if ("AWQModifier" in names) != ("QuantizationModifier" in names) or names[0] == "QuantizationModifier":
         raise refuse(
             "AWQModifier needs a QuantizationModifier after it, which says what it prepares for, and nothing else does",
@@ -250,17 +272,45 @@ def _llm_compressor(recipe: "Recipe") -> None:
         raise refuse("llm_compressor needs a pass that prunes or quantizes, and no depth pass", "llm_compressor")
 
 
+def _runs_whole(recipe: "Recipe") -> None:
+    """All that is done is done by llm-compressor, and the format has to hold it."""
+    entries = recipe.llm_compressor or []
+    for index, entry in enumerate(entries):
+        for name, settings in entry.items():
+            if problem := unusable(name, settings):
+                raise refuse(f"{name}: {problem[1]}", "llm_compressor", index, name, *problem[0])
+    if all(name in TRANSFORMS for name in names_of(entries)):
+        raise refuse("none of these modifiers prunes or quantizes, and no pass follows that does", "llm_compressor")
+    if recipe.export.head is not None:
+        raise refuse("llm-compressor decides on the output head; leave head out", "export", "head")
+    kept, format = saved_as(entries), recipe.export.format
+    if format == "dense" or format == kept or (kept == "pack-quantized" and format != SAVED):
+        return
+    if kept == "dense":
+        raise refuse(
+            f"{format} stores integers or 2:4 zeros, and these modifiers leave neither; use dense", "export", "format"
+        )
+    if format != SAVED:
+        raise refuse(
+            f"{format} cannot hold what these modifiers leave (other than 4 or 8 bits, one scale for a whole matrix, zero points, "
+            "an embedding, or groups in an order of their own); use compressed-tensors, which keeps it as llm-compressor saves it",
+            "export",
+            "format",
+        )
+
+
 RULES: tuple[Callable[["Recipe"], None], ...] = (
+    _some_pass,
     _duplicates,
     _depth_between,
     _basis_first,
     _training_last,
     _adapter_last,
     _order,
+    _llm_compressor,
     _starts_compressed,
     _for_linears,
     _solver,
     _format,
     _leak,
-    _llm_compressor,
 )

@@ -7,6 +7,7 @@ import torch
 
 from sparsify.errors import CheckpointError
 from sparsify.formats.foreign import open_dense
+from sparsify.formats.reader import open_compressed
 from sparsify.formats.tensor_file import read_tensor
 from tests.helpers.foreign import (
     awq,
@@ -339,6 +340,50 @@ def test_a_config_of_other_tensors_is_refused(tmp_path):
         change_config(tmp_path / "m", quantization_config={**PACKED_CONFIG, **change})
         with pytest.raises(CheckpointError, match=says):
             open_dense(tmp_path / "m").tensor(f"{UP}.weight")
+
+
+def test_scales_whose_sign_autoround_turns_are_read(tmp_path):
+    config, write = compressed_tensors("pack-quantized", num_bits=3, strategy="group", group_size=32)
+    expected = quantized_checkpoint(tmp_path / "m", config, write)
+    change_tensors(tmp_path / "m", damaged(f"{UP}.weight_scale", torch.neg))
+    assert torch.equal(decoded(tmp_path / "m")[f"{UP}.weight"], -expected[f"{UP}.weight"])
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_a_quantized_embedding_is_dequantized(bits, tmp_path):
+    """4 bits in groups of 32 are what our own pack-quantized holds, of linears."""
+    config, write = compressed_tensors("pack-quantized", num_bits=bits, strategy="group", group_size=32)
+    expected = quantized_checkpoint(tmp_path / "m", config, write)
+    group = {**config["config_groups"]["group_0"], "targets": ["Linear", "Embedding"]}
+    change_config(tmp_path / "m", quantization_config={**config, "config_groups": {"group_0": group}})
+    name = "model.embed_tokens.weight"
+
+    def quantize(tensors):
+        new, expected[name] = write(tensors.pop(name).float())
+        tensors |= {f"model.embed_tokens.{suffix}": tensor for suffix, tensor in new.items()}
+
+    change_tensors(tmp_path / "m", quantize)
+    same_weights(tmp_path / "m", expected)
+    assert open_compressed(tmp_path / "m").format == "dense"
+
+
+def test_what_turns_activations_while_the_model_runs_is_refused(tmp_path):
+    """As compressed-tensors writes the transforms of QuIP and of SpinQuant: those of weights are applied already."""
+    expected = quantized_checkpoint(tmp_path / "m", PACKED_CONFIG, PACKED_WRITE)
+
+    def apply(*locations):
+        entries = [{"targets": ["Linear"], "location": place, "inverse": False, "ignore": []} for place in locations]
+        transforms = {"config_groups": {"R": {"type": "hadamard", "apply": entries}}}
+        change_config(tmp_path / "m", quantization_config={**PACKED_CONFIG, "transform_config": transforms})
+
+    apply("weight_input", "weight_output")
+    assert open_compressed(tmp_path / "m").format == "pack-quantized"
+    assert torch.equal(decoded(tmp_path / "m")[f"{UP}.weight"], expected[f"{UP}.weight"])
+    for online in ("input", "output", "k_cache"):
+        apply("weight_input", online)
+        for opens in (open_dense, open_compressed):
+            with pytest.raises(CheckpointError, match=rf"turns activations while the model runs \(R: {online}\)"):
+                opens(tmp_path / "m")
 
 
 def test_a_config_without_any_quantized_tensor_is_refused(tmp_path):

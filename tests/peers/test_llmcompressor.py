@@ -16,11 +16,14 @@ from transformers import LlamaConfig
 from sparsify import api
 from sparsify.compiler.llmcompressor import peer_python
 from sparsify.errors import MissingDependency
+from sparsify.evaluation.load import load_model
+from sparsify.formats.foreign import open_dense
 from sparsify.formats.reader import open_compressed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.recipe import parse_recipe, settings_of
 from tests.compiler.test_llmcompressor import QUANTIZATION, dequantized, recipe, tokens
 from tests.helpers.tiny import save_tiny
+from tests.peers.conftest import Peer
 from tests.recipe.test_llmcompressor_list import ENTRIES
 
 pytestmark = pytest.mark.peers
@@ -216,3 +219,96 @@ def test_gptq_without_an_order_is_static_there(python: str, model: Path, tmp_pat
         assert len(names) == 3
         equal[order] = float(torch.cat([(ours[name] == theirs[name]).flatten() for name in names]).float().mean())
     assert equal[True] > 0.9 and equal[False] < 0.6, equal
+
+
+# ------------------------------------------------------------------------------------------------------ whole recipes
+
+SAVED = """
+import json, sys, torch, transformers
+from llmcompressor import oneshot
+from llmcompressor.pipelines.cache import IntermediatesCache
+from llmcompressor.recipe import Recipe
+from safetensors.torch import load_file
+source, rows, jobs, output = sys.argv[1:]
+if not torch.accelerator.is_available():
+    IntermediatesCache.pin_memory = lambda *_: None
+data = [{"input_ids": r, "attention_mask": torch.ones_like(r)} for r in load_file(rows)["tokens"]]
+for name, stages in json.loads(jobs).items():
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    oneshot(model=model, processor=object(), dataset=torch.utils.data.DataLoader(data, batch_size=1),
+            recipe=Recipe.from_dict(stages), num_calibration_samples=len(data), max_seq_length=16)
+    model.save_pretrained(f"{output}/{name}")
+"""
+LAYER = {"targets": ["re:.*model.layers.0$"], "dampening_frac": 0.01, "mask_structure": "0:0"}
+
+
+def groups(targets: list[str], **weights: object) -> dict[str, Any]:
+    return {"ignore": ["lm_head"], "config_groups": {"g": {"targets": targets, "weights": {**W, **weights}}}}
+
+
+WHOLE_RECIPES: dict[str, list[dict[str, Any]]] = {
+    "learned rounding": [{"AutoRoundModifier": {"iters": 2, "enable_torch_compile": False, **groups(["Linear"])}}],
+    "two bits": [{"AutoRoundModifier": {"iters": 0, **groups(["Linear"], num_bits=2)}}],
+    "imatrix": [{"QuantizationModifier": groups(["Linear"], observer="imatrix_mse", observer_kwargs={"norm": 2.4})}],
+    "one scale": [
+        {"QuantizationModifier": groups(["Linear", "Embedding"], num_bits=8, strategy="tensor", group_size=None)},
+        {"GPTQModifier": {"block_size": 128}},
+    ],
+    "zeros, then 8 bits": [
+        {"SparseGPTModifier": {"sparsity": 0.7, "preserve_sparsity_mask": True, **LAYER}},
+        {"GPTQModifier": groups(["re:.*model.layers.0.self_attn.q_proj"], num_bits=8, strategy="channel", group_size=None)},
+    ],
+    "zeros": [{"SparseGPTModifier": {"sparsity": 0.5, "targets": [r"re:model.layers.\d+$"]}}],
+}  # fmt: skip
+ORDERED = {"ordered groups": [{"GPTQModifier": groups(["Linear"], actorder="group")}]}
+
+
+def saved_by(python: str, recipes: dict[str, list[dict[str, Any]]], model: Path, scratch: Path) -> Path:
+    """What llm-compressor saves of recipes that it runs from end to end, a directory each."""
+    save_file({"tokens": tokens()}, scratch / "rows.safetensors")
+    jobs = json.dumps({name: stage_of(modifiers) for name, modifiers in recipes.items()})
+    arguments = [str(model), str(scratch / "rows.safetensors"), jobs, str(scratch)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        [python, "-I", "-c", SAVED, *arguments], capture_output=True, env=environment, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return scratch
+
+
+def same_files(theirs: Path, ours: Path) -> None:
+    expected, found = load_file(theirs / "model.safetensors"), load_file(ours / "model.safetensors")
+    assert set(expected) == set(found)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+@pytest.fixture(scope="module")
+def saved(python: str, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_by(python, WHOLE_RECIPES, model, tmp_path_factory.mktemp("saved"))
+
+
+@pytest.mark.parametrize("name", WHOLE_RECIPES)
+def test_a_whole_recipe_gives_the_tensors_that_llm_compressor_saves(
+    name: str, saved: Path, model: Path, tmp_path: Path
+) -> None:
+    """Codes and scales bit for bit, whether they are written again as pack-quantized or taken over."""
+    recipe = parse_recipe(yaml.safe_dump(stage_of(WHOLE_RECIPES[name])))
+    assert recipe.whole
+    result = api.apply(recipe, model, tmp_path / "ours", calibration=tokens(), quiet=True)
+    same_files(saved / name, tmp_path / "ours")
+    theirs, ours = open_dense(saved / name), open_dense(tmp_path / "ours")
+    assert all(torch.equal(theirs.tensor(name), ours.tensor(name)) for name in theirs.names())
+    assert result.metrics["llm_compressor"]["whole"] and load_model(tmp_path / "ours").model is not None
+
+
+def test_groups_in_an_order_of_their_own_are_those_of_llm_compressor_0_13(
+    peer: Peer, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = str(peer("llmcompressor013"))
+    monkeypatch.setenv("SPARSIFY_LLMCOMPRESSOR_PYTHON", python)
+    saved_by(python, ORDERED, model, tmp_path)
+    recipe = parse_recipe(yaml.safe_dump(stage_of(ORDERED["ordered groups"])))
+    api.apply(recipe, model, tmp_path / "ours", calibration=tokens(), quiet=True)
+    same_files(tmp_path / "ordered groups", tmp_path / "ours")
+    assert any(name.endswith("weight_g_idx") for name in load_file(tmp_path / "ours" / "model.safetensors"))

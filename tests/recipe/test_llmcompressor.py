@@ -3,6 +3,7 @@
 from enum import Enum
 
 import pytest
+import yaml
 
 from sparsify.errors import RecipeError
 from sparsify.recipe import (
@@ -14,6 +15,7 @@ from sparsify.recipe import (
     dump_recipe,
     load_recipe,
     parse_recipe,
+    recipe_from,
     settings_of,
 )
 
@@ -122,7 +124,6 @@ def test_overrides_apply_to_the_translation() -> None:
     [
         ("s_stage:\n  s_modifiers:\n    SmoothQuantModifier: {smoothing_strength: 0.8}\n", 3, "SmoothQuantModifier"),
         ("s_stage:\n  s_modifiers:\n    AWQModifier: {}\n", 3, "AWQModifier has no counterpart"),
-        ("s_stage:\n  s_modifiers:\n    AutoRoundModifier: {scheme: W4A16}\n", 3, "AutoRoundModifier has no counterpart"),
         ("s_stage:\n  s_modifiers:\n    QuIPModifier: {}\n    GPTQModifier: {scheme: W4A16}\n", 3, "while the model runs"),
         ("s_stage:\n  s_modifiers:\n    SpinQuantModifier: {rotations: [R1, R4]}\n", 3, "R3 and R4 turn activations"),
         (
@@ -149,7 +150,6 @@ def test_overrides_apply_to_the_translation() -> None:
         ("s_stage:\n  s_modifiers: {}\nfoo: 1\n", 3, "'foo' of an llm-compressor recipe"),
         ("s_stage:\n  s_modifiers: {}\n", 1, "no modifier that sparsify knows"),
         ("s_stage: 3\n", 1, "'s_stage' must be a mapping"),
-        ("s_stage:\n  s_modifiers:\n    SparseGPTModifier: {sparsity: 0.5}\n", 3, "mask_structure: 0:0 has no"),
         ("s_stage:\n  s_modifiers:\n    SparseGPTModifier: {sparsity: 0.7, mask_structure: 2:4}\n", 3, "sparsity: 0.7"),
         (
             "s_stage:\n  s_modifiers:\n    SparseGPTModifier:\n      mask_structure: 2:4\n      owl_m: 5\n",
@@ -165,18 +165,13 @@ def test_overrides_apply_to_the_translation() -> None:
         (gptq("ignore: [lm_head]"), 3, "needs a scheme or config_groups"),
         (gptq("{scheme: W4A16, ignore: [LlamaAttention]}"), 4, "'LlamaAttention' in ignore is a class"),
         (gptq("{scheme: W4A16, kv_cache_scheme: {num_bits: 8}}"), 4, "'kv_cache_scheme' has no counterpart"),
-        (gptq("{scheme: W4A16, actorder: group}"), 4, "write actorder: static"),
         (gptq("scheme: {weights: {num_bits: 3, strategy: channel}}"), 4, "num_bits: 3 has no counterpart"),
         (gptq("scheme: {weights: {num_bits: 4, type: float, strategy: channel}}"), 4, "type: float"),
         (gptq("scheme: {weights: {num_bits: 4, symmetric: maybe, strategy: channel}}"), 4, "symmetric: maybe"),
-        (gptq("scheme: {weights: {num_bits: 4}}"), 4, "strategy: tensor has no counterpart"),
         (gptq("scheme: {weights: {num_bits: 4, strategy: group}}"), 4, "strategy: group needs a group_size"),
         (gptq("scheme: {weights: {num_bits: 4, strategy: group, group_size: 48}}"), 4, "group_size must be 32, 64"),
         (gptq("scheme: {weights: {num_bits: 4, strategy: channel}, input_activations: {num_bits: 8}}"), 4, "'input_"),
         (gptq("scheme: {weights: {num_bits: 4, strategy: channel, zp_dtype: torch.int8}}"), 4, "'zp_dtype' has no"),
-        (gptq("config_groups: {a: {weights: {}}, b: {weights: {}}}"), 4, "strategy: tensor has no counterpart"),
-        (gptq("config_groups: {a: {weights: {num_bits: 4, group_size: 128}, targets: [Embedding]}}"), 4, "is a class"),
-        (gptq("{scheme: W4A16, weight_observer: imatrix_mse}"), 4, "observer: imatrix_mse has no counterpart"),
         (gptq("{scheme: W2A16_ASYM}"), 4, "num_bits: 2 has no counterpart"),
         (gptq("{scheme: W2A16}"), 4, "num_bits: 2 has no counterpart"),
         (gptq("{scheme: W4A16, actorder: null, config_groups: {}}"), 4, "both scheme and config_groups"),
@@ -238,7 +233,6 @@ def test_a_constant_mask_without_pruning_keeps_the_zeros_of_the_model():
         ("actorder: static", "", True),
         ("actorder: weight", "actorder: static", True),
         ("actorder: null", "actorder: static", None),  # an error there
-        ("actorder: group", "", None),
         ("", "actorder: dynamic", None),
     ],
 )
@@ -414,7 +408,8 @@ def test_awq_runs_first_with_the_quantization_that_it_prepares_for() -> None:
 @pytest.mark.parametrize(
     ("modifiers", "words"),
     [
-        ("[{GPTQModifier: {}}]", "an entry has one key"),
+        ("[{GPTQModifier: {}, AWQModifier: {}}]", "an entry has one key"),
+        ("[{GPTQModifier: {}}]", "before passes run AWQModifier, .*; GPTQModifier needs 'passes: \\[\\]'"),
         ("[{AWQModifier: {}}]", "AWQModifier needs a QuantizationModifier"),
         ("[{QuantizationModifier: {}}, {AWQModifier: {}}]", "AWQModifier needs a QuantizationModifier"),
         ("[{SmoothQuantModifier: {}}, {QuantizationModifier: {}}]", "nothing else does"),
@@ -423,6 +418,104 @@ def test_awq_runs_first_with_the_quantization_that_it_prepares_for() -> None:
 def test_what_cannot_run_before_the_passes_is_refused(modifiers: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         parse_recipe(f"version: 1\nllm_compressor: {modifiers}\npasses: [{{prune: {{method: magnitude}}}}]\n")
+
+
+def stage(*modifiers: str) -> str:
+    return "s_stage:\n" + "".join(f"  {i}_modifiers:\n    {modifier}\n" for i, modifier in enumerate(modifiers))
+
+
+@pytest.mark.parametrize(
+    ("text", "format"),
+    [
+        (stage("AutoRoundModifier: {scheme: W4A16}"), "pack-quantized"),
+        (stage("AutoRoundModifier: {scheme: W4A16_ASYM}"), "compressed-tensors"),
+        (stage("AutoRoundModifier: {scheme: {W8A16: [Linear], W3A16: ['re:.*up_proj$']}}"), "compressed-tensors"),
+        (stage("AWQModifier: {}", "QuantizationModifier: {scheme: W4A16, weight_observer: imatrix_mse}"), "pack-quantized"),
+        (stage("SparseGPTModifier: {sparsity: 0.5}"), "dense"),
+        (stage("WandaPruningModifier: {mask_structure: 4:8}"), "dense"),
+        (stage("SparseGPTModifier: {sparsity: 0.7}", "GPTQModifier: {scheme: W8A16}"), "pack-quantized"),
+        (stage("GPTQModifier: {scheme: W4A16, actorder: group}"), "compressed-tensors"),
+        (gptq("scheme: {weights: {num_bits: 4}}"), "compressed-tensors"),  # one scale for a whole matrix
+        (gptq("config_groups: {a: {weights: {num_bits: 4, group_size: 16, observer_kwargs: {norm: 2}}}}"), "compressed-tensors"),
+        (gptq("config_groups: {a: {weights: {num_bits: 4, group_size: 128}, targets: [Embedding]}}"), "compressed-tensors"),
+        (gptq("{scheme: {weights: {num_bits: 4, strategy: channel}}, observer: {weights: imatrix_mse}}"), "pack-quantized"),
+    ],
+)  # fmt: skip
+def test_what_has_no_counterpart_runs_whole_in_llm_compressor(text: str, format: str) -> None:
+    recipe = parse_recipe(text)
+    assert recipe.whole and recipe.export.format == format and recipe.passes == []
+    assert recipe_from({**recipe.model_dump(), "llm_compressor": recipe.llm_compressor}) == recipe
+
+
+def test_a_whole_recipe_keeps_its_order_and_what_null_means() -> None:
+    text = stage(
+        "SparseGPTModifier: {sparsity: 0.3, block_size: 64, start: 0, index: null}",
+        "SmoothQuantModifier: {}",
+        "GPTQModifier: {scheme: W4A16, actorder: null, dampening_frac: null, requires_calibration_data: true}",
+    )
+    assert parse_recipe(text).llm_compressor == [
+        {"SparseGPTModifier": {"sparsity": 0.3, "block_size": 64}},
+        {"SmoothQuantModifier": {}},
+        {"GPTQModifier": {"scheme": "W4A16", "actorder": None}},
+    ]
+    old = parse_recipe(stage("AWQModifier: {scheme: W4A16, duo_scaling: false}", "AutoRoundModifier: {iters: 1}"))
+    assert old.llm_compressor == [
+        {"AWQModifier": {"duo_scaling": False}},
+        {"QuantizationModifier": {"scheme": "W4A16"}},
+        {"AutoRoundModifier": {"iters": 1}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("modifier", "line", "words"),
+    [
+        ("QuIPModifier: {}", 5, "QuIPModifier has no counterpart in sparsify, .*while the model runs"),
+        ("SpinQuantModifier: {rotations: [R1, R4]}", 5, "R3 and R4 turn activations"),
+        ("REAPPruningModifier: {}", 5, "does not remove experts"),
+        ("OtherModifier: {}", 5, "OtherModifier has no counterpart in sparsify, which reads "),
+        ("SparseGPTModifier: {sparsity_profile: owl}", 5, "sparsity_profile is not handed over"),
+        ("QuantizationModifier: {scheme: FP8}", 5, "scheme: FP8 is no scheme of integer weights alone"),
+        ("QuantizationModifier: {scheme: {W4A4: [Linear]}}", 5, "scheme: W4A4 is no scheme"),
+        ("GPTQModifier: {scheme: W4A16, kv_cache_scheme: {num_bits: 8}}", 5, "key-value cache"),
+        ("GPTQModifier: {scheme: {weights: {}, input_activations: {num_bits: 8}}}", 5, "quantized activations"),
+        ("GPTQModifier: {config_groups: {a: {weights: {type: float, num_bits: 8}}}}", 5, "type: float is no integer"),
+        ("GPTQModifier: {config_groups: {a: {weights: {num_bits: 1}}}}", 5, "num_bits must be a number from 2 to 8"),
+    ],
+)
+def test_a_whole_recipe_is_refused_where_its_result_could_not_be_read(modifier: str, line: int, words: str) -> None:
+    text = stage("AutoRoundModifier: {scheme: W4A16}", modifier)
+    with pytest.raises(RecipeError, match=rf"^r.yaml:{line}: .*{words}"):
+        parse_recipe(text, "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("export: {format: sparse24}", None),
+        ("export: {format: compressed-tensors}", None),
+        ("llm_compressor: [{SmoothQuantModifier: {}}]", "none of these modifiers prunes or quantizes"),
+        ("llm_compressor: [{QuIPModifier: {}}]", "sparsify hands over AWQModifier, "),
+        ("llm_compressor: [{AutoRoundModifier: {scheme: W2A16}}]", "pack-quantized cannot hold what these modifiers leave"),
+        ("llm_compressor: [{SparseGPTModifier: {}}]", "pack-quantized stores integers .* use dense"),
+        ("export: {format: pack-quantized, head: {bits: 8, group_size: 64}}", "llm-compressor decides on the output head"),
+        ("ignore: [down_proj]", "ignore has no effect"),
+        ("passes: [{prune: {method: magnitude}}]", "before passes run AWQModifier"),
+        ("{llm_compressor: null, passes: [{prune: {method: wanda}}], export: {format: compressed-tensors}}", "as llm-compressor"),
+        ("llm_compressor: null", "passes is empty"),
+    ],
+)  # fmt: skip
+def test_what_a_whole_recipe_goes_together_with(more: str, words: str | None) -> None:
+    data = {
+        "llm_compressor": [{"AutoRoundModifier": {"scheme": "W4A16"}}],
+        "passes": [],
+        "export": {"format": "pack-quantized"},
+        **yaml.safe_load(more),
+    }
+    if words is None:
+        assert recipe_from(data).whole
+        return
+    with pytest.raises(RecipeError, match=words):
+        recipe_from(data)
 
 
 def test_modifier_objects_are_a_recipe() -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from sparsify.errors import RecipeError
-from sparsify.recipe import parse_recipe, recipe_from
+from sparsify.recipe import dump_recipe, parse_recipe, recipe_from
 
 LIST = yaml.safe_load((Path(__file__).parent / "llmcompressor_list.yaml").read_text(encoding="utf-8"))
 ENTRIES = LIST["recipes"]
@@ -39,6 +39,16 @@ def test_a_listed_recipe_means_what_the_list_says(entry: dict[str, Any]) -> None
     assert recipe_from(objects_of(entry["modifiers"])) == recipe
 
 
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if "whole" in e], ids=lambda e: Path(e["path"]).name)
+def test_a_listed_recipe_that_llm_compressor_runs_whole_keeps_its_settings(entry: dict[str, Any]) -> None:
+    recipe = parse_recipe(text_of(entry["modifiers"]))
+    written = {"llm_compressor": entry["modifiers"], "passes": [], "export": {"format": entry["whole"]}}
+    assert recipe.whole and recipe == recipe_from(written)
+    assert recipe.llm_compressor == entry["modifiers"]
+    assert recipe_from(objects_of(entry["modifiers"])) == recipe
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if "refused" in e], ids=lambda e: Path(e["path"]).name)
 def test_a_listed_recipe_that_is_refused_says_what_it_is_that_has_no_counterpart(entry: dict[str, Any]) -> None:
     with pytest.raises(RecipeError) as caught:
@@ -47,9 +57,11 @@ def test_a_listed_recipe_that_is_refused_says_what_it_is_that_has_no_counterpart
 
 
 def test_every_entry_is_decided_and_the_page_counts_them() -> None:
-    assert all(("becomes" in entry) != ("refused" in entry) for entry in ENTRIES)
-    loaded = [entry for entry in ENTRIES if "becomes" in entry]
+    assert all(len({"becomes", "whole", "refused"} & set(entry)) == 1 for entry in ENTRIES)
+    loaded = [entry for entry in ENTRIES if "refused" not in entry]
     handed = [entry for entry in loaded if "handed_over" in entry]
+    whole = [entry for entry in loaded if "whole" in entry]
     page = " ".join(DOCS.read_text(encoding="utf-8").split())
     assert LIST["commit"] in page
-    assert f"{len(ENTRIES)} recipes: {len(loaded)} load" in page and f"{len(handed)} of them" in page
+    assert f"{len(ENTRIES)} recipes: {len(loaded)} load" in page
+    assert f"{len(handed)} of them with modifiers that llm-compressor runs first, {len(whole)} run by it whole" in page

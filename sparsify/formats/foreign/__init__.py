@@ -114,6 +114,7 @@ def described(checkpoint: Checkpoint) -> dict[str, Any] | None:
             if (config := level.get(key)) is not None:
                 if not isinstance(config, dict):
                     raise CheckpointError(f"{checkpoint.spec}: {key} in config.json must be an object")
+                _refuse_transforms(checkpoint, config)
                 return config
     marks = {mark for scheme in SCHEMES for mark in scheme.marks}
     marks |= {suffix for name in known_formats() for suffix in get_format(name).suffixes}
@@ -129,6 +130,22 @@ def described(checkpoint: Checkpoint) -> dict[str, Any] | None:
         f"{checkpoint.spec} holds {odd}, a tensor of a quantized weight, but its config.json has no quantization_config that "
         "says how; get the config.json that belongs to these files"
     )
+
+
+def _refuse_transforms(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """CheckpointError where compressed-tensors turns activations while the model runs (QuIP, rotation R4 of SpinQuant): the
+    weights alone are then another model."""
+    transforms = config.get("transform_config")
+    groups = transforms.get("config_groups") if isinstance(transforms, dict) else None
+    for name, group in (groups if isinstance(groups, dict) else {}).items():
+        apply = group.get("apply") if isinstance(group, dict) else None
+        places = [one.get("location") for one in apply or [] if isinstance(one, dict)]
+        online = [place for place in places if place not in ("weight_input", "weight_output")]
+        if online or not places:
+            raise CheckpointError(
+                f"{checkpoint.spec}: transform_config in config.json turns activations while the model runs ({name}: "
+                f"{', '.join(map(str, online)) or 'no place is named'}), which nothing here does; start from the dense model"
+            )
 
 
 def unread(checkpoint: Checkpoint, config: Mapping[str, Any]) -> CheckpointError:

@@ -53,6 +53,7 @@ ACTIVATIONS = (
     ".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point", ".q_zero_point", ".k_global_scale", ".v_global_scale",
     ".q_global_scale",
 )  # fmt: skip
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|word_embeddings|wte|tok_embeddings)$")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ class CompressedTensors:
         return bool(formats) and formats <= set(FORMATS) and _sparsity(config) in DENSE
 
     def is_native(self, config: Mapping[str, Any]) -> bool:
-        """Whether transformers runs it on a CPU with these very weights: packed integers, and what is dense."""
+        """Whether transformers runs it on a CPU with these very weights: packed integers of linears, and what is dense.
+        compressed-tensors 0.17 fails on a packed embedding."""
+        if any("Embedding" in (group.get("targets") or ()) for group in _groups(config).values()):
+            return False
         formats = {config.get("format"), *(group.get("format") for group in _groups(config).values())}
         return formats <= {PACKED, *DENSE}
 
@@ -203,8 +207,9 @@ def _matching(module: str, targets: Mapping[str, _Group], ignored: list[str]) ->
     for target in sorted(targets, key=lambda target: target.startswith("re:")):
         if _matches(module, target):
             return targets[target]
-    if "Linear" in targets:
-        return targets["Linear"]
+    kind = "Embedding" if _EMBEDDING.search(module) else "Linear"  # what class a module has, no file says
+    if kind in targets:
+        return targets[kind]
     raise CheckpointError(f"{module} is stored quantized, but no group of the config targets it; {NOT_OWN}")
 
 
@@ -266,7 +271,9 @@ def _multiplied(
 ) -> Tensor:
     """(code - zero point) * scale in float32."""
     shape, order = (codes.shape[0], codes.shape[1]), _order(module, tensors, group)
-    scale = checked_scale(module, "weight_scale", tensors["weight_scale"])
+    # AutoRound turns the sign of a scale where the largest weight is positive, since -8 reaches further than 7
+    signed = group.format == PACKED and group.symmetric
+    scale = checked_scale(module, "weight_scale", tensors["weight_scale"], signed)
     weight = codes.float()
     if zeros is not None:
         weight = weight - _spread(_zero_points(module, zeros, group.bits), shape, group, order)

@@ -116,15 +116,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def checked_scale(module: str, suffix: str, scale: Tensor) -> Tensor:
-    """Scales in float32; CheckpointError for NaN, Inf and negative ones."""
+def checked_scale(module: str, suffix: str, scale: Tensor, signed: bool = False) -> Tensor:
+    """Scales in float32; CheckpointError for NaN, Inf and, unless signed, negative ones."""
     scale = scale.float()
-    wrong = ~(torch.isfinite(scale) & (scale >= 0))
+    wrong = ~(torch.isfinite(scale) & ((scale >= 0) | signed))
     if wrong.any():
         found = scale[wrong].flatten()[0].item()
-        raise CheckpointError(
-            f"{module}.{suffix}: expected finite scales that are not negative, found {found}; {AGAIN}"
-        )
+        positive = "" if signed else " that are not negative"
+        raise CheckpointError(f"{module}.{suffix}: expected finite scales{positive}, found {found}; {AGAIN}")
     return scale
 
 

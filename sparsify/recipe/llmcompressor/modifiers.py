@@ -20,7 +20,8 @@ from sparsify.recipe.llmcompressor.targets import (
 _SPEED_ONLY = ("block_size", "offload_hessians", "sequential_update", "sequential_targets", "batched_quantization")
 _LIFECYCLE = ("index", "group", "start", "end", "update")  # when training starts and stops a modifier
 _WRITTEN = ("requires_calibration_data",)  # what llm-compressor finds out by itself and writes into recipe.yaml
-NO_EFFECT = (*_SPEED_ONLY, *_LIFECYCLE, *_WRITTEN)
+LIFECYCLE = (*_LIFECYCLE, *_WRITTEN)
+NO_EFFECT = (*_SPEED_ONLY, *LIFECYCLE)
 
 _OBSERVER = re.compile(r"(memoryless_|static_)?(?P<kind>minmax|mse)")
 _PRESET = re.compile(r"W(?P<bits>[2-8])A(?P<activations>4|8|16)(?P<asymmetric>_ASYM)?")
@@ -428,7 +429,6 @@ def without_quantization(scheme: dict[str, Any]) -> dict[str, Any]:
 
 
 NO_COUNTERPART = {
-    "AutoRoundModifier": "which cannot take over the rounding that it learns; run it in llm-compressor",
     "QuIPModifier": "whose formats cannot say that activations are turned while the model runs; run it in llm-compressor",
     "REAPPruningModifier": "which does not remove experts; run it in llm-compressor and give sparsify the model that it writes",
 }

@@ -1,10 +1,12 @@
-"""The modifiers of a recipe put together: one prune and one quantize pass, overrides, `ignore`, the solver and the output head."""
+"""The modifiers of a recipe put together: one prune and one quantize pass, overrides, `ignore`, the solver and the output head;
+or, where one of them has no counterpart, `llm_compressor` with all of them and no pass."""
 
 from typing import Any
 
 from sparsify.errors import RecipeError
 from sparsify.recipe.document import Document, KeyPath
 from sparsify.recipe.llmcompressor.modifiers import (
+    LIFECYCLE,
     MODIFIERS,
     NO_COUNTERPART,
     Rule,
@@ -17,6 +19,7 @@ from sparsify.recipe.llmcompressor.modifiers import (
 )
 from sparsify.recipe.llmcompressor.settings import Body, Settings
 from sparsify.recipe.llmcompressor.targets import USUAL, names, names_head
+from sparsify.recipe.llmcompressor.whole import KNOWN, saved_as, unusable, without_counterpart
 from sparsify.recipe.methods import TRANSFORMS
 
 DAMPING = 0.01  # llm-compressor's dampening_frac where none is given
@@ -34,10 +37,12 @@ def translate(document: Document) -> Document:
 
 
 class _Translator:
-    """Walks the stages in order; `works` are the modifiers, `origins` the places of the recipe that comes out."""
+    """Walks the stages in order; `found` are the modifiers as written, `works` as read, `origins` the places of the recipe that
+    comes out."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
+        self.found: list[tuple[str, dict[str, Any], KeyPath]] = []
         self.works: list[Work] = []
         self.kept: Work | None = None
         self.handed: list[tuple[str, dict[str, Any], KeyPath]] = []
@@ -52,11 +57,15 @@ class _Translator:
             elif key.endswith("_modifiers"):
                 self._modifiers(value, (key,))
             elif key.endswith("Modifier"):
-                self._modifier(key, value, (key,))
+                self._find(key, value, (key,))
             elif key == "args" and not value:
                 continue
             else:
                 self._refuse((key,), f"'{key}' of an llm-compressor recipe has no counterpart here; remove it")
+        if any(without_counterpart(name, values) for name, values, _ in self.found):
+            return self._whole()
+        for name, values, path in self.found:
+            self._modifier(name, values, path)
         if self.kept is not None and all(work.kind != "prune" for work in self.works):
             self.works.insert(0, self.kept)
         if not self.works and self.handed:
@@ -95,16 +104,33 @@ class _Translator:
 
     def _modifiers(self, group: Any, path: KeyPath) -> None:
         for name, settings in self._mapping(group, path).items():
-            self._modifier(name, settings, (*path, name))
+            self._find(name, settings, (*path, name))
 
-    def _modifier(self, name: str, values: Any, path: KeyPath) -> None:
-        settings = Settings(self.document, name, self._mapping({} if values is None else values, path), path)
+    def _find(self, name: str, values: Any, path: KeyPath) -> None:
+        self.found.append((name, self._mapping({} if values is None else values, path), path))
+
+    def _whole(self) -> Document:
+        """The recipe that llm-compressor runs from end to end, settings as they stand."""
+        entries: list[dict[str, Any]] = []
+        for name, values, path in self.found:
+            if name not in KNOWN:
+                self._refuse(path, _unknown(name))
+            if problem := unusable(name, values):
+                self._refuse((*path, *problem[0]), f"{name}: {problem[1]}")
+            settings = Settings(self.document, name, values, path)
+            own, quantization = transform(settings) if name == "AWQModifier" else (_written(values), {})
+            self.origins["llm_compressor", len(entries)] = self.document.origin(path)
+            entries += [{name: own}, *([{"QuantizationModifier": _written(quantization)}] if quantization else [])]
+        data = {"version": 1, "llm_compressor": entries, "passes": [], "export": {"format": saved_as(entries)}}
+        return Document(self.document.name, data, {(): self.document.origin(()), **self.origins})
+
+    def _modifier(self, name: str, values: dict[str, Any], path: KeyPath) -> None:
+        settings = Settings(self.document, name, values, path)
         if name in TRANSFORMS:
             self._hand_over(settings, path)
             return
         if name not in MODIFIERS:
-            why = NO_COUNTERPART.get(name, f"which translates {', '.join([*MODIFIERS, *TRANSFORMS])}")
-            self._refuse(path, f"{name} has no counterpart in sparsify, {why}")
+            self._refuse(path, _unknown(name))
         method, read = MODIFIERS[name]
         if name == KEEP:  # all passes keep zeros; without a pass that makes them, the model brings them along
             self.kept = read(settings, method)
@@ -257,6 +283,17 @@ class _Translator:
                 )
         self.origins["solver", "damping"] = given[0][1]
         return {"solver": {"damping": given[0][0]}}
+
+
+def _unknown(name: str) -> str:
+    why = NO_COUNTERPART.get(name, f"which reads {', '.join(KNOWN)}")
+    return f"{name} has no counterpart in sparsify, {why}"
+
+
+def _written(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a modifier without those that are not set and those of when training starts. `actorder: null` says
+    something else than nothing."""
+    return {k: v for k, v in values.items() if k not in LIFECYCLE and (v is not None or k == "actorder")}
 
 
 def _is_stage(key: str) -> bool:

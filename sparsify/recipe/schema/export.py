@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sparsify.recipe.llmcompressor.whole import SAVED
 from sparsify.recipe.schema.base import Model, refuse
 
 
@@ -35,11 +36,11 @@ class Head(Model):
 class Export(Model):
     """What is written."""
 
-    format: Literal["sparse24", "dense", "pack-quantized", "gptq"] = Field(
+    format: Literal["sparse24", "dense", "pack-quantized", "gptq", "compressed-tensors"] = Field(
         default="sparse24",
         description="sparse24 (smallest, needs the sparsify plugin), pack-quantized (stock vLLM and "
-        "transformers, stores the zeros), gptq (AutoGPTQ and GPTQModel, stores the zeros) or dense "
-        "(runs everywhere, no smaller)",
+        "transformers, stores the zeros), gptq (AutoGPTQ and GPTQModel, stores the zeros), dense "
+        "(runs everywhere, no smaller) or compressed-tensors (what llm_compressor saved, as it is)",
     )
     dtype: Literal["auto", "bfloat16", "float16"] = Field(
         default="auto",
@@ -49,6 +50,11 @@ class Export(Model):
     head: Head | None = Field(
         default=None, description="quantize the output head as well; without it the head stays 16-bit"
     )
+
+    @property
+    def encoding(self) -> str:
+        """The format that linears are packed in; that of plain tensors for what llm-compressor saved."""
+        return "dense" if self.format == SAVED else self.format
 
     @model_validator(mode="after")
     def _check(self) -> "Export":

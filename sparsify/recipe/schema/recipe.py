@@ -83,10 +83,14 @@ class Recipe(Model):
     llm_compressor: list[dict[str, dict[str, Any]]] | None = Field(
         default=None,
         min_length=1,
-        description="modifiers of llm-compressor that change the dense model before the passes, run in llm-compressor's own "
-        "environment: AWQModifier (with the QuantizationModifier that it prepares for), SmoothQuantModifier, SpinQuantModifier",
+        description="modifiers of llm-compressor, run in llm-compressor's own environment. Before passes, those that change the "
+        "dense model: AWQModifier (with the QuantizationModifier that it prepares for), SmoothQuantModifier, SpinQuantModifier. "
+        "With 'passes: []', all that is done, in this order: also AutoRoundModifier, GPTQModifier, QuantizationModifier, "
+        "SparseGPTModifier, WandaPruningModifier and others",
     )
-    passes: list[Pass] = Field(min_length=1, description="what is done to the model; each kind at most once")
+    passes: list[Pass] = Field(
+        description="what is done to the model; each kind at most once. Empty where llm_compressor does it all"
+    )
     overrides: list[Override] = Field(
         default=[],
         description="other settings for some linears; the last match wins. Linears that vLLM merges must agree",
@@ -136,6 +140,11 @@ class Recipe(Model):
     def training(self) -> list[Distill | Finetune]:
         """The passes that train the whole model after it was compressed, in order."""
         return [step for step in self.passes if isinstance(step, Distill | Finetune)]
+
+    @property
+    def whole(self) -> bool:
+        """Whether llm-compressor does all that is done."""
+        return bool(self.llm_compressor) and not self.passes
 
     @property
     def compresses(self) -> bool:
