@@ -291,7 +291,9 @@ def test_zeros_without_a_pattern_come_back_dense(stand_in: Path, model: Path) ->
     assert result.metrics["llm_compressor"]["zeros"] == pytest.approx(share, abs=1e-6) and share > 0.1
     card = (stand_in / "out/README.md").read_text()
     assert "- 2:4" not in card and "no smaller than the original" in card
-    planned = str(api.plan(pruned, model).table().caption)
+    plan = api.plan(pruned, model)
+    assert plan.to_json()["estimate"] is None and plan.to_json()["calibration"]["source"] == "self"
+    planned = str(plan.table().caption)
     assert "its zeros have no pattern: no kernel makes them smaller or faster" in planned
     assert "llm-compressor runs all of this recipe" in planned and "written as dense" in planned
 
