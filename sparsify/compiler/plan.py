@@ -576,7 +576,7 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
     if not plan.schemes:
         reasons = sorted(set(plan.dense_modules().values()))
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
-    if plan.computes:
+    if plan.computes and not plan.needs_data:  # else `without_skipped` runs it so
         fake_hidden(opened)  # refuses a model that does not call its blocks one after another
     outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}
     outside -= {plan.head.head.source} if plan.head is not None and not plan.head.head.tied else set()

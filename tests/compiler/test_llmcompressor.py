@@ -291,7 +291,9 @@ def test_zeros_without_a_pattern_come_back_dense(stand_in: Path, model: Path) ->
     assert result.metrics["llm_compressor"]["zeros"] == pytest.approx(share, abs=1e-6) and share > 0.1
     card = (stand_in / "out/README.md").read_text()
     assert "- 2:4" not in card and "no smaller than the original" in card
-    planned = str(api.plan(pruned, model).table().caption)
+    plan = api.plan(pruned, model)
+    assert plan.to_json()["estimate"] is None and plan.to_json()["calibration"]["source"] == "self"
+    planned = str(plan.table().caption)
     assert "its zeros have no pattern: no kernel makes them smaller or faster" in planned
     assert "llm-compressor runs all of this recipe" in planned and "written as dense" in planned
 
@@ -336,3 +338,16 @@ def test_an_order_of_groups_needs_an_older_llm_compressor(stand_in: Path, model:
     api.apply(ordered, model, stand_in / "out", calibration=tokens(), quiet=True)
     kept, ours = open_dense(stand_in / "saved"), open_dense(stand_in / "out")
     assert all(torch.equal(kept.tensor(name), ours.tensor(name)) for name in kept.names())
+
+
+def test_experts_that_llm_compressor_quantized_one_by_one_are_taken_over(stand_in: Path, tmp_path: Path) -> None:
+    """transformers puts the experts of Mixtral together into one tensor; llm-compressor takes them apart."""
+    save_tiny(tmp_path / "moe", "mixtral", torch.bfloat16, num_hidden_layers=1)
+    config, write = compressed_tensors("pack-quantized", num_bits=4, strategy="group", group_size=32)
+    quantized_checkpoint(stand_in / "saved", config, write, family="mixtral", num_hidden_layers=1)
+    change_tensors(stand_in / "saved", lambda tensors: tensors.update(in_bfloat16(tensors)))
+    result = api.apply(whole(AUTOROUND), tmp_path / "moe", stand_in / "out", calibration=tokens(), quiet=True)
+    saved, ours = load_file(stand_in / "saved/model.safetensors"), load_file(stand_in / "out/model.safetensors")
+    assert set(saved) == set(ours) and all(torch.equal(saved[name], ours[name]) for name in saved)
+    experts = [layer["module"] for layer in result.metrics["layers"] if ".experts." in layer["module"]]
+    assert len(experts) == 2 * 3 and len(result.metrics["layers"]) == 2 * 3 + 4 + 1

@@ -138,14 +138,17 @@ def test_export_and_inspect_of_a_quantized_source(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["sparse24", "stored dense", "pack-quantized", "gptq", "bitmask none", "bitmask float8", "bitmask int8"]
-)
+    "kind", ["sparse24", "sparse24 4", "sparse24 8", "marlin-24 4", "marlin-24 8", "stored dense", "pack-quantized", "gptq",
+             "bitmask none", "bitmask float8", "bitmask int8"],
+)  # fmt: skip
 @pytest.mark.parametrize("passes", [["quantize: {method: gptq, bits: 4, group_size: 32}"], None])
 def test_zeros_of_a_compressed_source_stay(tmp_path, kind, passes):
-    """Sparse-Llama's layout, 16 bits with 2:4 zeros: a later 4-bit recipe keeps every zero."""
-    dense = save_tiny(tmp_path / "dense", dtype=torch.bfloat16, num_hidden_layers=2)
-    format = "dense" if kind == "stored dense" else kind
+    """Sparse-Llama's layout, 16 bits with 2:4 zeros, and quantized ones: a later 4-bit recipe keeps every zero."""
+    dense = save_tiny(tmp_path / "dense", dtype=torch.bfloat16, num_hidden_layers=2, num_key_value_heads=4)
+    format = "dense" if kind == "stored dense" else kind.split()[0]
     bits = {"bits": 4, "group_size": 32} if kind in ("pack-quantized", "gptq") else {"bits": 16}
+    if kind.endswith((" 4", " 8")):
+        bits = {"bits": int(kind[-1]), "group_size": 0}  # marlin-24 wants 64 outputs, and one scale for 64 inputs
     source = tmp_path / "source"
     if kind.startswith("bitmask"):
         bitmask.checkpoint(dense, source, kind.split()[1])
@@ -167,6 +170,7 @@ def test_zeros_of_a_compressed_source_stay(tmp_path, kind, passes):
     assert len(result.metrics["kept_zeros"]) == 14
     begins = {
         "sparse24": "sparse24, 16-bit 2:4",
+        **{f"{name} {bits}": f"{name}, {bits}-bit 2:4" for name in ("sparse24", "marlin-24") for bits in (4, 8)},
         "stored dense": "compressed-tensors, stored dense",
         "gptq": "GPTQ 4-bit",
     }
