@@ -17,6 +17,7 @@ Seconds = Mapping[Choice, float]
 """Of one unit, by choice. Modelled ones are bytes: only their ratios count."""
 How = Literal["measured", "modelled"]
 ROUNDS = 3
+STREAMED = 2**18  # weights from which on a linear is measured as it comes from memory; smaller ones lie in a cache
 
 
 def seconds_of(plan: Plan, units: Sequence[Unit], how: How, quiet: bool) -> list[Seconds]:
@@ -29,7 +30,7 @@ def seconds_of(plan: Plan, units: Sequence[Unit], how: How, quiet: bool) -> list
 
 
 def _measured(plan: Plan, units: Sequence[Unit], quiet: bool) -> list[Seconds]:
-    """By the benchmark of single kernels: each shape and choice once, weights streamed from memory as in decoding."""
+    """By the benchmark of single kernels: each shape and choice once, large weights streamed from memory as in decoding."""
     if torch.cuda.is_available():
         raise RecipeError("kernels are measured on the CPU only so far; on a GPU use --speed modelled")
     name = plan.compute.name
@@ -42,7 +43,7 @@ def _measured(plan: Plan, units: Sequence[Unit], quiet: bool) -> list[Seconds]:
         groups = {s.group_size for unit in units for s in unit.schemes.get(choice, ()) if s is not None}
         options = KernelOptions(
             rows=(1,), bits=choice.bits, group_size=max(groups, default=0), pattern="2:4" if choice.pruned else "dense",
-            dtype=name, peers=(dense_peer,), cold=True, rounds=ROUNDS, peaks=False, quiet=quiet,
+            dtype=name, peers=(dense_peer,), cold=min(n * k for n, k in shapes) >= STREAMED, rounds=ROUNDS, peaks=False, quiet=quiet,
         )  # fmt: skip
         for row in bench_kernels(linears, options).rows:
             shape = (row.linear.n, row.linear.k)

@@ -16,7 +16,7 @@ from sparsify.evaluation import score_logits
 from sparsify.formats.inspect import inspect
 from sparsify.formats.reader import open_compressed
 from sparsify.model.decoder import open_blocks
-from sparsify.recipe import Calibration, load_recipe, parse_recipe
+from sparsify.recipe import Calibration, ignored_by, load_recipe, parse_recipe
 from sparsify.runtime.backends import ENVIRONMENT_VARIABLE
 from sparsify.search import measure as measuring
 from sparsify.search.budget import parse_budget
@@ -24,6 +24,7 @@ from sparsify.search.choices import CHOICES, DENSE, Choice, choice_named, units_
 from sparsify.search.held_out import HeldOut
 from sparsify.search.overrides import recipe_with
 from sparsify.search.run import Settings, search
+from sparsify.search.speed import seconds_of
 from sparsify.search.text import held_out_source
 from sparsify.search.verify import linear_bytes
 from tests.helpers.tiny import save_tiny, tiny_text
@@ -400,3 +401,36 @@ def test_names_of_choices():
     assert choice_named("2:4-8") == Choice(True, 8)
     with pytest.raises(RecipeError, match="choice '2:4' is unknown; choose from dense-16"):
         choice_named("2:4")
+
+
+def test_measured_times_are_of_every_shape_and_choice(recipe, source, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    monkeypatch.setattr("sparsify.search.speed.ROUNDS", 1)
+    plan = keep_zeros(make_plan(recipe(), str(source)))
+    found = units_of(plan, [DENSE, DENSE4, BASE])
+    times = seconds_of(plan, found, "measured", quiet=True)
+    assert all(set(own) == {DENSE, DENSE4, BASE} and min(own.values()) > 0 for own in times)
+    assert times[0] == times[4] != times[1]  # one measurement for each shape
+    with pytest.raises(RecipeError, match="leave dense-16 among the --choices"):
+        seconds_of(plan, units_of(plan, [DENSE4, BASE]), "modelled", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "last"),
+    [("llama", "mlp.down_proj"), ("opt", "fc2"), ("gpt_neox", "mlp.dense_4h_to_h"), ("phi3", "mlp.down_proj")],
+)
+def test_the_balanced_recipe_fits_models_of_other_names(tmp_path, family, last):
+    plan = make_plan(load_recipe("balanced"), str(save_tiny(tmp_path / "model", family)))
+    dense = {name for name, scheme in plan.schemes.items() if scheme.prune is None}
+    assert dense == {f"{block}.{last}" for block in plan.model.blocks} < set(plan.schemes)
+    assert all(scheme.bits == 4 for scheme in plan.schemes.values())
+
+
+def test_the_balanced_recipe_names_the_linear_that_leaves_the_mlp():
+    (override,) = load_recipe("balanced").overrides
+    named = {
+        "transformer.h.0.mlp.c_proj": True, "transformer.h.0.attn.c_proj": False, "transformer.h.1.mlp.fc_out": True,
+        "model.layers.3.feed_forward.w2": True, "model.layers.3.feed_forward.w1": False, "transformer.h.2.mlp.dense_4h_to_h": True,
+        "model.layers.0.mlp.experts.11.down_proj": True, "model.layers.0.self_attn.o_proj": False,
+    }  # fmt: skip
+    assert {name: ignored_by(name, [override.match]) is not None for name in named} == named
