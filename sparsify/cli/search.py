@@ -30,6 +30,7 @@ def search(args: argparse.Namespace) -> Outcome:
         choices=None if args.choices is None else [choice_named(name) for name in args.choices],
         text=args.text,
         samples=args.samples,
+        sequence_length=args.sequence_length,
         precision=args.precision,
         speed=args.speed,
         verify=args.verify,
@@ -80,8 +81,9 @@ def add_search(commands: Commands) -> None:
         help="text to measure on, file:PATH or hub:ID (default: what follows the calibration rows of the recipe; other text of the "
         "model's own where it writes that)",
     )  # fmt: skip
+    command.add_argument("--samples", type=int, default=8, metavar="N", help="rows of that text (8)")
     command.add_argument(
-        "--samples", type=int, default=8, metavar="N", help="rows of that text, each as long as a calibration row (8)"
+        "--sequence-length", type=int, metavar="N", help="tokens of a row (default: as many as a calibration row has)"
     )
     command.add_argument(
         "--precision", choices=("float32", "bfloat16"), default="float32",

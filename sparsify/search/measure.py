@@ -182,6 +182,7 @@ class _Solver:
         errors: dict[Choice, dict[str, float]] = {choice: {} for choice in self.schemes}
 
         def add(weights: Mapping[str, Tensor], statistics: Statistics | None) -> None:
+            masks: dict[tuple[str, ...], dict[str, Tensor]] = {}  # choices of several bits share them
             for choice, schemes in self.schemes.items():
                 bar.describe(f"{next(iter(weights))}: {choice.describe()}")
                 parts: dict[Scheme, dict[str, Tensor]] = {}
@@ -189,7 +190,8 @@ class _Solver:
                     if name in schemes:
                         parts.setdefault(schemes[name], {})[name] = weight
                 for scheme, part in parts.items():
-                    linears, found = solve_layer(part, scheme, statistics)
+                    known = masks.setdefault(tuple(part), {})
+                    linears, found = solve_layer(part, scheme, statistics, masks_found=known)
                     solved[choice] |= linears
                     errors[choice] |= found
 

@@ -36,6 +36,16 @@ VERSION = 1
 RESULT = "search.json"
 RECORD = "record.json"
 SAMPLES = 8
+RECORDED = {
+    "version": "version of sparsify",
+    "recipe": "recipe",
+    "inputs": "model",
+    "choices": "list of choices",
+    "text": "text",
+    "samples": "number of samples",
+    "sequence_length": "sequence length",
+    "precision": "precision",
+}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -45,7 +55,7 @@ class Settings:
 
     choices: what a unit may become; None for all that the recipe's passes can express
     text: a source to measure on (file:PATH, hub:ID); None for text after the recipe's calibration rows
-    samples: rows of it, each as long as a calibration row
+    samples: rows of it; sequence_length: tokens of each, None for as many as a calibration row has
     precision: float32, or bfloat16, which is faster on some machines and cannot tell small divergences apart
     speed: how the time of a linear is known, where a budget asks for speed
     verify: how many selections to compress really and to measure: those of the budgets, then others of the front
@@ -54,6 +64,7 @@ class Settings:
     choices: Sequence[Choice] | None = None
     text: str | None = None
     samples: int = SAMPLES
+    sequence_length: int | None = None
     precision: str = "float32"
     speed: How = "measured"
     verify: int = 0
@@ -189,7 +200,7 @@ def search(
         if any(budget.kind == "speed" for budget in budgets):
             seconds = seconds_of(plan, units, settings.speed, quiet)
         _refuse_impossible(plan, units, seconds, budgets)
-        held_out = held_out_rows(plan, settings.text, settings.samples, place, quiet)
+        held_out = held_out_rows(plan, settings.text, settings.samples, settings.sequence_length, place, quiet)
         measured = measure(plan, units, held_out, place, PRECISIONS[settings.precision], quiet)
         selection = selection_of(plan, units, measured, seconds)
         if left := [unit.name for unit in units if unit.name not in measured]:
@@ -231,8 +242,8 @@ def _refuse(recipe: Recipe, budgets: Sequence[Budget], settings: Settings) -> No
         raise RecipeError("export.format dense stores every choice with the same bytes; set export.format: sparse24")
     if settings.precision not in PRECISIONS:
         raise RecipeError(f"precision {settings.precision} is unknown; choose {' or '.join(PRECISIONS)}")
-    if settings.samples < 1 or settings.verify < 0:
-        raise RecipeError("--samples takes a positive number, --verify one from 0 up")
+    if settings.samples < 1 or settings.verify < 0 or (settings.sequence_length or 2) < 2:
+        raise RecipeError("--samples takes a positive number, --sequence-length one from 2 up, --verify one from 0 up")
     known = choices_of(recipe)
     for choice in settings.choices or ():
         if choice not in known:
@@ -244,14 +255,17 @@ def _refuse(recipe: Recipe, budgets: Sequence[Budget], settings: Settings) -> No
 
 def _record(place: Path, plan: Plan, output: Path, settings: Settings, resume: bool) -> None:
     """Note in a work directory what is measured there; CheckpointError where that is something else."""
-    choices = [choice.name for choice in settings.choices or choices_of(plan.recipe)]
-    asked = plan.recipe.model_copy(
-        update={"export": plan.recipe.export.model_copy(update={"head": None}), "evaluation": None}
-    )
+    same = {
+        "export": plan.recipe.export.model_copy(update={"head": None}),
+        "evaluation": None,
+    }  # nothing of it is measured
     record = {
-        "version": VERSION, "recipe": dump_recipe(resumable(asked)), "inputs": plan.input_digests(output), "choices": choices,
-        "text": settings.text, "samples": settings.samples, "precision": settings.precision,
-    }  # fmt: skip
+        "version": VERSION,
+        "recipe": dump_recipe(resumable(plan.recipe.model_copy(update=same))),
+        "inputs": plan.input_digests(output),
+        "choices": [choice.name for choice in settings.choices or choices_of(plan.recipe)],
+        **{name: getattr(settings, name) for name in ("text", "samples", "sequence_length", "precision")},
+    }
     file = place / RECORD
     if file.exists():
         if not resume:
@@ -259,14 +273,10 @@ def _record(place: Path, plan: Plan, output: Path, settings: Settings, resume: b
                 f"{place} holds the beginning of an interrupted search; go on with --resume, or remove that directory"
             )
         before = read_json(file)
-        for key, what in (
-            ("version", "version"), ("recipe", "recipe"), ("inputs", "model"), ("choices", "choices"), ("text", "text"),
-            ("samples", "number of samples"), ("precision", "precision"),
-        ):  # fmt: skip
-            if before.get(key) != record[key]:
-                raise CheckpointError(
-                    f"{place} was measured with another {what}; search with the same one, or into another output"
-                )
+        if changed := [RECORDED[key] for key in record if before.get(key) != record[key]]:
+            raise CheckpointError(
+                f"{place} was measured with another {changed[0]}; search with the same one, or into another output"
+            )
         return
     if place.exists() and any(place.iterdir()):
         raise CheckpointError(f"{place} is no work directory of a search; choose another output or remove it first")
