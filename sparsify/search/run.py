@@ -217,7 +217,7 @@ def search(
     for one in found:
         _write(one, place)
     result = Searched(output, model, selection, found, own, front, described)
-    write_json(place / RESULT, result.to_json())
+    write_json(place / RESULT, _with_earlier(result.to_json(), place / RESULT))
     if place == work:
         publish(work, output)
     return result
@@ -340,6 +340,17 @@ def _write(found: Found, place: Path) -> None:
     if found.verified is not None:
         said.append(f"Measured on the compressed model: KL {found.verified.kl:.4g}")
     atomic_write(place / found.file, "".join(f"# {line}\n" for line in said) + "\n" + dump_recipe(found.recipe))
+
+
+def _with_earlier(result: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The result with the selections that an earlier search in the same place made for other budgets."""
+    if not file.exists():
+        return result
+    new = {found["for"] for found in result["found"]}
+    return {
+        **result,
+        "found": [*(found for found in read_json(file)["found"] if found["for"] not in new), *result["found"]],
+    }
 
 
 def _described(plan: Plan, settings: Settings, held_out: Tensor, seconds: Any, elapsed: float) -> dict[str, Any]:

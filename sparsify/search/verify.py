@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.compiler.apply import apply
+from sparsify.compiler.metrics import METRICS, RECIPE
+from sparsify.errors import CheckpointError
 from sparsify.evaluation import load_model, score_models
 from sparsify.files import read_json
 from sparsify.formats.writer import partial_directory
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import progress
-from sparsify.recipe import Recipe
+from sparsify.recipe import Recipe, dump_recipe
 from sparsify.recipe.schema import Depth, Distill, Finetune, Lora, Tune
-
-METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,12 @@ def verify(
 
     held_out: int64 [samples, T]; linears: names in the checkpoint over which bits are averaged; weights: how many they have
     """
+    asked = one_shot(recipe).model_copy(update={"model": model})
     if not directory.exists():
         started = partial_directory(directory).exists()
-        apply(one_shot(recipe), model, directory, resume=started, quiet=quiet)
+        apply(asked, model, directory, resume=started, quiet=quiet)
+    elif (directory / RECIPE).read_text(encoding="utf-8") != dump_recipe(asked):
+        raise CheckpointError(f"{directory} was made by another recipe; remove it")
     dense, compressed = load_model(model), load_model(directory)
     scores, reference = score_models(
         [(str(directory), compressed.model)],

@@ -1,6 +1,7 @@
 """A whole search on tiny random models: what is measured, chosen, written, resumed and refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from sparsify.evaluation import score_logits
 from sparsify.formats.inspect import inspect
 from sparsify.formats.reader import open_compressed
 from sparsify.model.decoder import open_blocks
-from sparsify.recipe import Calibration, ignored_by, load_recipe, parse_recipe
+from sparsify.recipe import Calibration, Head, ignored_by, load_recipe, parse_recipe
 from sparsify.runtime.backends import ENVIRONMENT_VARIABLE
 from sparsify.search import measure as measuring
 from sparsify.search.budget import parse_budget
@@ -27,6 +28,8 @@ from sparsify.search.run import Settings, search
 from sparsify.search.speed import seconds_of
 from sparsify.search.text import held_out_source
 from sparsify.search.verify import linear_bytes
+from sparsify.solver.hessian import Statistics
+from sparsify.solver.solve import Scheme, solve_layer
 from tests.helpers.tiny import save_tiny, tiny_text
 
 pytest.importorskip("scipy", reason="sparsify search needs scipy")
@@ -295,6 +298,8 @@ def test_a_finished_search_serves_other_budgets(tmp_path, recipe, source, monkey
     monkeypatch.setattr(measuring, "_measured", None)
     search(*arguments, [parse_budget("bits=3.7")], settings, resume=True, quiet=True)
     assert {file.name for file in (tmp_path / "out").glob("*.yaml")} == {"bits-4.yaml", "bits-3.7.yaml"}
+    found = json.loads((tmp_path / "out" / "search.json").read_text())["found"]
+    assert [entry["for"] for entry in found] == ["bits=4", "bits=3.7"]
 
 
 def test_a_verified_selection(tmp_path, recipe, source, monkeypatch):
@@ -308,6 +313,11 @@ def test_a_verified_selection(tmp_path, recipe, source, monkeypatch):
     assert (tmp_path / "out" / "verified" / "bits-4" / "config.json").exists()
     said = json.loads((tmp_path / "out" / "search.json").read_text())["found"][0]
     assert said["verified"]["kl"] == first.verified.kl and said["for"] == "bits=4"
+    other = recipe().model_copy(
+        update={"export": recipe().export.model_copy(update={"head": Head(bits=8, group_size=32)})}
+    )
+    with pytest.raises(CheckpointError, match="verified/bits-4 was made by another recipe; remove it"):
+        search(other, str(source), tmp_path / "out", [parse_budget("bits=4")], settings, resume=True, quiet=True)
 
 
 def test_a_data_free_recipe_needs_no_walk(tmp_path, text, source):
@@ -434,3 +444,19 @@ def test_the_balanced_recipe_names_the_linear_that_leaves_the_mlp():
         "model.layers.0.mlp.experts.11.down_proj": True, "model.layers.0.self_attn.o_proj": False,
     }  # fmt: skip
     assert {name: ignored_by(name, [override.match]) is not None for name in named} == named
+
+
+def test_choices_of_several_bits_share_their_mask():
+    torch.manual_seed(0)
+    weights, x = {"a": torch.randn(16, 64), "b": torch.randn(8, 64)}, torch.randn(200, 64)
+    statistics, known = Statistics(x.t() @ x / 200), {}
+    for bits in (4, 8):
+        scheme = Scheme("alps", "gptq", bits, 32, coordinate_descent=2)
+        shared, _ = solve_layer(weights, scheme, statistics, masks_found=known)
+        alone, _ = solve_layer(weights, scheme, statistics)
+        assert all(torch.equal(shared[name].codes, alone[name].codes) for name in weights)
+    assert list(known) == ["alps"] and known["alps"].shape == (24, 64)
+    known["alps"] = torch.arange(4).repeat(24, 16) < 2
+    inside = replace(scheme, coordinate_descent=0)  # which may exchange what is kept
+    forced, _ = solve_layer(weights, inside, statistics, masks_found=known)
+    assert not forced["a"].codes[:, 2::4].any() and not forced["a"].codes[:, 3::4].any()
