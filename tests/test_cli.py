@@ -22,6 +22,7 @@ from sparsify.errors import CheckpointError
 COMMANDS = [
     "apply",
     "plan",
+    "search",
     "inspect",
     "export",
     "eval",

@@ -22,7 +22,7 @@ from sparsify.cli.parser import command_parser
 ORDER = (
     "_version", "errors", "failure", "files", "units", "processor", "threads", "distributed", "compute", "progress", "native",
     "fingerprint", "recipe", "model", "data", "formats", "solver", "training", "depth", "compiler", "runtime", "evaluation",
-    "bench", "report", "api", "demo", "doctor", "cli", "__main__",
+    "bench", "search", "report", "api", "demo", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 # The runtime is loaded by every vLLM worker and by transformers: it may know the format and nothing of the compiler.

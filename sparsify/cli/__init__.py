@@ -93,7 +93,7 @@ def show(outcome: Outcome, as_json: bool) -> None:
 def explain(error: BaseException, args: argparse.Namespace, argv: Sequence[str]) -> tuple[int, str]:
     """The exit status and the one sentence for an error that ended a command."""
     again = ""
-    if args.command == "apply":
+    if args.command in ("apply", "search"):
         command = [*argv] if "--resume" in argv else [*argv, "--resume"]
         again = f"; finished blocks are kept, go on with: {shlex.join(['sparsify', *command])}"
     if isinstance(error, KeyboardInterrupt):

@@ -118,8 +118,9 @@ def report(args: argparse.Namespace) -> Outcome:
     from sparsify.files import read_json
     from sparsify.report import report_on
 
-    evaluation, bench = (read_json(file) if file else None for file in (args.evaluation, args.bench))
-    page = report_on(Path(args.directory), args.output, evaluation, bench, dense=args.dense)
+    files = (args.evaluation, args.bench, args.search)
+    evaluation, bench, search = (read_json(file) if file else None for file in files)
+    page = report_on(Path(args.directory), args.output, evaluation, bench, dense=args.dense, search=search)
     return Outcome({"report": str(page)}, [f"report: {page}"])
 
 
@@ -136,5 +137,8 @@ def add_report(commands: Commands) -> None:
     command.add_argument("directory", metavar="DIR", help="checkpoint directory that `sparsify apply` wrote")
     command.add_argument("--evaluation", metavar="FILE", help="output of `sparsify eval --json`")
     command.add_argument("--bench", metavar="FILE", help="output of `sparsify bench --json`")
+    command.add_argument(
+        "--search", metavar="FILE", help="search.json of `sparsify search`: how sensitive each linear is"
+    )
     command.add_argument("--dense", metavar="M", help="the dense model, to split its size into linears and the rest")
     command.add_argument("--output", "-o", metavar="FILE", help="where to write (default DIR/report.html)")

@@ -4,12 +4,13 @@ import argparse
 from collections.abc import Sequence
 
 from sparsify._version import __version__
-from sparsify.cli import bench, checkpoint, compress, demo, doctor, kernels, serve
+from sparsify.cli import bench, checkpoint, compress, demo, doctor, kernels, search, serve
 from sparsify.cli.command import examples
 
 COMMANDS = (
     compress.add_apply,
     compress.add_plan,
+    search.add_search,
     checkpoint.add_inspect,
     checkpoint.add_export,
     checkpoint.add_evaluate,

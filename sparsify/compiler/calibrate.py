@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -38,8 +39,13 @@ KERNELS = ("cpu/gram", "cpu/column_sweep", "cpu/coordinate_descent")  # what com
 
 
 def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:
+    """`kept_rows` in the work directory of a run that writes a checkpoint."""
+    return kept_rows(plan, writer.work, quiet)
+
+
+def kept_rows(plan: Plan, work: Path, quiet: bool) -> Tensor:
     """The calibration tokens [samples, sequence]; a resumed run uses those of the first one, whatever became of their source."""
-    file = writer.work / CALIBRATION
+    file = work / CALIBRATION
     if file.exists():
         read_header(file)
         from safetensors.torch import load_file

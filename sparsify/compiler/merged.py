@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from sparsify.solver.solve import Scheme
@@ -45,6 +45,16 @@ def merged_with(name: str) -> list[str]:
     """The linears that vLLM puts beside this one, where the model has them."""
     parent, dot, leaf = name.rpartition(".")
     return [f"{parent}{dot}{other}" for together in MERGED if leaf in together for other in together if other != leaf]
+
+
+def merged_units(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The linears of `names` that vLLM loads as one, together; every other one by itself. In the order of their first."""
+    known = list(dict.fromkeys(names))
+    units: dict[str, tuple[str, ...]] = {}
+    for name in known:
+        together = {name, *merged_with(name)}
+        units.setdefault(min(together), tuple(other for other in known if other in together))
+    return [*units.values()]
 
 
 def merging_problem(linears: Mapping[str, Planned], format: str) -> str | None:

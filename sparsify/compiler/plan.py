@@ -559,7 +559,7 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
                 other[module] = "transformers assembles its weight from several tensors of the checkpoint"
                 continue
             settings = settings_of(recipe, module)
-            scheme = _scheme(recipe, settings, store)
+            scheme = scheme_of(recipe, settings, store)
             reason = settings.dense if scheme is None else scheme.reason_dense(shape[1])
             if ROUTER.search(name):
                 reason = "routes tokens to experts"
@@ -701,7 +701,7 @@ def _inside(checkpoint: Checkpoint) -> list[TensorInfo]:
     return [info for name, info in floating.items() if in_block(name)] or [*floating.values()]
 
 
-def _scheme(recipe: Recipe, settings: LinearSettings, store: torch.dtype) -> Scheme | None:
+def scheme_of(recipe: Recipe, settings: LinearSettings, store: torch.dtype) -> Scheme | None:
     """What is asked of one linear, as one scheme; None when it stays dense."""
     prune, quantize, solver = settings.prune, settings.quantize, recipe.solver
     if prune is None and quantize is None:

@@ -24,6 +24,7 @@ def write_report(
     evaluation: Evaluations = None,
     bench: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
+    search: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes report.html from what was measured.
 
@@ -31,10 +32,11 @@ def write_report(
     evaluation: EvaluationResult.to_json(), or several; None takes metrics["evaluation"]
     bench:      BenchResult.to_json()
     run:        run.json of `sparsify apply`: seconds, memory, versions
+    search:     search.json of `sparsify search`
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, render_page({**_facts(run or {}), **metrics}, evaluation, bench))
+    atomic_write(path, render_page({**_facts(run or {}), **metrics}, evaluation, bench, search))
     return path
 
 
@@ -44,12 +46,16 @@ def report_on(
     evaluation: Evaluations = None,
     bench: Mapping[str, Any] | None = None,
     dense: str | Path | None = None,
+    search: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the report of a directory that `sparsify apply` made, by default as report.html in it.
 
     dense: the dense model, to split both sizes into linears, embeddings and the rest; by default the base model of the
     run when it is at hand
+    search: search.json of `sparsify search`, whose measurements are drawn
     """
+    if search is not None and not {"units", "recipe_as_given", "found", "held_out"} <= set(search):
+        raise CheckpointError("--search takes the search.json that `sparsify search` wrote; this file is another")
     directory = Path(directory)
     metrics = read_json(directory / "metrics.json")
     run = read_json(directory / "run.json") if (directory / "run.json").is_file() else None
@@ -63,7 +69,7 @@ def report_on(
             raise  # asked for by name; the base model of an old run may well be gone
     if "dense" in parts:
         metrics["sizes"] = {**metrics["sizes"], "parts": parts}
-    return write_report(path or directory / "report.html", metrics, evaluation, bench, run)
+    return write_report(path or directory / "report.html", metrics, evaluation, bench, run, search)
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sparsify.report import compressed, header, measured
+from sparsify.report import compressed, header, measured, search
 from sparsify.report.figures import as_list, read_layers
 
 
@@ -22,8 +22,14 @@ def environment() -> Environment:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
 
 
-def render_page(metrics: Mapping[str, Any], evaluations: Any = None, bench: Mapping[str, Any] | None = None) -> str:
-    """The whole document. metrics: metrics.json; evaluations, bench: what `eval --json` and `bench --json` printed."""
+def render_page(
+    metrics: Mapping[str, Any],
+    evaluations: Any = None,
+    bench: Mapping[str, Any] | None = None,
+    searched: Mapping[str, Any] | None = None,
+) -> str:
+    """The whole document. metrics: metrics.json; evaluations, bench: what `eval --json` and `bench --json` printed; searched:
+    search.json of `sparsify search`."""
     evaluated = without_dense(as_list(evaluations or metrics.get("evaluation")))
     layers = read_layers(metrics)
     return (
@@ -38,6 +44,7 @@ def render_page(metrics: Mapping[str, Any], evaluations: Any = None, bench: Mapp
             depth=compressed.depth(metrics),
             training=compressed.training(metrics),
             layers=compressed.by_layer(metrics, layers),
+            search=search.search(searched),
             dense=compressed.dense_modules(metrics),
             recipe=compressed.recipe(metrics),
             method=measured.method(metrics, evaluated, bench or {}),

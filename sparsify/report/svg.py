@@ -7,7 +7,7 @@ for a desk and for a phone, and style.css shows the one that fits.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -107,7 +107,7 @@ def heat_map(layers: Sequence[Layer], width: float) -> str:
         if layer.sparsity is not None:
             described += f", {units.percent(layer.sparsity)} zeros"
         described += f", {layer.bits} bits\n{layer.module} {layer.shape[0]} × {layer.shape[1]}"
-        step = "none" if layer.relative_error is None else f"h{_colour(heat_step(layer.relative_error, edges), edges)}"
+        step = "none" if layer.relative_error is None else heat_colour(layer.relative_error, edges)
         drawing.rect(
             left + columns[layer.block] * cell, rows[layer.kind] * row + 1, cell - gap, row - 2,
             f"cell {step}", described, radius=min(4, cell / 4),
@@ -118,8 +118,13 @@ def heat_map(layers: Sequence[Layer], width: float) -> str:
         if i % stride == 0:
             drawing.text(left + (i + 0.5) * cell - gap / 2, bottom + 15, str(block), "tick", "middle")
     drawing.text(left - 10, bottom + 15, "block", "tick", "end")
-    _legend(drawing, edges, left, bottom + axis + 10, min(width - left, 460))
+    heat_legend(drawing, edges, left, bottom + axis + 10, min(width - left, 460))
     return drawing.render()
+
+
+def heat_colour(value: float, edges: Sequence[float]) -> str:
+    """The class of a value's colour."""
+    return f"h{_colour(heat_step(value, edges), edges)}"
 
 
 def _colour(step: int, edges: Sequence[float]) -> int:
@@ -127,14 +132,23 @@ def _colour(step: int, edges: Sequence[float]) -> int:
     return step if len(edges) > 1 else 2
 
 
-def _legend(drawing: Drawing, edges: Sequence[float], x: float, y: float, width: float) -> None:
+def heat_legend(
+    drawing: Drawing,
+    edges: Sequence[float],
+    x: float,
+    y: float,
+    width: float,
+    what: str = "error up to",
+    written: Callable[[float], str] = units.error,
+) -> None:
+    """The colours of a heat map with their upper edges. what: stands before them; written: how an edge reads."""
     step = width / max(len(edges), 1)
     for i, edge in enumerate(edges):
-        drawing.rect(x + i * step, y, step - 2, 10, f"h{_colour(i, edges)}", f"up to {units.error(edge)}", radius=2)
+        drawing.rect(x + i * step, y, step - 2, 10, f"h{_colour(i, edges)}", f"up to {written(edge)}", radius=2)
         # From the worst down, so that the end of the scale is labelled also where only every second label fits.
         if step > 44 or (len(edges) - 1 - i) % 2 == 0:
-            drawing.text(x + (i + 1) * step - 2, y + 25, units.error(edge), "tick", "end")
-    drawing.text(x - 10, y + 9, "error up to", "tick", "end")
+            drawing.text(x + (i + 1) * step - 2, y + 25, written(edge), "tick", "end")
+    drawing.text(x - 10, y + 9, what, "tick", "end")
 
 
 def depth_chart(layers: Sequence[Layer], width: float) -> str:

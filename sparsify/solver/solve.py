@@ -84,11 +84,14 @@ def solve_layer(
     statistics: Statistics | None,
     together: bool = False,
     measure: bool = True,
+    masks_found: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, LinearWeights], dict[str, float]]:
     """Compress linears that read the same tensor. weights: module name -> [N_i, K].
 
     together: all processes call this with the same arguments; each solves its share of the outputs, which do not depend
     on each other, and all get the whole.
+    masks_found: by method, masks that were found for these weights on these statistics with the same damping and error
+    propagation; they are taken from here and kept here. Only without `together`.
     Returns the compressed linears, and their relative output error on the calibration tokens (empty without data, and
     without `measure`: it costs two products with H). Raises NumericalError for NaN or Inf in a weight or in the Hessian.
     """
@@ -100,7 +103,7 @@ def solve_layer(
     W = torch.cat([weight.float() for weight in weights.values()])
     together = together and W.shape[0] >= processes()
     mine = share(W.shape[0]) if together else slice(None)
-    solved = _solve(W[mine], scheme, statistics, ", ".join(weights))
+    solved = _solve(W[mine], scheme, statistics, ", ".join(weights), {} if masks_found is None else masks_found)
     solved = _joined(gathered(solved), W.device) if together else solved
     linears: dict[str, LinearWeights] = {}
     errors: dict[str, float] = {}
@@ -120,7 +123,9 @@ def solve_layer(
     return linears, errors
 
 
-def _solve(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str) -> LinearWeights:
+def _solve(
+    W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str, masks_found: dict[str, Tensor]
+) -> LinearWeights:
     """W: [N, K] float32, stacked. In this order: error propagation, mask, column sweep, coordinate descent; or rounding."""
     k = W.shape[1]
     grid = scheme.grid(k)
@@ -138,7 +143,11 @@ def _solve(W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str) 
     needs = PRUNE[scheme.prune] if scheme.prune else NOTHING
     H = factors.damped if factors and needs.hessian else statistics.H if statistics else None
     # error propagation moves what is zero; the mask to keep is that of the weights as they were given
-    mask = method.mask(given if scheme.prune == KEEP else W, H) if method and method.mask else None
+    mask = None
+    if scheme.prune and method and method.mask:
+        if scheme.prune not in masks_found:
+            masks_found[scheme.prune] = method.mask(given if scheme.prune == KEEP else W, H)
+        mask = masks_found[scheme.prune]
     select = method.select if method else None
     if scheme.sweeps:
         assert factors is not None and statistics is not None

@@ -115,6 +115,7 @@ MIXED: dict[str, dict[str, Any] | None] = {
     r"1\.self_attn\.o_proj": None,
     r"0\.mlp\.down_proj": {"bits": 8, "group_size": 128, "pattern": "dense"},
     r"1\.mlp\.down_proj": {"bits": 8, "group_size": 0},
+    r"0\.mlp\.(gate|up)_proj": {"pattern": "dense"},
     r"1\.mlp\.(gate|up)_proj": {"group_size": 32},
     r"lm_head": {"bits": 8, "pattern": "dense"},
 }

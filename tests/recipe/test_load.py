@@ -60,7 +60,7 @@ def test_the_solver_of_each_ready_recipe() -> None:
         solver = recipe.solver
         found = (solver.damping, solver.error_propagation, solver.coordinate_descent)
         assert found == expected.get(name, joint), name
-    assert set(expected) < set(compressing) and len(compressing) == 11
+    assert set(expected) < set(compressing) and len(compressing) == 12
 
 
 def test_recipes_of_an_installed_wheel_are_found_and_a_strangers_are_not(tmp_path: Path) -> None:

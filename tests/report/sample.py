@@ -122,3 +122,44 @@ def sample_bench():
         "seconds": 200.0,
         "prompts": ["What is the capital of France?", "Write one sentence about the sea."],
     }
+
+
+CHOICES = {"dense-16": 16, "dense-8": 8.25, "dense-4": 4.25, "2:4-16": 9, "2:4-8": 5.25, "2:4-4": 3.25}
+
+
+def sample_search(blocks=30):
+    """search.json: four groups of linears a block, one selection that keeps every third group dense."""
+    rng = random.Random(1)
+    groups = ("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj")
+    units = [
+        {
+            "name": f"model.layers.{block}.{group}",
+            "block": block,
+            "modules": [],
+            "weights": 1000,
+            "choices": {
+                name: {
+                    "kl": 0.0 if name == "dense-16" else 10 ** rng.uniform(-3, -1) / bits,
+                    "error": 0.1,
+                    "bytes": 125 * bits,
+                }
+                for name, bits in CHOICES.items()
+            },
+        }
+        for block in range(blocks)
+        for group in groups
+    ]
+    own = {unit["name"]: "2:4-4" for unit in units}
+    mixed = {unit["name"]: "dense-4" if number % 3 == 0 else "2:4-4" for number, unit in enumerate(units)}
+    point = {"bits": 3.25, "bytes": 71_000_000, "speed": None, "predicted_kl": 0.61}
+    verified = {"kl": 0.312, "perplexity": 28.44, "dense_perplexity": 21.3, "bits": 3.5, "nbytes": 76_000_000}
+    return {
+        "version": 1,
+        "held_out": {"text": None, "rows": 8, "row_length": 512},
+        "units": units,
+        "recipe_as_given": {**point, "choices": own},
+        "front": [],
+        "found": [
+            {"for": "bits=3.5", "recipe": "bits-3.5.yaml", **point, "bits": 3.5, "choices": mixed, "verified": verified}
+        ],
+    }

@@ -27,7 +27,7 @@ from sparsify.report.figures import (
 )
 from sparsify.report.page import environment
 
-from .sample import sample_bench, sample_evaluations, sample_metrics
+from .sample import sample_bench, sample_evaluations, sample_metrics, sample_search
 
 VOID = {"meta", "link", "br"}
 
@@ -110,6 +110,43 @@ def test_data_free_recipe_has_no_error_pictures():
     document = Document(render_page(metrics))
     assert "ran no data through the model" in document.text
     assert not any("Heat map" in attrs.get("aria-label", "") for _, attrs in document.tags)
+
+
+def test_a_search_is_drawn():
+    document = Document(render_page(sample_metrics(), None, None, sample_search()))
+    for words in (
+        "How sensitive each linear is",
+        "2:4, 4 bits",
+        "8 rows of 512 tokens",
+        "Chosen for bits=3.5",
+        "28.44",
+    ):
+        assert words in document.text, words
+    labels = {attrs.get("aria-label", "") for _, attrs in document.tags}
+    assert any("Heat map of the KL divergence of 120 groups of linears" in label for label in labels)
+    assert "What each group of linears became: 80 2:4, 4 bits; 40 dense, 4 bits" in labels
+    cells = [attrs["class"] for tag, attrs in document.tags if tag == "rect" and "cell h" in attrs.get("class", "")]
+    assert cells.count("cell h0") >= 80  # both widths: the most frequent choice has the first colour
+    assert "q_proj+k_proj+v_proj" in document.text and "down_proj" in document.text
+    assert "How sensitive" not in Document(render_page(sample_metrics())).text
+
+
+def test_names_in_a_search_are_escaped():
+    text = json.dumps(sample_search(2)).replace("down_proj", "<script>alert(1)</script>")
+    document = Document(render_page(sample_metrics(), None, None, json.loads(text.replace("bits=3.5", "<b>x</b>"))))
+    assert "alert(1)" in document.text and "Chosen for <b>x</b>" in document.text
+    assert not {tag for tag, _ in document.tags} & {"script", "b"}
+
+
+def test_the_colours_follow_the_divergence():
+    search = sample_search(2)
+    for number, unit in enumerate(search["units"]):
+        unit["choices"]["2:4-4"]["kl"] = 10.0 ** (number - 8)
+    page = render_page(sample_metrics(), None, None, search)
+    steps = re.findall(r'class="cell h(\d)"><title>block (\d), ([^:]*): dense, 16 bits: ', page)
+    by_unit = {(int(block), kind): int(step) for step, block, kind in steps}
+    ordered = [by_unit[unit["block"], unit["name"].split(".", 3)[3].rsplit(".", 1)[-1]] for unit in search["units"]]
+    assert ordered == sorted(ordered) and (ordered[0], ordered[-1]) == (0, 6)
 
 
 def test_values_are_escaped_everywhere():
