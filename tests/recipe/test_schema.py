@@ -147,7 +147,7 @@ def test_dump_gives_the_same_recipe_back_and_other_yaml_readers_agree() -> None:
         ("version: 1\npasses: []\n", 2, "passes is empty"),
         ("version: 1\npasses: {prune: {method: wanda}}\n", 2, "passes must be a list"),
         ("version: 1\npasses:\n  - prun: {method: wanda}\n", 3, "unknown pass 'prun'; did you mean 'prune'? known"),
-        ("version: 1\npasses:\n  - zzz: {}\n", 3, "unknown pass 'zzz'; known passes: depth, prune, quantize"),
+        ("version: 1\npasses:\n  - zzz: {}\n", 3, "unknown pass 'zzz'; known passes: depth, basis, prune"),
         ("version: 1\npasses:\n  - depth: {}\n", 3, "depth needs the key 'method': angular, deepest, streamline or finercut"),
         ("version: 1\npasses:\n  - tune: {}\n", 3, "tune trains what compression left over"),
         (

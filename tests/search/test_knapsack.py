@@ -7,8 +7,6 @@ import pytest
 
 from sparsify.search.knapsack import knapsack, lightest, total
 
-pytest.importorskip("scipy", reason="sparsify search needs scipy")
-
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_best_selection_of_all(seed):

@@ -32,8 +32,6 @@ from sparsify.solver.hessian import Statistics
 from sparsify.solver.solve import Scheme, solve_layer
 from tests.helpers.tiny import save_tiny, tiny_text
 
-pytest.importorskip("scipy", reason="sparsify search needs scipy")
-
 RECIPE = """
 version: 1
 calibration: {{source: "file:{text}", samples: 8, sequence_length: 32}}

@@ -18,7 +18,7 @@ class Basis(PassModel):
         "that is tied to the embedding gets weights of its own",
     )
     heads: bool = Field(default=True, description="turn the values of every key-value head")
-    channels: bool = Field(default=True, description="order the channels of every feed-forward (needs scipy)")
+    channels: bool = Field(default=True, description="order the channels of every feed-forward")
     steps: int = Field(default=60, ge=1, le=10_000, description="steps of gradient descent for each rotation")
 
     @model_validator(mode="after")
