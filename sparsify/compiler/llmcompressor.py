@@ -163,7 +163,9 @@ def _take_over_saved(source: Checkpoint, weights: Path) -> dict[str, Any]:
     """
     described = read_json(weights / "config.json").get("quantization_config")
     for file in weights.iterdir():
-        if file.is_file() and not file.name.startswith("model"):  # its own recipe.yaml, configs: those of the source come along
+        if file.is_file() and not file.name.startswith(
+            "model"
+        ):  # its own recipe.yaml, configs: those of the source come along
             file.unlink()
     _complete(source, weights, set(), described)
     made = open_dense(weights)
