@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparsify.errors import MissingDependency, NumericalError
+from sparsify.errors import NumericalError
 
 GAP = 1e-6  # relative: the cost of the selection is at most so far above the least
 
@@ -46,12 +46,10 @@ def total(numbers: Sequence[Sequence[float]], selection: Sequence[int]) -> float
 
 def _solved(costs: Sequence[Sequence[float]], loads: Sequence[Sequence[float]], limit: float) -> list[int] | None:
     """None where the solver says that there is no selection."""
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-    except ImportError:
-        raise MissingDependency("sparsify search needs scipy: pip install scipy") from None
+    import numpy as np  # like scipy, only where something is solved
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     item_of = np.repeat(np.arange(len(costs)), [len(options) for options in costs])
     columns = np.arange(len(item_of))
     one_each = csr_array((np.ones(len(columns)), (item_of, columns)), shape=(len(costs), len(columns)))
