@@ -129,7 +129,9 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
     layers = [layer for note in found for layer in note["layers"]]
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
     linear_bytes = sum(by_module[exported_name(plan, layer["module"])] for layer in layers)
-    dense = whole if before.depth is None else plan  # a basis pass may have given the head weights of its own
+    dense = (
+        whole if before.basis is not None and before.depth is None else plan
+    )  # a basis pass may have given the head weights of its own
     own = [dense.head.head.source] if dense.head is not None and not dense.head.head.tied else []
     dense_head_bytes = sum(dense.checkpoint.info(name).nbytes for name in own)
     outside = (

@@ -233,8 +233,12 @@ def _refuse(recipe: Recipe, budgets: Sequence[Budget], settings: Settings) -> No
         raise RecipeError(
             "search chooses how linears are pruned and quantized, and this recipe does neither; add prune or quantize"
         )
-    if recipe.depth is not None or recipe.llm_compressor:
-        what = "depth pass" if recipe.depth is not None else "llm_compressor section"
+    first = {
+        "depth pass": recipe.depth is not None,
+        "basis pass": recipe.basis is not None,
+        "llm_compressor section": bool(recipe.llm_compressor),
+    }
+    for what in (name for name, there in first.items() if there):
         raise RecipeError(
             f"this recipe's {what} changes the model before linears can choose; apply it first, then search on the result"
         )

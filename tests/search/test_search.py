@@ -356,6 +356,14 @@ def test_what_cannot_be_searched_is_refused(tmp_path, recipe, source, change, wo
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_basis_pass_has_to_run_before(tmp_path, recipe, source, text):
+    written = RECIPE.format(text=text, overrides="[]", format="sparse24")
+    asked = parse_recipe(written.replace("passes:\n", "passes:\n  - basis: {}\n"))
+    assert asked.basis is not None
+    with pytest.raises(RecipeError, match="this recipe's basis pass changes the model before linears can choose"):
+        search(asked, str(source), tmp_path / "out", [parse_budget("bits=4")], SMALL, quiet=True)
+
+
 def test_a_budget_that_leaves_everything_dense_is_refused(tmp_path, recipe, source):
     with pytest.raises(RecipeError, match="--budget bits=17 leaves every linear dense"):
         search(recipe(), str(source), tmp_path / "out", [parse_budget("bits=17")], SMALL, quiet=True)
