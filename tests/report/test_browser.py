@@ -72,12 +72,17 @@ def test_visible_content(browser, report, width):
         "Speed",
         "Answers",
         "Layer by layer",
+        "How sensitive each linear is",
         "Left dense",
         "Recipe",
         "How this was measured",
     ]
-    visible = "[...document.querySelectorAll('.cell')].filter(c => c.getClientRects().length)"
+    cells = "[...document.querySelectorAll('.cell')].filter(c => c.getClientRects().length)"
+    visible = f"{cells}.filter(c => c.querySelector('title').textContent.includes(': error '))"
     assert browser.evaluate(f"{visible}.length") == 210, "one cell per linear, in one of the two drawings"
+    assert browser.evaluate(f"{cells}.length") == 210 + 2 * 4 * 30, (
+        "and one per group that chooses, in the two maps of a search"
+    )
     title = browser.evaluate(f"{visible}[0].querySelector('title').textContent")
     assert title.startswith("block 0, q_proj: error ") and "model.layers.0.self_attn.q_proj 576 × 576" in title
     colours = browser.evaluate(f"new Set({visible}.map(c => getComputedStyle(c).fill)).size")
