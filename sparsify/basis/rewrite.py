@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.basis.structure import Channels, Heads, Norm, gain, offset_over_gain, set_gain
-
-
-@dataclass(frozen=True)
-class Basis:
-    """The new basis of one block; None: as it was.
-
-    residual: Q float64 [d, d]; heads: float64 [value_heads, h, h]; channels: int64 [K]
-    """
-
-    residual: Tensor | None
-    heads: Tensor | None
-    channels: Tensor | None
 
 
 @torch.no_grad()

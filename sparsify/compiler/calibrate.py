@@ -30,6 +30,7 @@ from sparsify.model.pretrained import load_tokenizer
 from sparsify.model.sequential import BlockVisit, GroupVisit, Walk
 from sparsify.native.build import build_ahead
 from sparsify.progress import Task, progress_bar, stage
+from sparsify.recipe import Calibration
 from sparsify.solver.hessian import HessianAccumulator
 from sparsify.solver.solve import Scheme, solve_layer
 from sparsify.training.block_tuning import BlockTuning, Sample, tune_block
@@ -56,7 +57,7 @@ def kept_rows(plan: Plan, work: Path, quiet: bool) -> Tensor:
         tokens = read_tokens(given, settings.samples, settings.sequence_length)
         refuse_beyond(tokens, _embedding_rows(plan), None, str(given))
     else:
-        tokens = _text_rows(plan, quiet)
+        tokens = text_rows(plan, plan.recipe.calibration, quiet)
     aside = file.with_suffix(".partial")
     write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {})
     aside.replace(file)
@@ -68,7 +69,8 @@ def _embedding_rows(plan: Plan) -> int:
     return int(embedding.num_embeddings)
 
 
-def _text_rows(plan: Plan, quiet: bool) -> Tensor:
+def text_rows(plan: Plan, calibration: Calibration, quiet: bool) -> Tensor:
+    """Rows of a text for the model of a plan, int64 [samples, sequence]; CalibrationError without a tokenizer."""
     dtype = plan.compute.dtype
     try:
         tokenizer = load_tokenizer(plan.checkpoint.directory, plan.checkpoint.spec)
@@ -78,7 +80,7 @@ def _text_rows(plan: Plan, quiet: bool) -> Tensor:
             "give it one (in Python tokenizer=...), or calibrate on token ids"
         ) from None
     return calibration_tokens(
-        plan.recipe.calibration,
+        calibration,
         tokenizer,
         lambda: open_writer(plan.checkpoint.loadable_directory(), dtype),
         cache_dir=cache_directory() / "calibration",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsify.basis.residual import SAMPLED
-from sparsify.compiler.operations import SOLVER, count_operations, in_words
+from sparsify.compiler.operations import SOLVER, count_operations, hidden_size, in_words
 from sparsify.compute import for_precision, rates
 from sparsify.distributed import device
 from sparsify.formats import get_format
@@ -142,8 +142,7 @@ def _basis_bytes(plan: Plan, outside: int, activations: int) -> int:
     basis = plan.recipe.basis
     if basis is None:
         return 0
-    config: Any = plan.model.model.config
-    width = getattr(config.get_text_config(decoder=True), "hidden_size", 0)
+    width = hidden_size(plan)
     blocks = [sum(p.numel() for p in plan.model.block(i).parameters()) for i in range(len(plan.model.blocks))]
     kept = 4 * len(blocks) * (2 * width * width + 4 * SAMPLED * width) if basis.residual else 0
     return outside + 2 * 4 * max(blocks) + activations + kept

@@ -140,10 +140,15 @@ def _basis(plan: Plan, settings: Basis, walk: float) -> float:
     found = walk + sum(
         _statistics(group.inputs, tokens, propagates=False) + 4 * group.inputs**3 / 3 for group in groups
     )
-    config: Any = plan.model.model.config
-    width = getattr(config.get_text_config(decoder=True), "hidden_size", 0)
+    width = hidden_size(plan)
     step = 4 * SAMPLED * width**2 + 3 * width**3  # H^-1 Q for every second group: the others write the stream
     return found + (settings.steps * len(groups) * step if settings.residual else 0)
+
+
+def hidden_size(plan: Plan) -> int:
+    """Width of the residual stream, as the config says; 0 where it does not."""
+    config: Any = plan.model.model.config
+    return int(getattr(config.get_text_config(decoder=True), "hidden_size", 0))
 
 
 def _block_weights(plan: Plan) -> int:
@@ -190,8 +195,7 @@ def groups_of(plan: Plan) -> list[Group]:
     Of a parent with several linears, the last that writes as many outputs as the model is wide leaves the sublayer, and reads
     what the others made, even where that is as wide as what they read.
     """
-    config: Any = plan.model.model.config
-    hidden = getattr(config.get_text_config(decoder=True), "hidden_size", 0)
+    hidden = hidden_size(plan)
     siblings: dict[str, list[Planned]] = {}
     for planned in plan.linears.values():
         siblings.setdefault(planned.module.rpartition(".")[0], []).append(planned)

@@ -7,16 +7,13 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparsify.compiler.calibrate import text_rows
 from sparsify.compiler.plan import Plan
-from sparsify.data.calibration import calibration_tokens
 from sparsify.data.fitting import refuse_beyond, vocabulary_of
 from sparsify.data.given import read_tokens, token_file
-from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.errors import CalibrationError
-from sparsify.files import cache_directory
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.model.checkpoint import read_header
-from sparsify.model.pretrained import load_tokenizer
 from sparsify.recipe import Calibration
 from sparsify.recipe.sources import SELF, same_text
 
@@ -80,17 +77,4 @@ def held_out_source(
 
 def _text_rows(plan: Plan, text: str | None, samples: int, length: int, quiet: bool) -> Tensor:
     asked, skip = held_out_source(plan.recipe.calibration, text, samples, length)
-    dtype = plan.compute.dtype
-    try:
-        tokenizer = load_tokenizer(plan.checkpoint.directory, plan.checkpoint.spec)
-    except (OSError, ValueError, KeyError) as error:
-        raise CalibrationError(f"{plan.checkpoint.spec} has no tokenizer ({str(error).splitlines()[0]})") from None
-    return calibration_tokens(
-        asked,
-        tokenizer,
-        lambda: open_writer(plan.checkpoint.loadable_directory(), dtype),
-        cache_dir=cache_directory() / "calibration",
-        key=lambda: writer_key(plan.checkpoint, dtype),
-        quiet=quiet,
-        vocabulary=vocabulary_of(plan.model.model.config),
-    )[skip:]
+    return text_rows(plan, asked, quiet)[skip:]
