@@ -345,7 +345,7 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
     hessian = HessianAccumulator()
     rows = tokens.to(model.device).split(max(1, TOKENS_PER_MICRO_BATCH // tokens.shape[1]))
     for part in progress(rows, "Reading text", total=len(rows), quiet=quiet):
-        hessian.add([head_input(model, part).flatten(0, 1)])
+        hessian.add(head_input(model, part).flatten(0, 1))
     return hessian.mean().H
 
 

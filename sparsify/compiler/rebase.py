@@ -141,14 +141,14 @@ def _reading(block: nn.Module, norm: Norm, H: Tensor, prefix: str, generator: to
     W = torch.cat(weights).detach() * g
     if W.shape[0] > SAMPLED:
         W = W[torch.randperm(W.shape[0], generator=generator)[:SAMPLED].to(W.device)]
-    inverse = torch.cholesky_inverse(factor(H, DAMPING, prefix + norm.readers[0]).cholesky)
+    inverse = factor(H, DAMPING, prefix + norm.readers[0]).inverse
     return Reading(W, inverse, _energy(W, H))
 
 
 def _keep_writer(kept: _Block, block: nn.Module, name: str, H: Tensor, prefix: str, generator: torch.Generator) -> None:
     linear: Any = block.get_submodule(name)
     W: Tensor = linear.weight.detach()
-    inverse = torch.cholesky_inverse(factor(H, DAMPING, prefix + name).cholesky)
+    inverse = factor(H, DAMPING, prefix + name).inverse
     diagonal = inverse.diagonal().clone()
     kept.inverse_diagonals[name], kept.totals[name] = diagonal, _energy(W, H)
     heads = kept.structure.heads

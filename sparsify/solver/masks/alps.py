@@ -19,15 +19,16 @@ def alps_mask(W: Tensor, H: Tensor | None = None) -> Tensor:
     """bool [N, K], two of every four. W: [N, K], the weights whose outputs are wanted; H: [K, K], the damped Hessian."""
     assert H is not None
     size = H.diagonal().sqrt()
-    scaled = H / size[:, None] / size[None, :]
-    eigenvalues, Q = torch.linalg.eigh(scaled)
+    scaled = (H / size[:, None]).div_(size)
     target = W * size
     pull = target @ scaled
+    eigenvalues, Q = torch.linalg.eigh(scaled)
+    del scaled
     D = target * keep_two_of_four(target.abs())
     V = torch.zeros_like(D)
     penalty = PENALTY
     for _ in range(ITERATIONS):
-        free = ((pull + penalty * (D - V)) @ (Q / (eigenvalues + penalty))) @ Q.t()
+        free = ((pull + penalty * (D - V)) @ Q).div_(eigenvalues + penalty) @ Q.t()
         V += free
         D = V * keep_two_of_four(V.abs())
         V -= D
