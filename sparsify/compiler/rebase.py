@@ -34,7 +34,7 @@ from sparsify.model.output_head import find_head
 from sparsify.model.sequential import GroupVisit, Walk
 from sparsify.progress import Task, progress_bar
 from sparsify.recipe import Basis
-from sparsify.solver.hessian import HessianAccumulator, factor
+from sparsify.solver.hessian import accumulated, factor
 
 DAMPING = 0.004  # of the inverse Hessians that the objective reads
 
@@ -109,7 +109,7 @@ def _read(
 
     def read(visit: GroupVisit) -> dict[str, Any]:
         names = [name.removeprefix(prefix) for name in visit.names]
-        H = HessianAccumulator().add(visit.inputs).mean().H
+        H = accumulated(visit.batches).H
         if settings.residual and names[0] in norms:
             kept.parts.append(_reading(block, norms[names[0]], H, prefix, generator))
         for name in names:

@@ -101,9 +101,13 @@ class BlockModel:
         self.to(device)
         self.model.tie_weights()  # type: ignore[operator]
 
-    def unload(self, index: int) -> None:
-        """Return the parameters of a block to the meta device, which frees their memory."""
-        for module in self.block(index).modules():
+    def unload(self, index: int | None) -> None:
+        """Return the parameters of a block, or with None all outside of the blocks, to the meta device, which frees them."""
+        inside = {id(module) for name in self.blocks for module in self.model.get_submodule(name).modules()}
+        modules = self.model.modules() if index is None else self.block(index).modules()
+        for module in modules:
+            if index is None and id(module) in inside:
+                continue
             for name, parameter in list(module.named_parameters(recurse=False)):
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 

@@ -7,7 +7,7 @@ compressed model and row m of Xd is the same token's input in the dense model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -61,6 +61,16 @@ class HessianAccumulator:
 
     def _per_token(self, product: Tensor) -> Tensor:
         return sum_over_all(product).div_(sum(gathered(self.tokens)))
+
+
+def accumulated(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Statistics:
+    """Statistics of micro-batches as a walk gives them: what linears read in the compressed model and in the dense one,
+    [tokens, K] each, None where C is not wanted."""
+    sums = HessianAccumulator()
+    for inputs, dense_inputs in batches:
+        sums.add(inputs, dense_inputs)
+        del inputs, dense_inputs  # before the next one is computed
+    return sums.mean()
 
 
 @dataclass(frozen=True)

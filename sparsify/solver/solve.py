@@ -161,13 +161,18 @@ def _solve(
         if scheme.quantize == "gptq":
             assert grid is not None
             return LinearWeights(
-                grid.bits, pattern, grid.group_size, codes=solved.codes, scale=solved.scale, zero_point=solved.zero_point
+                grid.bits,
+                pattern,
+                grid.group_size,
+                codes=solved.codes,
+                scale=solved.scale,
+                zero_point=solved.zero_point,
             )
         W = solved.weight
     elif mask is not None:
         W = W * mask
     if grid is None:
-        return LinearWeights(16, pattern, k, values=W.to(scheme.dtype))
+        return LinearWeights(16, pattern, k, values=W.to(scheme.dtype).contiguous())
     codes, scale, zero_point = round_to_nearest(W, grid)
     return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale, zero_point=zero_point)
 

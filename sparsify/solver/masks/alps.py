@@ -13,6 +13,7 @@ from sparsify.solver.masks.magnitude import keep_two_of_four
 ITERATIONS = 30
 PENALTY = 0.08  # of a Hessian with unit diagonal, at the start
 GROWTH = 1.12
+ROWS = 4096  # outputs that are solved together: a dozen matrices of their size are alive at once
 
 
 def alps_mask(W: Tensor, H: Tensor | None = None) -> Tensor:
@@ -24,6 +25,12 @@ def alps_mask(W: Tensor, H: Tensor | None = None) -> Tensor:
     pull = target @ scaled
     eigenvalues, Q = torch.linalg.eigh(scaled)
     del scaled
+    pieces = zip(target.split(ROWS), pull.split(ROWS), strict=True)
+    return torch.cat([_admm(rows, pulled, eigenvalues, Q) for rows, pulled in pieces])
+
+
+def _admm(target: Tensor, pull: Tensor, eigenvalues: Tensor, Q: Tensor) -> Tensor:
+    """The mask of some rows, which do not depend on each other. target, pull: [n, K], T and T H; H = Q diag(eigenvalues) Q'."""
     D = target * keep_two_of_four(target.abs())
     V = torch.zeros_like(D)
     penalty = PENALTY
