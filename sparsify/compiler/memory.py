@@ -93,6 +93,7 @@ class WalkMemory:
         """One line on what the budget led to."""
         where = "in a file" if self.spills else f"in memory ({self.place})" if self.gpu else "in memory"
         kept = "are kept" if self.room is None else f"are kept up to {size(self.room)}, the others computed anew"
+        kept = "are computed anew for every group" if self.room == 0 else kept
         return f"hidden states {where}, suspended forwards {kept}"
 
     def to_json(self) -> dict[str, Any]:
@@ -100,6 +101,7 @@ class WalkMemory:
 
 
 HIDDEN, SUSPENDED = "hidden states", "suspended forwards"
+OUTSIDE = "embeddings and output head, as they are read"
 GROWING = (HIDDEN, SUSPENDED)  # with the number of tokens
 
 
@@ -123,39 +125,45 @@ def walk_memory(plan: Plan, limits: Limits) -> WalkMemory:
     one = _micro_batch(plan, min(rows, samples))
     hidden = streams * samples * calibration.sequence_length * hidden_size(plan) * itemsize
     suspended = streams * math.ceil(samples / rows) * one.most_waiting
-    base = (memory.anonymous() or 0) + LATER
-    work = _work(plan, one)
-    if device() == "cpu":
-        host, gpu = {"interpreter and libraries": base, **work}, {}
-    else:
-        host, gpu = (
-            {"interpreter and libraries": base, "block, as it is read and written": 3 * _block_bytes(plan)},
-            work,
-        )
+    base = {"interpreter and libraries": (memory.anonymous() or 0) + LATER}
+    work, outside = _work(plan, one), {OUTSIDE: _outside_bytes(plan)}
     budget, gpu_budget = memory.budget(limits.memory), memory.gpu_budget(limits.gpu_memory)
-    least, least_gpu = sum(host.values()), sum(gpu.values())
-    left = None if budget is None else max(0, budget - least)
-    place = "cpu"
-    if gpu:
-        left_there = max(0, (gpu_budget or 0) - least_gpu)
-        if hidden <= left_there and not limits.spill:
-            place, left_there = device(), left_there - hidden
-        spills = limits.spill or (place == "cpu" and left is not None and hidden > left)
-        room = None if suspended <= left_there else left_there
-        gpu |= _growing(hidden if place != "cpu" else 0, min(suspended, left_there))
-        host |= _growing(hidden if place == "cpu" and not spills else 0, 0)
-    else:
-        spills = limits.spill or (left is not None and hidden > left)
-        if left is not None and not spills:
-            left -= hidden
-        room = None if left is None or suspended <= left else left
-        host |= _growing(0 if spills else hidden, suspended if room is None else room)
+    on_gpu = device() != "cpu"
+    gpu = work if on_gpu else {}
+    inside = base | ({"block, as it is read and written": 3 * _block_bytes(plan)} if on_gpu else work)
+    least, least_gpu = max(_sum(inside), _sum(base | outside)), _sum(gpu)
+    left = None if budget is None else max(0, budget - _sum(inside))
+    left_on_gpu = max(0, (gpu_budget or 0) - least_gpu)
+    place = device() if on_gpu and hidden <= left_on_gpu and not limits.spill else "cpu"
+    here = 0 if place != "cpu" else hidden  # in the memory of the host, or in a file
+    spills = limits.spill or (budget is not None and here > max(0, budget - least))
+    if not spills and left is not None:
+        left -= here
+    if on_gpu:
+        left = left_on_gpu - (hidden - here)
+    room = None if left is None or suspended <= left else left
+    kept = suspended if room is None else room
+    host = base | outside | _growing(0 if spills else here, 0)
+    inside |= _growing(0 if spills else here, 0 if on_gpu else kept)
+    gpu |= _growing(hidden - here, kept) if on_gpu else {}
     disk = {"finished parts and output": 2 * plan.checkpoint.nbytes() // 3} | ({HIDDEN: hidden} if spills else {})
-    return WalkMemory(host, gpu, disk, least, least_gpu, budget, gpu_budget, spills, place, room)
+    most = max(inside, host, key=_sum)
+    return WalkMemory(most, gpu, disk, least, least_gpu, budget, gpu_budget, spills, place, room)
+
+
+def _sum(items: Mapping[str, int]) -> int:
+    return sum(items.values())
 
 
 def _growing(hidden: int, suspended: int) -> dict[str, int]:
     return {name: nbytes for name, nbytes in ((HIDDEN, hidden), (SUSPENDED, suspended)) if nbytes}
+
+
+def _outside_bytes(plan: Plan) -> int:
+    """Of what lies outside the blocks while it is read: as it is in the files, and in the type that the model is computed in."""
+    itemsize = plan.model.dtype.itemsize
+    infos = [plan.checkpoint.info(name) for name in plan.model.source_names(None)]
+    return sum(info.nbytes + math.prod(info.shape) * itemsize for info in infos)
 
 
 def refuse_too_small(found: WalkMemory, limits: Limits) -> str | None:
@@ -207,10 +215,7 @@ def _work(plan: Plan, one: Footprint) -> dict[str, int]:
         found.append({"statistics and factors": 4 * matrices * k * k, "micro-batch": reading})
         found += _solving(group, matrices)
     most = max(found, key=lambda items: sum(items.values()), default={})
-    inside = {"block": streams * _block_bytes(plan), "codes of the block": codes, **most}
-    outside = sum(plan.checkpoint.info(name).nbytes for name in plan.model.source_names(None))
-    before = {"embeddings and output head, as they are read": 2 * outside}
-    return max((inside, before), key=lambda items: sum(items.values()))
+    return {"block": streams * _block_bytes(plan), "codes of the block": codes, **most}
 
 
 def _block_bytes(plan: Plan) -> int:

@@ -34,6 +34,7 @@ def exact(monkeypatch):
     monkeypatch.setattr("sparsify.model.sequential.TOKENS_PER_MICRO_BATCH", 3 * LENGTH)
     monkeypatch.setattr(machine, "anonymous", lambda: 0)
     monkeypatch.setattr(memory, "LATER", 0)
+    monkeypatch.setattr(calibrate, "in_memory", lambda path: False)
 
 
 @pytest.fixture
