@@ -80,9 +80,17 @@ class BlockModel:
                 return source
         return None
 
-    def load(self, index: int | None) -> None:
-        """Read the parameters of one block (None: everything outside the blocks) from the checkpoint."""
-        load_state(self.model, {name: self.checkpoint.tensor(name) for name in self.source_names(index)}, self.dtype)
+    def without_head(self) -> list[str]:
+        """Checkpoint tensors outside the blocks but for those of an output head that is not tied to the embedding."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        names = self.source_names(None)
+        return [name for name in names if self.model.get_submodule(self.sources[name][0].rpartition(".")[0]) is not head]
+
+    def load(self, index: int | None, head: bool = True) -> None:
+        """Read the parameters of one block (None: everything outside the blocks, with or without the output head) from the
+        checkpoint."""
+        names = self.source_names(index) if head or index is not None else self.without_head()
+        load_state(self.model, {name: self.checkpoint.tensor(name) for name in names}, self.dtype)
         if index is None:
             return  # what is missing there (an untied lm_head, say) is noticed only if the walk needs it
         for name, parameter in self.block(index).named_parameters():

@@ -249,7 +249,8 @@ class Walk:
     spill:  directory for the hidden states; None keeps them in memory
     place:  the device in whose memory they are kept; default `device`
     room:   bytes for suspended forwards; None for as many as they need
-    keeps_outside: what lies outside the blocks stays loaded after the tokens went through it
+    keeps_outside: what lies outside the blocks stays loaded after the tokens went through it, and the output head is
+             loaded too
     """
 
     def __init__(
@@ -269,7 +270,7 @@ class Walk:
         self.room = Room(room)
         self.keeps_outside = keeps_outside
         self.footprints: dict[tuple[str, ...], Footprint] = {}
-        model.load(None)
+        model.load(None, head=keeps_outside)
         model.to(device)
         self.calls: list[list[BlockCall]] = []
         self.tokens = tokens.to(device).split(rows_of_micro_batch(tokens.shape[1]))
@@ -393,7 +394,7 @@ class Walk:
     def head_inputs(self) -> Iterator[Tensor]:
         """What the output head reads when all blocks are done: [tokens, K] of one micro-batch after the other."""
         if not self.keeps_outside:
-            self.model.load(None)
+            self.model.load(None, head=False)
             self.model.to(self.device)
         for i, part in enumerate(self.tokens):
             yield head_inputs(self.model, part, self.hidden[i])
