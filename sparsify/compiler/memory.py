@@ -160,7 +160,8 @@ def _growing(hidden: int, suspended: int) -> dict[str, int]:
 
 
 def _outside_bytes(plan: Plan) -> int:
-    """Of what lies before and after the blocks while it is read, without the output head: as it is in the files, and in the type that the model is computed in."""
+    """Of what lies before and after the blocks while it is read, without the output head: as it is in the files, and in the
+    type that the model is computed in."""
     itemsize = plan.model.dtype.itemsize
     infos = [plan.checkpoint.info(name) for name in plan.model.without_head()]
     return sum(info.nbytes + math.prod(info.shape) * itemsize for info in infos)

@@ -84,7 +84,9 @@ class BlockModel:
         """Checkpoint tensors outside the blocks but for those of an output head that is not tied to the embedding."""
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         names = self.source_names(None)
-        return [name for name in names if self.model.get_submodule(self.sources[name][0].rpartition(".")[0]) is not head]
+        return [
+            name for name in names if self.model.get_submodule(self.sources[name][0].rpartition(".")[0]) is not head
+        ]
 
     def load(self, index: int | None, head: bool = True) -> None:
         """Read the parameters of one block (None: everything outside the blocks, with or without the output head) from the

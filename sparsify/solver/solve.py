@@ -13,7 +13,7 @@ from sparsify.errors import NumericalError
 from sparsify.model.linear import LinearWeights
 from sparsify.recipe.methods import KEEP, NOTHING, PRUNE, needs_of
 from sparsify.solver import masks
-from sparsify.solver.column_sweep import Solved, column_sweep
+from sparsify.solver.column_sweep import column_sweep
 from sparsify.solver.coordinate_descent import coordinate_descent
 from sparsify.solver.grid import Grid, round_to_nearest
 from sparsify.solver.hessian import Statistics, damped_in_place, factor, propagated_target, relative_error
@@ -146,7 +146,7 @@ def _solve(
             W = propagated_target(W, statistics.C, factors, scheme.error_propagation)
         if factors.dead.any():
             W = W.masked_fill(factors.dead, 0)
-        diagonal, U = factors.diagonal, factors.inverse_cholesky
+        diagonal, U = factors.diagonal, None if scheme.activation_order else factors.inverse_cholesky
         del factors
     mask = None
     if scheme.prune and masks.METHODS[scheme.prune].mask:
@@ -157,7 +157,18 @@ def _solve(
         mask = _mask(source, H, diagonal if needs.hessian else None, scheme.prune, masks_found)
     if scheme.sweeps:
         assert H is not None and diagonal is not None
-        solved = _swept(W, H, diagonal, U, scheme, mask, name)
+        select = masks.METHODS[scheme.prune].select if scheme.prune else None
+        swept_to = grid if scheme.quantize == "gptq" else None
+        order = activation_order(H, 4 if select else 1) if scheme.activation_order else None
+        if U is None:
+            U = factor(H, scheme.damping, name, order).inverse_cholesky
+        solved = column_sweep(W, U, swept_to, mask, select, order, scheme.dtype)
+        del U
+        with damped_in_place(H, diagonal):
+            solved = coordinate_descent(
+                solved, W, H, scheme.coordinate_descent,
+                grid=swept_to, mask=mask, two_four=needs.sweep, store=scheme.dtype,
+            )  # fmt: skip
         if scheme.quantize == "gptq":
             assert grid is not None
             return LinearWeights(
@@ -189,26 +200,6 @@ def _mask(
             with damped_in_place(H, diagonal):
                 masks_found[prune] = method(W, H)
     return masks_found.get(prune)
-
-
-def _swept(
-    W: Tensor, H: Tensor, diagonal: Tensor, U: Tensor | None, scheme: Scheme, mask: Tensor | None, name: str
-) -> Solved:
-    """Column sweep and coordinate descent. W: [N, K]; H: [K, K]; diagonal: [K], of the damped H; U: its inverse Cholesky
-    factor [K, K] where it is there already."""
-    select = masks.METHODS[scheme.prune].select if scheme.prune else None
-    grid = scheme.grid(W.shape[1]) if scheme.quantize == "gptq" else None
-    order = activation_order(H, 4 if select else 1) if scheme.activation_order else None
-    if U is None or order is not None:
-        U = None
-        U = factor(H, scheme.damping, name, order).inverse_cholesky
-    solved = column_sweep(W, U, grid, mask, select, order, scheme.dtype)
-    del U
-    two_four = PRUNE[scheme.prune].sweep if scheme.prune else NOTHING.sweep
-    with damped_in_place(H, diagonal):
-        return coordinate_descent(
-            solved, W, H, scheme.coordinate_descent, grid=grid, mask=mask, two_four=two_four, store=scheme.dtype
-        )
 
 
 def _removed(W: Tensor, grid: Grid | None, pattern: str, dtype: torch.dtype) -> LinearWeights:
