@@ -30,7 +30,7 @@ from sparsify.units import size
 if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan
 
-LATER = 200_000_000  # what libraries take once they compute: buffers of their products, kernels, tables
+LATER = 250_000_000  # what libraries take once they compute: buffers of their products, kernels, tables
 PACKED_ROWS = 2048  # of a micro-batch, which the kernel of X'X copies into its own order
 SORTED = (
     44  # bytes per weight that ALPS holds of the outputs it solves together: six matrices and a sort of groups of four
@@ -100,6 +100,7 @@ class WalkMemory:
         return {**vars(self), "peak": self.peak}
 
 
+MICRO_BATCH = "micro-batch"
 HIDDEN, SUSPENDED = "hidden states", "suspended forwards"
 OUTSIDE = "embeddings, as they are read"
 GROWING = (HIDDEN, SUSPENDED)  # with the number of tokens
@@ -126,7 +127,8 @@ def walk_memory(plan: Plan, limits: Limits) -> WalkMemory:
     hidden = streams * samples * calibration.sequence_length * hidden_size(plan) * itemsize
     suspended = streams * math.ceil(samples / rows) * one.most_waiting
     base = {"interpreter and libraries": (memory.anonymous() or 0) + LATER}
-    work, outside = _work(plan, one), {OUTSIDE: _outside_bytes(plan)}
+    steps, outside = _steps_of_walk(plan, one), {OUTSIDE: _outside_bytes(plan)}
+    work = max(steps, key=_sum)
     budget, gpu_budget = memory.budget(limits.memory), memory.gpu_budget(limits.gpu_memory)
     on_gpu = device() != "cpu"
     gpu = work if on_gpu else {}
@@ -143,6 +145,8 @@ def walk_memory(plan: Plan, limits: Limits) -> WalkMemory:
         left = left_on_gpu - (hidden - here)
     room = None if left is None or suspended <= left else left
     kept = suspended if room is None else room
+    if room is None and not on_gpu:  # then the one that runs is among those that are kept
+        inside = base | max((_without(step, MICRO_BATCH, one.most_waiting) for step in steps), key=_sum)
     host = base | outside | _growing(0 if spills else here, 0)
     inside |= _growing(0 if spills else here, 0 if on_gpu else kept)
     gpu |= _growing(hidden - here, kept) if on_gpu else {}
@@ -153,6 +157,11 @@ def walk_memory(plan: Plan, limits: Limits) -> WalkMemory:
 
 def _sum(items: Mapping[str, int]) -> int:
     return sum(items.values())
+
+
+def _without(items: Mapping[str, int], name: str, nbytes: int) -> dict[str, int]:
+    """Items of which one is smaller by so much, where it is there."""
+    return {key: max(0, value - nbytes) if key == name else value for key, value in items.items()}
 
 
 def _growing(hidden: int, suspended: int) -> dict[str, int]:
@@ -201,8 +210,8 @@ def _of_every_kind(hollow: BlockModel, hidden: torch.Tensor, calls: list[BlockCa
     return [*found.values()]
 
 
-def _work(plan: Plan, one: Footprint) -> dict[str, int]:
-    """What the walk holds while it works on the group of linears that takes most, without what grows with the tokens."""
+def _steps_of_walk(plan: Plan, one: Footprint) -> list[dict[str, int]]:
+    """What the walk holds in each step of its work on each group of linears, without what grows with the tokens."""
     streams, itemsize = 2 if plan.needs_dense_reference else 1, plan.model.dtype.itemsize
     calibration = plan.recipe.calibration
     tokens = min(rows_of_micro_batch(calibration.sequence_length), calibration.samples) * calibration.sequence_length
@@ -212,11 +221,12 @@ def _work(plan: Plan, one: Footprint) -> dict[str, int]:
         k = group.inputs
         propagates = any(scheme.error_propagation > 0 for _, scheme in group.members)
         matrices = 1 + propagates
-        reading = one.peak + (streams - 1) * tokens * k * itemsize + matrices * PACKED_ROWS * k * itemsize
-        found.append({"statistics and factors": 4 * matrices * k * k, "micro-batch": reading})
+        inputs, packed = tokens * k * itemsize, matrices * PACKED_ROWS * k * itemsize
+        reading = max(one.peak + (streams - 1) * inputs, streams * inputs + packed)
+        found.append({"statistics and factors": 4 * matrices * k * k, MICRO_BATCH: reading})
         found += _solving(group, matrices)
-    most = max(found, key=lambda items: sum(items.values()), default={})
-    return {"block": streams * _block_bytes(plan), "codes of the block": codes, **most}
+    fixed = {"block": streams * _block_bytes(plan), "codes of the block": codes}
+    return [fixed | step for step in found] or [fixed]
 
 
 def _block_bytes(plan: Plan) -> int:

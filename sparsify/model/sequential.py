@@ -421,7 +421,8 @@ class Walk:
             kind = tuple(name for g in groups for name in g.names)
             if kind not in self.footprints:
                 self.footprints[kind] = footprint(block, stops, self.hidden[0].clone(), self.calls[0][index])
-            waiting = self.footprints[kind].waiting
+            own = self.hidden[0].nbytes if alone else 0
+            waiting = [nbytes + own for nbytes in self.footprints[kind].waiting]
         return _InStep(block, stops, hidden, self.calls, index, self.room, waiting, alone)
 
 
