@@ -23,6 +23,7 @@ from sparsify.model.capture import BlockCall, capture_calls, without_numbers
 from sparsify.model.decoder import BlockModel
 from sparsify.model.footprint import Footprint, footprint
 from sparsify.model.sequential import rows_of_micro_batch
+from sparsify.solver.hessian import PANEL
 from sparsify.solver.masks.alps import ROWS
 from sparsify.solver.solve import Scheme
 from sparsify.units import size
@@ -252,7 +253,7 @@ def _solving(group: Group, matrices: int) -> list[dict[str, int]]:
             outputs = min(rows, weights // group.inputs) * group.inputs
             found.append(
                 {
-                    "statistics and factors": 4 * (matrices + inside) * group.inputs**2,
+                    "statistics and factors": 4 * group.inputs * ((matrices + inside) * group.inputs + 2 * PANEL),
                     "weights that are solved": round(per_weight * weights) + SORTED * outputs,
                 }
             )
