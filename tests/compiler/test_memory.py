@@ -155,3 +155,38 @@ def test_a_model_that_cannot_run_without_numbers_is_predicted_from_its_widths(tm
     guessed = walk_memory(plan, Limits("1TB"))
     assert 0.3 < guessed.host["suspended forwards"] / seen.host["suspended forwards"] < 3
     assert torch.isfinite(torch.tensor(float(guessed.peak)))
+
+
+def test_tuning_under_a_budget_changes_no_byte(tmp_path):
+    recipe = parse_recipe(
+        RECIPE.format(text=tiny_text(tmp_path / "text.txt"), descent=0)
+        + "  - tune: {epochs: 2, learning_rate: 0.02, batch_size: 2, holdout: 0.25}\n"
+    )
+    source = save_tiny(tmp_path / "source")
+    apply(recipe, str(source), tmp_path / "all", quiet=True)
+    least = walk_memory(make_plan(recipe, str(source)), Limits()).least
+    apply(recipe, str(source), tmp_path / "least", quiet=True, limits=Limits(str(least)))
+    assert files(tmp_path / "least") == files(tmp_path / "all")
+
+
+def test_on_a_gpu_hidden_states_lie_there_or_on_the_host(tmp_path, recipe, monkeypatch):
+    """What is decided and counted; no GPU runs here."""
+    plan = make_plan(recipe, str(save_tiny(tmp_path / "source")))
+    monkeypatch.setattr(memory, "device", lambda: "cuda:0")
+    monkeypatch.setattr(machine, "gpu_budget", lambda asked: int(asked))
+    roomy = walk_memory(plan, Limits("1TB", "1000000000"))
+    assert roomy.place == "cuda:0" and roomy.gpu["hidden states"] == STATES and roomy.room is None and not roomy.spills
+    assert "hidden states" not in roomy.host
+    tight = walk_memory(plan, Limits("1TB", str(roomy.least_gpu)))
+    assert tight.place == "cpu" and tight.host["hidden states"] == STATES and tight.room == 0
+    assert "hidden states" not in tight.gpu and not tight.spills and tight.problem() is None
+    small = walk_memory(plan, Limits(str(tight.least), str(roomy.least_gpu)))
+    assert small.spills and small.disk["hidden states"] == STATES
+    problem = walk_memory(plan, Limits("1TB", "1000")).problem()
+    assert problem is not None and "--gpu-memory 0.1GB is the least" in problem
+
+
+def test_what_is_no_size_is_refused_before_anything_is_read(tmp_path, recipe):
+    with pytest.raises(SparsifyError, match="--memory 12 apples"):
+        apply(recipe, str(save_tiny(tmp_path / "source")), tmp_path / "out", quiet=True, limits=Limits("12 apples"))
+    assert not (tmp_path / "out.partial").exists()
