@@ -20,7 +20,7 @@ from sparsify.errors import SparsifyError
 from sparsify.evaluation.load import LoadedModel, format_name, load_model, load_tokenizer, load_vocabulary, pick_device
 from sparsify.evaluation.result import EvaluationResult, TextScore, tables
 from sparsify.evaluation.score import Score, chunked, score_logits, score_models
-from sparsify.evaluation.task_files import TaskFile, read_tasks, write_task_files
+from sparsify.evaluation.task_files import TaskFile, harness_command, read_tasks, write_task_files
 from sparsify.evaluation.task_score import Answers, TaskScore, mean_score, task_score
 from sparsify.evaluation.text import SELF, Text, Texts, file_chunks, self_chunks, texts_of
 from sparsify.failure import Failure, failure_of
@@ -30,8 +30,8 @@ from sparsify.progress import Task, progress, progress_bar, quietly, stage
 
 __all__ = [
     "EvaluationResult", "LoadedModel", "Score", "TaskScore", "TextScore", "check_inputs", "chunked", "evaluate", "evaluate_all",
-    "format_name", "load_model", "load_tokenizer", "pick_device", "read_tasks", "score_logits", "score_models", "tables",
-    "write_task_files",
+    "format_name", "harness_command", "load_model", "load_tokenizer", "pick_device", "read_tasks", "score_logits",
+    "score_models", "tables", "write_task_files",
 ]  # fmt: skip
 
 Loaded = LoadedModel | Exception  # a model, or why it cannot be loaded

@@ -36,6 +36,10 @@ class TextScore:
     stability: float | None = None
     failure: Failure | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; an infinite perplexity becomes null, which JSON can say."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+
 
 @dataclass(frozen=True)
 class EvaluationResult:
@@ -94,14 +98,13 @@ class EvaluationResult:
         return next(iter(self.failures), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; an infinite perplexity becomes null, which JSON can say."""
+        """Plain JSON values, the figures of the first text among those of the model; null where there are none."""
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in SCORES}
-        first = {one.name: getattr(self.first, one.name, None) for one in fields(TextScore) if one.name != "failure"}
         return {
             **own,
-            **_plain(first),
+            **(self.first.to_json() if self.first else {one.name: None for one in fields(TextScore)}),
             "failure": self.failure and asdict(self.failure),
-            "texts": {name: _plain(asdict(score)) for name, score in self.texts.items()},
+            "texts": {name: score.to_json() for name, score in self.texts.items()},
             "tasks": {name: asdict(score) for name, score in self.tasks.items()},
             "tasks_mean": self.tasks_mean and asdict(self.tasks_mean),
             "tasks_failure": self.tasks_failure and asdict(self.tasks_failure),
@@ -109,13 +112,6 @@ class EvaluationResult:
 
 
 SCORES = ("texts", "tasks", "tasks_mean", "tasks_failure")
-
-
-def _plain(value: Any) -> Any:
-    """None for numbers that JSON cannot say, also inside of a mapping."""
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: float | None, digits: int = 2) -> str:

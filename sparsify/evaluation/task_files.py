@@ -7,6 +7,7 @@ lm-evaluation-harness puts that of its own task of this form: arc_easy, openbook
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,20 @@ def write_task_files(tasks: list[TaskFile], folder: str | Path) -> list[Path]:
         atomic_write(file, yaml.safe_dump(dict([name, *data.items(), *rest]), sort_keys=False, allow_unicode=True))
         written.append(file)
     return written
+
+
+def harness_command(tasks: list[TaskFile], model: str, folder: str | Path, limit: int | None = None) -> str:
+    """The command line of lm-evaluation-harness that scores the tasks of `write_task_files`, as text for a shell.
+
+    It starts with `import sparsify`, so that transformers knows the formats that are ours.
+    """
+    program = "import sparsify; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    names = ",".join(PREFIX + task.name for task in tasks)
+    words = [
+        "python", "-c", program, "--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--include_path", str(folder),
+        "--tasks", names, *([] if limit is None else ["--limit", str(limit)]),
+    ]  # fmt: skip
+    return shlex.join(words)
 
 
 def form_of(record: dict[str, Any]) -> tuple[str, str]:
