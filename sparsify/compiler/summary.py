@@ -10,9 +10,9 @@ from rich.table import Table
 
 from sparsify.compiler.model_card import (
     basis_in_words,
+    evaluation_in_words,
     head_in_words,
     made_in_words,
-    evaluation_in_words,
     training_in_words,
 )
 from sparsify.compiler.plan import carried_in_words, kinds_in_words

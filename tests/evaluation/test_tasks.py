@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,9 +17,7 @@ from sparsify.evaluation.task_score import Answers, mean_score, task_score
 
 from .conftest import VOCABULARY, make_model, make_tokenizer
 
-harness_installed = pytest.mark.skipif(
-    __import__("importlib.util").util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra eval)"
-)
+harness_installed = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed (extra eval)")
 
 
 def words(rng, count):
@@ -73,7 +72,7 @@ GOOD = '{"question": "q", "choices": ["a", "b"], "answer": 1}'
         ('{"question": "q", "choices": ["a", "b"], "answer": "B"}', "gold answer 'B'; `answer` is the number"),
         ('{"question": "q", "choices": ["a", "b"], "answer": true}', "gold answer True; `answer` is the number"),
         ('{"question": "q", "choices": ["a"], "answer": 0}', "fewer than two `choices`"),
-        ('{"context": "q", "endings": "ab", "answer": 0}', "neither `question`|fewer than two `endings`"),
+        ('{"context": "q", "endings": "ab", "answer": 0}', "fewer than two `endings`"),
         ('{"question": "q", "endings": ["a", "b"], "answer": 0}', "neither `question` and `choices` nor `context` and `endings`"),
         ('{"question": "q", "context": "c", "choices": ["a", "b"], "answer": 0}', "put both into `question`"),
         ('{"question": " ", "choices": ["a", "b"], "answer": 0}', "`question` that is no text"),
@@ -174,14 +173,18 @@ def test_scores_match_float64(directories, folder):
 
 @harness_installed
 @pytest.mark.parametrize("limit", [None, 12])
-def test_the_harness_gives_the_same_numbers_from_the_files_that_we_write(directories, folder, tmp_path, limit, monkeypatch):
+def test_the_harness_gives_the_same_numbers_from_the_files_that_we_write(
+    directories, folder, tmp_path, limit, monkeypatch
+):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     mine = evaluate(directories / "compressed", tasks=folder, limit=limit, quiet=True)
     written = write_task_files(read_tasks(folder), tmp_path / "out")
-    assert [file.name for file in written] == [f"sparsify_{name}.yaml" for name in ("arc_easy", "hellaswag", "openbookqa")]
+    assert [file.name for file in written] == [
+        f"sparsify_{name}.yaml" for name in ("arc_easy", "hellaswag", "openbookqa")
+    ]
     theirs = simple_evaluate(
         "hf",
         f"pretrained={directories / 'compressed'},dtype=float32",
@@ -197,3 +200,150 @@ def test_the_harness_gives_the_same_numbers_from_the_files_that_we_write(directo
         assert found["acc_stderr,none"] == pytest.approx(score.unnormalised_accuracy_stderr)
         assert theirs["n-samples"][f"sparsify_{name}"]["effective"] == score.items == (limit or score.items_in_file)
     assert len({score.accuracy for score in mine.tasks.values()}) > 1, "three tasks with one number prove little"
+
+
+@harness_installed
+def test_models_are_loaded_once_and_the_dense_one_scored_once(directories, folder, text_file, monkeypatch):
+    import sparsify.evaluation.harness as harness
+
+    loads, runs = [], []
+    original, answer = evaluation.load_model, harness.answers_of
+    monkeypatch.setattr(evaluation, "load_model", lambda spec, device: loads.append(spec) or original(spec))
+    monkeypatch.setattr(harness, "answers_of", lambda task, model: runs.append(model.name) or answer(task, model))
+    rows = evaluate_all(
+        [directories / "dense", directories / "compressed"], directories / "dense", [text_file, "self"], 32, 4,
+        tasks=folder / "hellaswag.jsonl", limit=6, labels=["first", "second"], quiet=True,
+    )  # fmt: skip
+    assert len(loads) == 2 and sorted(runs) == [str(directories / "compressed"), str(directories / "dense")]
+    assert [list(row.texts) for row in rows] == [[text_file.name, "self"]] * 2
+    same, other = (row.tasks["hellaswag"] for row in rows)
+    assert (same.difference, same.flips, same.accuracy) == (0, 0, other.dense_accuracy)
+    alone = evaluate(directories / "compressed", directories / "dense", text_file, 32, 4, quiet=True)
+    assert rows[1].texts[text_file.name] == alone.first, "several texts change nothing on each of them"
+    assert rows[1].texts["self"].kl != alone.kl and rows[1].kl == alone.kl
+    parsed = json.loads(json.dumps([row.to_json() for row in rows], allow_nan=False))
+    assert parsed[1]["tasks"]["hellaswag"]["items"] == 6 and parsed[1]["tasks_mean"]["accuracy"] == other.accuracy
+    assert parsed[1]["text"] == text_file.name and set(parsed[1]["texts"]) == {text_file.name, "self"}
+    assert {"lm_eval", "torch"} <= parsed[1]["versions"].keys()
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(*tables(rows))
+    shown = console.export_text()
+    assert shown.count("Accuracy on") == 2 and "hellaswag the first 6 of 30" in shown
+    assert f"{other.accuracy:.1%} ± {other.accuracy_stderr * 100:.1f}" in shown
+
+
+@harness_installed
+def test_without_a_dense_model_there_is_nothing_to_compare_with(directories, folder):
+    found = evaluate(directories / "compressed", tasks=folder, limit=4, quiet=True).tasks_mean
+    assert found.dense_accuracy is found.above_chance is found.difference is found.flips is None
+
+
+@harness_installed
+def test_a_model_that_fails_beside_others_is_a_row_that_says_why(directories, folder, tmp_path):
+    broken = make_model(0)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    make_tokenizer().save_pretrained(tmp_path / "broken")
+    with pytest.raises(NumericalError, match="broken gives NaN or infinite logits on the tasks"):
+        evaluate(tmp_path / "broken", tasks=folder, limit=3, quiet=True)
+    rows = evaluate_all(
+        [tmp_path / "broken", directories / "compressed"], directories / "dense", tasks=folder, limit=3, quiet=True
+    )
+    assert "NaN" in rows[0].tasks_failure.reason and not rows[0].tasks and rows[0].tasks_mean is None
+    assert rows[1].failure is None and len(rows[1].tasks) == 3
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(*tables(rows))
+    assert "NaN or infinite" in console.export_text()
+    assert rows[0].to_json()["tasks_failure"]["reason"] == rows[0].tasks_failure.reason
+
+
+@harness_installed
+def test_what_does_not_fit_the_model(directories, tmp_path):
+    """Positions for 128 tokens: a longer question loses its beginning and is counted, a longer answer is refused by line."""
+    rng = random.Random(1)
+    items = [{"question": words(rng, count), "choices": ["w3", "w4 w5"], "answer": 0} for count in (10, 200, 300)]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, items)))
+    found = evaluate(directories / "dense", tasks=tmp_path, quiet=True)
+    assert found.tasks["long"].truncated == 2
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(*tables([found]))
+    assert "lost their beginning: " in console.export_text()
+    items[1]["choices"][1] = words(rng, 129)
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, items)))
+    with pytest.raises(
+        SparsifyError, match=r"long\.jsonl, line 2: an answer has 129 tokens, and .*dense has positions for 128"
+    ):
+        evaluate(directories / "dense", tasks=tmp_path, quiet=True)
+
+
+@harness_installed
+def test_a_tokenizer_that_does_not_belong_to_the_model(folder, tmp_path):
+    make_model(0, vocabulary=50).save_pretrained(tmp_path / "m")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(
+        SparsifyError, match=r"arc_easy\.jsonl, line \d+: the item holds the token .* embedding of the model has 50"
+    ):
+        evaluate(tmp_path / "m", tasks=folder, quiet=True)
+    make_model(0).save_pretrained(tmp_path / "m")
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(CheckpointError, match="no token for the beginning or the end of a text"):
+        evaluate(tmp_path / "m", tasks=folder, quiet=True)
+
+
+def test_without_lm_eval_the_extra_is_named(directories, folder, monkeypatch):
+    import sys
+
+    monkeypatch.delitem(sys.modules, "sparsify.evaluation.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(evaluation, "load_model", None)  # no weight is read
+    with pytest.raises(MissingDependency, match=r"lm-evaluation-harness.*pip install 'sparsify-24\[eval\]'"):
+        evaluate(directories / "dense", tasks=folder, quiet=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_the_mean_over_tasks_and_what_is_above_chance(tmp_path):
+    """By hand: 3 of 4 and 1 of 2 right with chance 1/2 and 1/4; the dense model 4 of 4 and 1 of 2."""
+    lines = {"a": (4, ["x", "y"]), "b": (2, ["x", "y", "z", "w"])}
+    for name, (count, choices) in lines.items():
+        item = json.dumps({"question": "q", "choices": choices, "answer": 0})
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([item] * count))
+    first, second = read_tasks(tmp_path)
+    mine = Answers([0, 0, 0, 1], [True, True, True, False], [True] * 4)
+    dense = Answers([0, 0, 0, 0], [True] * 4, [True, False, True, True])
+    a = task_score(first, mine, dense)
+    b = task_score(second, Answers([2, 0], [False, True], [False] * 2), Answers([0, 3], [True, False], [True] * 2))
+    assert (a.accuracy, a.dense_accuracy, a.chance, a.above_chance, a.flips) == (0.75, 1, 0.5, 0.5, 0.25)
+    assert (a.unnormalised_accuracy, a.dense_unnormalised_accuracy) == (1, 0.75)
+    assert a.difference == -0.25 and a.difference_stderr == pytest.approx(0.25)  # sqrt(0.75 / 3 / 4)
+    assert (b.difference, b.flips, b.above_chance) == (0, 1, 1) and b.difference_stderr == pytest.approx(1)
+    mean = mean_score([a, b])
+    assert (mean.items, mean.accuracy, mean.dense_accuracy, mean.chance) == (6, 0.625, 0.75, 0.375)
+    assert mean.above_chance == pytest.approx(0.25 / 0.375) and mean.difference == pytest.approx(-0.125)
+    assert mean.difference_stderr == pytest.approx((0.25**2 + 1) ** 0.5 / 2) and mean.flips == 0.625
+    assert task_score(first, mine, replace(dense, right=[False, True, False, True])).above_chance is None
+    (alone,) = read_tasks(tmp_path / "a.jsonl", 1)
+    single = task_score(alone, Answers([0], [True], [True]), Answers([1], [False], [True]))
+    assert single.accuracy_stderr is None and single.difference_stderr is None and single.difference == 1
+
+
+def test_two_texts_of_one_name_are_told_apart(directories, text_file, tmp_path):
+    (tmp_path / text_file.name).write_text("w3 w4 " * 200)
+    both = [text_file, tmp_path / text_file.name]
+    found = evaluate(directories / "dense", None, both, 32, 4, quiet=True)
+    assert list(found.texts) == [str(path) for path in both]
+    assert len({score.perplexity for score in found.texts.values()}) == 2
+    with pytest.raises(SparsifyError, match="is given twice as a text"):
+        evaluate(directories / "dense", None, [text_file, f"file:{text_file}"], quiet=True)
+
+
+def test_every_text_is_read_before_a_model_is_loaded(directories, text_file, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_model", None)
+    with pytest.raises(SparsifyError, match=r"gone\.txt: cannot read the evaluation text"):
+        evaluate(directories / "dense", directories / "dense", [text_file, "self", "gone.txt"], 32, 4, quiet=True)
