@@ -88,7 +88,7 @@ def evaluate_all(
     # The cheap things that can be wrong come first: tasks, texts and tokenizer, then the weights.
     files = _read_tasks(tasks, limit)
     texts = texts_of(SELF if text is None and not files else text, sequence_length, chunks)
-    if dense is None and any(one.path is None for one in texts):
+    if (not texts and not files) or (dense is None and any(one.path is None for one in texts)):
         raise SparsifyError("no text to score: give --text FILE, or --dense MODEL whose own samples are the text")
     rows = _read_texts(texts, models[0] if dense is None else dense)
     checkpoints = [open_checkpoint(spec) for spec in models]
@@ -154,13 +154,14 @@ def _read_tasks(tasks: str | Path | None, limit: int | None) -> list[TaskFile]:
 
 def _read_texts(texts: Sequence[Text], spec: str | Path) -> dict[str, Tensor]:
     """Rows of every text that is a file, [C, S], by its name. spec: the model whose tokenizer cuts it"""
-    files = [(one, one.path) for one in texts if one.path is not None]
-    if not files:
+    if not texts:
         return {}
     with stage("reading the text"):
         tokenizer, vocabulary = load_tokenizer(spec), load_vocabulary(spec)
         return {
-            one.name: file_chunks(path, tokenizer, one.sequence_length, one.chunks, vocabulary) for one, path in files
+            one.name: file_chunks(one.path, tokenizer, one.sequence_length, one.chunks, vocabulary)
+            for one in texts
+            if one.path is not None
         }
 
 

@@ -33,11 +33,26 @@ BATCH = 8  # sequences in one forward pass, which are sorted by length
 Pair = tuple[tuple[str, str], list[int], list[int]]  # prompt and answer as text, their tokens
 
 
-class HarnessModel(HFLM):
-    """A model in memory and its tokenizer, as lm-evaluation-harness calls them.
+class Watch:
+    """What the harness calls with every log-likelihood as soon as it is known, in place of its cache.
 
     advance: called after every answer that was scored
     """
+
+    def __init__(self, name: str, advance: Callable[[], None]) -> None:
+        self.name, self.advance = name, advance
+
+    def add_partial(self, attr: str, req: tuple[str, str], res: tuple[float, bool]) -> None:
+        if not math.isfinite(res[0]):
+            raise NumericalError(
+                f"{self.name} gives NaN or infinite logits on the tasks: its weights are damaged or overflow; "
+                "check them with `sparsify inspect`"
+            )
+        self.advance()
+
+
+class HarnessModel(HFLM):
+    """A model in memory and its tokenizer, as lm-evaluation-harness calls them. advance: that of `Watch`"""
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, advance: Callable[[], None] = lambda: None) -> None:
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -48,19 +63,9 @@ class HarnessModel(HFLM):
         with quiet_harness():
             super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=BATCH)
         self.name = name
-        self.advance = advance
         self.task: TaskFile | None = None
         self.truncated = 0
-        self.set_cache_hook(self)
-
-    def add_partial(self, attr: str, req: tuple[str, str], res: tuple[float, bool]) -> None:
-        """What the harness calls with every log-likelihood as soon as it is known."""
-        if not math.isfinite(res[0]):
-            raise NumericalError(
-                f"{self.name} gives NaN or infinite logits on the tasks: its weights are damaged or overflow; "
-                "check them with `sparsify inspect`"
-            )
-        self.advance()
+        self.set_cache_hook(Watch(name, advance))
 
     def _loglikelihood_tokens(
         self, requests: list[Pair], disable_tqdm: bool = False, override_bs: int | None = None
@@ -120,11 +125,13 @@ def requests_of(tasks: list[TaskFile]) -> int:
 
 @contextmanager
 def quiet_harness() -> Iterator[None]:
-    """The harness logs only errors: what its warnings say of length is checked here, and the model is given on purpose."""
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    """The harness and tokenizers log only errors: what they say of lengths is checked here, and the model is given on purpose."""
+    logs = [logging.getLogger(name) for name in ("lm_eval", "transformers.tokenization_utils_base")]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
