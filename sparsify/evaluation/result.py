@@ -189,7 +189,8 @@ def task_table(results: Sequence[EvaluationResult]) -> Table:
     )
     view.add_column("model")
     view.add_column("task")
-    for heading in ("accuracy", "dense", "chance", "above chance", "difference", "flips"):
+    compared = results[0].dense is not None
+    for heading in ("accuracy", "chance", *(("dense", "above chance", "difference", "flips") if compared else ())):
         view.add_column(heading, justify="right")
     for result in results:
         if result.tasks_failure:
@@ -201,11 +202,13 @@ def task_table(results: Sequence[EvaluationResult]) -> Table:
                 Text(result.model if place == 0 else ""),
                 Text(score.task),
                 share(score.accuracy, score.accuracy_stderr),
-                share(score.dense_accuracy),
                 share(score.chance),
-                share(score.above_chance),
-                share(score.difference, score.difference_stderr, "+"),
-                share(score.flips),
+                *(
+                    share(score.dense_accuracy),
+                    share(score.above_chance),
+                    share(score.difference, score.difference_stderr, "+"),
+                    share(score.flips),
+                )[: 4 * compared],
                 end_section=place == len(rows) - 1,
             )
     return view
@@ -226,9 +229,12 @@ def task_caption(results: Sequence[EvaluationResult]) -> str:
     counts = ", ".join(f"{name} {items_of(score)}" for name, score in scored.tasks.items())
     lines = [
         f"items: {counts}",
-        "accuracy by log-likelihood per character (acc_norm of lm-evaluation-harness), ± standard error; above chance: share that "
-        "is left of what the dense model has; difference to dense, paired; flips: answers that changed",
+        "accuracy by log-likelihood per character (acc_norm of lm-evaluation-harness), ± standard error",
     ]
+    if scored.dense is not None:
+        lines.append(
+            "above chance: share that is left of what the dense model has; difference to dense, paired; flips: answers that changed"
+        )
     cut = {
         f"{result.model}, {name}: {score.truncated}"
         for result in results
