@@ -99,6 +99,17 @@ TAKES_LIMITS.add_argument(
     action="store_true",
     help="keep hidden states of the calibration text in a file beside the output, whatever memory there is",
 )
+
+TAKES_TASKS = argparse.ArgumentParser(add_help=False)
+TAKES_TASKS.add_argument(
+    "--tasks",
+    metavar="FOLDER",
+    help="multiple-choice tasks: a folder of .jsonl files, or one file; zero-shot, scored by lm-evaluation-harness",
+)
+TAKES_TASKS.add_argument(
+    "--limit", type=int, metavar="N", help="score the first N items of each task (default all of them)"
+)
+
 TAKES_RECIPE = argparse.ArgumentParser(add_help=False)
 TAKES_RECIPE.add_argument(
     "recipe", metavar="RECIPE", help="name of a built-in recipe (see `sparsify recipes`) or a YAML file"

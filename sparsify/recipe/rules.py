@@ -208,11 +208,12 @@ def _format(recipe: "Recipe") -> None:
 
 
 def _leak(recipe: "Recipe") -> None:
-    if recipe.evaluation is None:
+    scored = None if recipe.evaluation is None else recipe.evaluation.text
+    if scored is None:
         return
     for step in recipe.training:
         text = step.source if isinstance(step, Distill) else step.data
-        if text is not None and same_text(text, recipe.evaluation.text):
+        if text is not None and same_text(text, scored):
             raise refuse(
                 f"evaluation reads the text that {step.kind} trains on, which would flatter the result; "
                 "give one of them another file",
@@ -220,7 +221,7 @@ def _leak(recipe: "Recipe") -> None:
                 "text",
             )
     for source, _ in recipe.calibration.mixture:
-        if same_text(source, recipe.evaluation.text):
+        if same_text(source, scored):
             raise refuse(
                 f"evaluation reads the same text as calibration ({source}), which would flatter the result; "
                 "never calibrate on what is evaluated: give one of them another file",
