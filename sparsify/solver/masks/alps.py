@@ -13,7 +13,7 @@ from sparsify.solver.masks.magnitude import keep_two_of_four
 ITERATIONS = 30
 PENALTY = 0.08  # of a Hessian with unit diagonal, at the start
 GROWTH = 1.12
-ROWS = 4096  # outputs that are solved together: a dozen matrices of their size are alive at once
+ROWS = 1024  # outputs that are solved together: a dozen matrices of their size are alive at once
 
 
 def alps_mask(W: Tensor, H: Tensor | None = None) -> Tensor:
