@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,8 +53,10 @@ class Estimate:
 def estimate(plan: Plan) -> Estimate:
     """Sizes are exact up to file headers, without a depth pass; memory is that of the part that needs most."""
     walk = walk_memory(plan, plan.limits) if plan.needs_data and plan.compressed is None else None
-    nbytes = _memory_bytes(plan, walk)
-    return Estimate(plan.checkpoint.nbytes(), _output_bytes(plan), nbytes, count_operations(plan), walk)
+    nbytes, output = _memory_bytes(plan, walk), _output_bytes(plan)
+    if walk is not None:  # the parts are there until the output is whole
+        walk = replace(walk, disk={"finished parts": output, "output": output, **walk.disk})
+    return Estimate(plan.checkpoint.nbytes(), output, nbytes, count_operations(plan), walk)
 
 
 def _output_bytes(plan: Plan) -> int:

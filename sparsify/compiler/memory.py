@@ -151,7 +151,7 @@ def walk_memory(plan: Plan, limits: Limits) -> WalkMemory:
     host = base | outside | _growing(0 if spills else here, 0)
     inside |= _growing(0 if spills else here, 0 if on_gpu else kept)
     gpu |= _growing(hidden - here, kept) if on_gpu else {}
-    disk = {"finished parts and output": 2 * plan.checkpoint.nbytes() // 3} | ({HIDDEN: hidden} if spills else {})
+    disk = {HIDDEN: hidden} if spills else {}
     most = max(inside, host, key=_sum)
     return WalkMemory(most, gpu, disk, least, least_gpu, budget, gpu_budget, spills, place, room)
 

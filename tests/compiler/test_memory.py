@@ -83,6 +83,8 @@ def test_items_are_what_the_shapes_say(tmp_path, recipe):
     statistics = found.host["statistics and factors"]
     assert statistics in (4 * 2 * WIDE**2, 4 * 3 * WIDE**2, 4 * 2 * HIDDEN**2, 4 * 3 * HIDDEN**2)
     assert found.peak == sum(found.host.values())
+    cost = plan.estimate()
+    assert cost.memory is not None and cost.memory.disk["output"] == cost.output_bytes and found.disk == {}
     assert json.dumps(found.to_json())
 
 
