@@ -360,4 +360,4 @@ def open_teacher(planned: PlannedTraining, device: str) -> Teacher:
         model = load_causal_lm(teacher.loadable_directory(), teacher.spec, dtype=for_precision(settings.precision))
     model.to(device)
     loss = settings.loss
-    return Teacher(model, feature=loss.squarehead > 0, logits=loss.kl > 0, blocks=planned.teacher_blocks)
+    return Teacher(model, feature=loss.squarehead > 0, logits=loss.divergence, blocks=planned.teacher_blocks)

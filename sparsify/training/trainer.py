@@ -356,7 +356,7 @@ def arguments(student: Student, settings: Distill | Finetune, steps: int, direct
         disable_tqdm=True,
         log_level="error",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=not (settings.loss.kl or settings.loss.cross_entropy),
+        ddp_find_unused_parameters=not (settings.loss.divergence or settings.loss.cross_entropy),
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         **sharding,

@@ -11,19 +11,29 @@ from sparsify.recipe.sources import source_problem
 class LossWeights(Model):
     """How much each part of the loss counts; 0 leaves it out."""
 
-    kl: Weight = Field(default=1.0, description="KL divergence from the teacher's next-token distribution")
+    kl: Weight = Field(
+        default=1.0, description="KL(teacher || student) of the next-token distributions: cover all that the teacher may say"
+    )
+    reverse_kl: Weight = Field(
+        default=0.0, description="KL(student || teacher): say nothing that the teacher would not; may be added to kl"
+    )
     squarehead: Weight = Field(
         default=1.0, description="SquareHead: relative squared distance of the hidden states after every block"
     )
     cross_entropy: Weight = Field(default=0.0, description="next-token loss on the text itself")
 
     @property
+    def divergence(self) -> bool:
+        """Whether the teacher's next-token distribution counts."""
+        return bool(self.kl or self.reverse_kl)
+
+    @property
     def needs_teacher(self) -> bool:
-        return bool(self.kl or self.squarehead)
+        return self.divergence or bool(self.squarehead)
 
 
 class FinetuneLossWeights(LossWeights):
-    """How much each part of the loss counts; kl and squarehead need a teacher."""
+    """How much each part of the loss counts; all but cross_entropy need a teacher."""
 
     kl: Weight = Field(default=0.0, description="as in distill")
     squarehead: Weight = Field(default=0.0, description="as in distill")
@@ -122,7 +132,7 @@ class Distill(TrainingPass):
                 "tokens",
             )
         if not self.needs_teacher and not isinstance(self, Lora):
-            raise refuse("neither kl nor squarehead counts, so there is nothing to learn from the teacher", "loss")
+            raise refuse("none of kl, reverse_kl and squarehead counts, so there is nothing to learn from the teacher", "loss")
         if self.teacher_logits == "cached" and self.loss.squarehead:
             raise refuse(
                 "the cache holds the teacher's logits but loss.squarehead asks for its hidden states; "
@@ -131,8 +141,8 @@ class Distill(TrainingPass):
             )
         if self.teacher_logits == "online" and self.top_k != type(self).model_fields["top_k"].default:
             raise refuse("top_k has no effect with teacher_logits online; remove it", "top_k")
-        if self.temperature != 1 and not self.loss.kl:
-            raise refuse("temperature has no effect without loss.kl; remove it", "temperature")
+        if self.temperature != 1 and not self.loss.divergence:
+            raise refuse("temperature has no effect without loss.kl or loss.reverse_kl; remove it", "temperature")
         if self.temperature != 1 and self.teacher_logits == "cached":
             raise refuse(
                 "cached logits know the sum of the rest at temperature 1 only; remove temperature", "temperature"
@@ -167,7 +177,7 @@ class Lora(Distill):
         if not (self.needs_teacher or self.loss.cross_entropy):
             raise refuse("all parts of the loss are 0, so there is nothing to learn", "loss")
         if not self.needs_teacher and self.teacher is not None:
-            raise refuse("teacher has no effect while loss.kl and loss.squarehead are 0", "teacher")
+            raise refuse("teacher has no effect while loss.kl, loss.reverse_kl and loss.squarehead are 0", "teacher")
         if self.export == "adapter":
             why = "an adapter that is not merged is not rounded"
             self.refuse_set("lora and export adapter", quantize_in_loop=why)
@@ -212,9 +222,9 @@ class Finetune(TrainingPass):
         if not (self.loss.needs_teacher or self.loss.cross_entropy):
             raise refuse("all parts of the loss are 0, so there is nothing to learn", "loss")
         if self.teacher is None and self.loss.needs_teacher:
-            raise refuse("kl and squarehead compare with a teacher; name one with teacher, or set both to 0", "loss")
+            raise refuse("kl, reverse_kl and squarehead compare with a teacher; name one with teacher, or set them to 0", "loss")
         if self.teacher is not None and not self.loss.needs_teacher:
-            raise refuse("teacher has no effect while loss.kl and loss.squarehead are 0", "teacher")
-        if self.temperature != 1 and not self.loss.kl:
-            raise refuse("temperature has no effect without loss.kl; remove it", "temperature")
+            raise refuse("teacher has no effect while loss.kl, loss.reverse_kl and loss.squarehead are 0", "teacher")
+        if self.temperature != 1 and not self.loss.divergence:
+            raise refuse("temperature has no effect without loss.kl or loss.reverse_kl; remove it", "temperature")
         return self
