@@ -10,40 +10,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from sparsify.compiler.metrics import ADAPTER
 from sparsify.compiler.plan_training import PlannedTraining
+from sparsify.compiler.training_text import held_out_rows, repeats_in_words, training_rows
 from sparsify.compute import for_precision
-from sparsify.data.calibration import calibration_tokens
-from sparsify.data.chat import conversation_rows
-from sparsify.data.fitting import vocabulary_of
-from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.distributed import device, is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CalibrationError, CheckpointError
-from sparsify.files import atomic_write, cache_directory, publish
+from sparsify.files import atomic_write
 from sparsify.formats.reader import natural
 from sparsify.formats.scheme import in_block
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import load_state, meta_model, target_names
 from sparsify.model.linear import LinearWeights
-from sparsify.model.pretrained import load_causal_lm, load_config, load_tokenizer
-from sparsify.progress import stage, without_bars
+from sparsify.model.pretrained import load_causal_lm
+from sparsify.progress import say, stage, without_bars
 from sparsify.recipe import Calibration, Distill, Finetune, Lora
-from sparsify.recipe.sources import SELF, parse_source
+from sparsify.training.averaging import first_averaged
 from sparsify.training.distill import TextRows, cache_teacher, collate, online
+from sparsify.training.held_out import HeldOutText, Measurements
 from sparsify.training.qat_linear import make_trainable
 from sparsify.training.student import Student, Teacher, trainable_parameters
 from sparsify.training.trainer import PREFIX, load_parameters, train
-
-ROWS = "rows.safetensors"  # what a training pass reads, in its folder of the work directory
 
 
 @dataclass
@@ -129,6 +123,11 @@ def train_stage(
     quiet = quiet or not is_main()
     with main_first():
         rows = training_rows(planned, checkpoint, calibration, directory, quiet)
+        measured_on = None
+        if isinstance(settings, Distill) and settings.held_out is not None:
+            measured_on = held_out_rows(planned, checkpoint, calibration, directory, quiet)
+    for said in repeats_in_words(settings, calibration, rows):
+        say(said, quiet)
     steps = planned.steps if planned.steps is not None else len(rows) * _epochs(settings) // settings.batch_size
     if steps < 1:
         raise CalibrationError(
@@ -140,25 +139,37 @@ def train_stage(
         with stage(f"{settings.kind}: loading the teacher", quiet):
             teacher = open_teacher(planned, device())
     outputs_of_teacher: Any = None
+    held_out = None
     if teacher is not None and isinstance(settings, Distill) and settings.teacher_logits == "cached":
         with main_first():
             outputs_of_teacher = cache_teacher(teacher, rows.tokens, settings.top_k, directory / "teacher", quiet)
+            if measured_on is not None:
+                place = directory / "teacher-held-out"
+                held_out = held_out_text(
+                    planned, measured_on, cache_teacher(teacher, measured_on.tokens, settings.top_k, place, quiet)
+                )
         teacher = None
     elif teacher is not None:
         outputs_of_teacher = online(teacher)
+        held_out = held_out_text(planned, measured_on, outputs_of_teacher)
     with stage(f"{settings.kind}: loading the student", quiet):
         opened, student, groups = prepare(settings, writer, checkpoint)
     if processes() == 1:
         student.to(device())  # FSDP moves its shards itself
     masked = {} if isinstance(settings, Lora) else opened.linears
-    watch = train(student, groups, masked, rows, collate, settings, steps, directory, outputs_of_teacher, quiet)
+    watch, measured = train(
+        student, groups, masked, rows, collate, settings, steps, directory, outputs_of_teacher, quiet, held_out
+    )
     summary = {
         "kind": settings.kind,
         "precision": str(for_precision(settings.precision)).removeprefix("torch."),
-        "steps": steps,
+        "steps": len(watch.losses),
+        "planned_steps": steps,
         "rows": len(rows),
-        "tokens": planned.tokens if planned.tokens is not None else _tokens(rows, steps * settings.batch_size),
+        "tokens": _tokens(rows, len(watch.losses) * settings.batch_size),
         "teacher": None if planned.teacher is None else planned.teacher.spec,
+        "averaged_steps": max(0, len(watch.losses) + 1 - first_averaged(steps, settings.average)),
+        "held_out": None if measured is None else held_out_note(settings, measured),
         **watch.summary(),
     }
     if is_main():
@@ -232,6 +243,21 @@ def keep_adapter(opened: OpenedStudent, writer: CheckpointWriter) -> None:
         atomic_write(directory / name, content)
 
 
+def held_out_text(planned: PlannedTraining, rows: TextRows | None, teacher: Any) -> HeldOutText | None:
+    """What is measured beside training, None without."""
+    if rows is None:
+        return None
+    assert isinstance(planned.settings, Distill) and planned.settings.held_out is not None
+    return HeldOutText(rows, teacher, planned.measured_every, planned.settings.held_out.patience)
+
+
+def held_out_note(settings: Distill | Finetune, measured: Measurements) -> dict[str, Any]:
+    """What metrics.json says of it."""
+    assert isinstance(settings, Distill) and settings.held_out is not None
+    held_out = settings.held_out
+    return {"source": held_out.source, "rows": held_out.samples, "stopped": measured.stop, **measured.summary()}
+
+
 def _epochs(settings: Distill | Finetune) -> int:
     return settings.epochs if isinstance(settings, Finetune) else 1
 
@@ -264,93 +290,6 @@ def rewrite(
         conclude(inside)
 
 
-def read_ahead(
-    planned: PlannedTraining, checkpoint: Checkpoint, calibration: Calibration, directory: Path | None, quiet: bool
-) -> None:
-    """Read the rows to train on, if they lie in files: what is wrong with them is better known before hours of compressing.
-
-    directory: where they are kept for the training, None to read them only.
-    """
-    settings = planned.settings
-    if isinstance(settings, Distill):
-        sources = [name for name, _ in training_text(settings, calibration).mixture]
-    else:
-        sources = [settings.data]
-    if all(parse_source(name).kind == "file" for name in sources):
-        if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-        training_rows(planned, checkpoint, calibration, directory, quiet)
-
-
-def training_rows(
-    planned: PlannedTraining, checkpoint: Checkpoint, calibration: Calibration, directory: Path | None, quiet: bool
-) -> Any:
-    """The rows to train on; a resumed run takes those of the first one, whatever became of their source."""
-    settings = planned.settings
-    file = None if directory is None else directory / ROWS
-    if isinstance(settings, Distill):
-        asked = training_text(settings, calibration)
-        made = kept(file, lambda: {"tokens": text_tokens(asked, settings, planned.teacher or checkpoint, quiet)})
-        return TextRows(made["tokens"])
-
-    def read() -> dict[str, Tensor]:
-        tokenizer = load_tokenizer(checkpoint.directory, checkpoint.spec)
-        rows = conversation_rows(
-            settings.data,
-            settings.columns,
-            tokenizer,
-            settings.sequence_length,
-            settings.samples,
-            settings.seed,
-            vocabulary_of(load_config(checkpoint.directory, checkpoint.spec)),
-        )
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        return {"lengths": lengths, **{key: torch.cat([row[key] for row in rows]) for key in ("input_ids", "labels")}}
-
-    with stage(f"{settings.kind}: reading {settings.data}", quiet):
-        made = kept(file, read)
-    lengths = made["lengths"].tolist()
-    ids, labels = (made[key].split(lengths) for key in ("input_ids", "labels"))
-    return [{"input_ids": i, "labels": one} for i, one in zip(ids, labels, strict=True)]
-
-
-def training_text(settings: Distill, calibration: Calibration) -> Calibration:
-    """What to read: the calibration source unless distill names its own, as many rows as its tokens need."""
-    rows = settings.samples or -(-settings.tokens // settings.sequence_length)
-    changes: dict[str, Any] = {"samples": rows, "sequence_length": settings.sequence_length}
-    if settings.source is not None:
-        own = calibration.self if settings.source == SELF else None
-        return Calibration(source=settings.source, seed=settings.seed, self=own, **changes)
-    return calibration.model_copy(update=changes)
-
-
-def text_tokens(asked: Calibration, settings: Distill, writes: Checkpoint, quiet: bool) -> Tensor:
-    """Tokens [samples, sequence_length]; `self` means the teacher."""
-    try:
-        return calibration_tokens(
-            asked,
-            load_tokenizer(writes.directory, writes.spec),
-            lambda: open_writer(writes.loadable_directory(), for_precision(settings.precision)),
-            cache_dir=cache_directory() / "calibration",
-            key=lambda: writer_key(writes, for_precision(settings.precision)),
-            quiet=quiet,
-            vocabulary=vocabulary_of(load_config(writes.directory, writes.spec)),
-        )
-    except CalibrationError as error:
-        raise CalibrationError(str(error).replace("calibration.", f"passes.{settings.kind}.")) from None
-
-
-def kept(file: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file, which is written whole when it is not there. Without a file they are made and not kept."""
-    if file is None:
-        return make()
-    if not file.exists():
-        aside = file.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in make().items()}, aside)
-        publish(aside, file)
-    return load_file(file)
-
-
 def open_teacher(planned: PlannedTraining, device: str) -> Teacher:
     """The dense model, in the precision of the products."""
     assert planned.teacher is not None
@@ -360,4 +299,7 @@ def open_teacher(planned: PlannedTraining, device: str) -> Teacher:
         model = load_causal_lm(teacher.loadable_directory(), teacher.spec, dtype=for_precision(settings.precision))
     model.to(device)
     loss = settings.loss
-    return Teacher(model, feature=loss.squarehead > 0, logits=loss.divergence, blocks=planned.teacher_blocks)
+    measured = isinstance(settings, Distill) and settings.held_out is not None
+    return Teacher(
+        model, feature=loss.squarehead > 0, logits=loss.divergence or measured, blocks=planned.teacher_blocks
+    )

@@ -26,10 +26,15 @@ TOKENS_AT_ONCE = 4096
 
 
 class TextRows(Sequence[dict[str, Tensor]]):
-    """Rows of text with the next token as label; the last token of a row predicts nothing. tokens: int64 [N, T]"""
+    """Rows of text with the next token as label; the last token of a row predicts nothing.
 
-    def __init__(self, tokens: Tensor):
+    tokens: int64 [N, T], one source after another; counts, weights: of each source its rows, and how often they are drawn
+    """
+
+    def __init__(self, tokens: Tensor, counts: Sequence[int] | None = None, weights: Sequence[float] = (1.0,)):
         self.tokens = tokens
+        self.counts = [len(tokens)] if counts is None else list(counts)
+        self.weights = list(weights)
 
     def __len__(self) -> int:
         return len(self.tokens)

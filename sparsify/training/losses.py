@@ -147,9 +147,7 @@ class Scores:
     cross_entropy: Tensor
 
     def __add__(self, other: Scores) -> Scores:
-        return Scores(
-            self.kl + other.kl, self.reverse_kl + other.reverse_kl, self.cross_entropy + other.cross_entropy
-        )
+        return Scores(self.kl + other.kl, self.reverse_kl + other.reverse_kl, self.cross_entropy + other.cross_entropy)
 
     def total(self, loss: LogitLoss) -> Tensor:
         """The weighted sum."""
@@ -157,9 +155,7 @@ class Scores:
         return sum + loss.reverse_kl * self.reverse_kl if loss.reverse_kl else sum
 
 
-def score_chunk(
-    logits: Tensor, target: Distribution | None, labels: Tensor, loss: LogitLoss
-) -> tuple[Scores, Tensor]:
+def score_chunk(logits: Tensor, target: Distribution | None, labels: Tensor, loss: LogitLoss) -> tuple[Scores, Tensor]:
     """Losses of a few tokens and the gradient of their weighted sum in the logits, float32 [C, V].
 
     logits: [C, V] float32, the student's, overwritten; target: with log_probabilities for the reverse divergence;

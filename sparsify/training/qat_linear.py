@@ -174,9 +174,13 @@ class TrainableLinear(nn.Module):
         return self._held is not None
 
     @torch.no_grad()
-    def hold(self, dtype: torch.dtype) -> None:
-        """Compute the weight once, in `dtype`, for all micro-batches of a step. `release` ends it."""
-        self._held = self.in_loop().to(dtype, copy=True).requires_grad_(self.weight.requires_grad)
+    def hold(self, dtype: torch.dtype, exported: bool = False) -> None:
+        """Compute the weight once, in `dtype`, for all micro-batches of a step. `release` ends it.
+
+        exported: as it will be written, whether or not rounding is in the loop
+        """
+        weight = self.effective() if exported else self.in_loop()
+        self._held = weight.to(dtype, copy=True).requires_grad_(self.weight.requires_grad)
         if self._held.requires_grad:
             self._held.register_post_accumulate_grad_hook(self._collect)
 
