@@ -133,6 +133,8 @@ def head_in_words(head: dict[str, Any], nbytes: int) -> str:
 def training_in_words(training: dict[str, Any]) -> str:
     """`488 steps, 2.0M tokens of 3906 rows, teacher embedded:...; loss 1.91 to 0.73`."""
     teacher = f", teacher {training['teacher']}" if training["teacher"] else ""
+    if masks := training.get("masks"):
+        teacher += f", masks learned ({masks['method']}): {masks['moved']:.1%} of the kept weights are new"
     if averaged := training.get("averaged_steps"):
         teacher += f", mean of the weights of {averaged} steps"
     if held_out := training.get("held_out"):

@@ -60,8 +60,12 @@ class PlannedTraining:
         return f"{settings.kind}: {what}{teacher}{self._chosen()}"
 
     def _chosen(self) -> str:
-        """How the state that is written is chosen, where it is not the last one."""
+        """How masks and the state that is written are chosen, where it is not the first ones and the last one."""
         said = ""
+        if isinstance(self.settings, Distill) and (learned := self.settings.learned_masks) is not None:
+            assert self.steps is not None
+            last = self.steps - round(self.steps * learned.frozen)
+            said += f", masks learned ({learned.method}, every {learned.every} steps up to step {last})"
         if self.settings.average:
             said += f", mean of the weights of the last {self.settings.average:.0%} of the steps"
         if isinstance(self.settings, Distill) and self.settings.held_out is not None:
@@ -111,12 +115,9 @@ def plan_training(recipe: Recipe, model: Checkpoint, shortened: Shortened | None
 
 def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shortened | None) -> PlannedTraining:
     spec = settings.teacher
-    kept = (
-        "average" if settings.average else "held_out" if isinstance(settings, Distill) and settings.held_out else None
-    )
-    if kept is not None and processes() > 1:
+    if processes() > 1 and (alone := _in_one_process(settings)):
         raise CheckpointError(
-            f"{settings.kind}: {kept} works in one process; start it without torchrun, or leave it out"
+            f"{settings.kind}: {alone} works in one process; start it without torchrun, or leave it out"
         )
     if isinstance(settings, Distill) and settings.needs_teacher and spec is None:
         spec = model.spec  # a recipe that compresses starts from the dense model
@@ -132,6 +133,15 @@ def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shorten
         steps = settings.tokens // per_step
         return PlannedTraining(settings, steps, steps * per_step, teacher, blocks)
     return PlannedTraining(settings, None, None, teacher, blocks)
+
+
+def _in_one_process(settings: Distill | Finetune) -> str | None:
+    """The first setting of a pass that several processes cannot carry out."""
+    if settings.average:
+        return "average"
+    if not isinstance(settings, Distill):
+        return None
+    return "held_out" if settings.held_out is not None else "masks: learned" if settings.learned_masks else None
 
 
 def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:

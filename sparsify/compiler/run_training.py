@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from sparsify.compiler.metrics import ADAPTER
 from sparsify.compiler.plan_training import PlannedTraining
-from sparsify.compiler.training_text import held_out_rows, repeats_in_words, training_rows
+from sparsify.compiler.training_text import held_out_rows, reads_files, repeats_in_words, training_rows
 from sparsify.compute import for_precision
 from sparsify.distributed import device, is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CalibrationError, CheckpointError
@@ -34,10 +35,10 @@ from sparsify.progress import say, stage, without_bars
 from sparsify.recipe import Calibration, Distill, Finetune, Lora
 from sparsify.training.averaging import first_averaged
 from sparsify.training.distill import TextRows, cache_teacher, collate, online
-from sparsify.training.held_out import HeldOutText, Measurements
+from sparsify.training.held_out import HeldOutText
 from sparsify.training.qat_linear import make_trainable
 from sparsify.training.student import Student, Teacher, trainable_parameters
-from sparsify.training.trainer import PREFIX, load_parameters, train
+from sparsify.training.trainer import PREFIX, Trained, load_parameters, train
 
 
 @dataclass
@@ -126,52 +127,25 @@ def train_stage(
         measured_on = None
         if isinstance(settings, Distill) and settings.held_out is not None:
             measured_on = held_out_rows(planned, checkpoint, calibration, directory, quiet)
-    for said in repeats_in_words(settings, calibration, rows):
-        say(said, quiet)
+    if not reads_files(settings, calibration):  # else it was said before compressing
+        for said in repeats_in_words(settings, calibration, rows):
+            say(said, quiet)
     steps = planned.steps if planned.steps is not None else len(rows) * _epochs(settings) // settings.batch_size
     if steps < 1:
         raise CalibrationError(
             f"{settings.kind}: {len(rows)} rows are less than one step of batch_size {settings.batch_size}; "
             "lower batch_size or give more data"
         )
-    teacher = None
-    if planned.teacher is not None:
-        with stage(f"{settings.kind}: loading the teacher", quiet):
-            teacher = open_teacher(planned, device())
-    outputs_of_teacher: Any = None
-    held_out = None
-    if teacher is not None and isinstance(settings, Distill) and settings.teacher_logits == "cached":
-        with main_first():
-            outputs_of_teacher = cache_teacher(teacher, rows.tokens, settings.top_k, directory / "teacher", quiet)
-            if measured_on is not None:
-                place = directory / "teacher-held-out"
-                held_out = held_out_text(
-                    planned, measured_on, cache_teacher(teacher, measured_on.tokens, settings.top_k, place, quiet)
-                )
-        teacher = None
-    elif teacher is not None:
-        outputs_of_teacher = online(teacher)
-        held_out = held_out_text(planned, measured_on, outputs_of_teacher)
+    outputs_of_teacher, held_out = prepare_teacher(planned, rows, measured_on, directory, quiet)
     with stage(f"{settings.kind}: loading the student", quiet):
         opened, student, groups = prepare(settings, writer, checkpoint)
     if processes() == 1:
         student.to(device())  # FSDP moves its shards itself
     masked = {} if isinstance(settings, Lora) else opened.linears
-    watch, measured = train(
+    trained = train(
         student, groups, masked, rows, collate, settings, steps, directory, outputs_of_teacher, quiet, held_out
     )
-    summary = {
-        "kind": settings.kind,
-        "precision": str(for_precision(settings.precision)).removeprefix("torch."),
-        "steps": len(watch.losses),
-        "planned_steps": steps,
-        "rows": len(rows),
-        "tokens": _tokens(rows, len(watch.losses) * settings.batch_size),
-        "teacher": None if planned.teacher is None else planned.teacher.spec,
-        "averaged_steps": max(0, len(watch.losses) + 1 - first_averaged(steps, settings.average)),
-        "held_out": None if measured is None else held_out_note(settings, measured),
-        **watch.summary(),
-    }
+    summary = training_note(planned, rows, steps, trained)
     if is_main():
         if processes() > 1:  # what was trained is in shards here, and whole in the last checkpoint
             opened, student, _ = prepare(settings, writer, checkpoint)
@@ -243,19 +217,54 @@ def keep_adapter(opened: OpenedStudent, writer: CheckpointWriter) -> None:
         atomic_write(directory / name, content)
 
 
-def held_out_text(planned: PlannedTraining, rows: TextRows | None, teacher: Any) -> HeldOutText | None:
-    """What is measured beside training, None without."""
-    if rows is None:
-        return None
-    assert isinstance(planned.settings, Distill) and planned.settings.held_out is not None
-    return HeldOutText(rows, teacher, planned.measured_every, planned.settings.held_out.patience)
+def prepare_teacher(
+    planned: PlannedTraining, rows: Any, measured_on: TextRows | None, directory: Path, quiet: bool
+) -> tuple[Any, HeldOutText | None]:
+    """What the teacher says of a batch, as `train` calls it (None without a teacher), and what is measured beside training."""
+    settings = planned.settings
+    if planned.teacher is None:
+        return None, None
+    with stage(f"{settings.kind}: loading the teacher", quiet):
+        teacher = open_teacher(planned, device())
+    if not isinstance(settings, Distill):
+        return online(teacher), None
+    learned = measured = online(teacher)
+    if settings.teacher_logits == "cached":
+        with main_first():
+            learned = cache_teacher(teacher, rows.tokens, settings.top_k, directory / "teacher", quiet)
+            if measured_on is not None:
+                place = directory / "teacher-held-out"
+                measured = cache_teacher(teacher, measured_on.tokens, settings.top_k, place, quiet)
+    if measured_on is None or settings.held_out is None:
+        return learned, None
+    return learned, HeldOutText(measured_on, measured, planned.measured_every, settings.held_out.patience)
 
 
-def held_out_note(settings: Distill | Finetune, measured: Measurements) -> dict[str, Any]:
-    """What metrics.json says of it."""
-    assert isinstance(settings, Distill) and settings.held_out is not None
-    held_out = settings.held_out
-    return {"source": held_out.source, "rows": held_out.samples, "stopped": measured.stop, **measured.summary()}
+def training_note(planned: PlannedTraining, rows: Any, steps: int, trained: Trained) -> dict[str, Any]:
+    """What metrics.json says of a training. steps: that were to be done"""
+    settings, done = planned.settings, len(trained.watch.losses)
+    held_out = None
+    if trained.measured is not None:
+        assert isinstance(settings, Distill) and settings.held_out is not None
+        held_out = {
+            "source": settings.held_out.source,
+            "rows": settings.held_out.samples,
+            "stopped": done < steps,
+            **trained.measured.summary(),
+        }
+    return {
+        "kind": settings.kind,
+        "precision": str(for_precision(settings.precision)).removeprefix("torch."),
+        "steps": done,
+        "planned_steps": steps,
+        "rows": len(rows),
+        "tokens": _tokens(rows, done * settings.batch_size),
+        "teacher": None if planned.teacher is None else planned.teacher.spec,
+        "masks": None if trained.learned is None else trained.learned.summary(),
+        "averaged_steps": max(0, done + 1 - first_averaged(steps, settings.average)),
+        "held_out": held_out,
+        **trained.watch.summary(),
+    }
 
 
 def _epochs(settings: Distill | Finetune) -> int:

@@ -38,22 +38,25 @@ def read_ahead(
     directory: where the rows are kept for the training, None to read them only.
     """
     settings = planned.settings
-    if isinstance(settings, Distill):
-        sources = [name for name, _ in training_text(settings, calibration).mixture]
-    else:
-        sources = [settings.data]
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-    if _in_files(*sources):
+    if reads_files(settings, calibration):
         rows = training_rows(planned, checkpoint, calibration, directory, quiet)
         for said in repeats_in_words(settings, calibration, rows):
             say(said, quiet)
-    if isinstance(settings, Distill) and settings.held_out is not None and _in_files(settings.held_out.source):
+    if isinstance(settings, Distill) and settings.held_out is not None and _in_file(settings.held_out.source):
         held_out_rows(planned, checkpoint, calibration, directory, quiet)
 
 
-def _in_files(*sources: str) -> bool:
-    return all(parse_source(name).kind == "file" for name in sources)
+def reads_files(settings: Distill | Finetune, calibration: Calibration) -> bool:
+    """Whether all that is trained on lies in files."""
+    if isinstance(settings, Distill):
+        return all(_in_file(name) for name, _ in training_text(settings, calibration).mixture)
+    return _in_file(settings.data)
+
+
+def _in_file(source: str) -> bool:
+    return parse_source(source).kind == "file"
 
 
 def training_rows(
@@ -141,9 +144,7 @@ def repeats_in_words(settings: Distill | Finetune, calibration: Calibration, row
 def repeats_of_files(planned: PlannedTraining, checkpoint: Checkpoint, calibration: Calibration) -> list[str]:
     """The same before a run, for a pass whose texts lie in files; of other texts nobody knows yet."""
     settings = planned.settings
-    if not isinstance(settings, Distill) or settings.samples is not None:
-        return []
-    if not _in_files(*(name for name, _ in training_text(settings, calibration).mixture)):
+    if not isinstance(settings, Distill) or settings.samples is not None or not reads_files(settings, calibration):
         return []
     return repeats_in_words(settings, calibration, training_rows(planned, checkpoint, calibration, None, True))
 

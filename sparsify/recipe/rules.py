@@ -249,6 +249,18 @@ def _held_out(recipe: "Recipe") -> None:
                 )
 
 
+def _learned_masks(recipe: "Recipe") -> None:
+    for index, step in enumerate(recipe.passes):
+        if isinstance(step, Distill) and step.learned_masks is not None and recipe.compresses and recipe.prune is None:
+            raise refuse(
+                "masks: learned needs masks, and no pass prunes; add '- prune: {...}' before it, or remove masks",
+                "passes",
+                index,
+                step.kind,
+                "masks",
+            )
+
+
 def _some_pass(recipe: "Recipe") -> None:
     if not recipe.passes and not recipe.llm_compressor:
         raise refuse(
@@ -334,4 +346,5 @@ RULES: tuple[Callable[["Recipe"], None], ...] = (
     _format,
     _leak,
     _held_out,
+    _learned_masks,
 )

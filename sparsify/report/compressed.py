@@ -47,6 +47,9 @@ def training(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             ("tokens", [f"{units.count(note['tokens'])} of {note['rows']:,} rows"]),
             ("teacher", [Cell(note["teacher"], code=True) if note.get("teacher") else "none"]),
         ]
+        if masks := note.get("masks"):
+            moved = f"{masks['method']}, up to step {masks['last_change']}: {masks['moved']:.1%} of the kept weights are new"
+            facts.append(("learned masks", [moved]))
         for name in first:
             if name in last:
                 facts.append((name.replace("_", " "), [f"{first[name]:.4g} → {last[name]:.4g}"]))

@@ -29,9 +29,13 @@ class HeldOutText:
 
 @dataclass
 class Measurements:
-    """[step, divergence] of every measurement so far, the first before any training."""
+    """[step, divergence] of every measurement so far, the first before any training.
+
+    patience: measurements in a row without a new best before training stops; since: those of earlier steps do not count
+    """
 
     patience: int
+    since: int = 0
     found: list[tuple[int, float]] = field(default_factory=list)
 
     def add(self, step: int, divergence: float) -> bool:
@@ -48,8 +52,10 @@ class Measurements:
     @property
     def stop(self) -> bool:
         """Whether so many measurements in a row were no new best that training should end."""
-        best = self.best
-        return best is not None and len(self.found) - 1 - self.found.index(best) >= self.patience
+        if self.best is None:
+            return False
+        later = self.found[self.found.index(self.best) + 1 :]
+        return sum(step >= self.since for step, _ in later) >= self.patience
 
     def summary(self) -> dict[str, Any]:
         """What metrics.json says."""

@@ -1,8 +1,8 @@
-"""The transformers Trainer, for models whose masks are fixed: own loss, own checkpoints, exact resume, FSDP2.
+"""The transformers Trainer, for models whose masks are fixed or learned by rule: own loss, own checkpoints, exact resume, FSDP2.
 
 A checkpoint appears whole or not at all. It holds the trained parameters, the optimiser, the losses so far and where in
-the data the run is, the mean of the last weights and the best ones where these are kept; not the masks, which belong to
-the compressed model that training started from and are verified against it after every save.
+the data the run is, the mean of the last weights and the best ones where these are kept; the masks where these are
+learned, else they belong to the compressed model that training started from and are verified against it before every save.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from sparsify.recipe import Distill, Finetune
 from sparsify.training.averaging import WeightAverage, first_averaged
 from sparsify.training.distill import TextRows
 from sparsify.training.held_out import HeldOutText, Measurements, measure
+from sparsify.training.learned_masks import LearnedMasks
 from sparsify.training.loss_monitor import WINDOW, LossWatch
 from sparsify.training.qat_linear import TrainableLinear
 from sparsify.training.student import Student
@@ -39,6 +41,7 @@ WATCH = "losses.json"
 AVERAGE = "average.safetensors"
 BEST = "best.safetensors"
 MEASURED = "held-out.json"
+MASKS = "masks.safetensors"
 PREFIX = "checkpoint-"  # the Trainer's own
 KEPT = 2  # checkpoints on disk at a time
 BETAS = (0.9, 0.95)
@@ -92,14 +95,13 @@ def train(
     teacher: Any = None,
     quiet: bool = False,
     held_out: HeldOutText | None = None,
-) -> tuple[LossWatch, Measurements | None]:
+) -> Trained:
     """Train `student` for so many steps, going on from the last checkpoint in `directory` when there is one.
 
-    groups: parameters by kind (weights, scales, norms); linears: by name, whose masks must not change;
+    groups: parameters by kind (weights, scales, norms); linears: by name, whose masks change only where settings say so;
     rows: a sequence of mappings; collate: makes a batch with input_ids, labels (and keep) of several;
     teacher: called with a batch, gives the TeacherOutputs; held_out: what else is measured, which may end training early.
     Leaves the student at the state that is to be written: the best on held-out text, or the mean of the last, or the last.
-    Returns the losses of all steps, and the measurements.
     """
     discard_unfinished(directory)
     last = last_checkpoint(directory)
@@ -116,7 +118,16 @@ def train(
     for linear in linears.values():
         linear.release()
     trainer.settle()
-    return trainer.watch, trainer.measured
+    return Trained(trainer.watch, trainer.measured, trainer.learned)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is known after a training: losses of all steps, measurements on held-out text, masks that were learned."""
+
+    watch: LossWatch
+    measured: Measurements | None
+    learned: LearnedMasks | None
 
 
 class DistillTrainer(Trainer):
@@ -141,12 +152,17 @@ class DistillTrainer(Trainer):
         self.first_averaged = first_averaged(steps, settings.average)
         self.average = WeightAverage(trained) if self.first_averaged <= steps else None
         self.held_out = held_out
-        self.measured = None if held_out is None else Measurements(held_out.patience)
+        learning = settings.learned_masks if isinstance(settings, Distill) else None
+        self.learned = None if learning is None else LearnedMasks(linears, learning, steps)
+        if self.learned is not None and not self.learned.linears:
+            raise CheckpointError(f"{settings.kind}: no linear of the model is 2:4, so there are no masks to learn")
+        since = 0 if self.learned is None else self.learned.last + 1
+        self.measured = None if held_out is None else Measurements(held_out.patience, since)
         self.best: dict[str, Tensor] = {}
         self.sizes = {kind: [root_mean_square(p) for p in parameters] for kind, parameters in groups.items()}
         self.watch = LossWatch(max(1, min(WINDOW, math.ceil(settings.warmup * steps))))
-        masks: dict[str, Any] = {name: linear.mask for name, linear in linears.items()}
-        self.masks: dict[str, Tensor] = {name: mask.clone() for name, mask in masks.items() if mask is not None}
+        self.masks: dict[str, Tensor] = {}
+        self.remember_masks()
         self._sums: dict[str, Tensor] = {}
         self._saving_to: Path | None = None
         super().__init__(
@@ -255,16 +271,21 @@ class DistillTrainer(Trainer):
                     f"{self.state.global_step}; is held_out.source text that the model can read?"
                 )
             if self.measured.add(self.state.global_step, divergence):
-                trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-                self.best = {name: parameter.detach().clone() for name, parameter in trained.items()}
+                self.best = {name: tensor.detach().clone() for name, tensor in self._state().items()}
 
     @torch.no_grad()
     def settle(self) -> None:
         """Leave the model at the state that is to be written."""
         chosen = self.best or ({} if self.average is None else self.average.mean)
-        for name, parameter in self.model.named_parameters():
+        for name, tensor in self._state().items():
             if name in chosen:
-                parameter.copy_(chosen[name])
+                tensor.copy_(chosen[name])
+
+    def _state(self) -> dict[str, Tensor]:
+        """The tensors that decide what is written: trained parameters, and masks that are learned."""
+        state: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        masks = {} if self.learned is None else self.learned.linears
+        return state | {f"{name}.mask": linear.kept for name, linear in masks.items()}
 
     def has_stopped(self, checkpoint: Path) -> bool:
         """Whether training had ended early when this checkpoint was saved; then all that `settle` needs is read from it."""
@@ -312,6 +333,8 @@ class DistillTrainer(Trainer):
     def _save_states(self, directory: Path) -> None:
         if self.average is not None and self.average.count:
             save_file({name: mean.contiguous() for name, mean in self.average.mean.items()}, directory / AVERAGE)
+        if self.learned is not None:
+            save_file(self.learned.state(), directory / MASKS)
         if self.measured is not None:
             save_file({name: one.contiguous() for name, one in self.best.items()}, directory / BEST)
             write_json(directory / MEASURED, self.measured.found)
@@ -321,6 +344,9 @@ class DistillTrainer(Trainer):
         if self.average is not None:
             self.average.count = max(0, step_of(directory) - self.first_averaged + 1)
             self.average.mean = load_file(directory / AVERAGE, str(device)) if self.average.count else {}
+        if self.learned is not None:
+            self.learned.restore(load_file(directory / MASKS, str(device)), step_of(directory))
+            self.remember_masks()
         if self.measured is not None:
             self.best = load_file(directory / BEST, str(device))
             self.measured.found = [(int(step), float(found)) for step, found in read_json(directory / MEASURED)]
@@ -351,8 +377,19 @@ class DistillTrainer(Trainer):
         parts = self.watch.losses[-1] if "loss" in logs and self.watch.losses else {}
         super().log({**logs, **parts}, *args, **kwargs)
 
+    def remember_masks(self) -> None:
+        """Note the masks that the linears have, and must have when they are saved."""
+        masks: dict[str, Any] = {name: linear.mask for name, linear in self.linears.items()}
+        self.masks = {name: mask.clone() for name, mask in masks.items() if mask is not None}
+
+    def relative_rates(self) -> dict[str, tuple[float, float]]:
+        """By linear, the learning rate of its weight relative to its size, and that size."""
+        groups = {id(group["params"][0]): group for group in self.optimizer.param_groups}
+        found = {name: groups[id(linear.weight)] for name, linear in self.linears.items()}
+        return {name: (group["lr"] / group["size"], group["size"]) for name, group in found.items()}
+
     def verify_masks(self) -> None:
-        """NumericalError when a linear's mask is not the one training began with, or keeps other than two of four."""
+        """NumericalError when a linear's mask is not the one training began with, or chose, or keeps other than two of four."""
         for name, mask in self.masks.items():
             now: Tensor = self.linears[name].mask  # type: ignore[assignment]
             if not torch.equal(now, mask) or not bool((mask.reshape(-1, 4).sum(1) == 2).all()):
@@ -365,17 +402,22 @@ class DistillTrainer(Trainer):
 
 
 class _EndOfStep(TrainerCallback):
-    """After each step: count the weights in the mean, measure, and stop when nothing has become better for long."""
+    """After each step: choose the masks, count the weights in the mean, measure, and stop when nothing has become better."""
 
     def __init__(self, trainer: DistillTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.learned is not None:
+            self.trainer.learned.begin(state.global_step)
         if self.trainer.held_out is not None and state.global_step == 0:
             self.trainer.measure()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, step = self.trainer, state.global_step
+        if trainer.learned is not None:
+            if trainer.learned.after_step(step, trainer.relative_rates()):
+                trainer.remember_masks()
         if trainer.average is not None and step >= trainer.first_averaged:
             trainer.average.add()
         if trainer.held_out is None or (step % trainer.held_out.every and step < state.max_steps):

@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 import sparsify.training.trainer as trainer
 from sparsify.compiler.apply import apply
 from sparsify.compiler.plan import make_plan
-from sparsify.errors import CalibrationError, NumericalError, RecipeError
+from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
 from sparsify.formats.reader import open_compressed
+from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
 from sparsify.report import write_report
-from tests.compiler.test_run_training import Killed, bytes_of
-from tests.helpers.students import noted_students
+from sparsify.training.qat_linear import kept_positions
+from tests.helpers.students import Killed, bytes_of, noted_students
 from tests.helpers.tiny import save_tiny, tiny_text
 
 COMMON = "sequence_length: 16, batch_size: 4, precision: float32, learning_rate: 0.02, scale_learning_rate: 0.005"
@@ -279,3 +280,114 @@ def test_own_text_held_out_is_not_the_text_that_is_trained_on(tmp_path, recipe, 
         load_file(folder / name)["tokens"].tolist() for name in ("rows.safetensors", "held-out.safetensors")
     )
     assert len(measured) == 4 and not any(row in trained for row in measured)
+
+
+# ------------------------------------------------------------------------------------------------------- learned masks
+
+LEARNED = ", masks: learned, mask_learning: {method: METHOD, every: 2, frozen: 0.4}"
+
+
+@pytest.mark.parametrize("method", ["ast", "cast"])
+@pytest.mark.parametrize("passes", ["4 bits", "16 bits"])
+def test_learned_masks_move_and_what_is_written_is_two_of_four(tmp_path, recipe, source, monkeypatch, method, passes):
+    asked = recipe(LEARNED.replace("METHOD", method), tokens=1280)
+    kept = [step for step in asked.passes if passes == "4 bits" or step.kind != "quantize"]
+    asked = asked.model_copy(update={"passes": kept})
+    assert (
+        f"masks learned ({method}, every 2 steps up to step 12)" in make_plan(asked, str(source)).training[0].describe()
+    )
+    students = noted_students(monkeypatch)
+    result = apply(asked, str(source), tmp_path / "out", quiet=True)
+    plain = asked.model_copy(update={"passes": kept[:-1]})
+    apply(plain, str(source), tmp_path / "before", quiet=True)
+    (note,) = result.metrics["training"]
+    assert note["last"]["loss"] < note["first"]["loss"]
+    before, after = open_compressed(tmp_path / "before"), open_compressed(tmp_path / "out")
+    new = total = 0
+    for module in before.modules:
+        linear = after.linear(module)
+        assert is_two_four(linear.unscaled())
+        assert torch.equal(linear.dense(torch.float32), students[0].model.get_submodule(module).effective())
+        one, two = kept_positions(before.linear(module)), students[0].model.get_submodule(module).mask
+        new, total = new + int((two & ~one).sum()), total + int(two.sum())
+    assert note["masks"] == {"method": method, "last_change": 12, "moved": pytest.approx(new / total, abs=1e-6)} and new
+    assert "masks learned" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_training_with_learned_masks_starts_from_the_compressed_model(tmp_path, recipe, texts, source):
+    held_out = f', held_out: {{source: "file:{texts[2]}", samples: 4, every: 4, patience: 1}}'
+    found = {}
+    for more in ("", LEARNED.replace("METHOD", "ast"), LEARNED.replace("METHOD", "cast")):
+        result = apply(recipe(held_out + more, tokens=1280), str(source), tmp_path / f"out{len(found)}", quiet=True)
+        found[more] = result.metrics["training"][0]["held_out"]
+    first = {note["curve"][0][1] for note in found.values()}
+    assert len(first) == 1
+    for note in list(found.values())[
+        1:
+    ]:  # whatever is measured while masks move, training goes on until they stand still
+        assert [step for step, _ in note["curve"]][:4] == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize("method", ["ast", "cast"])
+@pytest.mark.parametrize("where", [1, 4, 8, 14, "rewrite"])
+def test_learned_masks_resume_to_the_same_bytes(tmp_path, recipe, texts, source, monkeypatch, method, where):
+    """Killed before the first choice, between choices, before and after masks stand still, and after training."""
+    more = f', save_every: 3, average: 0.2, held_out: {{source: "file:{texts[2]}", samples: 4, every: 4}}'
+    settings = LEARNED.replace("METHOD", method).replace("frozen: 0.4", "frozen: 0.4, input_norms: true")
+    asked = recipe(settings + more, tokens=1280)
+    whole = apply(asked, str(source), tmp_path / "whole", quiet=True)
+    assert whole.metrics["training"][0]["masks"]["moved"] > 0 and whole.metrics["training"][0]["steps"] == 20
+    with monkeypatch.context() as patch:
+        if where == "rewrite":
+            patch.setattr("sparsify.compiler.run_training.rewrite", lambda *args: (_ for _ in ()).throw(Killed))
+        else:
+            kill_at(patch, where)
+        with pytest.raises(Killed):
+            apply(asked, str(source), tmp_path / "again", quiet=True)
+    apply(asked, str(source), tmp_path / "again", resume=True, quiet=True)
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "again")
+
+
+def test_a_mask_that_moves_by_no_rule_is_noticed(tmp_path, recipe, source, monkeypatch):
+    end = trainer.DistillTrainer._end_of_step
+
+    def flip(self):
+        end(self)
+        if len(self.watch.losses) == 3:  # masks were chosen after step 2, and are after step 4
+            mask = self.linears["model.layers.1.mlp.up_proj"].mask
+            mask[0, :4] = ~mask[0, :4]
+
+    monkeypatch.setattr(trainer.DistillTrainer, "_end_of_step", flip)
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj: its mask changed in training"):
+        apply(recipe(LEARNED.replace("METHOD", "ast") + ", save_every: 3"), str(source), tmp_path / "out", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (", mask_learning: {every: 3}", "mask_learning has no effect with masks: fixed"),
+        (", masks: learned, train: [norms]", "masks of linears that are not trained"),
+        (", masks: learned, average: 0.5", "a mean of weights of different masks is none"),
+        (", masks: learned, mask_learning: {frozen: 0.99}", "masks stand still in all of the 10 steps"),
+        (", masks: learnt", "masks must be fixed or learned"),
+    ],
+)
+def test_masks_that_cannot_be_learned_are_refused(recipe, more, words):
+    with pytest.raises(RecipeError, match=words):
+        recipe(more)
+
+
+def test_masks_need_a_pass_or_a_model_that_has_some(tmp_path, recipe, texts, source):
+    quantized = f"distill: {{tokens: 640, {COMMON}, masks: learned}}"
+    head = f'version: 1\ncalibration: {{source: "file:{texts[0]}"}}\npasses:\n'
+    with pytest.raises(RecipeError, match="masks: learned needs masks, and no pass prunes"):
+        parse_recipe(f"{head}  - quantize: {{method: rtn, bits: 4, group_size: 32}}\n  - {quantized}\n")
+    plain = parse_recipe(f"{head}  - quantize: {{method: rtn, bits: 4, group_size: 32}}\n")
+    apply(plain, str(source), tmp_path / "dense4", quiet=True)
+    alone = parse_recipe(f"{head}  - {quantized.replace('tokens', f'teacher: {source}, tokens')}\n")
+    with pytest.raises(CheckpointError, match="no linear of the model is 2:4"):
+        apply(alone, str(tmp_path / "dense4"), tmp_path / "out", quiet=True)
+    with pytest.raises(RecipeError, match="masks has no effect with method lora"):
+        parse_recipe(
+            f"{head}  - lora: {{tokens: 640, sequence_length: 16, batch_size: 4, teacher: x, masks: learned}}\n"
+        )

@@ -57,6 +57,15 @@ def test_training_stops_after_so_many_measurements_without_a_new_best():
     }
 
 
+def test_what_is_measured_before_masks_stand_still_does_not_count():
+    seen = Measurements(patience=2, since=11)
+    for step, divergence in ((0, 1.0), (5, 2.0), (10, 2.0), (15, 2.0)):
+        seen.add(step, divergence)
+    assert not seen.stop
+    seen.add(20, 2.0)
+    assert seen.stop and seen.best == (0, 1.0)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("weights", [LossWeights(), LossWeights(kl=0), LossWeights(kl=0, reverse_kl=1, squarehead=0)])
 def test_what_is_measured_is_the_divergence_per_token(monkeypatch, family, weights):

@@ -12,7 +12,16 @@ from sparsify.recipe.schema.depth import Depth, DepthTarget
 from sparsify.recipe.schema.export import Evaluation, Export, Head, head_format_problem
 from sparsify.recipe.schema.oneshot import Override, Prune, PruneChange, Quantize, QuantizeChange, Solver, Tune
 from sparsify.recipe.schema.recipe import PASSES, Pass, Recipe
-from sparsify.recipe.schema.training import Columns, Distill, Finetune, FinetuneLossWeights, HeldOut, Lora, LossWeights
+from sparsify.recipe.schema.training import (
+    Columns,
+    Distill,
+    Finetune,
+    FinetuneLossWeights,
+    HeldOut,
+    Lora,
+    LossWeights,
+    MaskLearning,
+)
 
 __all__ = [
     "PASSES",
@@ -30,6 +39,7 @@ __all__ = [
     "HeldOut",
     "Lora",
     "LossWeights",
+    "MaskLearning",
     "Override",
     "Pass",
     "Prune",

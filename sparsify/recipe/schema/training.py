@@ -57,6 +57,33 @@ class HeldOut(Model):
     )
 
 
+class MaskLearning(Model):
+    """How 2:4 masks move in training."""
+
+    method: Literal["ast", "cast"] = Field(
+        default="ast",
+        description="ast: the forward pass multiplies with the kept weights, gradients pass straight through to the dropped ones; "
+        "cast: it multiplies with all, and the dropped ones are taken to zero",
+    )
+    every: int = Field(default=10, ge=1, description="steps between two choices of the masks")
+    frozen: float = Field(
+        default=0.4,
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="share of the steps, the last ones, in which masks stand still",
+    )
+    decay: float = Field(
+        default=3.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="pull of the dropped weights to zero in units of the learning rate, from 0 up to this when masks stand still",
+    )
+    input_norms: bool = Field(
+        default=False, description="choose by |W| times the norm of its input over the first step, not by |W| alone"
+    )
+
+
 class TrainingPass(PassModel):
     """Common to the passes that train the whole model. Masks never change."""
 
@@ -144,6 +171,11 @@ class Distill(TrainingPass):
         default=None,
         description="text on which the distance to the teacher is measured while training; keeps the best state",
     )
+    masks: Literal["fixed", "learned"] = Field(
+        default="fixed",
+        description="fixed: as compression left them; learned: which two of four are kept changes in training",
+    )
+    mask_learning: MaskLearning | None = Field(default=None, description="how, where masks are learned")
     loss: LossWeights = LossWeights()
     teacher: str | None = Field(default=None, min_length=1, description="default the dense model")
     teacher_logits: Literal["online", "cached"] = Field(
@@ -171,6 +203,35 @@ class Distill(TrainingPass):
         total = sum(entry.weight for entry in self.sources)
         return [(entry.source, entry.weight / total) for entry in self.sources]
 
+    @property
+    def learned_masks(self) -> MaskLearning | None:
+        """How masks are learned, None where they are fixed."""
+        return None if self.masks == "fixed" else self.mask_learning or MaskLearning()
+
+    def _check_masks(self) -> None:
+        learned = self.learned_masks
+        if learned is None:
+            if self.mask_learning is not None:
+                raise refuse(
+                    "mask_learning has no effect with masks: fixed; remove it, or set masks: learned", "mask_learning"
+                )
+            return
+        if "linears" not in self.train:
+            raise refuse("masks of linears that are not trained cannot be learned; add linears to train", "masks")
+        steps = self.tokens // (self.batch_size * self.sequence_length)
+        if round(steps * learned.frozen) == steps:
+            raise refuse(
+                f"masks stand still in all of the {steps} steps, so none is learned; give more tokens or lower "
+                "mask_learning.frozen",
+                "masks",
+            )
+        if self.average > learned.frozen:
+            raise refuse(
+                f"average counts the last {self.average:.0%} of the steps and masks move until the last {learned.frozen:.0%}; a mean "
+                "of weights of different masks is none: lower average, or raise mask_learning.frozen",
+                "average",
+            )
+
     def _check_text(self) -> None:
         if self.source is not None and self.sources is not None:
             raise refuse("there are both source and sources; keep one (source: null removes it)", "sources")
@@ -195,6 +256,7 @@ class Distill(TrainingPass):
                 "tokens",
             )
         self._check_text()
+        self._check_masks()
         if not self.needs_teacher and not isinstance(self, Lora):
             raise refuse(
                 "none of kl, reverse_kl and squarehead counts, so there is nothing to learn from the teacher", "loss"
@@ -239,7 +301,7 @@ class Lora(Distill):
     @model_validator(mode="after")
     def _check_lora(self) -> "Lora":
         frozen = "the model's own weights stand still"
-        self.refuse_set("lora", train=frozen, scale_learning_rate=frozen, norm_learning_rate=frozen)
+        self.refuse_set("lora", train=frozen, scale_learning_rate=frozen, norm_learning_rate=frozen, masks=frozen)
         if not (self.needs_teacher or self.loss.cross_entropy):
             raise refuse("all parts of the loss are 0, so there is nothing to learn", "loss")
         if not self.needs_teacher and self.teacher is not None:
