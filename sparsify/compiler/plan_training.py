@@ -46,7 +46,9 @@ class PlannedTraining:
         batch = f"{settings.batch_size} x {settings.sequence_length}"
         if isinstance(settings, Distill):
             assert self.tokens is not None
-            text = sources_in_words(settings.model_dump()) if settings.mixture else "the calibration source"
+            text = (
+                sources_in_words(settings.model_dump()[settings.kind]) if settings.mixture else "the calibration source"
+            )
             what = f"{self.steps} steps of {batch} tokens ({short(self.tokens)}) of {text}"
             if settings.samples is not None and self.tokens > settings.samples * settings.sequence_length:
                 seen = self.tokens / (settings.samples * settings.sequence_length)

@@ -189,7 +189,8 @@ def _read(
             short=short,
         )
     except CalibrationError as error:
-        raise CalibrationError(str(error).replace("calibration.", key)) from None
+        said = str(error).replace("calibration.sequence_length", f"passes.{settings.kind}.sequence_length")
+        raise CalibrationError(said.replace("calibration.", key)) from None
 
 
 def kept(file: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Sparse distillation: the compressed model learns from the dense one on the same text, its masks fixed.
+"""Sparse distillation: the compressed model learns from the dense one on the same text.
 
 SquareHead: Kurtic et al. 2023 (arXiv 2310.06927). The rows are full and never padded; the teacher runs beside the student,
 or once before it, with its largest logits kept on disk.

@@ -194,7 +194,7 @@ def test_training_stops_early_and_keeps_what_was_before_it(tmp_path, recipe, tex
     one, two = open_compressed(tmp_path / "out"), open_compressed(tmp_path / "plain")
     for module in two.modules:
         assert torch.equal(one.linear(module).codes, two.linear(module).codes)
-    write_report([tmp_path / "out"], tmp_path / "report.html")
+    write_report(tmp_path / "report.html", result.metrics)
     page = (tmp_path / "report.html").read_text()
     assert "the state of step 0; training stopped early" in page and "text that is not trained on" in page
 
@@ -260,9 +260,8 @@ def test_too_little_held_out_text_is_told_before_compressing(tmp_path, recipe, t
 
 
 def test_the_reverse_divergence_is_trained_and_written_down(tmp_path, recipe, source):
-    result = apply(
-        recipe(", loss: {kl: 0.5, reverse_kl: 0.5, squarehead: 0}"), str(source), tmp_path / "out", quiet=True
-    )
+    weights = ", samples: 8, loss: {kl: 0.5, reverse_kl: 0.5, squarehead: 0}"
+    result = apply(recipe(weights, tokens=1280), str(source), tmp_path / "out", quiet=True)
     first, last = (result.metrics["training"][0][key] for key in ("first", "last"))
     assert last["reverse_kl"] < first["reverse_kl"] and last["kl"] < first["kl"]
     assert last["loss"] == pytest.approx(0.5 * last["kl"] + 0.5 * last["reverse_kl"], rel=1e-4)

@@ -59,7 +59,7 @@ def test_gradients_reach_dropped_weights_while_masks_move(method, bits, in_loop)
     mask = torch.ones_like(module.kept) if method == "cast" else module.kept
     expected, d_scale = gradient.clone(), None
     used = module.weight.detach().double() * mask
-    if bits == 16 and in_loop:
+    if bits == 16:  # stored as it is multiplied with
         used = used.float().bfloat16().double()
     if bits == 4 and in_loop:
         steps = module.scale.detach().bfloat16().double().repeat_interleave(G, 1)

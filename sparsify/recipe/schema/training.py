@@ -85,7 +85,7 @@ class MaskLearning(Model):
 
 
 class TrainingPass(PassModel):
-    """Common to the passes that train the whole model. Masks never change."""
+    """Common to the passes that train the whole model."""
 
     sequence_length: int = Field(default=512, ge=2, description="tokens per row of training text")
     batch_size: int = Field(default=8, ge=1, description="rows per optimiser step, all devices together")
