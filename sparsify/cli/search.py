@@ -74,7 +74,7 @@ def add_search(commands: Commands) -> None:
     command.add_argument(
         "--choices", nargs="+", metavar="CHOICE",
         help="what a group may become: dense-16, dense-8, dense-4, 2:4-16, 2:4-8, 2:4-4 (default: all that the recipe's passes "
-        "can express); fewer take less time",
+        "can express), 8 and 4 bits with a group size where it is not the recipe's: 2:4-4-channel, dense-4-128; fewer take less time",
     )  # fmt: skip
     command.add_argument(
         "--text", metavar="SOURCE",

@@ -11,7 +11,7 @@ from sparsify.report.parts import Table, picture
 from sparsify.report.svg import Drawing, clip, every, gutter, heat_colour, heat_legend
 
 ROW, AXIS, LEGEND = 24, 22, 52
-ORDER = ("2:4-4", "dense-4", "2:4-8", "dense-8", "2:4-16", "dense-16")  # by the bytes that they take
+COLOURS = 7  # of the ramp h0 to h6
 
 
 def search(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -32,9 +32,19 @@ def search(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def told(choice: str) -> str:
-    """`2:4-4` is `2:4, 4 bits`."""
-    pattern, _, bits = choice.rpartition("-")
-    return f"{pattern}, {bits} bits"
+    """`2:4-4` is `2:4, 4 bits`; `2:4-4-128` has `, groups of 128` besides."""
+    pattern, bits, *group = choice.split("-")
+    shared = [", one scale per channel" if size == "channel" else f", groups of {size}" for size in group]
+    return f"{pattern}, {bits} bits{''.join(shared)}"
+
+
+def by_bytes(units: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of all choices that were measured, by the bytes that they take per weight."""
+    bits: dict[str, float] = {}
+    for unit in units:
+        for name, entry in unit["choices"].items():
+            bits[name] = max(bits.get(name, 0.0), entry["bytes"] / unit["weights"])
+    return sorted(bits, key=bits.__getitem__)
 
 
 def nats(value: float) -> str:
@@ -62,8 +72,10 @@ def divergence_map(units: Sequence[Mapping[str, Any]], values: Mapping[str, floa
 
 def choice_map(units: Sequence[Mapping[str, Any]], chosen: Mapping[str, str], width: float) -> str:
     """What every unit became. chosen: name of the choice by name of the unit"""
-    names = [name for name in ORDER if name in set(chosen.values())]
-    colours = {name: f"h{ORDER.index(name)}" for name in names}
+    order = by_bytes(units)
+    names = [name for name in order if name in set(chosen.values())]
+    step = min(1, COLOURS / len(order))
+    colours = {name: f"h{int(order.index(name) * step)}" for name in names}
     label = "What each group of linears became: " + "; ".join(
         f"{sum(choice == name for choice in chosen.values())} {told(name)}" for name in names
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from sparsify.compiler.estimate import stored_bytes
 from sparsify.compiler.merged import merged_units
@@ -12,36 +13,50 @@ from sparsify.compiler.plan import Plan, keep_zeros, scheme_of
 from sparsify.errors import RecipeError
 from sparsify.recipe import Override, QuantizeChange, Recipe, settings_of
 from sparsify.recipe.per_linear import overrides_of
+from sparsify.recipe.schema.oneshot import GroupSize
 from sparsify.solver.solve import Scheme
 
 
 @dataclass(frozen=True)
 class Choice:
-    """2:4 or dense, with 16, 8 or 4 bits."""
+    """2:4 or dense, with 16, 8 or 4 bits. group_size: inputs per scale, None for that of the recipe."""
 
     pruned: bool
     bits: int
+    group_size: GroupSize | None = None
 
     @property
     def name(self) -> str:
-        """`2:4-4`, `dense-16`: on the command line and in JSON."""
-        return f"{'2:4' if self.pruned else 'dense'}-{self.bits}"
+        """`2:4-4`, `dense-16`, `2:4-4-channel`: on the command line and in JSON."""
+        group = "" if self.group_size is None else f"-{self.group_size}"
+        return f"{'2:4' if self.pruned else 'dense'}-{self.bits}{group}"
 
     def describe(self) -> str:
-        """`2:4, 4 bits`"""
-        return f"{'2:4' if self.pruned else 'dense'}, {self.bits} bits"
+        """`2:4, 4 bits`; `2:4, 4 bits, one scale per channel`"""
+        group = "" if self.group_size is None else f", {group_in_words(self.group_size)}"
+        return f"{'2:4' if self.pruned else 'dense'}, {self.bits} bits{group}"
 
 
 CHOICES = tuple(Choice(pruned, bits) for pruned in (False, True) for bits in (16, 8, 4))
 DENSE = CHOICES[0]
+GROUP_SIZES: dict[str, GroupSize] = {str(size): size for size in get_args(GroupSize)}
+
+
+def group_in_words(size: GroupSize) -> str:
+    """`groups of 64`, `one scale per channel`"""
+    return "one scale per channel" if size == "channel" else f"groups of {size}"
 
 
 def choice_named(name: str) -> Choice:
     """The choice of a name; RecipeError for an unknown one."""
+    found = re.fullmatch(rf"(.+?-\d+)(?:-({'|'.join(GROUP_SIZES)}))?", name)
     for choice in CHOICES:
-        if choice.name == name:
-            return choice
-    raise RecipeError(f"choice '{name}' is unknown; choose from {', '.join(choice.name for choice in CHOICES)}")
+        if found and choice.name == found[1] and (found[2] is None or choice.bits < 16):
+            return replace(choice, group_size=GROUP_SIZES[found[2]] if found[2] else None)
+    raise RecipeError(
+        f"choice '{name}' is unknown; choose from {', '.join(choice.name for choice in CHOICES)}; 8 and 4 bits may name "
+        f"their group size, as in 2:4-4-channel ({', '.join(GROUP_SIZES)})"
+    )
 
 
 def choices_of(recipe: Recipe) -> list[Choice]:
@@ -65,8 +80,10 @@ def override_for(recipe: Recipe, choice: Choice, match: str) -> Override | None:
         changes["prune"] = None
     if recipe.quantize is not None and choice.bits == 16:
         changes["quantize"] = None
-    elif recipe.quantize is not None and choice.bits != recipe.quantize.bits:
-        changes["quantize"] = QuantizeChange.model_validate({"bits": choice.bits})
+    elif recipe.quantize is not None:
+        wanted = {"bits": choice.bits, "group_size": choice.group_size or recipe.quantize.group_size}
+        if other := {name: value for name, value in wanted.items() if value != getattr(recipe.quantize, name)}:
+            changes["quantize"] = QuantizeChange.model_validate(other)
     return Override(match=match, **changes) if changes else None
 
 

@@ -250,7 +250,7 @@ def _refuse(recipe: Recipe, budgets: Sequence[Budget], settings: Settings) -> No
         raise RecipeError("--samples takes a positive number, --sequence-length one from 2 up, --verify one from 0 up")
     known = choices_of(recipe)
     for choice in settings.choices or ():
-        if choice not in known:
+        if replace(choice, group_size=None) not in known:
             lacking = "prune" if choice.pruned and recipe.prune is None else "quantize"
             raise RecipeError(f"choice {choice.name} needs a {lacking} pass, which this recipe has not")
     if len(settings.choices or known) < 2:

@@ -415,8 +415,27 @@ def test_what_is_no_budget(text):
 def test_names_of_choices():
     assert [choice.name for choice in CHOICES] == ["dense-16", "dense-8", "dense-4", "2:4-16", "2:4-8", "2:4-4"]
     assert choice_named("2:4-8") == Choice(True, 8)
-    with pytest.raises(RecipeError, match="choice '2:4' is unknown; choose from dense-16"):
-        choice_named("2:4")
+    assert choice_named("2:4-4-channel") == Choice(True, 4, "channel")
+    assert choice_named("dense-8-128").describe() == "dense, 8 bits, groups of 128"
+    for name in ("2:4", "2:4-4-48", "dense-16-64", "2:4-4-channel-64"):
+        with pytest.raises(RecipeError, match=f"choice '{name}' is unknown; choose from dense-16"):
+            choice_named(name)
+
+
+def test_choices_of_several_group_sizes(tmp_path, recipe, source):
+    names = ["dense-4", "2:4-4", "2:4-4-64", "2:4-4-channel"]
+    settings = Settings(samples=4, choices=[choice_named(name) for name in names], verify=1)
+    result = search(recipe(), str(source), tmp_path / "out", [parse_budget("bits=3.4")], settings, quiet=True)
+    linears = make_plan(recipe(), str(source)).linears
+    for unit in result.selection.units:  # 4 or 3 bits per weight, and 16 per scale
+        groups = {"dense-4": 32, "2:4-4": 32, "2:4-4-64": 64, "2:4-4-channel": linears[unit.modules[0]].shape[1]}
+        expected = {name: (4 if name == "dense-4" else 3) + 16 / size for name, size in groups.items()}
+        assert {c.name: 8 * unit.nbytes[c] / unit.weights for c in unit.choices} == pytest.approx(expected)
+    (found,) = result.found
+    assert found.point.bits <= 3.4 and found.verified.bits == found.point.bits
+    written = load_recipe(tmp_path / "out" / found.file)
+    assert {o.quantize.group_size for o in written.overrides if o.quantize} <= {None, 64, "channel"}
+    assert any(o.quantize and o.quantize.group_size for o in written.overrides)
 
 
 def test_measured_times_are_of_every_shape_and_choice(recipe, source, monkeypatch):
