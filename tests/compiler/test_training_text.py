@@ -390,3 +390,13 @@ def test_masks_need_a_pass_or_a_model_that_has_some(tmp_path, recipe, texts, sou
         parse_recipe(
             f"{head}  - lora: {{tokens: 640, sequence_length: 16, batch_size: 4, teacher: x, masks: learned}}\n"
         )
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [(", average: 0.5", "average"), (", held_out: {source: self}", "held_out"), (", masks: learned", "masks: learned")],
+)
+def test_what_needs_one_process_is_refused_in_several(recipe, source, monkeypatch, more, words):
+    monkeypatch.setattr("sparsify.compiler.plan_training.processes", lambda: 2)
+    with pytest.raises(CheckpointError, match=f"distill: {words} works in one process"):
+        make_plan(recipe(more), str(source))
