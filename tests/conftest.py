@@ -63,8 +63,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Tiny models run fastest on one thread, and give the same bits on every machine; e2e tests get all cores."""
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tiny models run fastest on one thread, in fixtures too, and give the same bits on every machine; e2e tests get all cores."""
     import torch
 
     before = torch.get_num_threads()

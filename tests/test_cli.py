@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sparsify import __version__, cli
 from sparsify.cli import bench, checkpoint, compress, doctor
@@ -247,6 +248,25 @@ def test_bad_input_is_named(
     last = captured.err.splitlines()[-1]  # progress may stand above it
     assert last.startswith("error: ") and said in last and "bug" not in last
     assert list(tmp_path.iterdir()) == []
+
+
+def test_task_files_are_written_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "quiz.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 1}')
+    arguments = ["eval", "--tasks", str(tmp_path), "--write-task-files", str(tmp_path / "out"), "--limit", "1"]
+    assert cli.main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "--tasks sparsify_quiz --limit 1" in told and f"--include_path {tmp_path / 'out'}" in told
+    written = yaml.safe_load((tmp_path / "out" / "sparsify_quiz.yaml").read_text())
+    assert written["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "quiz.jsonl")}}
+    assert cli.main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"task_files": [str(tmp_path / "out" / "sparsify_quiz.yaml")]}
+    for incomplete, said in (
+        (["eval"], "give a checkpoint directory"),
+        (["eval", "--tasks", str(tmp_path)], "give a checkpoint directory"),
+        (["eval", "d", "--write-task-files", "o"], "writes the tasks of --tasks FOLDER"),
+    ):
+        assert cli.main(incomplete) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_ready_recipes_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import sparsify.cli as cli
 import sparsify.demo as demo
 from sparsify.bench.peaks import Probes
 from sparsify.errors import SparsifyError
-from sparsify.evaluation import EvaluationResult
+from sparsify.evaluation import EvaluationResult, TextScore
 from sparsify.failure import Failure
 from tests.bench.conftest import fake_vllm, write_checkpoint
 
@@ -25,18 +25,20 @@ CONFIG = {"max_position_embeddings": 2048, "vocab_size": 49152}
 
 def scored(models, *, labels, **rest) -> list[EvaluationResult]:
     failed = Failure("too little memory", "pack-quantized: out of memory")
-    figures = {
-        "text": "self",
-        "text_source": "self",
-        "sequence_length": 8,
-        "chunks": 1,
-        "kl": 0.5,
-        "top1_agreement": 0.8,
-    }
     return [
-        EvaluationResult(label, label, 1, 9.5, 7, failure=failed if label == "pack-quantized" else None, **figures)
+        EvaluationResult(
+            label,
+            label,
+            1,
+            {
+                "self": TextScore(
+                    "self", "self", 8, 1, 7, 9.5, kl=0.5, top1_agreement=0.8,
+                    failure=failed if label == "pack-quantized" else None,
+                )
+            },
+        )
         for label in labels
-    ]
+    ]  # fmt: skip
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 # Lock files of one environment -> the extras it has. deploy/setup.sh installs them together.
-TOOLS = ("demo", "data", "train", "test", "dev", "docs")
+TOOLS = ("demo", "data", "train", "eval", "test", "dev", "docs")
 ENVIRONMENTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("core",): (),
     ("cpu",): ("cpu",),
     ("cpu", "cpu-tools"): ("cpu", *TOOLS),
     ("cuda",): ("cuda",),
     ("cuda", "cuda-tools"): ("cuda", *TOOLS),
-    ("floor",): ("demo", "data", "train", "test"),
+    ("floor",): ("demo", "data", "train", "eval", "test"),
 }
 TARGETS = [
     {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.1", "platform_machine": machine,

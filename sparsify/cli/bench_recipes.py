@@ -4,7 +4,16 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from sparsify.cli.command import ALLOWS_UNKNOWN, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, Commands, Outcome, add_command
+from sparsify.cli.command import (
+    ALLOWS_UNKNOWN,
+    IS_QUIET,
+    SHOWS_JSON,
+    TAKES_TASKS,
+    TRUSTS_CODE,
+    Commands,
+    Outcome,
+    add_command,
+)
 
 # Default of `bench depth`, repeated here because importing sparsify.bench to print a help page would take seconds.
 # A test holds it equal to that of sparsify.bench.
@@ -13,30 +22,34 @@ DEPTH_DROPS = ("10%", "20%", "30%", "50%")
 
 def bench_recipes(args: argparse.Namespace) -> Outcome:
     """Run `bench recipes`."""
-    from sparsify.bench.recipes import compare_recipes, table
+    from sparsify.bench.recipes import compare_recipes, record, tables
 
     results = compare_recipes(
         args.recipes,
         args.model,
-        args.text or ["self"],
+        args.text,
         Path(args.output),
         args.set,
         args.sequence_length,
         args.chunks,
         args.quiet,
+        args.tasks,
+        args.limit,
     )
-    return Outcome({"recipes": [result.to_json() for result in results]}, [table(results)])
+    return Outcome(record(results), tables(results))
 
 
 def add_bench_recipes(benchmarks: Commands) -> None:
     """Register `bench recipes`."""
     command = add_command(
         benchmarks, "recipes", bench_recipes, "apply several recipes to one model; accuracy, time and memory of each",
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN, TAKES_TASKS,
         shown=(
             "sparsify bench recipes 2of4 w4a16 2of4-w4a16 --model embedded:smollm2-135m-instruct --output out/recipes",
             "sparsify bench recipes 2of4-w4a16 plain=2of4-w4a16,solver.error_propagation=0 "
             "--model DIR --text test.txt --set calibration.source=file:train.txt --output out/recipes",
+            "sparsify bench recipes 2of4-w4a16 2of4-w4a16-tuned --model DIR --text test.txt --text self --tasks tasks "
+            "--limit 200 --output out/recipes",
         ),
     )  # fmt: skip
     command.add_argument(
@@ -50,8 +63,9 @@ def add_bench_recipes(benchmarks: Commands) -> None:
         "--output", "-o", required=True, metavar="DIR", help="directory for the results, which are kept"
     )
     command.add_argument(
-        "--text", action="append", metavar="FILE", help="text to score, or self; repeatable (default self)"
-    )
+        "--text", action="append", metavar="FILE",
+        help="text to score, or self; repeatable (default self, or none with --tasks)",
+    )  # fmt: skip
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change of every recipe that has such a setting"
     )

@@ -3,7 +3,16 @@
 import argparse
 from pathlib import Path
 
-from sparsify.cli.command import ALLOWS_UNKNOWN, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, Commands, Outcome, add_command
+from sparsify.cli.command import (
+    ALLOWS_UNKNOWN,
+    IS_QUIET,
+    SHOWS_JSON,
+    TAKES_TASKS,
+    TRUSTS_CODE,
+    Commands,
+    Outcome,
+    add_command,
+)
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
@@ -81,36 +90,62 @@ def add_export(commands: Commands) -> None:
 
 def evaluate(args: argparse.Namespace) -> Outcome:
     """Run `eval`."""
-    from sparsify.evaluation import evaluate, table
+    from sparsify.errors import SparsifyError
+    from sparsify.evaluation import evaluate, harness_command, read_tasks, tables, write_task_files
 
+    shown: list[str] = []
+    files: list[str] = []
+    if args.write_task_files:
+        if not args.tasks:
+            raise SparsifyError("--write-task-files writes the tasks of --tasks FOLDER; give that too")
+        tasks = read_tasks(args.tasks, args.limit)
+        files = [str(file) for file in write_task_files(tasks, args.write_task_files)]
+        command = harness_command(tasks, args.directory or "DIR", args.write_task_files, args.limit)
+        shown = [f"task files for lm-evaluation-harness: {args.write_task_files}", command]
+    if args.directory is None:
+        if not files:
+            raise SparsifyError("nothing to evaluate: give a checkpoint directory")
+        return Outcome({"task_files": files}, shown)
     result = evaluate(
         args.directory,
         args.dense,
         args.text,
         sequence_length=args.sequence_length,
         chunks=args.chunks,
+        tasks=args.tasks,
+        limit=args.limit,
         quiet=args.quiet,
     )
-    return Outcome(result.to_json(), [table([result])])
+    return Outcome({**result.to_json(), **({"task_files": files} if files else {})}, [*tables([result]), *shown])
 
 
 def add_evaluate(commands: Commands) -> None:
     """Register `eval`."""
     command = add_command(
-        commands, "eval", evaluate, "measure perplexity, and the distance from the dense model",
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
+        commands, "eval", evaluate, "measure perplexity, the distance from the dense model, and accuracy on tasks",
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN, TAKES_TASKS,
         shown=(
             "sparsify eval out/smollm2 --text test.txt",
-            "sparsify eval out/smollm2 --dense embedded:smollm2-135m-instruct --text test.txt",
+            "sparsify eval out/smollm2 --dense embedded:smollm2-135m-instruct --text test.txt --text self",
+            "sparsify eval out/smollm2 --dense embedded:smollm2-135m-instruct --tasks tasks --limit 200",
         ),
     )  # fmt: skip
-    command.add_argument("directory", metavar="DIR", help="checkpoint directory")
-    command.add_argument("--dense", metavar="M", help="dense model to compare with: KL divergence, top-1 agreement")
-    command.add_argument("--text", metavar="FILE", help="plain text; without it the dense model samples its own")
+    command.add_argument("directory", metavar="DIR", nargs="?", help="checkpoint directory")
+    command.add_argument(
+        "--dense", metavar="M", help="dense model to compare with: KL divergence, agreement, what is left above chance"
+    )
+    command.add_argument(
+        "--text", action="append", metavar="FILE",
+        help="plain text, or self: the dense model samples it; repeatable (default self, or none with --tasks)",
+    )  # fmt: skip
     command.add_argument(
         "--sequence-length", type=int, metavar="N", help="tokens per chunk (1024; 512 on sampled text)"
     )
     command.add_argument("--chunks", type=int, metavar="N", help="chunks to score (48; 16 on sampled text)")
+    command.add_argument(
+        "--write-task-files", metavar="OUT",
+        help="write the tasks into OUT as files for `lm_eval --include_path OUT`; without DIR nothing is scored",
+    )  # fmt: skip
 
 
 def report(args: argparse.Namespace) -> Outcome:

@@ -87,6 +87,16 @@ ALLOWS_UNKNOWN.add_argument(
     help="tensors that the model's class does not know are no error: they are carried over as they are, or left out",
 )
 
+TAKES_TASKS = argparse.ArgumentParser(add_help=False)
+TAKES_TASKS.add_argument(
+    "--tasks",
+    metavar="FOLDER",
+    help="multiple-choice tasks: a folder of .jsonl files, or one file; zero-shot, scored by lm-evaluation-harness",
+)
+TAKES_TASKS.add_argument(
+    "--limit", type=int, metavar="N", help="score the first N items of each task (default all of them)"
+)
+
 TAKES_RECIPE = argparse.ArgumentParser(add_help=False)
 TAKES_RECIPE.add_argument(
     "recipe", metavar="RECIPE", help="name of a built-in recipe (see `sparsify recipes`) or a YAML file"

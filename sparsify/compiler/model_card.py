@@ -54,11 +54,7 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
         rows.insert(-1, ("output head", head_in_words(head, sizes["head_bytes"])))
     rows += [(training["kind"], training_in_words(training)) for training in metrics.get("training", [])]
     if evaluation := metrics.get("evaluation"):
-        rows.append(("perplexity", shown_perplexity(evaluation["perplexity"])))
-        if evaluation.get("dense_perplexity") is not None:
-            rows.append(("perplexity, dense", f"{evaluation['dense_perplexity']:.2f}"))
-        if evaluation.get("kl") is not None:
-            rows.append(("KL divergence from dense", f"{evaluation['kl']:.4f} nats per token"))
+        rows += evaluation_in_words(evaluation, dense=True)
     name = (hub_id or base).rstrip("/").rsplit("/", 1)[-1]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     return (
@@ -156,6 +152,18 @@ def _calibration(calibration: dict[str, Any]) -> str:
     return f"{calibration['samples']} x {calibration['sequence_length']} tokens from {sources_in_words(calibration)}{computed}"
 
 
-def shown_perplexity(perplexity: float | None) -> str:
-    """JSON has no infinity: the evaluation says None for it."""
-    return "infinite" if perplexity is None else f"{perplexity:.2f}"
+def evaluation_in_words(evaluation: dict[str, Any], dense: bool = False) -> list[tuple[str, str]]:
+    """Rows of a table about an evaluation. dense: with what the dense model has"""
+    rows = []
+    if evaluation.get("text") is not None:  # JSON has no infinity: the evaluation says None for it
+        perplexity = evaluation["perplexity"]
+        rows.append(("perplexity", "infinite" if perplexity is None else f"{perplexity:.2f}"))
+        if dense and evaluation.get("dense_perplexity") is not None:
+            rows.append(("perplexity, dense", f"{evaluation['dense_perplexity']:.2f}"))
+        if dense and evaluation.get("kl") is not None:
+            rows.append(("KL divergence from dense", f"{evaluation['kl']:.4f} nats per token"))
+    for name, score in (evaluation.get("tasks") or {}).items():
+        cut = "" if score["items"] == score["items_in_file"] else f", {score['items']} items"
+        before = f", dense {score['dense_accuracy']:.1%}" if score["dense_accuracy"] is not None else ""
+        rows.append((f"accuracy, {name}{cut}", f"{score['accuracy']:.1%}{before}"))
+    return rows

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from sparsify.compiler.model_card import (
     basis_in_words,
+    evaluation_in_words,
     head_in_words,
     made_in_words,
-    shown_perplexity,
     training_in_words,
 )
 from sparsify.compiler.plan import carried_in_words, kinds_in_words
@@ -59,5 +59,6 @@ def summary(metrics: Mapping[str, Any], title: str) -> Table:
     for training in metrics["training"]:
         table.add_row(training["kind"], training_in_words(training))
     if evaluation := metrics.get("evaluation"):
-        table.add_row("perplexity", shown_perplexity(evaluation["perplexity"]))
+        for name, value in evaluation_in_words(evaluation):
+            table.add_row(name, value)
     return table

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,45 @@ SELF = "self"
 # Calibration samples its text from the same model, with seed 0 unless the recipe says otherwise. Evaluation must never
 # see the calibration text, so its samples start far away from every seed that people write by hand.
 SELF_SEED = 0x5EED_0E7A
+
+# Text of one's own has to be sampled token by token, which costs much more than scoring a file.
+FILE_SIZE = (1024, 48)
+SELF_SIZE = (512, 16)
+
+Texts = str | Path | Sequence[str | Path] | None  # one or several texts as a caller names them
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to score. name: what figures on it are called; path: None where the dense model writes it."""
+
+    name: str
+    path: str | None
+    sequence_length: int
+    chunks: int
+
+    @property
+    def source(self) -> str:
+        """`file` or `self`."""
+        return SELF if self.path is None else "file"
+
+
+def texts_of(asked: Texts, sequence_length: int | None = None, chunks: int | None = None) -> list[Text]:
+    """The texts that a caller names: files (`PATH` or `file:PATH`), or `self` for what the dense model writes.
+
+    Each is called by its file's name, or by its path where two files have one name. sequence_length, chunks: instead of the
+    usual ones
+    """
+    given = [str(one).removeprefix("file:") for one in ([asked] if isinstance(asked, str | Path) else asked or ())]
+    if twice := next((one for one in given if given.count(one) > 1), None):
+        raise SparsifyError(f"{twice} is given twice as a text; give each text once")
+    bases = [Path(one).name for one in given]
+    texts = []
+    for one, base in zip(given, bases, strict=True):
+        usual = SELF_SIZE if one == SELF else FILE_SIZE
+        length, count = sequence_length or usual[0], chunks or usual[1]
+        texts.append(Text(one if bases.count(base) > 1 else base, None if one == SELF else one, length, count))
+    return texts
 
 
 def file_chunks(

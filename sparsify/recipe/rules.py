@@ -208,11 +208,12 @@ def _format(recipe: "Recipe") -> None:
 
 
 def _leak(recipe: "Recipe") -> None:
-    if recipe.evaluation is None:
+    scored = None if recipe.evaluation is None else recipe.evaluation.text
+    if scored is None:
         return
     for step in recipe.training:
         for text in step.texts:
-            if same_text(text, recipe.evaluation.text):
+            if same_text(text, scored):
                 held_out = isinstance(step, Distill) and step.held_out is not None and step.held_out.source == text
                 raise refuse(
                     f"evaluation reads the text that {step.kind} {'chooses its state by' if held_out else 'trains on'}, which "
@@ -221,7 +222,7 @@ def _leak(recipe: "Recipe") -> None:
                     "text",
                 )
     for source, _ in recipe.calibration.mixture:
-        if same_text(source, recipe.evaluation.text):
+        if same_text(source, scored):
             raise refuse(
                 f"evaluation reads the same text as calibration ({source}), which would flatter the result; "
                 "never calibrate on what is evaluated: give one of them another file",

@@ -237,10 +237,19 @@ def sizes(metrics: Mapping[str, Any]) -> list[tuple[str, dict[str, int]]]:
 
 
 def as_list(results: Any) -> list[dict[str, Any]]:
-    """One evaluation, several, or none, as a list."""
+    """One evaluation, several, or none, as a list of rows with their texts."""
     if not results:
         return []
-    return [dict(results)] if isinstance(results, Mapping) else [dict(result) for result in results]
+    return [with_texts(row) for row in ([results] if isinstance(results, Mapping) else results)]
+
+
+def with_texts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of an evaluation with `texts`, which one that is older lacks, and at its top the failure of the first text alone."""
+    texts = row.get("texts")
+    if texts is None:
+        texts = {} if row.get("tokens") is None else {str(row.get("text") or "the given text"): row}
+    first: Mapping[str, Any] = next(iter(texts.values()), {})
+    return {**row, "texts": texts, "failure": first.get("failure")}
 
 
 def subject(rows: Sequence[Mapping[str, Any]], export_format: str) -> Mapping[str, Any] | None:

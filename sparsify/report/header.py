@@ -108,7 +108,7 @@ def headline(
     if head := head_of(metrics):
         under = f"in the linears of the blocks, {stored_bits(head, kind):.2f} in the output head, dense 16"
     cards.append(Card("Bits per weight", f"{bits:.2f}" if bits else None, under))
-    row = subject(evaluated, kind)
+    row = subject([row for row in evaluated if row["texts"]], kind)
     if row and row.get("failure"):
         cards.append(Card("Perplexity", None, row["failure"]["reason"]))
     elif row and row.get("dense_perplexity"):

@@ -21,23 +21,39 @@ PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
 
 
 def accuracy(metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Context of accuracy.html.j2: perplexity and agreement of every evaluated model. None without any."""
+    """Context of accuracy.html.j2: figures of every evaluated model, text by text, and on tasks. None without any."""
     if not evaluated:
         return None
+    labels = labels_of(evaluated)
+    names = dict.fromkeys(name for row in evaluated for name in row["texts"])
+    failed = [{"failure": row.get("tasks_failure")} for row in evaluated]
+    return {
+        "texts": [accuracy_on(name, metrics, evaluated, labels) for name in names],
+        "tasks": task_table(evaluated, labels),
+        "tasks_note": tasks_note(evaluated),
+        "reasons": reasons([*(text for row in evaluated for text in row["texts"].values()), *failed]),
+    }
+
+
+def accuracy_on(
+    name: str, metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]], labels: Sequence[str]
+) -> dict[str, Any]:
+    """Perplexity, agreement and divergence of the models that were scored on one text."""
+    scored = [
+        (label, {**row, **row["texts"][name]})
+        for label, row in zip(labels, evaluated, strict=True)
+        if name in row["texts"]
+    ]
+    labels, evaluated = [label for label, _ in scored], [row for _, row in scored]
     first = evaluated[0]
     own = first.get("text_source") == "self"
-    labels = labels_of(evaluated)
     perplexities = perplexity_bars(metrics, evaluated, labels)
     agreements = [
         svg.Bar(label, float(row["top1_agreement"]), units.percent(row["top1_agreement"]), colour(row, metrics))
-        for label, row in zip(labels, evaluated, strict=True)
+        for label, row in scored
         if row.get("top1_agreement") is not None
     ]
-    divergences = (
-        f"{label} {units.number(row['kl'], 3)}"
-        for label, row in zip(labels, evaluated, strict=True)
-        if row.get("kl") is not None
-    )
+    divergences = (f"{label} {units.number(row['kl'], 3)}" for label, row in scored if row.get("kl") is not None)
     return {
         "text": "text the dense model sampled itself" if own else first.get("text") or "the given text",
         "tokens": f"{int(first['tokens']):,}",
@@ -47,8 +63,40 @@ def accuracy(metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]])
         if agreements
         else None,
         "divergences": "; ".join(divergences),
-        "reasons": reasons(evaluated),
     }
+
+
+def task_table(evaluated: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Table | None:
+    """A row per model and task, and the mean of several tasks; None without tasks."""
+    rows: list[list[str | Cell]] = []
+    for label, row in zip(labels, evaluated, strict=True):
+        tasks = row.get("tasks") or {}
+        for score in [*tasks.values(), *([row["tasks_mean"]] if len(tasks) > 1 else [])]:
+            rows.append(
+                [
+                    label, str(score["task"]), with_error(score["accuracy"], score["accuracy_stderr"]),
+                    units.percent(score["dense_accuracy"]), units.percent(score["chance"]),
+                    units.percent(score["above_chance"]), with_error(score["difference"], score["difference_stderr"]),
+                    units.percent(score["flips"]),
+                ]
+            )  # fmt: skip
+    head = ["model", "task", "accuracy", "dense", "chance", "above chance", "difference", "flips"]
+    return Table(head, rows) if rows else None
+
+
+def tasks_note(evaluated: Sequence[Mapping[str, Any]]) -> str:
+    """How many items of each task were scored."""
+    tasks: Mapping[str, Any] = next((row["tasks"] for row in evaluated if row.get("tasks")), {})
+    return ", ".join(
+        f"{name} {score['items']}"
+        + (f" of {score['items_in_file']}" if score["items"] < score["items_in_file"] else "")
+        for name, score in tasks.items()
+    )
+
+
+def with_error(value: float | None, error: float | None) -> str | Cell:
+    """A share with its standard error beside it."""
+    return "–" if value is None else Cell(units.percent(value), sub="" if error is None else f"± {100 * error:.1f}")
 
 
 def perplexity_bars(
@@ -198,15 +246,16 @@ def method(
     metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]], bench: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Context of method.html.j2: machine, versions, commands, and what decides which limits of the figures it names."""
+    texts = [text for row in evaluated for text in row["texts"].values()]
     return {
         "facts": method_facts(metrics, evaluated, bench),
         "commands": bench.get("commands") or [],
         "speed": bool(bench),
         "gpus": bool((bench.get("machine") or {}).get("gpus")),
         "one_round": bench.get("repeats", 1) == 1,
-        "evaluated": bool(evaluated),
-        "own_text": any(row.get("text_source") == "self" for row in evaluated),
-        "destroyed": any(row.get("perplexity") is None and not row.get("failure") for row in evaluated),
+        "evaluated": bool(texts),
+        "own_text": any(text.get("text_source") == "self" for text in texts),
+        "destroyed": any(text.get("perplexity") is None and not text.get("failure") for text in texts),
     }
 
 

@@ -54,5 +54,12 @@ def render_page(
 
 def without_dense(evaluated: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Leaves out the row of the dense model itself: every other row carries its figures."""
-    others = [row for row in evaluated if row.get("format") != "dense" or row.get("kl") != 0]
+    others = [row for row in evaluated if row.get("format") != "dense" or not is_same(row)]
     return others or evaluated
+
+
+def is_same(row: dict[str, Any]) -> bool:
+    """Whether a model did nothing else than the dense one, on text or, without any, on tasks."""
+    if row.get("kl") is not None or not row.get("tasks"):
+        return row.get("kl") == 0
+    return all(score["flips"] == 0 for score in row["tasks"].values())

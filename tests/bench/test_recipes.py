@@ -1,10 +1,11 @@
 """`bench recipes`: every recipe in a process of its own, one table, nothing made twice, nothing that flatters."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 
-from sparsify.bench.recipes import compare_recipes, contenders, table
+from sparsify.bench.recipes import compare_recipes, contenders, record, table, tables
 from sparsify.errors import RecipeError, SparsifyError
 from sparsify.evaluation import evaluate
 from sparsify.recipe import load_recipe
@@ -59,6 +60,47 @@ def test_each_recipe_is_made_once_and_scored_as_eval_does(place):
     weights.write_bytes(before)
     shown = table(results)
     assert shown.row_count == 3 and [column.header for column in shown.columns][:2] == ["recipe", "perplexity"]
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed (extra eval)")
+def test_one_row_per_recipe_holds_all_texts_and_tasks(place):
+    tiny_text(place / "other.txt", seed=2)
+    (place / "tasks").mkdir()
+    for name, question, answers in (("quiz", "question", "choices"), ("story", "context", "endings")):
+        lines = [json.dumps({question: f"a{n}b", answers: [f"c{n}", "dd", f"{n}e"], "answer": n % 3}) for n in range(8)]
+        (place / "tasks" / f"{name}.jsonl").write_text("\n".join(lines))
+    texts, tasks = [str(place / "test.txt"), str(place / "other.txt"), "self"], str(place / "tasks")
+    recipes = [f"{place / name}.yaml" for name in ("magnitude", "sparsegpt")]
+    results = compare_recipes(recipes, str(place / "model"), texts, place / "out", (), 32, 4, True, tasks, 6)
+    expected = evaluate(place / "out" / "sparsegpt", place / "model", texts, 32, 4, tasks=tasks, limit=6, quiet=True)
+    assert results[1].evaluation == expected.texts and list(expected.texts) == ["test.txt", "other.txt", "self"]
+    assert results[1].tasks == expected.tasks and results[1].scored.tasks_mean == expected.tasks_mean
+    assert (results[0].relative_seconds, results[0].relative_peak_memory) == (1, 1)
+    assert results[1].relative_seconds == results[1].seconds / results[0].seconds
+    assert results[1].relative_peak_memory == results[1].peak_memory_bytes / results[0].peak_memory_bytes
+    kept = json.loads((place / "out" / "recipes.json").read_text())
+    assert kept == json.loads(json.dumps(record(results))) and kept["dense"] == str(place / "model")
+    row = kept["recipes"][1]
+    assert (
+        row["evaluation"]["other.txt"]["kl"] == expected.texts["other.txt"].kl and row["tasks"]["story"]["items"] == 6
+    )
+    assert row["tasks_mean"]["accuracy"] == expected.tasks_mean.accuracy
+    assert row["command"].startswith(f"sparsify apply {recipes[1]} --model {place / 'model'} --output ")
+    on_texts, on_tasks = tables(results)
+    assert [column.header for column in on_tasks.columns][:4] == ["recipe", "quiz", "story", "mean"]
+    assert on_texts.row_count == on_tasks.row_count == 3
+    only = compare_recipes(recipes, str(place / "model"), None, place / "out", (), None, None, True, tasks, 6)
+    assert not only[0].evaluation and only[1].tasks == expected.tasks and len(tables(only)) == 2
+
+
+def test_what_cannot_be_scored_is_refused_before_a_recipe_runs(place):
+    recipe, model = [str(place / "magnitude.yaml")], str(place / "model")
+    with pytest.raises(SparsifyError, match=r"gone\.txt: cannot read the evaluation text"):
+        compare_recipes(recipe, model, ["self", str(place / "test.txt"), "gone.txt"], place / "out", (), 32, 4, True)
+    (place / "quiz.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 2}')
+    with pytest.raises(SparsifyError, match=r"quiz\.jsonl, line 1 has the gold answer 2, out of range"):
+        compare_recipes(recipe, model, None, place / "out", quiet=True, tasks=str(place / "quiz.jsonl"))
+    assert not (place / "out").exists()
 
 
 def test_changes_go_where_a_recipe_has_them(place):

@@ -298,7 +298,7 @@ def test_sequences_longer_than_the_table_of_positions_are_refused(tmp_path, reci
     ):
         evaluate(source, None, tmp_path / "text.txt", 160, 2, quiet=True)
     apply(longer, str(save_tiny(tmp_path / "rotary")), tmp_path / "out", quiet=True)
-    assert evaluate(tmp_path / "out", None, tmp_path / "text.txt", 160, 2, quiet=True).tokens == 2 * 159
+    assert evaluate(tmp_path / "out", None, tmp_path / "text.txt", 160, 2, quiet=True).first.tokens == 2 * 159
 
 
 def test_blocks_that_share_their_weights_are_refused_in_the_plan(tmp_path):

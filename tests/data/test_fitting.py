@@ -13,7 +13,7 @@ from sparsify.data.fitting import refuse_surrogates
 from sparsify.data.given import write_calibration
 from sparsify.data.self_generated.rows import own_rows
 from sparsify.errors import CalibrationError, RecipeError, SparsifyError
-from sparsify.evaluation import check_text, evaluate
+from sparsify.evaluation import check_inputs, evaluate
 from sparsify.files import encoding_problem
 from sparsify.recipe import load_recipe, parse_recipe
 from sparsify.recipe.schema import Calibration, SelfText
@@ -81,7 +81,7 @@ def test_a_token_beyond_the_embedding_is_named_in_conversations(beyond, tmp_path
 def test_a_token_beyond_the_embedding_is_named_in_evaluation(beyond, monkeypatch):
     model, text, _ = beyond
     monkeypatch.setattr("sparsify.evaluation.load_model", None)  # no weight is read
-    for measured in (lambda: evaluate(model, None, text, 32, 4, quiet=True), lambda: check_text(model, text, 32, 4)):
+    for measured in (lambda: evaluate(model, None, text, 32, 4, quiet=True), lambda: check_inputs(model, text, 32, 4)):
         with pytest.raises(SparsifyError, match=f"text.txt: the evaluation text {NAMED}"):
             measured()
 
@@ -160,7 +160,7 @@ def test_other_encodings_are_named_with_the_byte(tokenizer, tmp_path, content, p
         assert place in encoding_problem(path)
     model = save_tiny(tmp_path / "model")
     with pytest.raises(SparsifyError, match=rf"not UTF-8 .*{place}"):
-        check_text(model, tmp_path / "a.txt")
+        check_inputs(model, tmp_path / "a.txt")
 
 
 def test_a_recipe_in_another_encoding_is_named_with_the_byte(tmp_path, capsys):

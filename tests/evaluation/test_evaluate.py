@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsify.evaluation as evaluation
 from sparsify.errors import CheckpointError, SparsifyError
-from sparsify.evaluation import evaluate, evaluate_all, table
+from sparsify.evaluation import evaluate, evaluate_all, tables
 
 from .conftest import make_model, make_tokenizer
 
@@ -38,13 +38,14 @@ def test_evaluate_matches_float64(directories, text_file):
     result = evaluate(
         directories / "compressed", directories / "dense", f"file:{text_file}", LENGTH, CHUNKS, device="cpu", quiet=True
     )
-    assert result.tokens == CHUNKS * (LENGTH - 1) and result.chunks == CHUNKS
+    score = result.texts[text_file.name]
+    assert score.tokens == CHUNKS * (LENGTH - 1) and score.chunks == CHUNKS
     assert result.perplexity == pytest.approx(expected["perplexity"], rel=1e-4)
     assert result.dense_perplexity == pytest.approx(expected["dense"], rel=1e-4)
     assert result.kl == pytest.approx(expected["kl"], rel=1e-3)
     assert result.top1_agreement == pytest.approx(expected["agreement"])
     assert 0 < expected["agreement"] < 1, "the test models must differ, or agreement proves nothing"
-    assert result.text == text_file.name and result.text_source == "file" and result.format == "dense"
+    assert score.text == text_file.name and score.text_source == "file" and result.format == "dense"
 
 
 def test_without_dense_only_perplexity(directories, text_file):
@@ -85,7 +86,7 @@ def test_dense_among_the_models_is_loaded_and_run_once(directories, text_file, m
 
 def test_short_text_uses_the_chunks_there_are(directories, text_file):
     result = evaluate(directories / "dense", None, text_file, 100, 48, quiet=True)
-    assert result.chunks == 7 and result.tokens == 7 * 99
+    assert result.first.chunks == 7 and result.first.tokens == 7 * 99
 
 
 def test_too_short_text_says_what_to_do(directories, text_file):
@@ -131,8 +132,9 @@ def test_json_and_table(directories, text_file):
     result = evaluate(directories / "compressed", directories / "dense", text_file, LENGTH, CHUNKS, quiet=True)
     parsed = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert parsed["kl"] == result.kl and parsed["chunks"] == CHUNKS
+    assert parsed["texts"][text_file.name]["kl"] == result.kl and parsed["tasks"] == {}
     console = Console(width=160, record=True, file=open("/dev/null", "w"))
-    console.print(table([result]))
+    console.print(*tables([result]))
     shown = console.export_text()
     assert text_file.name in shown and f"{result.perplexity:.2f}" in shown and f"{result.top1_agreement:.1%}" in shown
 
@@ -141,4 +143,5 @@ def test_infinite_perplexity_is_valid_json(directories, text_file):
     from dataclasses import replace
 
     result = evaluate(directories / "dense", None, text_file, LENGTH, CHUNKS, quiet=True)
-    assert replace(result, perplexity=float("inf")).to_json()["perplexity"] is None
+    destroyed = replace(result, texts={"t": replace(result.first, perplexity=float("inf"))}).to_json()
+    assert destroyed["perplexity"] is None and destroyed["texts"]["t"]["perplexity"] is None

@@ -18,7 +18,8 @@ def test_self_text_is_labelled_and_repeatable(directories):
         evaluate(directories / "compressed", directories / "dense", None, 24, 4, device="cpu", quiet=True)
         for _ in range(2)
     )
-    assert (first.text, first.text_source, first.chunks, first.tokens) == ("self", "self", 4, 4 * 23)
+    score = first.texts["self"]
+    assert (score.text, score.text_source, score.chunks, score.tokens) == ("self", "self", 4, 4 * 23)
     assert (first.perplexity, first.kl, first.top1_agreement) == (second.perplexity, second.kl, second.top1_agreement)
     assert first.kl > 0
 

@@ -92,6 +92,20 @@ def sample_evaluations():
     ]  # fmt: skip
 
 
+def sample_tasks(accuracy=0.4, dense=0.5):
+    """`tasks` and `tasks_mean` of an evaluation."""
+    figures = {
+        "items": 50, "chance": 0.25, "accuracy": accuracy, "accuracy_stderr": 0.07, "unnormalised_accuracy": 0.41,
+        "unnormalised_accuracy_stderr": 0.07, "prompt": "question", "truncated": 0, "dense_accuracy": dense,
+        "dense_unnormalised_accuracy": 0.5, "above_chance": 0.6, "difference": accuracy - dense, "difference_stderr": 0.052,
+        "flips": 0.34,
+    }  # fmt: skip
+    tasks = {
+        name: {"task": name, "items_in_file": of, **figures} for name, of in (("arc_easy", 2376), ("hellaswag", 50))
+    }
+    return {"tasks": tasks, "tasks_mean": {**figures, "task": "mean", "items_in_file": 2426, "above_chance": 0.617}}
+
+
 def sample_bench():
     def model(name, form, nbytes, ttft, itl, rate):
         return {

@@ -5,7 +5,7 @@ import pytest
 from sparsify.report import write_report
 
 from .browser import Browser, find_browser
-from .sample import sample_bench, sample_evaluations, sample_metrics, sample_search
+from .sample import sample_bench, sample_evaluations, sample_metrics, sample_search, sample_tasks
 
 PROGRAM = find_browser()
 pytestmark = pytest.mark.skipif(
@@ -39,8 +39,8 @@ def browser():
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     return write_report(
-        tmp_path_factory.mktemp("report") / "report.html", sample_metrics(), sample_evaluations(), sample_bench(),
-        search=sample_search(),
+        tmp_path_factory.mktemp("report") / "report.html", sample_metrics(),
+        [{**row, **sample_tasks()} for row in sample_evaluations()], sample_bench(), search=sample_search(),
     )  # fmt: skip
 
 

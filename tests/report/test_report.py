@@ -27,7 +27,7 @@ from sparsify.report.figures import (
 )
 from sparsify.report.page import environment
 
-from .sample import sample_bench, sample_evaluations, sample_metrics, sample_search
+from .sample import sample_bench, sample_evaluations, sample_metrics, sample_search, sample_tasks
 
 VOID = {"meta", "link", "br"}
 
@@ -103,6 +103,48 @@ def test_evaluation_of_the_run_is_the_default():
     assert "41.41" in Document(render_page(metrics)).text
 
 
+def test_several_texts_and_tasks():
+    """As `eval --json` prints them: figures of the first text at the top, all of them in `texts`."""
+    row = {**sample_evaluations()[1], **sample_tasks()}
+    own = {**row, "text": "self", "text_source": "self", "perplexity": 34.56, "dense_perplexity": 13.91, "tokens": 8176}
+    failed = {
+        **row,
+        "text": "third.txt",
+        "perplexity": None,
+        "failure": {"short": "too little memory", "reason": "out of it"},
+    }
+    row["texts"] = {"wikitext2-test.txt": dict(row), "self": own, "third.txt": failed}
+    row["failure"] = failed["failure"]  # the first that there is; the first text has none
+    document = Document(render_page(sample_metrics(), row))
+    for words in (
+        "On wikitext2-test.txt: 49,104 tokens", "41.41", "On text the dense model sampled itself: 8,176 tokens", "34.56", "13.91",
+        "On third.txt", "too little memory", "out of it", "dense 21.30, on wikitext2-test.txt",
+        "sparse24 arc_easy 40.0% ± 7.0 50.0% 25.0% 60.0% -10.0% ± 5.2 34.0%", "sparse24 mean 40.0% ± 7.0 50.0% 25.0% 61.7%",
+        "Items: arc_easy 50 of 2376, hellaswag 50.",
+    ):  # fmt: skip
+        assert words in document.text, words
+    assert "such a model is destroyed" not in document.text
+
+
+def test_tasks_alone():
+    nothing = dict.fromkeys(sample_evaluations()[0]) | {
+        "model": "out/x",
+        "format": "sparse24",
+        "versions": {},
+        "texts": {},
+    }
+    same = {**nothing, "format": "dense", **sample_tasks(0.5)}
+    for score in same["tasks"].values():
+        score["flips"] = 0
+    text = Document(render_page(sample_metrics(), [same, {**nothing, **sample_tasks()}])).text
+    assert "sparse24 hellaswag 40.0%" in text and "Perplexity, lower is better" not in text and "∞" not in text
+    assert "dense hellaswag" not in text, "the dense model's own row says nothing that the others do not"
+    text = Document(
+        render_page(sample_metrics(), {**nothing, "tasks_failure": {"short": "x", "reason": "out/x: no room"}})
+    ).text
+    assert "out/x: no room" in text
+
+
 def test_data_free_recipe_has_no_error_pictures():
     metrics = sample_metrics()
     for layer in metrics["layers"]:
@@ -161,7 +203,8 @@ def test_values_are_escaped_everywhere():
         return value + attack if isinstance(value, str) else value
 
     FIXED = {"text_source", "pattern"}  # decide between sentences and are never shown
-    inputs = [sample_metrics(4), sample_evaluations(), sample_bench()]
+    rows = [{**row, **sample_tasks(), "texts": {"a": row, "b": row}} for row in sample_evaluations()]
+    inputs = [sample_metrics(4), rows, sample_bench()]
     document = Document(render_page(*map(poison, copy.deepcopy(inputs))))
     assert "alert(1)" in document.text
     for tag, attrs in document.tags:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from sparsify.recipe.llmcompressor.whole import SAVED
 from sparsify.recipe.schema.base import Model, refuse
@@ -66,13 +66,25 @@ class Export(Model):
 class Evaluation(Model):
     """How the result is measured after it is written."""
 
-    text: str = Field(description="file:PATH of a text that was not used for calibration")
+    text: str | None = Field(default=None, description="file:PATH of a text that was not used for calibration")
     sequence_length: int = Field(default=1024, ge=2, description="tokens per scored chunk")
     chunks: int = Field(default=48, ge=1, description="chunks scored, from the start of the text")
+    tasks: str | None = Field(
+        default=None, description="file:PATH of multiple-choice tasks: a folder of .jsonl files, or one file"
+    )
+    limit: int | None = Field(default=None, ge=1, description="items scored of each task, from its start; default all")
 
-    @field_validator("text")
+    @field_validator("text", "tasks")
     @classmethod
-    def _is_file(cls, text: str) -> str:
-        if not text.startswith("file:") or not text[5:]:
-            raise refuse(f"evaluation text must be file:PATH, not '{text}'")
-        return text
+    def _is_file(cls, value: str | None, field: ValidationInfo) -> str | None:
+        if value is not None and (not value.startswith("file:") or not value[5:]):
+            raise refuse(f"evaluation {field.field_name} must be file:PATH, not '{value}'")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "Evaluation":
+        if self.text is None and self.tasks is None:
+            raise refuse("evaluation measures nothing; give it a text or tasks")
+        if self.limit is not None and self.tasks is None:
+            raise refuse("limit has no effect without tasks; remove it", "limit")
+        return self
