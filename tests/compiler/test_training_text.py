@@ -198,7 +198,9 @@ def test_training_stops_early_and_keeps_what_was_before_it(tmp_path, recipe, tex
         patch.setattr("sparsify.compiler.run_training.rewrite", lambda *args: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             apply(bad, str(source), tmp_path / "again", quiet=True)
-    monkeypatch.setattr(trainer.DistillTrainer, "compute_loss", None)  # a resumed run does not go on where it had stopped
+    monkeypatch.setattr(
+        trainer.DistillTrainer, "compute_loss", None
+    )  # a resumed run does not go on where it had stopped
     apply(bad, str(source), tmp_path / "again", resume=True, quiet=True)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "again")
     write_report(tmp_path / "report.html", result.metrics)
