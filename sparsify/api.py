@@ -15,7 +15,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -87,6 +87,8 @@ def apply(
     tokenizer: PreTrainedTokenizerBase | None = None,
     resume: bool = False,
     spill: bool = False,
+    memory: str | None = None,
+    gpu_memory: str | None = None,
     quiet: bool = False,
     trust_remote_code: bool = False,
     allow_unknown_tensors: bool = False,
@@ -103,15 +105,19 @@ def apply(
     inplace:     put the compressed linears into the live model instead of into a copy of it
     tokenizer:   of a live model, where it was not loaded from a directory that has one; for text only
     resume:      go on with an interrupted run into the same `output`
-    spill:       keep the calibration activations in a file beside the output, not in memory
+    spill:       keep hidden states of the calibration text in a file beside the output, whatever memory there is
+    memory:      what the walk may take of it, `16GB`; default nine tenths of what is free. Changes no byte of the result
+    gpu_memory:  the same on a GPU
     trust_remote_code: run Python code that comes with a model or its tokenizer (auto_map)
     allow_unknown_tensors: carry over tensors that the model's class does not know, which are an error otherwise
 
     Raises SparsifyError for what the command line refuses, with the same words.
     """
     from sparsify.compiler.apply import apply as run
+    from sparsify.compiler.memory import Limits
     from sparsify.recipe import Evaluation
 
+    limits = Limits(memory, gpu_memory, spill)
     asked = load_recipe(recipe)
     if inplace and (model is None or isinstance(model, str | Path)):
         raise SparsifyError("inplace=True changes a live model; pass the model object, or leave inplace out for a path")
@@ -135,7 +141,7 @@ def apply(
         if calibration is not None or evaluate is not None:
             asked = load_recipe(asked.model_dump(mode="json"))  # all checks once more
         where = Path(output) if output is not None else Path(stack.enter_context(_scratch())) / "model"
-        done = run(asked, spec, where, resume=resume, quiet=quiet, evaluate=_measure(asked, quiet), spill=spill)
+        done = run(asked, spec, where, resume=resume, quiet=quiet, evaluate=_measure(asked, quiet), limits=limits)
         if isinstance(model, str | Path | None):
             name = spec
         else:
@@ -155,10 +161,17 @@ def plan(
     recipe: RecipeLike,
     model: str | Path | PreTrainedModel | None = None,
     *,
+    spill: bool = False,
+    memory: str | None = None,
+    gpu_memory: str | None = None,
     trust_remote_code: bool = False,
     allow_unknown_tensors: bool = False,
 ) -> Plan:
-    """What a recipe will do to every linear of a model, and what it costs; computes nothing. `print` its `.table()` with rich."""
+    """What a recipe will do to every linear of a model, and what it costs; computes nothing. `print` its `.table()` with rich.
+
+    spill, memory, gpu_memory: as for `apply`
+    """
+    from sparsify.compiler.memory import Limits
     from sparsify.compiler.plan import make_plan
 
     asked = load_recipe(recipe)
@@ -167,6 +180,7 @@ def plan(
         spec = stack.enter_context(_on_disk(_named(asked, model), None, dense=True))
         with _allowing(trust_remote_code, allow_unknown_tensors):
             made = make_plan(asked.model_copy(update={"model": spec}), spec)
+            made = replace(made, limits=Limits(memory, gpu_memory, spill))
     except BaseException:
         stack.close()
         raise

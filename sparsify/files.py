@@ -2,14 +2,16 @@
 
 import codecs
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, SparsifyError
 
 PACKAGE = Path(__file__).resolve().parent  # the directory of the `sparsify` package
 PARTIAL = ".partial"
@@ -107,3 +109,52 @@ def read_json(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is missing; is this a complete checkpoint directory?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); download or create it again") from None
+
+
+def reserve(path: Path, nbytes: int) -> None:
+    """Make a file of so many bytes for which there is room on the disk, so that writing to its mapped pages cannot fail.
+
+    SparsifyError where there is none. A file of that size that is there already is used again.
+    """
+    try:
+        with path.open("ab") as file:
+            if file.tell() != nbytes:
+                file.truncate(0)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(nbytes, 1))
+            else:
+                file.truncate(nbytes)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+        raise SparsifyError(
+            f"{path}: no room for {nbytes / 1e9:.1f} GB of hidden states ({reason}); make room, put --output on another "
+            "disk, or raise --memory so that they stay in memory; then go on with --resume"
+        ) from None
+
+
+def only_user(path: Path) -> IO[bytes]:
+    """Lock a file that is written in place. The lock is held until what this returns is closed or gone; SparsifyError where
+    another process, or this one, holds it."""
+    file = path.with_name(path.name + ".lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise SparsifyError(
+            f"{path} is in use by another run; let that one end, or give this one another --output"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def in_memory(path: Path) -> bool:
+    """Whether a directory lies in a file system that is kept in memory (tmpfs)."""
+    try:
+        lines = Path("/proc/mounts").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    kinds = {mount.split()[1]: mount.split()[2] for mount in lines}
+    where = path.resolve()
+    return next((kinds[str(p)] for p in (where, *where.parents) if str(p) in kinds), "") in ("tmpfs", "ramfs")

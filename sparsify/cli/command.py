@@ -87,6 +87,19 @@ ALLOWS_UNKNOWN.add_argument(
     help="tensors that the model's class does not know are no error: they are carried over as they are, or left out",
 )
 
+TAKES_LIMITS = argparse.ArgumentParser(add_help=False)
+TAKES_LIMITS.add_argument(
+    "--memory",
+    metavar="SIZE",
+    help="what compressing may take of the memory, such as 16GB (default: nine tenths of what is free); the result is the same",
+)
+TAKES_LIMITS.add_argument("--gpu-memory", metavar="SIZE", help="the same on a GPU")
+TAKES_LIMITS.add_argument(
+    "--spill",
+    action="store_true",
+    help="keep hidden states of the calibration text in a file beside the output, whatever memory there is",
+)
+
 TAKES_TASKS = argparse.ArgumentParser(add_help=False)
 TAKES_TASKS.add_argument(
     "--tasks",

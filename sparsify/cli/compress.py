@@ -6,6 +6,7 @@ from sparsify.cli.command import (
     ALLOWS_UNKNOWN,
     IS_QUIET,
     SHOWS_JSON,
+    TAKES_LIMITS,
     TAKES_RECIPE,
     TRUSTS_CODE,
     Commands,
@@ -20,7 +21,10 @@ def apply(args: argparse.Namespace) -> Outcome:
     from sparsify.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.set, args.model)
-    result = api.apply(recipe, output=args.output, resume=args.resume, quiet=args.quiet, spill=args.spill)
+    result = api.apply(
+        recipe, output=args.output, resume=args.resume, quiet=args.quiet,
+        spill=args.spill, memory=args.memory, gpu_memory=args.gpu_memory,
+    )  # fmt: skip
     return Outcome(result.to_json(), [result.table()])
 
 
@@ -28,7 +32,7 @@ def add_apply(commands: Commands) -> None:
     """Register `apply`."""
     command = add_command(
         commands, "apply", apply, "apply a recipe to a model and write the checkpoint",
-        TAKES_RECIPE, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
+        TAKES_RECIPE, TAKES_LIMITS, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             "sparsify apply 2of4-w4a16 --model embedded:smollm2-135m-instruct --output out/smollm2",
             "sparsify apply my.yaml --model ./llama --output out/llama --set calibration.samples=256",
@@ -39,11 +43,6 @@ def add_apply(commands: Commands) -> None:
     command.add_argument(
         "--resume", action="store_true", help="go on with a run that was interrupted; the result is the same"
     )
-    command.add_argument(
-        "--spill",
-        action="store_true",
-        help="keep the calibration activations in a file beside the output, not in memory",
-    )
 
 
 def plan(args: argparse.Namespace) -> Outcome:
@@ -51,7 +50,8 @@ def plan(args: argparse.Namespace) -> Outcome:
     from sparsify import api
     from sparsify.recipe import load_recipe
 
-    result = api.plan(load_recipe(args.recipe, args.set, args.model))
+    asked = load_recipe(args.recipe, args.set, args.model)
+    result = api.plan(asked, spill=args.spill, memory=args.memory, gpu_memory=args.gpu_memory)
     return Outcome(result.to_json(), [result.table()])
 
 
@@ -59,8 +59,11 @@ def add_plan(commands: Commands) -> None:
     """Register `plan`."""
     add_command(
         commands, "plan", plan, "show what a recipe will do to a model, without doing it",
-        TAKES_RECIPE, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
-        shown=("sparsify plan 2of4-w4a16 --model embedded:smollm2-135m-instruct",),
+        TAKES_RECIPE, TAKES_LIMITS, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
+        shown=(
+            "sparsify plan 2of4-w4a16 --model embedded:smollm2-135m-instruct",
+            "sparsify plan 2of4-w4a16 --model ./llama --memory 16GB     what fits into so much, and what does not",
+        ),
     )  # fmt: skip
 
 

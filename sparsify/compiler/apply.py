@@ -19,6 +19,7 @@ from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_
 from sparsify.compiler.checkpoint_names import OUTSIDE, refuse_unstorable
 from sparsify.compiler.left_dense import some_not_held
 from sparsify.compiler.llmcompressor import transformed
+from sparsify.compiler.memory import FREE, Limits, refuse_too_small, walk_memory
 from sparsify.compiler.metrics import (
     ADAPTER,
     CARD,
@@ -42,6 +43,7 @@ from sparsify.distributed import is_main, join, main_first, processes, wait_for_
 from sparsify.errors import CheckpointError
 from sparsify.files import atomic_write, read_json, write_json
 from sparsify.formats.writer import CheckpointWriter, partial_directory
+from sparsify.memory import Peak, peak_anonymous
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
 
@@ -70,22 +72,36 @@ def apply(
     resume: bool = False,
     quiet: bool = False,
     evaluate: Evaluate | None = None,
-    spill: bool = False,
+    limits: Limits = FREE,
     served: bool = True,
 ) -> Applied:
     """Compress `model` by `recipe` into the directory `output`.
 
     resume:   go on with an interrupted run; the result has the same bytes (run.json, which holds times, excepted)
     evaluate: measures the finished directory
-    spill:    keep the calibration activations in a file instead of in memory
+    limits:   of the memory that the walk takes; they change no byte of the result
     served:   False for a step of a longer run, whose result no engine loads
     Started by torchrun in several processes, they share the samples and the work; one of them writes.
     Raises SparsifyError for anything a user can mend. Nothing appears under `output` before it is complete.
     """
-    start = time.perf_counter()
     join()
-    quiet = quiet or not is_main()
-    output = Path(output)
+    with peak_anonymous() as peak:
+        return _apply(recipe, model, Path(output), resume, quiet or not is_main(), evaluate, limits, served, peak)
+
+
+def _apply(
+    recipe: Recipe,
+    model: str,
+    output: Path,
+    resume: bool,
+    quiet: bool,
+    evaluate: Evaluate | None,
+    limits: Limits,
+    served: bool,
+    peak: Peak,
+) -> Applied:
+    """As `apply`. peak: of the memory of this process."""
+    start = time.perf_counter()
     if recipe.model != model:
         recipe = recipe.model_copy(update={"model": model})
     with main_first():
@@ -93,6 +109,8 @@ def apply(
         with arithmetic.in_force(), stage(f"reading {model}"):
             plan = keep_zeros(make_plan(recipe, model, served=served))
             refuse_unstorable(plan)
+            if plan.needs_data and plan.compressed is None:
+                refuse_too_small(walk_memory(plan, limits), limits)
             _say_left_dense(plan, quiet)
         refuse_other_run(partial_directory(output), resume or not is_main())
         identity, inputs = dump_recipe(resumable(recipe)), plan.input_digests(output)
@@ -113,13 +131,14 @@ def apply(
                 _say_left_dense(plan, quiet)
             writer.source = plan.checkpoint
         if plan.depth is not None:
-            plan, before = shortened(plan, writer, resume, quiet, spill)
+            plan, before = shortened(plan, writer, resume, quiet, limits)
             writer.source = plan.checkpoint
         if plan.recipe.basis is not None:
             plan, before = rebased(plan, before, writer, quiet)
             writer.source = plan.checkpoint
         notes = Notes(writer.work / "notes")
-        return _carry_out(Run(plan, writer, notes, frozenset(finished), before, quiet, spill), start, evaluate)
+        plan = replace(plan, limits=limits)
+        return _carry_out(Run(plan, writer, notes, frozenset(finished), before, quiet, peak), start, evaluate)
 
 
 def _say_left_dense(plan: Plan, quiet: bool) -> None:
@@ -208,13 +227,14 @@ def _record(run: Run, seconds: float, training_seconds: float) -> dict[str, Any]
         "processes": processes(),
         "seconds": round(seconds, 1),
         "training_seconds": round(training_seconds, 1),
+        "peak_anonymous_bytes": run.peak.sample(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "resumed_after_blocks": len(run.finished - {OUTSIDE}),
         "command": sys.argv,
     }
 
 
-def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, spill: bool) -> tuple[Plan, Before]:
+def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, limits: Limits) -> tuple[Plan, Before]:
     """Run the recipe up to its depth pass and that pass; give the plan of the rest, on the shortened model.
 
     Both results lie in the work directory; a resumed run finds them finished.
@@ -234,7 +254,7 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, s
         spec = str(compressed)
         if not compressed.exists():
             own = before.model_copy(update={"export": before.export.model_copy(update={"format": "sparse24"})})
-            apply(own, model, compressed, resume=resume, quiet=quiet, spill=spill, served=False)
+            apply(own, model, compressed, resume=resume, quiet=quiet, limits=limits, served=False)
         metrics = read_json(compressed / METRICS)
         errors = {layer["module"]: layer["relative_error"] for layer in metrics["layers"]}
         head = metrics["head"]

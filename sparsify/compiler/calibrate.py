@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsify.compiler.arithmetic import summing
 from sparsify.compiler.checkpoint_names import OUTSIDE, block_parameters, block_tensors, by_module, part_name
+from sparsify.compiler.memory import refuse_too_small, walk_memory
 from sparsify.compiler.metrics import layer_notes
 from sparsify.compiler.plan import Plan
 from sparsify.compiler.run import Run
@@ -21,7 +22,7 @@ from sparsify.data.given import read_tokens, token_file
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.distributed import device, is_main, main_first, processes, rank
 from sparsify.errors import CalibrationError, SparsifyError
-from sparsify.files import cache_directory
+from sparsify.files import cache_directory, in_memory
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import read_header
@@ -29,9 +30,9 @@ from sparsify.model.linear import LinearWeights
 from sparsify.model.pretrained import load_tokenizer
 from sparsify.model.sequential import BlockVisit, GroupVisit, Walk
 from sparsify.native.build import build_ahead
-from sparsify.progress import Task, progress_bar, stage
+from sparsify.progress import Task, progress_bar, say, stage
 from sparsify.recipe import Calibration
-from sparsify.solver.hessian import HessianAccumulator
+from sparsify.solver.hessian import accumulated
 from sparsify.solver.solve import Scheme, solve_layer
 from sparsify.training.block_tuning import BlockTuning, Sample, tune_block
 
@@ -99,13 +100,19 @@ def compress_on_data(run: Run) -> None:
         return
     with main_first():
         tokens = own_rows(calibration_rows(plan, writer, run.quiet))
-    folder = writer.work / f"activations-{rank()}"
-    if run.spill:
-        folder.mkdir(exist_ok=True)
+    memory = walk_memory(plan, plan.limits)
+    if (problem := refuse_too_small(memory, plan.limits)) is not None:
+        say(f"{problem}; going on all the same", run.quiet)
+    elif memory.spills or memory.room is not None:
+        say(memory.describe(), run.quiet)
+    folder = spill_directory(writer.work) if memory.spills else None
     build_ahead(KERNELS)
     fitting = partial(_within_positions, plan, tokens.shape[1])
     with stage("calibration text through the embeddings"), fitting():
-        walk = Walk(plan.model, tokens, plan.needs_dense_reference, folder if run.spill else None, device())
+        walk = Walk(
+            plan.model, tokens, plan.needs_dense_reference, folder, device(),
+            place=memory.place, room=memory.room, keeps_outside=False,
+        )  # fmt: skip
     with summing(), progress_bar("compressing", len(blocks) + (head is not None), quiet=run.quiet) as bar:
         for index, block in enumerate(blocks):
             if part_name(index) in finished:
@@ -126,10 +133,22 @@ def compress_on_data(run: Run) -> None:
             bar.advance()
         if head is not None:
             bar.describe(head.head.module)
-            solved = run.solve_head(head, HessianAccumulator().add(walk.head_inputs()).mean().H)
+            solved = run.solve_head(head, accumulated((x, None) for x in walk.head_inputs()).H)
             if is_main():
                 run.write_outside(solved)
             bar.advance()
+
+
+def spill_directory(work: Path) -> Path:
+    """Where this process keeps its hidden states. SparsifyError where that would be memory again."""
+    folder = work / f"activations-{rank()}"
+    if in_memory(work):
+        raise SparsifyError(
+            f"{folder} lies in memory (tmpfs), so that keeping hidden states there saves none; put --output on a disk, or "
+            "leave --spill out and raise --memory"
+        )
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def own_rows(tokens: Tensor) -> Tensor:
@@ -152,7 +171,7 @@ class _Rewriting:
 
     def __call__(self, visit: GroupVisit) -> dict[str, LinearWeights]:
         self.bar.describe(f"{visit.names[0]}{' ...' if len(visit.names) > 1 else ''}")
-        statistics = HessianAccumulator().add(visit.inputs, visit.dense_inputs).mean()
+        statistics = accumulated(visit.batches)
         new: dict[str, LinearWeights] = {}
         for scheme, weights in self._by_scheme(visit).items():
             part, errors = solve_layer(weights, scheme, statistics, together=True)

@@ -35,7 +35,7 @@ from sparsify.model.capture import head_input
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.model.pretrained import load_tokenizer
-from sparsify.model.sequential import TOKENS_PER_MICRO_BATCH
+from sparsify.model.sequential import rows_of_micro_batch
 from sparsify.model.sidecars import inside
 from sparsify.progress import progress, quietly, say, stage
 from sparsify.recipe import Calibration, Head, dump_recipe, head_format_problem, parse_recipe
@@ -343,9 +343,9 @@ def _read_by_head(source: str | Path, calibration: Calibration, quiet: bool) -> 
         vocabulary=vocabulary_of(model.config),
     )
     hessian = HessianAccumulator()
-    rows = tokens.to(model.device).split(max(1, TOKENS_PER_MICRO_BATCH // tokens.shape[1]))
+    rows = tokens.to(model.device).split(rows_of_micro_batch(tokens.shape[1]))
     for part in progress(rows, "Reading text", total=len(rows), quiet=quiet):
-        hessian.add([head_input(model, part).flatten(0, 1)])
+        hessian.add(head_input(model, part).flatten(0, 1))
     return hessian.mean().H
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparsify.basis.residual import SAMPLED
+from sparsify.compiler.memory import WalkMemory, walk_memory
 from sparsify.compiler.operations import SOLVER, count_operations, hidden_size, in_words
 from sparsify.compute import for_precision, rates
 from sparsify.distributed import device
@@ -32,24 +33,31 @@ class Estimate:
     """Bytes on disk before and after, the memory that the run needs at least, and its arithmetic without training passes.
 
     operations: by part, as `operations.count_operations` counts them; a multiply-add is two
+    memory: of the walk by item; None where there is none
     """
 
     dense_bytes: int
     output_bytes: int
     memory_bytes: int
     operations: dict[str, int]
+    memory: WalkMemory | None = None
 
     @property
     def multiply_adds(self) -> int:
         return sum(self.operations.values()) // 2
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "multiply_adds": self.multiply_adds}
+        memory = None if self.memory is None else self.memory.to_json()
+        return {**vars(self), "multiply_adds": self.multiply_adds, "memory": memory}
 
 
 def estimate(plan: Plan) -> Estimate:
     """Sizes are exact up to file headers, without a depth pass; memory is that of the part that needs most."""
-    return Estimate(plan.checkpoint.nbytes(), _output_bytes(plan), _memory_bytes(plan), count_operations(plan))
+    walk = walk_memory(plan, plan.limits) if plan.needs_data and plan.compressed is None else None
+    nbytes, output = _memory_bytes(plan, walk), _output_bytes(plan)
+    if walk is not None:  # the parts are there until the output is whole
+        walk = replace(walk, disk={"finished parts": output, "output": output, **walk.disk})
+    return Estimate(plan.checkpoint.nbytes(), output, nbytes, count_operations(plan), walk)
 
 
 def _output_bytes(plan: Plan) -> int:
@@ -121,20 +129,17 @@ def _beside_codes(scheme: Scheme, shape: tuple[int, int], groups: int, format: s
     return 16 + (0 if scheme.symmetric else packed)  # weight_shape
 
 
-def _memory_bytes(plan: Plan) -> int:
+def _memory_bytes(plan: Plan, walk: WalkMemory | None) -> int:
     blocks = range(len(plan.model.blocks))
     itemsize = plan.model.dtype.itemsize
     block_bytes = max(sum(p.numel() for p in plan.model.block(i).parameters()) for i in blocks) * itemsize
-    if not plan.needs_data:
+    if walk is None:
         return max(3 * block_bytes, _training_bytes(plan))
     tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
-    streams = 2 if plan.needs_dense_reference else 1
     widest = max(p.shape[1] for p in plan.linears.values())
-    hidden = min(p.shape[1] for p in plan.linears.values())
     outside = sum(math.prod(plan.checkpoint.shape(name)) for name in plan.model.source_names(None)) * itemsize
-    activations = streams * tokens * (3 * hidden + widest) * itemsize
-    walk = outside + 3 * block_bytes + activations + 6 * widest * widest * 4
-    return max(walk, _basis_bytes(plan, outside, activations // streams), writing_bytes(plan), _training_bytes(plan))
+    activations = tokens * (3 * hidden_size(plan) + widest) * itemsize
+    return max(walk.peak, _basis_bytes(plan, outside, activations), writing_bytes(plan), _training_bytes(plan))
 
 
 def _basis_bytes(plan: Plan, outside: int, activations: int) -> int:

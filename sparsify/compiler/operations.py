@@ -99,11 +99,11 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
     weights, cube = n * k, k**3
     parts: dict[str, float] = {}
     if scheme.sweeps or scheme.error_propagation > 0:
-        # Cholesky K^3/3, its inverse 2K^3/3, and the factor of that K^3/3; once more in the order of the activations
-        times = 2 if scheme.sweeps and scheme.activation_order else 1
-        parts["sweep"] = times * 4 * cube / 3
+        # Cholesky K^3/3 and the inverse of a triangle K^3/3; once more in the order of the activations, or after a mask
+        times = 2 if scheme.sweeps and (scheme.activation_order or scheme.prune == "alps") else 1
+        parts["sweep"] = times * 2 * cube / 3
     if scheme.error_propagation > 0:
-        parts["sweep"] += 4 * weights * k  # one product and two triangular solves
+        parts["sweep"] += 4 * weights * k  # one product, and two with a triangle
     if scheme.prune == "alps":
         # the eigenvectors, W H, and two products with them in every iteration
         parts["masks"] = EIGEN * cube + (2 + 4 * ITERATIONS) * weights * k

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from sparsify.compiler.estimate import Estimate, estimate, time_in_words, training_in_words
 from sparsify.compiler.left_dense import none_held
+from sparsify.compiler.memory import FREE, Limits, in_words
 from sparsify.compiler.merged import merged_with, merging_problem
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
 from sparsify.compiler.shorten import PlannedDepth, plan_depth
@@ -49,6 +50,7 @@ from sparsify.recipe.methods import KEEP, QUANTIZE, needs_of
 from sparsify.recipe.sources import sources_in_words
 from sparsify.solver.head_quantization import head_problem, head_scheme
 from sparsify.solver.solve import Scheme
+from sparsify.units import size
 
 MANY_CARRIED = 6  # kinds of unknown tensors that a table names
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -130,6 +132,7 @@ class Plan:
     training: tuple[PlannedTraining, ...] = ()
     compressed: CompressedCheckpoint | None = None
     depth: PlannedDepth | None = None
+    limits: Limits = FREE
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -362,6 +365,7 @@ class Plan:
             f"{how}; {cost.dense_bytes / 1e6:.0f} MB become {cost.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
             f"memory about {cost.memory_bytes / 1e9:.1f} GB"
             + (f", {time_in_words(cost.operations, self.compute.dtype)}" if cost.operations else "")
+            + _memory_in_words(cost)
             + (f"\n{self.compute.describe()}" if self.computes else "")
             + (f"\nthe source is {source_in_words(source)}" if (source := self.source_json()) else "")
             + (f"\n{carried_in_words(carried)}" if (carried := self.carried_json()) else "")
@@ -399,6 +403,18 @@ class Plan:
         said += [f"the source is {source_in_words(source)}"] if (source := self.source_json()) else []
         table.caption = "\n".join(said)
         return table
+
+
+def _memory_in_words(cost: Estimate) -> str:
+    """Lines on the memory of a walk by item, where hidden states lie, what is on the disk, and what does not fit."""
+    walk = cost.memory
+    if walk is None:
+        return ""
+    lines = [f"memory of the walk {size(walk.peak)}: {in_words(walk.host)}"]
+    lines += [f"of the GPU {size(sum(walk.gpu.values()))}: {in_words(walk.gpu)}"] if walk.gpu else []
+    lines += [f"{walk.describe()}; disk: {in_words(walk.disk)}"]
+    lines += [f"does not fit: {problem}"] if (problem := walk.problem()) else []
+    return "".join(f"\n{line}" for line in lines)
 
 
 def carried_in_words(carried: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ from sparsify.model.output_head import find_head
 from sparsify.model.sequential import GroupVisit, Walk
 from sparsify.progress import Task, progress_bar
 from sparsify.recipe import Basis
-from sparsify.solver.hessian import HessianAccumulator, factor
+from sparsify.solver.hessian import accumulated, factor
 
 DAMPING = 0.004  # of the inverse Hessians that the objective reads
 
@@ -109,7 +109,7 @@ def _read(
 
     def read(visit: GroupVisit) -> dict[str, Any]:
         names = [name.removeprefix(prefix) for name in visit.names]
-        H = HessianAccumulator().add(visit.inputs).mean().H
+        H = accumulated(visit.batches).H
         if settings.residual and names[0] in norms:
             kept.parts.append(_reading(block, norms[names[0]], H, prefix, generator))
         for name in names:
@@ -141,14 +141,14 @@ def _reading(block: nn.Module, norm: Norm, H: Tensor, prefix: str, generator: to
     W = torch.cat(weights).detach() * g
     if W.shape[0] > SAMPLED:
         W = W[torch.randperm(W.shape[0], generator=generator)[:SAMPLED].to(W.device)]
-    inverse = torch.cholesky_inverse(factor(H, DAMPING, prefix + norm.readers[0]).cholesky)
+    inverse = factor(H, DAMPING, prefix + norm.readers[0]).inverse
     return Reading(W, inverse, _energy(W, H))
 
 
 def _keep_writer(kept: _Block, block: nn.Module, name: str, H: Tensor, prefix: str, generator: torch.Generator) -> None:
     linear: Any = block.get_submodule(name)
     W: Tensor = linear.weight.detach()
-    inverse = torch.cholesky_inverse(factor(H, DAMPING, prefix + name).cholesky)
+    inverse = factor(H, DAMPING, prefix + name).inverse
     diagonal = inverse.diagonal().clone()
     kept.inverse_diagonals[name], kept.totals[name] = diagonal, _energy(W, H)
     heads = kept.structure.heads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,7 @@ from sparsify.errors import CheckpointError
 from sparsify.formats.foreign import DequantizedCheckpoint
 from sparsify.formats.reader import CompressedCheckpoint
 from sparsify.formats.writer import CheckpointWriter
+from sparsify.memory import Peak
 from sparsify.model.linear import LinearWeights
 from sparsify.progress import progress, progress_bar
 from sparsify.recipe.llmcompressor.whole import SAVED
@@ -39,7 +40,7 @@ class Run:
     writer:   of the output directory; notes: of what becomes of each block
     finished: parts that an interrupted run had written before
     before:   what a depth pass left behind
-    spill:    whether calibration activations are kept in a file instead of in memory
+    peak:     samples of the memory that this process takes
     """
 
     plan: Plan
@@ -48,7 +49,7 @@ class Run:
     finished: frozenset[str]
     before: Before
     quiet: bool = False
-    spill: bool = False
+    peak: Peak = field(default_factory=Peak)
 
     def refuse_nothing_done(self) -> None:
         """CheckpointError, and no output, when not one linear of the blocks could become what the recipe asks of it."""

@@ -80,9 +80,19 @@ class BlockModel:
                 return source
         return None
 
-    def load(self, index: int | None) -> None:
-        """Read the parameters of one block (None: everything outside the blocks) from the checkpoint."""
-        load_state(self.model, {name: self.checkpoint.tensor(name) for name in self.source_names(index)}, self.dtype)
+    def without_head(self) -> list[str]:
+        """Checkpoint tensors outside the blocks but for those of an output head that is not tied to the embedding."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        names = self.source_names(None)
+        return [
+            name for name in names if self.model.get_submodule(self.sources[name][0].rpartition(".")[0]) is not head
+        ]
+
+    def load(self, index: int | None, head: bool = True) -> None:
+        """Read the parameters of one block (None: everything outside the blocks, with or without the output head) from the
+        checkpoint."""
+        names = self.source_names(index) if head or index is not None else self.without_head()
+        load_state(self.model, {name: self.checkpoint.tensor(name) for name in names}, self.dtype)
         if index is None:
             return  # what is missing there (an untied lm_head, say) is noticed only if the walk needs it
         for name, parameter in self.block(index).named_parameters():
@@ -101,9 +111,13 @@ class BlockModel:
         self.to(device)
         self.model.tie_weights()  # type: ignore[operator]
 
-    def unload(self, index: int) -> None:
-        """Return the parameters of a block to the meta device, which frees their memory."""
-        for module in self.block(index).modules():
+    def unload(self, index: int | None) -> None:
+        """Return the parameters of a block, or with None all outside of the blocks, to the meta device, which frees them."""
+        inside = {id(module) for name in self.blocks for module in self.model.get_submodule(name).modules()}
+        modules = self.model.modules() if index is None else self.block(index).modules()
+        for module in modules:
+            if index is None and id(module) in inside:
+                continue
             for name, parameter in list(module.named_parameters(recurse=False)):
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 

@@ -2,8 +2,13 @@
 
 Blocks are visited in order, one resident at a time. Inside a block all micro-batches advance in step from one group of
 linears to the next: each micro-batch's forward is a coroutine that a pre-hook suspends at the first linear of the next
-group. When all have arrived the group's inputs are complete, its weights are rewritten, and all resume through the
+group. When all have been there the group's statistics are complete, its weights are rewritten, and all resume through the
 rewritten weights. So each group sees the errors made upstream (true-sequential), and the total is one forward pass.
+
+What a suspended forward holds is kept while there is room for it. Without room the forward is given up and computed anew
+from the hidden states that enter the block, through the groups that are rewritten by then: the same operations on the same
+numbers, so the same bits. Then memory does not grow with the number of tokens, and a block of four groups (q, k, v; o; gate,
+up; down) costs about two forward passes. The hidden states themselves are in memory, or in a memory-mapped file.
 
 With a dense reference, the untouched block walks beside the compressed one on the dense model's own activations.
 """
@@ -11,7 +16,7 @@ With a dense reference, the untouched block walks beside the compressed one on t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +26,10 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from sparsify.errors import NumericalError, SparsifyError
+from sparsify.files import only_user, reserve
 from sparsify.model.capture import BlockCall, call_of_row, capture_calls, head_inputs, run_block, share_equal
 from sparsify.model.decoder import BlockModel
+from sparsify.model.footprint import Footprint, footprint
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups
 
@@ -31,19 +38,18 @@ TOKENS_PER_MICRO_BATCH = 4096
 
 @dataclass
 class GroupVisit:
-    """All that is known when every micro-batch waits at a group.
+    """A group of linears that is to be rewritten.
 
-    names:        the group's linears that are to be rewritten, full module names
-    linears:      their modules, in the same order; weight [N_i, K]
-    inputs:       what they read, one [tokens, K] per micro-batch, from the compressed model
-    dense_inputs: the same tokens in the dense model; None without a dense reference
+    names:   full module names
+    linears: their modules, in the same order; weight [N_i, K]
+    batches: what they read, [tokens, K] of one micro-batch after the other, in the compressed model and in the dense model
+             (None without a dense reference). Each is computed when it is asked for, so this can be gone through once.
     """
 
     block: int
     names: list[str]
     linears: list[nn.Linear]
-    inputs: list[Tensor]
-    dense_inputs: list[Tensor] | None
+    batches: Iterator[tuple[Tensor, Tensor | None]]
 
 
 @dataclass
@@ -82,27 +88,55 @@ Tune = Callable[[BlockVisit], tuple[dict[str, LinearWeights], dict[str, Tensor]]
 
 
 class Activations:
-    """Hidden states of all micro-batches at the boundary between two blocks, in memory or in a file."""
+    """Hidden states of all micro-batches at the boundary between two blocks: on the device, in memory or in a file.
 
-    def __init__(self, like: Sequence[Tensor], file: Path | None = None):
-        self.shapes = [t.shape for t in like]
-        sizes = [t.numel() for t in like]
+    shapes: of every micro-batch, [B, T, d]
+    file:   where they lie; None keeps them in the memory of `place`
+    device: where they are used; they are copied there when they are asked for, if they lie elsewhere
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[torch.Size],
+        dtype: torch.dtype,
+        file: Path | None = None,
+        place: str = "cpu",
+        device: str = "cpu",
+    ):
+        self.shapes, self.device = shapes, device
+        sizes = [shape.numel() for shape in shapes]
         if file is None:
-            flat = torch.empty(sum(sizes), dtype=like[0].dtype, device=like[0].device)
+            pinned = place == "cpu" and device != "cpu"
+            flat = torch.empty(sum(sizes), dtype=dtype, device=place, pin_memory=pinned)
         else:
-            flat = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=like[0].dtype)
+            self.lock = only_user(file)
+            reserve(file, sum(sizes) * dtype.itemsize)
+            flat = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
         self.parts = list(flat.split(sizes))
-        for index, tensor in enumerate(like):
-            self[index] = tensor
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.parts[index].view(self.shapes[index])
+        return self.parts[index].view(self.shapes[index]).to(self.device, non_blocking=True)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
-        self[index].copy_(value)
+        self.parts[index].view(self.shapes[index]).copy_(value)
+
+
+class Room:
+    """Bytes that suspended forwards may hold together. limit: None for as many as they need."""
+
+    def __init__(self, limit: int | None = None):
+        self.limit = limit
+        self.used = 0
+
+    def take(self, nbytes: int) -> bool:
+        """Whether there is room for so many more, which are then taken."""
+        if self.limit is not None and self.used + nbytes > self.limit:
+            return False
+        self.used += nbytes
+        return True
 
 
 def _modes() -> tuple[Any, ...]:
@@ -117,7 +151,12 @@ def _modes() -> tuple[Any, ...]:
 
 
 class _InStep:
-    """The forwards of all micro-batches through one block, suspended together at one linear after the other."""
+    """The forwards of all micro-batches through one block, which stop at one linear after the other.
+
+    room:  for those that wait; one that finds none is given up and computed anew when it is to go on
+    waiting: bytes that one micro-batch holds at every stop; unknown where there is room for everything
+    alone: the block writes into what it is given, so every forward needs its own copy
+    """
 
     def __init__(
         self,
@@ -126,13 +165,17 @@ class _InStep:
         hidden: Activations,
         calls: Sequence[Sequence[BlockCall]],
         index: int,
+        room: Room,
+        waiting: Sequence[int],
+        alone: bool,
     ):
         self.main = getcurrent()
         self.modes = _modes()
+        self.block, self.hidden, self.calls, self.index = block, hidden, calls, index
         self.hooks = [stop.register_forward_pre_hook(self._wait) for stop in stops]
-        self.hidden = hidden
-        self.runs = [greenlet(lambda x, call=calls[i][index]: run_block(block, x, call)) for i in range(len(hidden))]
-        self.arrived = [run.switch(hidden[i]) for i, run in enumerate(self.runs)]
+        self.room, self.waiting, self.alone = room, waiting, alone
+        self.passed = 0  # linears where every micro-batch has been
+        self.kept: dict[int, tuple[greenlet, int]] = {}
 
     def _wait(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         assert _modes() == self.modes, (
@@ -140,34 +183,61 @@ class _InStep:
         )
         self.main.switch((module, args[0]))  # returns None: a pre-hook's value would replace the input
 
-    def stop(self) -> nn.Linear | None:
-        """The linear that every micro-batch waits at; None when all have left the block."""
-        waiting = {id(a[0]): a[0] for a in self.arrived if isinstance(a, tuple)}
-        if not waiting:
-            return None
-        if len(waiting) > 1 or not all(isinstance(a, tuple) for a in self.arrived):
-            raise SparsifyError(
-                "the micro-batches take different paths through a block; recipes cannot calibrate this model"
-            )
-        return next(iter(waiting.values()))
+    def advance(self, i: int) -> tuple[nn.Linear | None, Tensor]:
+        """Take one micro-batch to its next stop. Returns the linear that it waits at and what that reads, [tokens, K];
+        None and the output [B, T, d] when it has left the block."""
+        run, held = self.kept.pop(i, (None, 0))
+        self.room.used -= held
+        if run is None:
+            run, arrived = self._begun(i)
+        else:
+            arrived = run.switch()
+        if not isinstance(arrived, tuple):
+            return None, arrived
+        module, x = arrived
+        held = self._bytes(i)
+        if self.room.take(held):
+            self.kept[i] = (run, held)
+        else:
+            run.throw()  # ends it
+        return module, x.reshape(-1, x.shape[-1])
 
-    def inputs(self) -> list[Tensor]:
-        """What the waiting linear reads: [tokens, K] per micro-batch."""
-        return [x.reshape(-1, x.shape[-1]) for _, x in self.arrived]
+    def _begun(self, i: int) -> tuple[greenlet, Any]:
+        """A new forward of a micro-batch, past the linears where it has been."""
+        x, call = self.hidden[i], self.calls[i][self.index]
+        run = greenlet(lambda hidden: run_block(self.block, hidden, call))
+        arrived = run.switch(x.clone() if self.alone else x)
+        for _ in range(self.passed):
+            if run.dead:
+                raise _different_paths()
+            arrived = run.switch()
+        return run, arrived
 
-    def resume(self) -> None:
-        for i, run in enumerate(self.runs):
-            self.arrived[i] = run.switch()  # one by one: the input held until here is freed before the next one runs
+    def _bytes(self, i: int) -> int:
+        """What a micro-batch holds at the stop after those that were passed; the first one is the largest."""
+        if self.passed >= len(self.waiting):
+            return 0
+        first, this = self.hidden.shapes[0].numel(), self.hidden.shapes[i].numel()
+        return -(-self.waiting[self.passed] * this // first)
 
-    def finish(self) -> None:
-        """Keep the outputs as the hidden states that enter the next block."""
-        for i, output in enumerate(self.arrived):
-            self.hidden[i] = output
-        self.arrived = []
+    def finish(self, i: int) -> None:
+        """Keep the output of a micro-batch as the hidden state that enters the next block."""
+        stop, output = self.advance(i)
+        if stop is not None:
+            raise _different_paths()
+        self.hidden[i] = output
 
     def close(self) -> None:
         while self.hooks:
             self.hooks.pop().remove()
+        while self.kept:
+            run, held = self.kept.popitem()[1]
+            self.room.used -= held
+            run.throw()
+
+
+def _different_paths() -> SparsifyError:
+    return SparsifyError("the micro-batches take different paths through a block; recipes cannot calibrate this model")
 
 
 class Walk:
@@ -177,6 +247,10 @@ class Walk:
     tokens: int64 [samples, sequence]
     dense_reference: also walk the dense model, so that visits carry its inputs
     spill:  directory for the hidden states; None keeps them in memory
+    place:  the device in whose memory they are kept; default `device`
+    room:   bytes for suspended forwards; None for as many as they need
+    keeps_outside: what lies outside the blocks stays loaded after the tokens went through it, and the output head is
+             loaded too
     """
 
     def __init__(
@@ -186,22 +260,36 @@ class Walk:
         dense_reference: bool = False,
         spill: Path | None = None,
         device: str = "cpu",
+        *,
+        place: str | None = None,
+        room: int | None = None,
+        keeps_outside: bool = True,
     ):
         self.model = model
         self.device = device
-        model.load(None)
+        self.room = Room(room)
+        self.keeps_outside = keeps_outside
+        self.footprints: dict[tuple[str, ...], Footprint] = {}
+        model.load(None, head=keeps_outside)
         model.to(device)
-        batch = max(1, TOKENS_PER_MICRO_BATCH // tokens.shape[1])
-        entered: list[Tensor] = []
         self.calls: list[list[BlockCall]] = []
-        self.tokens = tokens.to(device).split(batch)
-        for part in self.tokens:
+        self.tokens = tokens.to(device).split(rows_of_micro_batch(tokens.shape[1]))
+        self.dense: Activations | None = None
+        for i, part in enumerate(self.tokens):
             hidden, calls = capture_calls(model, part)
             self.calls.append(share_equal(calls, self.calls[0]) if self.calls else calls)
-            entered.append(hidden)
-        self.hidden = Activations(entered, spill and spill / "hidden")
-        self.dense = Activations(entered, spill and spill / "dense") if dense_reference else None
+            if i == 0:
+                shapes = [torch.Size([len(rows), *hidden.shape[1:]]) for rows in self.tokens]
+                where = (place or device, device)
+                self.hidden = Activations(shapes, hidden.dtype, spill and spill / "hidden", *where)
+                if dense_reference:
+                    self.dense = Activations(shapes, hidden.dtype, spill and spill / "dense", *where)
+            self.hidden[i] = hidden
+            if self.dense is not None:
+                self.dense[i] = hidden
         self.probe = capture_calls(model, tokens[:1, :PROBE_TOKENS].to(device))
+        if not keeps_outside:
+            model.unload(None)
 
     @torch.no_grad()
     def visit(
@@ -215,60 +303,63 @@ class Walk:
         """
         prefix = self.model.blocks[index] + "."
         block = self._enter(index)
+        version = self.probe[0]._version
         groups, skipped = find_groups(block, self.probe[0], self.probe[1][index])
+        alone = self.probe[0]._version != version  # the block writes into what it is given
         groups = [
             LinearGroup(kept, g.in_features)
             for g in groups
             if (kept := tuple(n for n in g.names if wanted(prefix + n)))
         ]
-        reference = copy.deepcopy(block) if self.dense is not None else None
-        compressed = self._step(block, groups, self.hidden, index)
-        dense = (
-            self._step(reference, groups, self.dense, index)
-            if reference is not None and self.dense is not None
-            else None
-        )
+        dense: _InStep | None = None
+        if self.dense is not None:  # first: a block with the hooks of a walk cannot be copied
+            dense = self._step(copy.deepcopy(block), groups, self.dense, index, alone)
+        compressed = self._step(block, groups, self.hidden, index, alone)
         done: dict[str, LinearWeights] = {}
+        others: dict[str, Tensor] = {}
         try:
-            while (stop := compressed.stop()) is not None:
+            stop, x = compressed.advance(0)
+            while stop is not None:
                 group = next(g for g in groups if block.get_submodule(g.names[0]) is stop)
-                linears = [block.get_submodule(name) for name in group.names]
+                linears: Any = [block.get_submodule(name) for name in group.names]
                 names = [prefix + name for name in group.names]
-                visit = GroupVisit(index, names, linears, compressed.inputs(), dense.inputs() if dense else None)  # type: ignore[arg-type]
+                visit = GroupVisit(index, names, linears, _in_turn(compressed, dense, stop, x))
+                del x
                 new = rewrite(visit)
-                del visit
+                for _ in visit.batches:
+                    pass  # what the caller had no use for
                 self._place(index, block, new, {})
                 done |= new
-                compressed.resume()
-                if dense:
-                    dense.resume()
-            others: dict[str, Tensor] = {}
+                for stream in (compressed, dense):
+                    if stream is not None:
+                        stream.passed += 1
+                stop, x = compressed.advance(0)
+            for i in range(len(self.hidden) if dense is not None else 0):
+                dense.finish(i)  # type: ignore[union-attr]
             if tune is None or not done:
-                compressed.finish()
+                self.hidden[0] = x
+                for i in range(1, len(self.hidden)):
+                    compressed.finish(i)
             else:
-                compressed.arrived = []  # these outputs are about to change
+                del x  # it is about to change
                 compressed.close()
-                others = self._tune(index, block, done, dense, tune)
-            if dense:
-                dense.finish()
+                others = self._tune(index, block, done, tune)
         finally:
             compressed.close()
-            if dense:
+            if dense is not None:
                 dense.close()
         self._leave(index)
         return BlockResult(index, done, {prefix + name: why for name, why in skipped.items()}, others)
 
-    def _tune(
-        self, index: int, block: nn.Module, done: dict[str, LinearWeights], dense: _InStep | None, tune: Tune
-    ) -> dict[str, Tensor]:
+    def _tune(self, index: int, block: nn.Module, done: dict[str, LinearWeights], tune: Tune) -> dict[str, Tensor]:
         """Let `tune` change a rewritten block, put what it gives in place, and take the hidden states through."""
-        assert dense is not None, "tuning aims at the dense model's outputs"
+        assert self.dense is not None, "tuning aims at the dense model's outputs"
         visit = BlockVisit(index, block, done, [], [], [])
-        for i, output in enumerate(dense.arrived):
+        for i in range(len(self.hidden)):
             hidden, call = self.hidden[i], self.calls[i][index]
             rows = hidden.shape[0]
             visit.entering += hidden.split(1)
-            visit.wanted += output.split(1)
+            visit.wanted += self.dense[i].split(1)
             visit.calls += [call_of_row(call, row, rows) for row in range(rows)]
         linears, others = tune(visit)
         done |= linears
@@ -300,9 +391,13 @@ class Walk:
             self.hidden[i] = run_block(block, self.hidden[i], self.calls[i][index])
         self._leave(index)
 
-    def head_inputs(self) -> list[Tensor]:
-        """What the output head reads when all blocks are done: [tokens, K] per micro-batch."""
-        return [head_inputs(self.model, part, self.hidden[i]) for i, part in enumerate(self.tokens)]
+    def head_inputs(self) -> Iterator[Tensor]:
+        """What the output head reads when all blocks are done: [tokens, K] of one micro-batch after the other."""
+        if not self.keeps_outside:
+            self.model.load(None, head=False)
+            self.model.to(self.device)
+        for i, part in enumerate(self.tokens):
+            yield head_inputs(self.model, part, self.hidden[i])
 
     def _enter(self, index: int) -> nn.Module:
         self.model.load(index)
@@ -317,6 +412,37 @@ class Walk:
                     "check the dense model, or leave this block's linears out with `ignore`"
                 )
 
-    def _step(self, block: nn.Module, groups: Sequence[LinearGroup], hidden: Activations, index: int) -> _InStep:
-        stops = [block.get_submodule(g.names[0]) for g in groups]
-        return _InStep(block, stops, hidden, self.calls, index)  # type: ignore[arg-type]
+    def _step(
+        self, block: nn.Module, groups: Sequence[LinearGroup], hidden: Activations, index: int, alone: bool
+    ) -> _InStep:
+        stops: Any = [block.get_submodule(g.names[0]) for g in groups]
+        waiting: Sequence[int] = ()
+        if self.room.limit is not None:
+            kind = tuple(name for g in groups for name in g.names)
+            if kind not in self.footprints:
+                self.footprints[kind] = footprint(block, stops, self.hidden[0].clone(), self.calls[0][index])
+            own = self.hidden[0].nbytes if alone else 0
+            waiting = [nbytes + own for nbytes in self.footprints[kind].waiting]
+        return _InStep(block, stops, hidden, self.calls, index, self.room, waiting, alone)
+
+
+def rows_of_micro_batch(length: int) -> int:
+    """How many sequences of so many tokens run together: it depends on nothing else, or another machine would cut the sums
+    of the statistics elsewhere."""
+    return max(1, TOKENS_PER_MICRO_BATCH // length)
+
+
+def _in_turn(
+    compressed: _InStep, dense: _InStep | None, stop: nn.Linear, x: Tensor
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """What every micro-batch reads at `stop` in both models; x: what the first one reads, which is there already."""
+    batch: list[Tensor] = [x]
+    del x
+    for i in range(len(compressed.hidden)):
+        if i > 0:
+            arrived, own = compressed.advance(i)
+            if arrived is not stop:
+                raise _different_paths()
+            batch.append(own)
+            del own
+        yield batch.pop(), None if dense is None else dense.advance(i)[1]

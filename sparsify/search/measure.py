@@ -28,7 +28,7 @@ from sparsify.native.build import build_ahead
 from sparsify.progress import Task, progress_bar, stage
 from sparsify.search.choices import DENSE, Choice, Unit
 from sparsify.search.held_out import HeldOut
-from sparsify.solver.hessian import HessianAccumulator, Statistics
+from sparsify.solver.hessian import Statistics, accumulated
 from sparsify.solver.solve import Scheme, solve_layer
 
 Solved = dict[Choice, dict[str, LinearWeights]]
@@ -196,7 +196,7 @@ class _Solver:
                     errors[choice] |= found
 
         def visit(group: GroupVisit) -> dict[str, LinearWeights]:
-            statistics = HessianAccumulator().add(group.inputs).mean()
+            statistics = accumulated(group.batches)
             add({name: linear.weight for name, linear in zip(group.names, group.linears, strict=True)}, statistics)
             return {}
 

@@ -36,8 +36,11 @@ Select = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Solved:
-    """A solved weight matrix. weight: float32 [N, K] as it will be stored; with a grid, codes: int8 [N, K], scale: [N, K/G];
-    with an asymmetric one, zero_point: int8 [N, K/G]."""
+    """A solved weight matrix.
+
+    weight: float32 [N, K] as it will be stored, in any order of strides; with a grid, codes: int8 [N, K], scale: [N, K/G];
+    with an asymmetric one, zero_point: int8 [N, K/G]
+    """
 
     weight: Tensor
     codes: Tensor | None = None
@@ -125,10 +128,10 @@ def column_sweep(
         back = torch.argsort(order)
         weight, codes = weight[:, back], codes[:, back] if codes is not None else None
     if grid is None or scales is None or codes is None:
-        return Solved(weight.contiguous())
+        return Solved(weight)
     scale, zero = scales
     zero_point = None if zero is None else zero.t().contiguous().to(torch.int8)
-    return Solved(weight.contiguous(), codes.contiguous(), scale.t().contiguous().to(grid.dtype), zero_point)
+    return Solved(weight, codes.contiguous(), scale.t().contiguous().to(grid.dtype), zero_point)
 
 
 def sweep_block(

@@ -75,13 +75,16 @@ def coordinate_descent(
                 columns = slice(index * group, (index + 1) * group)
                 refit_scale(W[columns], H[columns] @ off.t(), H[columns, columns], unit, grid)
                 torch.sub(W[columns].t(), target[:, columns], out=off[:, columns])
+    del off
     if scales is None or grid is None:
-        return Solved(W.t().contiguous())
-    codes = (W / scales.repeat_interleave(group, 0)).round_()
-    if zeros is not None:
-        codes += zeros.repeat_interleave(group, 0)
+        return Solved(W.t())
+    codes = torch.empty_like(W, dtype=torch.int8)
+    for index, unit in enumerate(scales):
+        columns = slice(index * group, (index + 1) * group)
+        code = (W[columns] / unit).round_()
+        codes[columns] = code if zeros is None else code.add_(zeros[index])
     scale = scales.t().contiguous().to(grid.dtype)
-    return Solved(W.t().contiguous(), codes.to(torch.int8).t().contiguous(), scale, solved.zero_point)
+    return Solved(W.t(), codes.t().contiguous(), scale, solved.zero_point)
 
 
 def refit_scale(W: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> None:

@@ -16,7 +16,7 @@ from sparsify.solver import masks
 from sparsify.solver.column_sweep import column_sweep
 from sparsify.solver.coordinate_descent import coordinate_descent
 from sparsify.solver.grid import Grid, round_to_nearest
-from sparsify.solver.hessian import Factors, Statistics, factor, propagated_target, relative_error
+from sparsify.solver.hessian import Statistics, damped_in_place, factor, propagated_target, relative_error
 
 
 @dataclass(frozen=True)
@@ -126,53 +126,80 @@ def solve_layer(
 def _solve(
     W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str, masks_found: dict[str, Tensor]
 ) -> LinearWeights:
-    """W: [N, K] float32, stacked. In this order: error propagation, mask, column sweep, coordinate descent; or rounding."""
+    """W: [N, K] float32, stacked. In this order: error propagation, mask, column sweep, coordinate descent; or rounding.
+
+    Beside the statistics there is one [K, K] matrix at a time, but for the eigenvectors of ALPS.
+    """
     k = W.shape[1]
     grid = scheme.grid(k)
     pattern = scheme.pattern
     given = W
     if not W.any():
         return _removed(W, grid, pattern, scheme.dtype)
-    factors: Factors | None = None
+    needs = PRUNE[scheme.prune] if scheme.prune else NOTHING
+    H = None if statistics is None else statistics.H
+    diagonal: Tensor | None = None  # of the damped Hessian
+    U: Tensor | None = None
     if statistics is not None and (scheme.sweeps or scheme.error_propagation > 0):
         factors = factor(statistics.H, scheme.damping, name)
         if statistics.C is not None and scheme.error_propagation > 0:
             W = propagated_target(W, statistics.C, factors, scheme.error_propagation)
-        W = W.masked_fill(factors.dead, 0)
-    method = masks.METHODS[scheme.prune] if scheme.prune else None
-    needs = PRUNE[scheme.prune] if scheme.prune else NOTHING
-    H = factors.damped if factors and needs.hessian else statistics.H if statistics else None
-    # error propagation moves what is zero; the mask to keep is that of the weights as they were given
+        if factors.dead.any():
+            W = W.masked_fill(factors.dead, 0)
+        diagonal, U = factors.diagonal, None if scheme.activation_order else factors.inverse_cholesky
+        del factors
     mask = None
-    if scheme.prune and method and method.mask:
-        if scheme.prune not in masks_found:
-            masks_found[scheme.prune] = method.mask(given if scheme.prune == KEEP else W, H)
-        mask = masks_found[scheme.prune]
-    select = method.select if method else None
+    if scheme.prune and masks.METHODS[scheme.prune].mask:
+        if needs.hessian and scheme.prune not in masks_found:
+            U = None  # made anew after the mask, for which it would be in the way
+        # error propagation moves what is zero; the mask to keep is that of the weights as they were given
+        source = given if scheme.prune == KEEP else W
+        mask = _mask(source, H, diagonal if needs.hessian else None, scheme.prune, masks_found)
     if scheme.sweeps:
-        assert factors is not None and statistics is not None
-        order, U = None, factors.inverse_cholesky
-        if scheme.activation_order:
-            order = activation_order(statistics.H, 4 if select else 1)
-            U = factor(statistics.H[order][:, order], scheme.damping, name).inverse_cholesky
+        assert H is not None and diagonal is not None
+        select = masks.METHODS[scheme.prune].select if scheme.prune else None
         swept_to = grid if scheme.quantize == "gptq" else None
+        order = activation_order(H, 4 if select else 1) if scheme.activation_order else None
+        if U is None:
+            U = factor(H, scheme.damping, name, order).inverse_cholesky
         solved = column_sweep(W, U, swept_to, mask, select, order, scheme.dtype)
-        solved = coordinate_descent(
-            solved, W, factors.damped, scheme.coordinate_descent,
-            grid=swept_to, mask=mask, two_four=needs.sweep, store=scheme.dtype,
-        )  # fmt: skip
-        if swept_to is not None:
-            return LinearWeights(
-                swept_to.bits, pattern, swept_to.group_size,
-                codes=solved.codes, scale=solved.scale, zero_point=solved.zero_point,
+        del U
+        with damped_in_place(H, diagonal):
+            solved = coordinate_descent(
+                solved, W, H, scheme.coordinate_descent,
+                grid=swept_to, mask=mask, two_four=needs.sweep, store=scheme.dtype,
             )  # fmt: skip
+        if scheme.quantize == "gptq":
+            assert grid is not None
+            return LinearWeights(
+                grid.bits,
+                pattern,
+                grid.group_size,
+                codes=solved.codes,
+                scale=solved.scale,
+                zero_point=solved.zero_point,
+            )
         W = solved.weight
     elif mask is not None:
         W = W * mask
     if grid is None:
-        return LinearWeights(16, pattern, k, values=W.to(scheme.dtype))
+        return LinearWeights(16, pattern, k, values=W.to(scheme.dtype).contiguous())
     codes, scale, zero_point = round_to_nearest(W, grid)
     return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale, zero_point=zero_point)
+
+
+def _mask(
+    W: Tensor, H: Tensor | None, diagonal: Tensor | None, prune: str, masks_found: dict[str, Tensor]
+) -> Tensor | None:
+    """What a method keeps of W [N, K], bool [N, K]. H: [K, K], with another diagonal [K] where one is given."""
+    method = masks.METHODS[prune].mask
+    if method is not None and prune not in masks_found:
+        if H is None:
+            masks_found[prune] = method(W, None)
+        else:
+            with damped_in_place(H, diagonal):
+                masks_found[prune] = method(W, H)
+    return masks_found.get(prune)
 
 
 def _removed(W: Tensor, grid: Grid | None, pattern: str, dtype: torch.dtype) -> LinearWeights:

@@ -1,10 +1,12 @@
 """The walk against running the whole transformers model: what arrives at each linear, and that rewriting takes effect."""
 
+import errno
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparsify.errors import CheckpointError, NumericalError
+from sparsify.errors import CheckpointError, NumericalError, SparsifyError
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.decoder import open_blocks
 from sparsify.model.linear import LinearWeights
@@ -41,9 +43,9 @@ def test_every_family_sees_what_the_whole_model_computes(tmp_path, family):
     seen, dense_seen = {}, {}
 
     def rewrite(visit):
+        read, read_dense = (torch.cat(batches) for batches in zip(*visit.batches, strict=True))
         for name in visit.names:
-            seen[name] = torch.cat(visit.inputs)
-            dense_seen[name] = torch.cat(visit.dense_inputs)
+            seen[name], dense_seen[name] = read, read_dense
         return halve(visit)
 
     results = [walk.visit(i, lambda name: True, rewrite) for i in range(len(walk.model.blocks))]
@@ -61,7 +63,7 @@ def test_every_family_sees_what_the_whole_model_computes(tmp_path, family):
         torch.testing.assert_close(seen[name], expected[name], rtol=1e-4, atol=1e-5)
     head = next(name for name, module in halved.named_modules() if module is halved.get_output_embeddings())
     read = inputs_of(halved, [head])[head]
-    torch.testing.assert_close(torch.cat(walk.head_inputs()), read, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(list(walk.head_inputs())), read, rtol=1e-4, atol=1e-5)
 
 
 def inputs_of(model, names):
@@ -119,6 +121,95 @@ def test_spilled_activations_equal_those_in_memory(tmp_path):
         walk.visit(0, lambda name: True, halve)
     assert (tmp_path / "hidden").exists()
     assert all(torch.equal(walks[0].hidden[i], walks[1].hidden[i]) for i in range(len(walks[0].hidden)))
+
+
+def walked(directory, room, change=lambda block: None):
+    """What all linears read, in both models, and the hidden states that leave the last block. Also the walk."""
+    walk = Walk(open_blocks(open_checkpoint(directory)), tokens(), dense_reference=True, room=room)
+    read = []
+
+    def rewrite(visit):
+        read.extend(x for pair in visit.batches for x in pair)
+        assert room is None or walk.room.used <= room
+        return halve(visit)
+
+    for index in range(len(walk.model.blocks)):
+        change(walk.model.block(index))
+        walk.visit(index, lambda name: True, rewrite)
+    assert walk.room.used == 0
+    return [*read, *walk.hidden.parts, *walk.dense.parts], walk
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "mixtral"])  # gpt_neox: parallel blocks
+def test_forwards_that_are_computed_anew_give_the_same_bits(tmp_path, family):
+    directory = save_tiny(tmp_path / family, family)
+    kept, _ = walked(directory, None)
+    most = max(max(one.waiting) for one in walked(directory, 0)[1].footprints.values())
+    for room in (0, most, 3 * most):
+        found, _ = walked(directory, room)
+        assert len(found) == len(kept)
+        assert all(torch.equal(one, other) for one, other in zip(found, kept, strict=True))
+
+
+@pytest.mark.parametrize(("room", "forwards"), [(None, 1), (0, 4)])
+def test_without_room_every_group_begins_at_the_hidden_states(tmp_path, room, forwards):
+    """A block of four groups: the first linears run once for each later group and for the output."""
+    ran = []
+
+    def count(block):
+        block.self_attn.q_proj.register_forward_hook(lambda *_: ran.append("q"))
+        block.mlp.down_proj.register_forward_hook(lambda *_: ran.append("down"))
+
+    directory = save_tiny(tmp_path / "m", num_hidden_layers=1)
+    walked(directory, room, count)
+    beside = 1 if room is None else 2  # the probe, and the forward that measures
+    each = 2 * 2  # micro-batches, in both models
+    assert ran.count("q") == forwards * each + beside
+    assert ran.count("down") == each + beside
+
+
+@pytest.mark.parametrize("room", [None, 0])
+def test_a_block_that_writes_into_its_input_walks_alike(tmp_path, room):
+    def overwrite(block):
+        forward = block.forward
+
+        def run(hidden_states, *args, **kwargs):
+            return forward(hidden_states.mul_(1.5), *args, **kwargs)
+
+        block.forward = run
+
+    directory = save_tiny(tmp_path / "m")
+    with_room, _ = walked(directory, None, overwrite)
+    found, _ = walked(directory, room, overwrite)
+    assert all(torch.equal(one, other) for one, other in zip(found, with_room, strict=True))
+
+
+def test_what_lies_outside_the_blocks_can_be_left_until_the_head(tmp_path):
+    directory = save_tiny(tmp_path / "m", tie_word_embeddings=False)
+    walks = [Walk(open_blocks(open_checkpoint(directory)), tokens(), keeps_outside=keeps) for keeps in (True, False)]
+    assert walks[1].model.model.get_input_embeddings().weight.is_meta
+    for walk in walks:
+        walk.visit(0, lambda name: True, halve)
+    kept, left = (torch.cat(list(walk.head_inputs())) for walk in walks)
+    assert torch.equal(kept, left)
+
+
+def test_two_walks_cannot_share_a_spill_directory(tmp_path):
+    directory = save_tiny(tmp_path / "m")
+    first = Walk(open_blocks(open_checkpoint(directory)), tokens(), spill=tmp_path)
+    with pytest.raises(SparsifyError, match="another run"):
+        Walk(open_blocks(open_checkpoint(directory)), tokens(), spill=tmp_path)
+    del first
+    Walk(open_blocks(open_checkpoint(directory)), tokens(), spill=tmp_path)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(SparsifyError, match=r"hidden: no room for .*the disk is full"):
+        Walk(open_blocks(open_checkpoint(save_tiny(tmp_path / "m"))), tokens(), spill=tmp_path)
 
 
 def test_one_block_is_resident_at_a_time(tmp_path):

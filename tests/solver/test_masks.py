@@ -69,3 +69,12 @@ def test_alps_compresses_better_than_sparsegpt(problem, quantize):
         assert is_two_four(stored)
         errors[method] = found["a"]
     assert errors["alps"] < errors["sparsegpt"], errors
+
+
+def test_alps_takes_outputs_in_pieces_that_give_what_the_whole_gives(problem, monkeypatch):
+    W, factors = problem
+    whole = alps_mask(W, factors.damped)
+    monkeypatch.setattr("sparsify.solver.masks.alps.ROWS", 7)
+    pieces = alps_mask(W, factors.damped)
+    assert (pieces != whole).float().mean() < 0.01  # rounding may decide a tie
+    assert (pieces.reshape(-1, 4).sum(1) == 2).all()

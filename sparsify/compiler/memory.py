@@ -1,0 +1,277 @@
+"""What a walk takes of memory and disk, by item, before anything is computed; and what a budget makes of it.
+
+Beside the model's block and one micro-batch a walk holds the statistics of one group of linears. What grows with the number
+of tokens, hidden states and suspended forwards, takes what the budget leaves: hidden states go to a file and forwards are
+computed anew where that is too little. Neither changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsify import memory
+from sparsify.compiler.operations import Group, groups_of, hidden_size
+from sparsify.distributed import device, processes
+from sparsify.errors import SparsifyError
+from sparsify.model.capture import BlockCall, capture_calls, without_numbers
+from sparsify.model.decoder import BlockModel
+from sparsify.model.footprint import Footprint, footprint
+from sparsify.model.sequential import rows_of_micro_batch
+from sparsify.solver.hessian import PANEL
+from sparsify.solver.masks.alps import ROWS
+from sparsify.solver.solve import Scheme
+from sparsify.units import size
+
+if TYPE_CHECKING:
+    from sparsify.compiler.plan import Plan
+
+LATER = 250_000_000  # what libraries take once they compute: buffers of their products, kernels, tables
+PACKED_ROWS = 2048  # of a micro-batch, which the kernel of X'X copies into its own order
+SORTED = (
+    44  # bytes per weight that ALPS holds of the outputs it solves together: six matrices and a sort of groups of four
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user allows. memory, gpu_memory: as given (`16GB`), None for nine tenths of what is free; spill: hidden states
+    go to a file in any case."""
+
+    memory: str | None = None
+    gpu_memory: str | None = None
+    spill: bool = False
+
+
+FREE = Limits()  # what is free
+
+
+@dataclass(frozen=True)
+class WalkMemory:
+    """What a walk takes at the moment when it takes most, in bytes by item, and how it fits the budget.
+
+    host, gpu, disk: by item; gpu is empty without one
+    least, least_gpu: the smallest budgets that work, with hidden states in a file and no forward kept
+    budget, gpu_budget: None where the system does not say what is free
+    spills: hidden states are in a file; place: else the device in whose memory they are
+    room: for suspended forwards; None where all of them fit
+    """
+
+    host: dict[str, int]
+    gpu: dict[str, int]
+    disk: dict[str, int]
+    least: int
+    least_gpu: int
+    budget: int | None
+    gpu_budget: int | None
+    spills: bool
+    place: str
+    room: int | None
+
+    @property
+    def peak(self) -> int:
+        """Of the host, in bytes."""
+        return sum(self.host.values())
+
+    def problem(self) -> str | None:
+        """What does not fit and what would, as a sentence; None where everything does."""
+        if self.budget is not None and self.least > self.budget:
+            items = in_words({name: nbytes for name, nbytes in self.host.items() if name not in GROWING})
+            return f"one block does not fit into {size(self.budget)} of memory: --memory {_up(self.least)} is the least ({items})"
+        if self.gpu_budget is not None and self.least_gpu > self.gpu_budget:
+            return (
+                f"one block does not fit into {size(self.gpu_budget)} of the GPU's memory: --gpu-memory "
+                f"{_up(self.least_gpu)} is the least; CUDA_VISIBLE_DEVICES= computes on the CPU"
+            )
+        return None
+
+    def describe(self) -> str:
+        """One line on what the budget led to."""
+        where = "in a file" if self.spills else f"in memory ({self.place})" if self.gpu else "in memory"
+        kept = "are kept" if self.room is None else f"are kept up to {size(self.room)}, the others computed anew"
+        kept = "are computed anew for every group" if self.room == 0 else kept
+        return f"hidden states {where}, suspended forwards {kept}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "peak": self.peak}
+
+
+MICRO_BATCH = "micro-batch"
+HIDDEN, SUSPENDED = "hidden states", "suspended forwards"
+OUTSIDE = "embeddings, as they are read"
+GROWING = (HIDDEN, SUSPENDED)  # with the number of tokens
+
+
+def in_words(items: Mapping[str, int]) -> str:
+    """`block 0.9 GB, ...`, the largest first."""
+    shown = sorted(((nbytes, name) for name, nbytes in items.items() if nbytes >= 1e6), reverse=True)
+    return ", ".join(f"{name} {size(nbytes)}" for nbytes, name in shown)
+
+
+def _up(nbytes: int) -> str:
+    """A budget that a user can type, not smaller: `6.3GB`."""
+    return f"{math.ceil(nbytes / 1e8) / 10:g}GB"
+
+
+def walk_memory(plan: Plan, limits: Limits) -> WalkMemory:
+    """The walk of a plan that needs data, in this process."""
+    calibration, itemsize = plan.recipe.calibration, plan.model.dtype.itemsize
+    streams = 2 if plan.needs_dense_reference else 1
+    rows = rows_of_micro_batch(calibration.sequence_length)
+    samples = math.ceil(calibration.samples / processes())
+    one = _micro_batch(plan, min(rows, samples))
+    hidden = streams * samples * calibration.sequence_length * hidden_size(plan) * itemsize
+    suspended = streams * math.ceil(samples / rows) * one.most_waiting
+    base = {"interpreter and libraries": (memory.anonymous() or 0) + LATER}
+    steps, outside = _steps_of_walk(plan, one), {OUTSIDE: _outside_bytes(plan)}
+    work = max(steps, key=_sum)
+    budget, gpu_budget = memory.budget(limits.memory), memory.gpu_budget(limits.gpu_memory)
+    on_gpu = device() != "cpu"
+    gpu = work if on_gpu else {}
+    inside = base | ({"block, as it is read and written": 3 * _block_bytes(plan)} if on_gpu else work)
+    least, least_gpu = max(_sum(inside), _sum(base | outside)), _sum(gpu)
+    left = None if budget is None else max(0, budget - _sum(inside))
+    left_on_gpu = max(0, (gpu_budget or 0) - least_gpu)
+    place = device() if on_gpu and hidden <= left_on_gpu and not limits.spill else "cpu"
+    here = 0 if place != "cpu" else hidden  # in the memory of the host, or in a file
+    spills = limits.spill or (budget is not None and here > max(0, budget - least))
+    if not spills and left is not None:
+        left -= here
+    if on_gpu:
+        left = left_on_gpu - (hidden - here)
+    room = None if left is None or suspended <= left else left
+    kept = suspended if room is None else room
+    if room is None and not on_gpu:  # then the one that runs is among those that are kept
+        inside = base | max((_without(step, MICRO_BATCH, one.most_waiting) for step in steps), key=_sum)
+    host = base | outside | _growing(0 if spills else here, 0)
+    inside |= _growing(0 if spills else here, 0 if on_gpu else kept)
+    gpu |= _growing(hidden - here, kept) if on_gpu else {}
+    disk = {HIDDEN: hidden} if spills else {}
+    most = max(inside, host, key=_sum)
+    return WalkMemory(most, gpu, disk, least, least_gpu, budget, gpu_budget, spills, place, room)
+
+
+def _sum(items: Mapping[str, int]) -> int:
+    return sum(items.values())
+
+
+def _without(items: Mapping[str, int], name: str, nbytes: int) -> dict[str, int]:
+    """Items of which one is smaller by so much, where it is there."""
+    return {key: max(0, value - nbytes) if key == name else value for key, value in items.items()}
+
+
+def _growing(hidden: int, suspended: int) -> dict[str, int]:
+    return {name: nbytes for name, nbytes in ((HIDDEN, hidden), (SUSPENDED, suspended)) if nbytes}
+
+
+def _outside_bytes(plan: Plan) -> int:
+    """Of what lies before and after the blocks while it is read, without the output head: as it is in the files, and in the
+    type that the model is computed in."""
+    itemsize = plan.model.dtype.itemsize
+    infos = [plan.checkpoint.info(name) for name in plan.model.without_head()]
+    return sum(info.nbytes + math.prod(info.shape) * itemsize for info in infos)
+
+
+def refuse_too_small(found: WalkMemory, limits: Limits) -> str | None:
+    """SparsifyError where a budget that the user gave is too small for one block; where it is only what is free, a warning."""
+    problem = found.problem()
+    if problem is not None and (limits.memory or limits.gpu_memory):
+        raise SparsifyError(problem)
+    return problem
+
+
+def _micro_batch(plan: Plan, rows: int) -> Footprint:
+    """What one micro-batch holds in the block where that is most; found on tensors without numbers, and where the model
+    cannot run on those, from the widths of its linears."""
+    length = plan.recipe.calibration.sequence_length
+    found: list[Footprint] = []
+    with suppress(Exception), without_numbers(plan.model) as hollow:
+        hidden, calls = capture_calls(hollow, torch.zeros(rows, length, dtype=torch.long))
+        found = _of_every_kind(hollow, hidden, calls)
+    if found:
+        return Footprint((max(one.most_waiting for one in found),), max(one.peak for one in found))
+    widths = [planned.shape[1] for planned in plan.linears.values()]
+    token = plan.model.dtype.itemsize * rows * length
+    return Footprint((token * (5 * min(widths) + 2 * max(widths)),), token * (8 * min(widths) + 4 * max(widths)))
+
+
+def _of_every_kind(hollow: BlockModel, hidden: torch.Tensor, calls: list[BlockCall]) -> list[Footprint]:
+    """The footprint of every block that differs from those before it."""
+    found: dict[tuple[Any, ...], Footprint] = {}
+    for index, call in enumerate(calls):
+        block = hollow.block(index)
+        kind = (type(block), *((name, parameter.shape) for name, parameter in block.named_parameters()))
+        if kind not in found:
+            found[kind] = footprint(block, [*hollow.linears(index).values()], hidden, call)
+    return [*found.values()]
+
+
+def _steps_of_walk(plan: Plan, one: Footprint) -> list[dict[str, int]]:
+    """What the walk holds in each step of its work on each group of linears, without what grows with the tokens."""
+    streams, itemsize = 2 if plan.needs_dense_reference else 1, plan.model.dtype.itemsize
+    calibration = plan.recipe.calibration
+    tokens = min(rows_of_micro_batch(calibration.sequence_length), calibration.samples) * calibration.sequence_length
+    codes = max(_weights_of_block(plan))
+    found: list[dict[str, int]] = []
+    for group in groups_of(plan):
+        k = group.inputs
+        propagates = any(scheme.error_propagation > 0 for _, scheme in group.members)
+        matrices = 1 + propagates
+        inputs, packed = tokens * k * itemsize, matrices * PACKED_ROWS * k * itemsize
+        reading = max(one.peak + (streams - 1) * inputs, streams * inputs + packed)
+        found.append({"statistics and factors": 4 * matrices * k * k, MICRO_BATCH: reading})
+        found += _solving(group, matrices)
+    fixed = {"block": streams * _block_bytes(plan), "codes of the block": codes}
+    return [fixed | step for step in found] or [fixed]
+
+
+def _block_bytes(plan: Plan) -> int:
+    """Of the largest block, in the type that the model is computed in."""
+    blocks = [plan.model.block(index) for index in range(len(plan.model.blocks))]
+    return max(sum(p.numel() for p in block.parameters()) for block in blocks) * plan.model.dtype.itemsize
+
+
+def _weights_of_block(plan: Plan) -> list[int]:
+    """How many weights are compressed in each block."""
+    counts = [0] * len(plan.model.blocks)
+    for planned in plan.linears.values():
+        counts[planned.block] += planned.weights if planned.scheme is not None else 0
+    return counts
+
+
+def _solving(group: Group, matrices: int) -> list[dict[str, int]]:
+    """What the solver holds of a group in each of its steps. matrices: H, and C where errors are propagated."""
+    found = []
+    for scheme in dict.fromkeys(scheme for _, scheme in group.members):
+        weights = group.inputs * sum(n for (n, _), own in group.members if own == scheme)
+        for inside, per_weight, rows in _steps(scheme):
+            outputs = min(rows, weights // group.inputs) * group.inputs
+            found.append(
+                {
+                    "statistics and factors": 4 * group.inputs * ((matrices + inside) * group.inputs + 2 * PANEL),
+                    "weights that are solved": round(per_weight * weights) + SORTED * outputs,
+                }
+            )
+    return found
+
+
+def _steps(scheme: Scheme) -> list[tuple[int, float, int]]:
+    """Steps of the solver: [K, K] matrices beside the statistics, bytes per weight, outputs that ALPS takes together.
+
+    Weights in float32: as given, the target, and what becomes of them; 8 bits for each code and each entry of a mask.
+    """
+    target = 4 if scheme.error_propagation > 0 else 0
+    mask = 2 if scheme.prune not in (None, "sparsegpt") else 0
+    steps: list[tuple[int, float, int]] = [(1 if scheme.sweeps or target else 0, 4 + target, 0)]
+    if scheme.prune == "alps":
+        steps.append((4, 4 + target + 8, ROWS))  # Q, and what LAPACK needs to find it
+    if scheme.sweeps:
+        steps.append((1, 4 + target + 4 + 2 + mask, 0))
+        if scheme.coordinate_descent:
+            steps.append((0, 4 + target + 12 + 2 + mask, 0))
+    return steps

@@ -1,0 +1,127 @@
+"""Memory of the machine and of this process: budgets, what is free, and the peak of what cannot be given back.
+
+Anonymous memory is what the kernel cannot take away from a process: heap and shared memory (RssAnon and RssShmem in
+/proc/self/status). Pages of mapped files are not counted, which `ru_maxrss` does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sparsify.errors import SparsifyError
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
+SHARE = 0.9  # of what is free, where no budget is given
+INTERVAL = 0.05  # seconds between two samples
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of `16GB`, `500 MB`, `16GiB`. option: what an error names."""
+    found = SIZE.fullmatch(text.strip())
+    if found is None or not float(found[1]):
+        raise SparsifyError(f"{option} {text}: a size such as 16GB, 500MB or 16GiB is wanted")
+    step = 1024 if found[3] else 1000
+    power = "kmgt".find(found[2].lower()) + 1 if found[2] else 0
+    return int(float(found[1]) * step**power)
+
+
+def _fields(file: str, names: tuple[str, ...]) -> int | None:
+    """The sum of some fields of a file in /proc that counts in kB; None where there is no such file."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.partition(":")[0] in names]
+    return sum(found) if found else None
+
+
+def anonymous() -> int | None:
+    """Bytes of anonymous and shared memory of this process that are in memory; None where the system does not say."""
+    return _fields("/proc/self/status", ("RssAnon", "RssShmem"))
+
+
+def free() -> int | None:
+    """Bytes that the machine, or the container around this process, can still give; None where the system does not say."""
+    found = _fields("/proc/meminfo", ("MemAvailable",))
+    limits = [left for left in (_left_in_container(),) if left is not None]
+    return min([*([] if found is None else [found]), *limits], default=None)
+
+
+def _left_in_container() -> int | None:
+    """What a control group still allows; cached files do not count, since they can be dropped."""
+    for limit, used, stat in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        try:
+            most, now = (int((CONTROL_GROUP / name).read_text()) for name in (limit, used))
+            cached = [line.split() for line in (CONTROL_GROUP / stat).read_text().splitlines()]
+        except (OSError, ValueError):
+            continue  # no such group, or `max`: no limit
+        files = sum(int(value) for name, value in cached if name in ("inactive_file", "active_file"))
+        return max(0, most - now + files)
+    return None
+
+
+def budget(asked: str | None) -> int | None:
+    """Bytes of anonymous memory that this process may take: as asked for (`16GB`), else nine tenths of what is free beside
+    what it has already. Processes that torchrun started on one machine share it. None where the system does not say."""
+    if asked is not None:
+        return parse_size(asked, "--memory")
+    left, own = free(), anonymous()
+    if left is None or own is None:
+        return None
+    return own + int(SHARE * left) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def gpu_budget(asked: str | None) -> int | None:
+    """Bytes of this process's GPU, as asked for, else nine tenths of what is free there. None without a GPU."""
+    import torch
+
+    from sparsify.distributed import device
+
+    if device() == "cpu":
+        return None
+    if asked is not None:
+        return parse_size(asked, "--gpu-memory")
+    return int(SHARE * torch.cuda.mem_get_info(torch.device(device()))[0]) + torch.cuda.memory_reserved()
+
+
+class Peak:
+    """The largest sample of `anonymous` so far; None where the system does not say."""
+
+    def __init__(self) -> None:
+        self.nbytes: int | None = None
+
+    def sample(self) -> int | None:
+        """Look now; returns the peak."""
+        now = anonymous()
+        if now is not None:
+            self.nbytes = max(self.nbytes or 0, now)
+        return self.nbytes
+
+
+@contextmanager
+def peak_anonymous() -> Iterator[Peak]:
+    """Samples the anonymous memory of this process in a thread while the block runs."""
+    peak, ended = Peak(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(INTERVAL):
+            peak.sample()
+
+    peak.sample()
+    watcher = threading.Thread(target=watch, name="memory", daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
+        peak.sample()
