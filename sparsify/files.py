@@ -26,6 +26,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsify"
 
 
+def beside(output: Path, suffix: str) -> Path:
+    """The path next to `output` that has its name and a suffix. CheckpointError where `output` is no name of a new directory."""
+    if output.name in ("", ".."):
+        raise CheckpointError(f"the output '{output}' is no name for a new directory; write one, such as out/model")
+    return output.with_name(output.name + suffix)
+
+
 def fsync(path: Path) -> None:
     """Flush a file or a directory entry to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

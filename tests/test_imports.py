@@ -20,7 +20,7 @@ from sparsify.cli.parser import command_parser
 
 # A module may import from those above it, never from those below.
 ORDER = (
-    "_version", "errors", "failure", "files", "units", "processor", "threads", "distributed", "compute", "progress", "native",
+    "_version", "errors", "failure", "files", "units", "processor", "threads", "distributed", "compute", "progress", "lock", "native",
     "fingerprint", "recipe", "model", "data", "formats", "solver", "training", "depth", "basis", "compiler", "runtime", "evaluation",
     "bench", "search", "report", "api", "demo", "doctor", "cli", "__main__",
 )  # fmt: skip

@@ -63,8 +63,8 @@ def serve(
             command += ["--host", address]
         if not (_is_loopback(address) or _has_key(extra_args, environment)):
             say(
-                f"warning: the server listens on {address or 'all addresses'} and checks no key: whoever reaches this machine can use the model; "
-                f"set {KEY}, or listen on {LOOPBACK}"
+                f"warning: the server listens on {address or 'all addresses'} and checks no key: whoever reaches this machine "
+                f"can use the model; set {KEY}, or listen on {LOOPBACK}"
             )
     if trusts_remote_code():
         command.append("--trust-remote-code")

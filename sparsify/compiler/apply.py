@@ -42,6 +42,7 @@ from sparsify.distributed import is_main, join, main_first, processes, wait_for_
 from sparsify.errors import CheckpointError
 from sparsify.files import atomic_write, read_json, write_json
 from sparsify.formats.writer import CheckpointWriter, partial_directory
+from sparsify.lock import only_run
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
 
@@ -86,40 +87,47 @@ def apply(
     join()
     quiet = quiet or not is_main()
     output = Path(output)
-    if recipe.model != model:
-        recipe = recipe.model_copy(update={"model": model})
-    with main_first():
-        arithmetic = begin(partial_directory(output), resume or not is_main())  # the main process has kept it by then
-        with arithmetic.in_force(), stage(f"reading {model}"):
-            plan = keep_zeros(make_plan(recipe, model, served=served))
-            refuse_unstorable(plan)
-            _say_left_dense(plan, quiet)
-        refuse_other_run(partial_directory(output), resume or not is_main())
-        identity, inputs = dump_recipe(resumable(recipe)), plan.input_digests(output)
-        writer = CheckpointWriter(output, recipe.export.encoding, plan.checkpoint, resume, identity, inputs)
-        finished = writer.parts()
-        if is_main():
-            arithmetic = _kept(arithmetic, plan, writer, resume)
-    wait_for_all()  # nobody writes a part before everybody knows which ones were there
-    with announced(arithmetic, plan, quiet).in_force():
-        before = Before(plan)
+    with only_run(output):
+        if recipe.model != model:
+            recipe = recipe.model_copy(update={"model": model})
         with main_first():
-            _read_ahead(plan, writer, quiet)
-        if recipe.llm_compressor:
-            with main_first():
-                made = transformed(plan, writer, resume or not is_main(), quiet).directory
-            plan = saved_plan(recipe, made) if recipe.whole else keep_zeros(make_plan(recipe, str(made), served=served))
-            if recipe.whole:
+            arithmetic = begin(
+                partial_directory(output), resume or not is_main()
+            )  # the main process has kept it by then
+            with arithmetic.in_force(), stage(f"reading {model}"):
+                plan = keep_zeros(make_plan(recipe, model, served=served))
+                refuse_unstorable(plan)
                 _say_left_dense(plan, quiet)
-            writer.source = plan.checkpoint
-        if plan.depth is not None:
-            plan, before = shortened(plan, writer, resume, quiet, spill)
-            writer.source = plan.checkpoint
-        if plan.recipe.basis is not None:
-            plan, before = rebased(plan, before, writer, quiet)
-            writer.source = plan.checkpoint
-        notes = Notes(writer.work / "notes")
-        return _carry_out(Run(plan, writer, notes, frozenset(finished), before, quiet, spill), start, evaluate)
+            refuse_other_run(partial_directory(output), resume or not is_main())
+            identity, inputs = dump_recipe(resumable(recipe)), plan.input_digests(output)
+            writer = CheckpointWriter(output, recipe.export.encoding, plan.checkpoint, resume, identity, inputs)
+            finished = writer.parts()
+            if is_main():
+                arithmetic = _kept(arithmetic, plan, writer, resume)
+        wait_for_all()  # nobody writes a part before everybody knows which ones were there
+        with announced(arithmetic, plan, quiet).in_force():
+            before = Before(plan)
+            with main_first():
+                _read_ahead(plan, writer, quiet)
+            if recipe.llm_compressor:
+                with main_first():
+                    made = transformed(plan, writer, resume or not is_main(), quiet).directory
+                plan = (
+                    saved_plan(recipe, made)
+                    if recipe.whole
+                    else keep_zeros(make_plan(recipe, str(made), served=served))
+                )
+                if recipe.whole:
+                    _say_left_dense(plan, quiet)
+                writer.source = plan.checkpoint
+            if plan.depth is not None:
+                plan, before = shortened(plan, writer, resume, quiet, spill)
+                writer.source = plan.checkpoint
+            if plan.recipe.basis is not None:
+                plan, before = rebased(plan, before, writer, quiet)
+                writer.source = plan.checkpoint
+            notes = Notes(writer.work / "notes")
+            return _carry_out(Run(plan, writer, notes, frozenset(finished), before, quiet, spill), start, evaluate)
 
 
 def _say_left_dense(plan: Plan, quiet: bool) -> None:
