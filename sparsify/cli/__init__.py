@@ -114,6 +114,8 @@ def explain(error: BaseException, args: argparse.Namespace, argv: Sequence[str])
         return FAILED, f"error: {error.strerror}{at_file(error)}"
     if isinstance(error, MemoryError):
         return FAILED, f"error: out of memory: use fewer or shorter calibration samples{again}"
+    if isinstance(error, RecursionError):
+        return FAILED, "error: something in the input is nested too deeply to be read; --debug shows where"
     kind, message = type(error).__name__, " ".join(str(error).split())
     hint = "this is a bug in sparsify or in what it calls; run again with --debug for the traceback"
     return FAILED, f"error: {kind}: {message or 'no message'} ({hint})"

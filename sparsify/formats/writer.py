@@ -64,7 +64,7 @@ class _Record:
                     for module, scheme in record[key].items()
                 }
             return cls(**record)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             work = file.parent.parent
             raise CheckpointError(f"{file} is no part of a sparsify run; remove {work} and start again") from None
 
