@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sparsify import cli
 from sparsify.errors import RecipeError
@@ -211,3 +213,34 @@ def test_outputs_without_a_name(
 def test_an_evaluation_text_that_is_a_directory(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="is a directory, which is not read"):
         file_chunks(tmp_path, None, 32, 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["layers.0.input_layernorm.weight", "model.norm.weight"])
+def test_what_is_not_finite_outside_of_linears(
+    copy: Path, part: str, value: float, refused: Callable[..., str]
+) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(part))
+    tensors[name][3] = value
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    out = copy.parent / "out"
+    assert name in refused("inspect", copy)
+    assert name in refused("apply", "magnitude-rtn", "--model", copy, "--output", out)
+    out = copy.parent / "exported"
+    assert name in refused("export", copy, "--format", "dense", "--output", out)
+    assert not list(copy.parent.glob("exported*"))
+
+
+def test_names_cannot_control_the_terminal(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"model.layers.0.evil\x1b]0;owned\x07.weight", "model.layers.0.\u202eback.weight", "[bold]x[/bold].y"}
+    tensors = load_file(copy / "model.safetensors")
+    tensors |= {name: torch.ones(4, 4) for name in names}
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    assert cli.main(["inspect", str(copy)]) == 1  # tensors that the model does not know, by name
+    assert cli.main(["inspect", str(copy), "--allow-unknown-tensors"]) == 0
+    shown = capsys.readouterr()
+    for text in (shown.out, shown.err):
+        assert not set(text) & set("\x1b\x07\u202e")
+        assert r"\x1b]0;owned" in text
+    assert "[bold]x[/bold].y" in shown.out and r"\u202eback" in shown.out

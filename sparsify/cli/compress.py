@@ -66,6 +66,7 @@ def add_plan(commands: Commands) -> None:
 
 def recipes(args: argparse.Namespace) -> Outcome:
     """Run `recipes`."""
+    from rich.markup import escape
     from rich.table import Table
 
     from sparsify.recipe import ready_recipes
@@ -74,7 +75,7 @@ def recipes(args: argparse.Namespace) -> Outcome:
     found = {}
     for name, path in ready_recipes().items():
         found[name] = {"path": str(path), "description": first_comment(path.read_text(encoding="utf-8"))}
-        table.add_row(name, found[name]["description"], str(path))
+        table.add_row(escape(name), escape(found[name]["description"]), escape(str(path)))
     return Outcome({"recipes": found}, [table])
 
 

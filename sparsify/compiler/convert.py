@@ -29,7 +29,7 @@ from sparsify.files import cache_directory, read_json
 from sparsify.formats import ModuleScheme, get_format, written_formats
 from sparsify.formats.belonging import compare_with_config
 from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
-from sparsify.formats.scheme import FLOATS, in_block
+from sparsify.formats.scheme import FLOATS, finite, in_block
 from sparsify.formats.writer import CheckpointWriter, partial_directory
 from sparsify.lock import only_run
 from sparsify.model.capture import head_input
@@ -170,7 +170,7 @@ def convert(
                 chosen = {name: _linear(opened, name) for name in names if name in linears}
                 biases = {f"{module}.bias" for module, linear in chosen.items() if linear.bias is not None}
                 others = [name for name in names if name not in linears and name not in biases]
-                writer.write_part(part, chosen, {name: opened.tensor(name) for name in others})
+                writer.write_part(part, chosen, {name: finite(name, opened.tensor(name)) for name in others})
             carried = {name: file.read_bytes() for name, file in beside.items()}
             if rounded is not None and head is not None:
                 carried = _with_head(head, format, carried, rounded, writer)

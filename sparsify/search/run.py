@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -139,7 +140,9 @@ class Searched:
         """One row for each selection, the recipe as it was given first."""
         faster = self.own.speed is not None
         verified = any(found.verified for found in self.found)
-        view = Table(title=f"{self.model}: {len(self.selection.units)} groups of linears chose", title_justify="left")
+        view = Table(
+            title=escape(f"{self.model}: {len(self.selection.units)} groups of linears chose"), title_justify="left"
+        )
         view.add_column("selection")
         columns = ["bits", "MB", *(["speed of linears"] if faster else []), "predicted KL"]
         for heading in [*columns, *(["measured KL", "perplexity"] if verified else [])]:
@@ -152,7 +155,7 @@ class Searched:
             cells += [f"{point.kl:.4f}"]
             if verified:
                 cells += ["–", "–"] if measured is None else [f"{measured.kl:.4f}", f"{measured.perplexity:.2f}"]
-            view.add_row(label, *cells, in_words(point.choices))
+            view.add_row(escape(label), *cells, in_words(point.choices))
         return view
 
 
