@@ -1,5 +1,6 @@
 """Input made to hang, to fill the memory or to end in a traceback is refused in one sentence, and soon."""
 
+import io
 import json
 import os
 import shutil
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from sparsify import cli
+from sparsify.compiler.plan import make_plan
 from sparsify.errors import RecipeError
 from sparsify.evaluation.text import file_chunks
+from sparsify.formats.inspect import inspect, render
+from sparsify.model.permissions import allowing_unknown
 from sparsify.recipe import load_recipe, parse_recipe
 from tests.helpers.tiny import save_tiny, tiny_text
 
@@ -244,3 +249,20 @@ def test_names_cannot_control_the_terminal(copy: Path, capsys: pytest.CaptureFix
         assert not set(text) & set("\x1b\x07\u202e")
         assert r"\x1b]0;owned" in text
     assert "[bold]x[/bold].y" in shown.out and r"\u202eback" in shown.out
+
+
+def test_bracketed_names_are_no_markup(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the tables of Python too, which a user prints with a console of his own."""
+    tensors = load_file(copy / "model.safetensors") | {"[bold]x[/bold].y": torch.ones(4, 4)}
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    monkeypatch.chdir(copy.rename(copy.with_name("[red]model")).parent)
+    with allowing_unknown(True):
+        drawn = (
+            render(inspect("[red]model", quiet=True)),
+            make_plan(load_recipe("magnitude-rtn"), "[red]model").table(),
+        )
+    console = Console(width=200, record=True, file=io.StringIO())
+    for one in drawn:
+        console.print(one)
+    text = console.export_text()
+    assert "[bold]x[/bold].y" in text and text.count("[red]model") == 2

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sparsify.compiler.estimate import Estimate, estimate, time_in_words, training_in_words
 from sparsify.compiler.left_dense import none_held
@@ -337,10 +338,10 @@ class Plan:
             what = planned.describe() + (f"; written dense: {unheld[name]}" if name in unheld else "")
             kinds[inside, planned.shape, what] = kinds.get((inside, planned.shape, what), 0) + 1
         for (inside, shape, what), count in kinds.items():
-            table.add_row(escape(inside), f"{shape[0]} x {shape[1]}", str(count), escape(what))
+            table.add_row(Text(inside), f"{shape[0]} x {shape[1]}", str(count), Text(what))
         if self.head is not None:
             n, k = self.head.head.shape
-            table.add_row(escape(self.head.head.module), f"{n} x {k}", "", self.head.describe())
+            table.add_row(Text(self.head.head.module), f"{n} x {k}", "", self.head.describe())
         calibration = self.recipe.calibration.model_dump()
         how = (
             f"calibration on {sources_in_words(calibration)}\none walk over the blocks"

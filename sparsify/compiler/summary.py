@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sparsify.compiler.model_card import (
     basis_in_words,
@@ -27,7 +28,7 @@ def summary(metrics: Mapping[str, Any], title: str) -> Table:
     table = Table(title=escape(title), show_header=False)
 
     def add_row(what: str, said: str) -> None:
-        table.add_row(escape(what), escape(said))
+        table.add_row(Text(what), Text(said))
 
     add_row("linears compressed", f"{len(layers)} in {metrics['blocks']} blocks")
     if depth := metrics.get("depth"):

@@ -199,7 +199,7 @@ def render(inspection: Inspection) -> RenderableType:
         measured = [t for t in same if t.sparsity is not None]
         judged = [t for t in same if t.two_four is not None]
         table.add_row(
-            escape(first.kind) if len(first.shape) > 1 else "vectors",
+            Text(first.kind) if len(first.shape) > 1 else "vectors",
             str(len(same)),
             " x ".join(map(str, first.shape)) if len(first.shape) > 1 else "",
             _weights(first),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from sparsify._version import __version__
@@ -155,7 +156,7 @@ class Searched:
             cells += [f"{point.kl:.4f}"]
             if verified:
                 cells += ["–", "–"] if measured is None else [f"{measured.kl:.4f}", f"{measured.perplexity:.2f}"]
-            view.add_row(escape(label), *cells, in_words(point.choices))
+            view.add_row(Text(label), *cells, in_words(point.choices))
         return view
 
 
