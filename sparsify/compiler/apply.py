@@ -36,8 +36,8 @@ from sparsify.compiler.plan import Plan, keep_zeros, make_plan, saved_plan
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.rebase import rebase
 from sparsify.compiler.run import Run
-from sparsify.compiler.run_training import ROWS, read_ahead
 from sparsify.compiler.shorten import shorten
+from sparsify.compiler.training_text import HELD_OUT, ROWS, read_ahead
 from sparsify.distributed import is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CheckpointError
 from sparsify.files import atomic_write, read_json, write_json
@@ -138,7 +138,10 @@ def _say_left_dense(plan: Plan, quiet: bool) -> None:
 def _kept(arithmetic: Arithmetic, plan: Plan, writer: CheckpointWriter, resume: bool) -> Arithmetic:
     """Write into the work directory what the run computes in, complete, once nothing of another run is left there."""
     if not resume:
-        for stale in (writer.work / CALIBRATION, *writer.work.glob(f"training-*/{ROWS}")):
+        for stale in (
+            writer.work / CALIBRATION,
+            *(f for name in (ROWS, HELD_OUT) for f in writer.work.glob(f"training-*/{name}")),
+        ):
             stale.unlink(missing_ok=True)  # of a run that was killed before its first part
     if plan.needs_data:
         arithmetic = arithmetic.for_statistics()

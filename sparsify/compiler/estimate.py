@@ -16,6 +16,7 @@ from sparsify.distributed import device
 from sparsify.formats import get_format
 from sparsify.model.linear import LinearWeights
 from sparsify.model.output_head import find_head
+from sparsify.recipe import Distill
 from sparsify.recipe.sources import SELF
 from sparsify.solver.solve import Scheme
 
@@ -156,21 +157,24 @@ def writing_bytes(plan: Plan) -> int:
 
 
 def _training_bytes(plan: Plan) -> int:
-    """Weights, gradients and two moments in float32, the weights of the products and the teacher in their precision, and
-    what the backward pass of one micro-batch needs of the forward pass: a few dozen vectors per token and block."""
+    """Weights, gradients and two moments in float32, the mean of the last weights and the best ones where they are kept, the
+    weights of the products and the teacher in their precision, and what the backward pass of one micro-batch needs of the
+    forward pass: a few dozen vectors per token and block."""
     if not plan.training:
         return 0
     weights = sum(p.weights for p in plan.linears.values())
     hidden, widest = (pick(p.shape[1] for p in plan.linears.values()) for pick in (min, max))
-    most = activations = 0
+    most = activations = kept = 0
     for planned in plan.training:
         settings = planned.settings
         tokens = (settings.micro_batch_size or settings.batch_size) * settings.sequence_length
         depth = 1 if settings.gradient_checkpointing else len(plan.model.blocks)
         itemsize = for_precision(settings.precision).itemsize
         most = max(most, itemsize)
+        held_out = isinstance(settings, Distill) and settings.held_out is not None
+        kept = max(kept, 4 * (held_out + (settings.average > 0)))
         activations = max(activations, tokens * itemsize * (20 * hidden + 10 * widest) * depth)
-    return (16 + 2 * most) * weights + (4 + 2 * most) * plan.model.head_weights() + activations
+    return (16 + kept + 2 * most) * weights + (4 + 2 * most) * plan.model.head_weights() + activations
 
 
 def training_in_words(plan: Plan, planned: PlannedTraining) -> str:
@@ -178,7 +182,7 @@ def training_in_words(plan: Plan, planned: PlannedTraining) -> str:
     of the teacher."""
     weights = sum(p.weights for p in plan.linears.values()) + plan.model.head_weights()
     teacher = 1 if planned.teacher is not None else 0
-    work = 2 * (planned.tokens or 0) * weights * (3 + teacher)
+    work = 2 * weights * ((planned.tokens or 0) * (3 + teacher) + planned.measured_tokens * 2)
     precision = for_precision(planned.settings.precision)
     return planned.describe() + (f"; {time_in_words({planned.settings.kind: work}, precision)}" if work else "")
 

@@ -129,6 +129,16 @@ def head_in_words(head: dict[str, Any], nbytes: int) -> str:
 def training_in_words(training: dict[str, Any]) -> str:
     """`488 steps, 2.0M tokens of 3906 rows, teacher embedded:...; loss 1.91 to 0.73`."""
     teacher = f", teacher {training['teacher']}" if training["teacher"] else ""
+    if masks := training.get("masks"):
+        teacher += f", masks learned ({masks['method']}): {masks['moved']:.1%} of the kept weights are new"
+    if averaged := training.get("averaged_steps"):
+        teacher += f", mean of the weights of {averaged} steps"
+    if held_out := training.get("held_out"):
+        stopped = f" (stopped before step {training['planned_steps']})" if held_out["stopped"] else ""
+        teacher += (
+            f", state of step {held_out['best_step']}{stopped}, the best on {held_out['source']}: divergence "
+            f"{held_out['curve'][0][1]:.4g} to {held_out['best']:.4g}"
+        )
     return (
         f"{training['steps']} steps, {short(training['tokens'])} tokens of {training['rows']} rows{teacher}; "
         f"loss {training['first']['loss']:.4g} to {training['last']['loss']:.4g}"

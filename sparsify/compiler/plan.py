@@ -21,6 +21,7 @@ from sparsify.compiler.left_dense import none_held
 from sparsify.compiler.merged import merged_with, merging_problem
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
 from sparsify.compiler.shorten import PlannedDepth, plan_depth
+from sparsify.compiler.training_text import repeats_of_files
 from sparsify.compiler.zeros import two_four_sources
 from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
@@ -301,6 +302,7 @@ class Plan:
             "left_behind": self.left_behind(),
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
+            "repeated_text": self._repeats(),
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.reads_text else None,
             "compute": self.compute.to_json() if self.computes else None,
             "estimate": None if self.recipe.whole else self.estimate().to_json(),
@@ -372,8 +374,17 @@ class Plan:
                 else ""
             )
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
+            + "".join(f"\n{said}" for said in self._repeats())
         )
         return table
+
+    def _repeats(self) -> list[str]:
+        """Of the training passes, the texts that are too short for the steps."""
+        return [
+            said
+            for planned in self.training
+            for said in repeats_of_files(planned, self.checkpoint, self.recipe.calibration)
+        ]
 
     def _whole_table(self) -> Table:
         """Of a recipe that llm-compressor runs: which linears it changes, and how, is for llm-compressor to say."""

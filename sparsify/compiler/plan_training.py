@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sparsify.distributed import processes
 from sparsify.errors import CheckpointError
 from sparsify.formats.foreign import open_dense
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.pretrained import load_tokenizer
 from sparsify.recipe import Distill, Finetune, Recipe
+from sparsify.recipe.sources import sources_in_words
 from sparsify.training.distill import check_same_language
 
 
@@ -44,15 +46,52 @@ class PlannedTraining:
         batch = f"{settings.batch_size} x {settings.sequence_length}"
         if isinstance(settings, Distill):
             assert self.tokens is not None
-            text = settings.source or "the calibration source"
+            text = (
+                sources_in_words(settings.model_dump()[settings.kind]) if settings.mixture else "the calibration source"
+            )
             what = f"{self.steps} steps of {batch} tokens ({short(self.tokens)}) of {text}"
+            if settings.samples is not None and self.tokens > settings.samples * settings.sequence_length:
+                seen = self.tokens / (settings.samples * settings.sequence_length)
+                what += f", {settings.samples} rows, each seen {seen:.3g} times"
         else:
             times = "once" if settings.epochs == 1 else f"{settings.epochs} times"
             what = f"{settings.data} {times}, {settings.batch_size} conversations of at most {settings.sequence_length} tokens a step"
         teacher = "" if self.teacher is None else f", teacher {self.teacher.spec}"
         if self.teacher is not None and self.teacher.quantization is not None:
             teacher += f" (dequantized: {self.teacher.quantization})"
-        return f"{settings.kind}: {what}{teacher}"
+        return f"{settings.kind}: {what}{teacher}{self._chosen()}"
+
+    def _chosen(self) -> str:
+        """How masks and the state that is written are chosen, where it is not the first ones and the last one."""
+        said = ""
+        if isinstance(self.settings, Distill) and (learned := self.settings.learned_masks) is not None:
+            assert self.steps is not None
+            last = self.steps - round(self.steps * learned.frozen)
+            said += f", masks learned ({learned.method}, every {learned.every} steps up to step {last})"
+        if self.settings.average:
+            said += f", mean of the weights of the last {self.settings.average:.0%} of the steps"
+        if isinstance(self.settings, Distill) and self.settings.held_out is not None:
+            held_out = self.settings.held_out
+            said += (
+                f", best state on {held_out.samples} rows of {held_out.source}, measured every {self.measured_every} steps, "
+                f"stopping after {held_out.patience} without a better one"
+            )
+        return said
+
+    @property
+    def measured_every(self) -> int:
+        """Steps between two measurements on held-out text."""
+        assert isinstance(self.settings, Distill) and self.settings.held_out is not None and self.steps is not None
+        return self.settings.held_out.every or max(1, self.steps // 10)
+
+    @property
+    def measured_tokens(self) -> int:
+        """Tokens of all measurements on held-out text together, 0 without such a text."""
+        if not isinstance(self.settings, Distill) or self.settings.held_out is None:
+            return 0
+        assert self.steps is not None
+        times = 1 + -(-self.steps // self.measured_every)
+        return times * self.settings.held_out.samples * self.settings.sequence_length
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -78,6 +117,10 @@ def plan_training(recipe: Recipe, model: Checkpoint, shortened: Shortened | None
 
 def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shortened | None) -> PlannedTraining:
     spec = settings.teacher
+    if processes() > 1 and (alone := _in_one_process(settings)):
+        raise CheckpointError(
+            f"{settings.kind}: {alone} works in one process; start it without torchrun, or leave it out"
+        )
     if isinstance(settings, Distill) and settings.needs_teacher and spec is None:
         spec = model.spec  # a recipe that compresses starts from the dense model
     teacher = None
@@ -92,6 +135,15 @@ def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shorten
         steps = settings.tokens // per_step
         return PlannedTraining(settings, steps, steps * per_step, teacher, blocks)
     return PlannedTraining(settings, None, None, teacher, blocks)
+
+
+def _in_one_process(settings: Distill | Finetune) -> str | None:
+    """The first setting of a pass that several processes cannot carry out."""
+    if settings.average:
+        return "average"
+    if not isinstance(settings, Distill):
+        return None
+    return "held_out" if settings.held_out is not None else "masks: learned" if settings.learned_masks else None
 
 
 def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:

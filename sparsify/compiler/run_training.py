@@ -14,36 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from sparsify.compiler.metrics import ADAPTER
 from sparsify.compiler.plan_training import PlannedTraining
+from sparsify.compiler.training_text import held_out_rows, reads_files, repeats_in_words, training_rows
 from sparsify.compute import for_precision
-from sparsify.data.calibration import calibration_tokens
-from sparsify.data.chat import conversation_rows
-from sparsify.data.fitting import vocabulary_of
-from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.distributed import device, is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CalibrationError, CheckpointError
-from sparsify.files import atomic_write, cache_directory, publish
+from sparsify.files import atomic_write
 from sparsify.formats.reader import natural
 from sparsify.formats.scheme import in_block
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import load_state, meta_model, target_names
 from sparsify.model.linear import LinearWeights
-from sparsify.model.pretrained import load_causal_lm, load_config, load_tokenizer
-from sparsify.progress import stage, without_bars
+from sparsify.model.pretrained import load_causal_lm
+from sparsify.progress import say, stage, without_bars
 from sparsify.recipe import Calibration, Distill, Finetune, Lora
-from sparsify.recipe.sources import SELF, parse_source
+from sparsify.training.averaging import first_averaged
 from sparsify.training.distill import TextRows, cache_teacher, collate, online
+from sparsify.training.held_out import HeldOutText
 from sparsify.training.qat_linear import make_trainable
 from sparsify.training.student import Student, Teacher, trainable_parameters
-from sparsify.training.trainer import PREFIX, load_parameters, train
-
-ROWS = "rows.safetensors"  # what a training pass reads, in its folder of the work directory
+from sparsify.training.trainer import PREFIX, Trained, load_parameters, train
 
 
 @dataclass
@@ -129,38 +124,28 @@ def train_stage(
     quiet = quiet or not is_main()
     with main_first():
         rows = training_rows(planned, checkpoint, calibration, directory, quiet)
+        measured_on = None
+        if isinstance(settings, Distill) and settings.held_out is not None:
+            measured_on = held_out_rows(planned, checkpoint, calibration, directory, quiet)
+    if not reads_files(settings, calibration):  # else it was said before compressing
+        for said in repeats_in_words(settings, calibration, rows):
+            say(said, quiet)
     steps = planned.steps if planned.steps is not None else len(rows) * _epochs(settings) // settings.batch_size
     if steps < 1:
         raise CalibrationError(
             f"{settings.kind}: {len(rows)} rows are less than one step of batch_size {settings.batch_size}; "
             "lower batch_size or give more data"
         )
-    teacher = None
-    if planned.teacher is not None:
-        with stage(f"{settings.kind}: loading the teacher", quiet):
-            teacher = open_teacher(planned, device())
-    outputs_of_teacher: Any = None
-    if teacher is not None and isinstance(settings, Distill) and settings.teacher_logits == "cached":
-        with main_first():
-            outputs_of_teacher = cache_teacher(teacher, rows.tokens, settings.top_k, directory / "teacher", quiet)
-        teacher = None
-    elif teacher is not None:
-        outputs_of_teacher = online(teacher)
+    outputs_of_teacher, held_out = prepare_teacher(planned, rows, measured_on, directory, quiet)
     with stage(f"{settings.kind}: loading the student", quiet):
         opened, student, groups = prepare(settings, writer, checkpoint)
     if processes() == 1:
         student.to(device())  # FSDP moves its shards itself
     masked = {} if isinstance(settings, Lora) else opened.linears
-    watch = train(student, groups, masked, rows, collate, settings, steps, directory, outputs_of_teacher, quiet)
-    summary = {
-        "kind": settings.kind,
-        "precision": str(for_precision(settings.precision)).removeprefix("torch."),
-        "steps": steps,
-        "rows": len(rows),
-        "tokens": planned.tokens if planned.tokens is not None else _tokens(rows, steps * settings.batch_size),
-        "teacher": None if planned.teacher is None else planned.teacher.spec,
-        **watch.summary(),
-    }
+    trained = train(
+        student, groups, masked, rows, collate, settings, steps, directory, outputs_of_teacher, quiet, held_out
+    )
+    summary = training_note(planned, rows, steps, trained)
     if is_main():
         if processes() > 1:  # what was trained is in shards here, and whole in the last checkpoint
             opened, student, _ = prepare(settings, writer, checkpoint)
@@ -232,6 +217,56 @@ def keep_adapter(opened: OpenedStudent, writer: CheckpointWriter) -> None:
         atomic_write(directory / name, content)
 
 
+def prepare_teacher(
+    planned: PlannedTraining, rows: Any, measured_on: TextRows | None, directory: Path, quiet: bool
+) -> tuple[Any, HeldOutText | None]:
+    """What the teacher says of a batch, as `train` calls it (None without a teacher), and what is measured beside training."""
+    settings = planned.settings
+    if planned.teacher is None:
+        return None, None
+    with stage(f"{settings.kind}: loading the teacher", quiet):
+        teacher = open_teacher(planned, device())
+    if not isinstance(settings, Distill):
+        return online(teacher), None
+    learned = measured = online(teacher)
+    if settings.teacher_logits == "cached":
+        with main_first():
+            learned = cache_teacher(teacher, rows.tokens, settings.top_k, directory / "teacher", quiet)
+            if measured_on is not None:
+                place = directory / "teacher-held-out"
+                measured = cache_teacher(teacher, measured_on.tokens, settings.top_k, place, quiet)
+    if measured_on is None or settings.held_out is None:
+        return learned, None
+    return learned, HeldOutText(measured_on, measured, planned.measured_every, settings.held_out.patience)
+
+
+def training_note(planned: PlannedTraining, rows: Any, steps: int, trained: Trained) -> dict[str, Any]:
+    """What metrics.json says of a training. steps: that were to be done"""
+    settings, done = planned.settings, len(trained.watch.losses)
+    held_out = None
+    if trained.measured is not None:
+        assert isinstance(settings, Distill) and settings.held_out is not None
+        held_out = {
+            "source": settings.held_out.source,
+            "rows": settings.held_out.samples,
+            "stopped": done < steps,
+            **trained.measured.summary(),
+        }
+    return {
+        "kind": settings.kind,
+        "precision": str(for_precision(settings.precision)).removeprefix("torch."),
+        "steps": done,
+        "planned_steps": steps,
+        "rows": len(rows),
+        "tokens": _tokens(rows, done * settings.batch_size),
+        "teacher": None if planned.teacher is None else planned.teacher.spec,
+        "masks": None if trained.learned is None else trained.learned.summary(),
+        "averaged_steps": max(0, done + 1 - first_averaged(steps, settings.average)),
+        "held_out": held_out,
+        **trained.watch.summary(),
+    }
+
+
 def _epochs(settings: Distill | Finetune) -> int:
     return settings.epochs if isinstance(settings, Finetune) else 1
 
@@ -264,93 +299,6 @@ def rewrite(
         conclude(inside)
 
 
-def read_ahead(
-    planned: PlannedTraining, checkpoint: Checkpoint, calibration: Calibration, directory: Path | None, quiet: bool
-) -> None:
-    """Read the rows to train on, if they lie in files: what is wrong with them is better known before hours of compressing.
-
-    directory: where they are kept for the training, None to read them only.
-    """
-    settings = planned.settings
-    if isinstance(settings, Distill):
-        sources = [name for name, _ in training_text(settings, calibration).mixture]
-    else:
-        sources = [settings.data]
-    if all(parse_source(name).kind == "file" for name in sources):
-        if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-        training_rows(planned, checkpoint, calibration, directory, quiet)
-
-
-def training_rows(
-    planned: PlannedTraining, checkpoint: Checkpoint, calibration: Calibration, directory: Path | None, quiet: bool
-) -> Any:
-    """The rows to train on; a resumed run takes those of the first one, whatever became of their source."""
-    settings = planned.settings
-    file = None if directory is None else directory / ROWS
-    if isinstance(settings, Distill):
-        asked = training_text(settings, calibration)
-        made = kept(file, lambda: {"tokens": text_tokens(asked, settings, planned.teacher or checkpoint, quiet)})
-        return TextRows(made["tokens"])
-
-    def read() -> dict[str, Tensor]:
-        tokenizer = load_tokenizer(checkpoint.directory, checkpoint.spec)
-        rows = conversation_rows(
-            settings.data,
-            settings.columns,
-            tokenizer,
-            settings.sequence_length,
-            settings.samples,
-            settings.seed,
-            vocabulary_of(load_config(checkpoint.directory, checkpoint.spec)),
-        )
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        return {"lengths": lengths, **{key: torch.cat([row[key] for row in rows]) for key in ("input_ids", "labels")}}
-
-    with stage(f"{settings.kind}: reading {settings.data}", quiet):
-        made = kept(file, read)
-    lengths = made["lengths"].tolist()
-    ids, labels = (made[key].split(lengths) for key in ("input_ids", "labels"))
-    return [{"input_ids": i, "labels": one} for i, one in zip(ids, labels, strict=True)]
-
-
-def training_text(settings: Distill, calibration: Calibration) -> Calibration:
-    """What to read: the calibration source unless distill names its own, as many rows as its tokens need."""
-    rows = settings.samples or -(-settings.tokens // settings.sequence_length)
-    changes: dict[str, Any] = {"samples": rows, "sequence_length": settings.sequence_length}
-    if settings.source is not None:
-        own = calibration.self if settings.source == SELF else None
-        return Calibration(source=settings.source, seed=settings.seed, self=own, **changes)
-    return calibration.model_copy(update=changes)
-
-
-def text_tokens(asked: Calibration, settings: Distill, writes: Checkpoint, quiet: bool) -> Tensor:
-    """Tokens [samples, sequence_length]; `self` means the teacher."""
-    try:
-        return calibration_tokens(
-            asked,
-            load_tokenizer(writes.directory, writes.spec),
-            lambda: open_writer(writes.loadable_directory(), for_precision(settings.precision)),
-            cache_dir=cache_directory() / "calibration",
-            key=lambda: writer_key(writes, for_precision(settings.precision)),
-            quiet=quiet,
-            vocabulary=vocabulary_of(load_config(writes.directory, writes.spec)),
-        )
-    except CalibrationError as error:
-        raise CalibrationError(str(error).replace("calibration.", f"passes.{settings.kind}.")) from None
-
-
-def kept(file: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file, which is written whole when it is not there. Without a file they are made and not kept."""
-    if file is None:
-        return make()
-    if not file.exists():
-        aside = file.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in make().items()}, aside)
-        publish(aside, file)
-    return load_file(file)
-
-
 def open_teacher(planned: PlannedTraining, device: str) -> Teacher:
     """The dense model, in the precision of the products."""
     assert planned.teacher is not None
@@ -360,4 +308,7 @@ def open_teacher(planned: PlannedTraining, device: str) -> Teacher:
         model = load_causal_lm(teacher.loadable_directory(), teacher.spec, dtype=for_precision(settings.precision))
     model.to(device)
     loss = settings.loss
-    return Teacher(model, feature=loss.squarehead > 0, logits=loss.kl > 0, blocks=planned.teacher_blocks)
+    measured = isinstance(settings, Distill) and settings.held_out is not None
+    return Teacher(
+        model, feature=loss.squarehead > 0, logits=loss.divergence or measured, blocks=planned.teacher_blocks
+    )

@@ -17,7 +17,7 @@ from sparsify.progress import stage
 from sparsify.recipe.schema import Calibration, SelfText
 from sparsify.recipe.sources import SELF, parse_source
 
-__all__ = ["calibration_tokens", "check_sources"]
+__all__ = ["calibration_tokens", "check_sources", "source_rows"]
 
 CHARACTERS_PER_TOKEN = 64  # far above any tokenizer's mean: bounds how much of a huge text is tokenised
 LEAST_CHARACTERS = 1 << 26
@@ -43,14 +43,31 @@ def calibration_tokens(
     With `cache_dir`, downloaded rows are kept there, and written ones where `key` gives the digest of the model's checkpoint.
     Raises CalibrationError when the text is missing, unreadable, too short, or holds tokens beyond `vocabulary`, the number
     of tokens that the model has an embedding for."""
+    return interleave(source_rows(spec, tokenizer, model_factory, cache_dir, key, quiet, vocabulary), spec.seed)
+
+
+def source_rows(
+    spec: Calibration,
+    tokenizer: Any,
+    model_factory: Callable[[], Any] | None = None,
+    cache_dir: Path | None = None,
+    key: Callable[[], str] | None = None,
+    quiet: bool = False,
+    vocabulary: int | None = None,
+    short: bool = False,
+) -> list[Tensor]:
+    """The rows of each source, in the order of `spec.mixture`: int64 [its share of the samples, sequence_length].
+
+    short: a text that holds fewer rows than its share gives those it holds; otherwise it is refused. All else as in
+    `calibration_tokens`."""
     check_sources(spec)  # before the model writes for minutes
     parts = []
     for (source, _), samples in zip(spec.mixture, spec.rows, strict=True):
         own = spec.self if source == SELF else None
         alone = spec.model_copy(update={"source": source, "sources": None, "samples": samples, "self": own})
-        parts.append(_rows(alone, source, tokenizer, model_factory, cache_dir, key, quiet))
+        parts.append(_rows(alone, source, tokenizer, model_factory, cache_dir, key, quiet, short))
         refuse_beyond(parts[-1], vocabulary, tokenizer, source)
-    return interleave(parts, spec.seed)
+    return parts
 
 
 def check_sources(spec: Calibration) -> None:
@@ -67,6 +84,7 @@ def _rows(
     cache_dir: Path | None,
     key: Callable[[], str] | None,
     quiet: bool,
+    short: bool,
 ) -> Tensor:
     """The rows of the one source `name` of `spec`."""
     source = parse_source(name)
@@ -80,15 +98,15 @@ def _rows(
                 cache_dir,
                 asked,
                 shape,
-                lambda: rows_of(documents(hub_records(source, spec.seed), tokenizer), *shape, name),
+                lambda: rows_of(documents(hub_records(source, spec.seed), tokenizer), *shape, name, short),
             )
     path = _checked_path(name)
     assert path is not None
     with stage(f"reading {path.name}", quiet):
         if path.suffix.lower() in RECORD_FILES:
-            return rows_of(documents(file_records(path), tokenizer), *shape, str(path))
+            return rows_of(documents(file_records(path), tokenizer), *shape, str(path), short)
         limit = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * spec.samples * spec.sequence_length)
-        return rows_of([tokenize(tokenizer, read_text(path, limit))], *shape, str(path))
+        return rows_of([tokenize(tokenizer, read_text(path, limit))], *shape, str(path), short)
 
 
 def _checked_path(source: str) -> Path | None:

@@ -48,10 +48,11 @@ def _chat(tokenizer: Any, messages: Any, place: str) -> str:
         raise CalibrationError(f"{place}: the chat template refuses these messages ({error})") from None
 
 
-def rows_of(ids: Iterable[list[int]], samples: int, sequence_length: int, name: str) -> Tensor:
+def rows_of(ids: Iterable[list[int]], samples: int, sequence_length: int, name: str, short: bool = False) -> Tensor:
     """The first `samples` consecutive full rows of the concatenated documents. Returns int64 [samples, sequence_length].
 
-    Reads no further than it must, and says how far a text that is too short would reach."""
+    Reads no further than it must, and says how far a text that is too short would reach. short: such a one gives the rows
+    that it holds, if that is any."""
     wanted = samples * sequence_length
     stream: list[int] = []
     for document in ids:
@@ -59,6 +60,8 @@ def rows_of(ids: Iterable[list[int]], samples: int, sequence_length: int, name: 
         if len(stream) >= wanted:
             return torch.tensor(stream[:wanted], dtype=torch.long).reshape(samples, sequence_length)
     rows = len(stream) // sequence_length
+    if short and rows:
+        return torch.tensor(stream[: rows * sequence_length], dtype=torch.long).reshape(rows, sequence_length)
     options = [f"lower calibration.samples to {rows}"] if rows else []
     if (shorter := len(stream) // samples) >= 2:
         options.append(f"lower calibration.sequence_length to {shorter}")

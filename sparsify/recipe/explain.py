@@ -27,8 +27,8 @@ _MOVED: dict[tuple[str, ...], dict[str, str]] = {  # the settings that stand els
         "refine": "it stands in solver: {coordinate_descent: ...}, once for prune and quantize",
         "ignore": "it stands at the top of the recipe, once for prune and quantize",
     },
-    ("distill", "lora", "finetune"): {"weights": "it is loss: {kl, squarehead, cross_entropy}"},
-    ("distill", "lora"): {"method": "loss: {kl, squarehead, cross_entropy} says it; remove it"},
+    ("distill", "lora", "finetune"): {"weights": "it is loss: {kl, reverse_kl, squarehead, cross_entropy}"},
+    ("distill", "lora"): {"method": "loss: {kl, reverse_kl, squarehead, cross_entropy} says it; remove it"},
     ("loss",): {"logits": "it is kl", "feature": "it is squarehead"},
 }
 _BOUNDS = {

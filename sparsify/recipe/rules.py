@@ -7,7 +7,7 @@ from sparsify.recipe.llmcompressor.whole import SAVED, names_of, saved_as, unusa
 from sparsify.recipe.methods import PRUNE, QUANTIZE, TRANSFORMS
 from sparsify.recipe.schema.base import refuse
 from sparsify.recipe.schema.training import Distill, Finetune, Lora
-from sparsify.recipe.sources import same_text
+from sparsify.recipe.sources import SELF, same_text
 
 if TYPE_CHECKING:
     from sparsify.recipe.schema.recipe import Recipe
@@ -212,14 +212,15 @@ def _leak(recipe: "Recipe") -> None:
     if scored is None:
         return
     for step in recipe.training:
-        text = step.source if isinstance(step, Distill) else step.data
-        if text is not None and same_text(text, scored):
-            raise refuse(
-                f"evaluation reads the text that {step.kind} trains on, which would flatter the result; "
-                "give one of them another file",
-                "evaluation",
-                "text",
-            )
+        for text in step.texts:
+            if same_text(text, scored):
+                held_out = isinstance(step, Distill) and step.held_out is not None and step.held_out.source == text
+                raise refuse(
+                    f"evaluation reads the text that {step.kind} {'chooses its state by' if held_out else 'trains on'}, which "
+                    "would flatter the result; give one of them another file",
+                    "evaluation",
+                    "text",
+                )
     for source, _ in recipe.calibration.mixture:
         if same_text(source, scored):
             raise refuse(
@@ -227,6 +228,37 @@ def _leak(recipe: "Recipe") -> None:
                 "never calibrate on what is evaluated: give one of them another file",
                 "evaluation",
                 "text",
+            )
+
+
+def _held_out(recipe: "Recipe") -> None:
+    """What was trained on says nothing about other text. What the model writes is written anew for it."""
+    for index, step in enumerate(recipe.passes):
+        if not isinstance(step, Distill) or step.held_out is None or step.held_out.source == SELF:
+            continue
+        held_out = step.held_out.source
+        for source, _ in step.mixture or recipe.calibration.mixture:
+            if source == held_out or same_text(source, held_out):
+                raise refuse(
+                    f"held_out reads a text that {step.kind} trains on ({source}), so it would not see when others are "
+                    "forgotten; give it another one",
+                    "passes",
+                    index,
+                    step.kind,
+                    "held_out",
+                    "source",
+                )
+
+
+def _learned_masks(recipe: "Recipe") -> None:
+    for index, step in enumerate(recipe.passes):
+        if isinstance(step, Distill) and step.learned_masks is not None and recipe.compresses and recipe.prune is None:
+            raise refuse(
+                "masks: learned needs masks, and no pass prunes; add '- prune: {...}' before it, or remove masks",
+                "passes",
+                index,
+                step.kind,
+                "masks",
             )
 
 
@@ -314,4 +346,6 @@ RULES: tuple[Callable[["Recipe"], None], ...] = (
     _solver,
     _format,
     _leak,
+    _held_out,
+    _learned_masks,
 )

@@ -1,4 +1,4 @@
-"""Sparse distillation: the compressed model learns from the dense one on the same text, its masks fixed.
+"""Sparse distillation: the compressed model learns from the dense one on the same text.
 
 SquareHead: Kurtic et al. 2023 (arXiv 2310.06927). The rows are full and never padded; the teacher runs beside the student,
 or once before it, with its largest logits kept on disk.
@@ -26,10 +26,15 @@ TOKENS_AT_ONCE = 4096
 
 
 class TextRows(Sequence[dict[str, Tensor]]):
-    """Rows of text with the next token as label; the last token of a row predicts nothing. tokens: int64 [N, T]"""
+    """Rows of text with the next token as label; the last token of a row predicts nothing.
 
-    def __init__(self, tokens: Tensor):
+    tokens: int64 [N, T], one source after another; counts, weights: of each source its rows, and how often they are drawn
+    """
+
+    def __init__(self, tokens: Tensor, counts: Sequence[int] | None = None, weights: Sequence[float] = (1.0,)):
         self.tokens = tokens
+        self.counts = [len(tokens)] if counts is None else list(counts)
+        self.weights = list(weights)
 
     def __len__(self) -> int:
         return len(self.tokens)

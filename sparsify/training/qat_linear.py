@@ -48,8 +48,12 @@ def grid_gradient(
     low: int,
     high: int,
     zero: Tensor | None = None,
+    through: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """From the gradient of `round_to_grid`'s result those of W: [N, K] and of scale: [N, K/G]."""
+    """From the gradient of `round_to_grid`'s result those of W: [N, K] and of scale: [N, K/G].
+
+    through: W's passes straight through the mask too
+    """
     d_weight, d_scale = torch.empty_like(W), torch.empty_like(scale)
     for rows in _pieces(W):
         ratio = _groups(W[rows], scale) / scale[rows, :, None]
@@ -58,7 +62,8 @@ def grid_gradient(
         inside = error.abs() <= 0.5
         of_group = gradient[rows] if mask is None else gradient[rows] * mask[rows]
         of_group = _groups(of_group, scale)
-        torch.mul(of_group, inside, out=_groups(d_weight[rows], scale))
+        of_weight = _groups(gradient[rows], scale) if through else of_group
+        torch.mul(of_weight, inside, out=_groups(d_weight[rows], scale))
         torch.sum(torch.where(inside, error, code).mul_(of_group), 2, out=d_scale[rows])
     return d_weight, d_scale
 
@@ -127,7 +132,7 @@ class TrainableLinear(nn.Module):
 
     weight: parameter [N, K] float32, the weights before rounding; what lies outside the mask has no effect
     scale:  parameter [N, K/G] float32, or None for 16-bit weights
-    mask:   bool buffer [N, K], True where a weight is kept, never changed; None for the pattern "dense"
+    mask:   bool buffer [N, K], True where a weight is kept; None for the pattern "dense". Changed by `learned_masks` alone
     zero_point: int8 buffer [N, K/G], never changed; None for a symmetric grid
     """
 
@@ -142,6 +147,9 @@ class TrainableLinear(nn.Module):
         self.register_buffer("mask", None if linear.pattern == "dense" else kept_positions(linear), persistent=True)
         self.register_buffer("zero_point", linear.zero_point, persistent=True)
         self.quantize_in_loop = True  # False: the forward pass uses the weights before rounding; `export` rounds them
+        self.moving: str | None = None  # while the mask is learned "ast" or "cast", see `learned_masks`
+        self.watches_inputs = False  # whether `input_norms` is summed up
+        self._squares: Tensor | None = None
         self._held: Tensor | None = None
         self._collected: Tensor | None = None
 
@@ -153,9 +161,18 @@ class TrainableLinear(nn.Module):
     def in_features(self) -> int:
         return self.weight.shape[1]
 
+    @property
+    def kept(self) -> Tensor:
+        """The mask of a 2:4 linear."""
+        mask: Tensor | None = self.mask  # type: ignore[assignment]
+        assert mask is not None
+        return mask
+
     def effective(self) -> Tensor:
         """The weight that the exported linear will have, [N, K] float32, differentiable in weight and scale."""
-        mask: Tensor | None = self.mask  # type: ignore[assignment]
+        return self._rounded(self.mask)  # type: ignore[arg-type]
+
+    def _rounded(self, mask: Tensor | None) -> Tensor:
         if self.scale is None:
             kept = self.weight if mask is None else self.weight * mask
             return _Stored.apply(kept, self.store)
@@ -163,20 +180,31 @@ class TrainableLinear(nn.Module):
         return on_grid(self.weight, scale, mask, *CODE_RANGE[self.bits], self._zero_point)
 
     def in_loop(self) -> Tensor:
-        """The weight that the forward pass multiplies with, [N, K] float32: `effective()`, or before rounding if so asked."""
+        """The weight that the forward pass multiplies with, [N, K] float32: `effective()`, or before rounding if so asked; with
+        the dropped weights while these are pulled to zero ("cast")."""
+        mask: Tensor | None = None if self.moving == "cast" else self.mask  # type: ignore[assignment]
         if self.quantize_in_loop or self.scale is None:
-            return self.effective()
-        mask: Tensor | None = self.mask  # type: ignore[assignment]
+            return self._rounded(mask)
         return self.weight if mask is None else self.weight * mask
+
+    def input_norms(self) -> Tensor:
+        """The norm of each input over all tokens since `watches_inputs` was set, float32 [K]."""
+        assert self._squares is not None, "no input was seen"
+        squares, self._squares = self._squares, None
+        return squares.sqrt()
 
     @property
     def holds(self) -> bool:
         return self._held is not None
 
     @torch.no_grad()
-    def hold(self, dtype: torch.dtype) -> None:
-        """Compute the weight once, in `dtype`, for all micro-batches of a step. `release` ends it."""
-        self._held = self.in_loop().to(dtype, copy=True).requires_grad_(self.weight.requires_grad)
+    def hold(self, dtype: torch.dtype, exported: bool = False) -> None:
+        """Compute the weight once, in `dtype`, for all micro-batches of a step. `release` ends it.
+
+        exported: as it will be written, whether or not rounding is in the loop
+        """
+        weight = self.effective() if exported else self.in_loop()
+        self._held = weight.to(dtype, copy=True).requires_grad_(self.weight.requires_grad)
         if self._held.requires_grad:
             self._held.register_post_accumulate_grad_hook(self._collect)
 
@@ -196,12 +224,15 @@ class TrainableLinear(nn.Module):
         gradient, self._collected, self._held = self._collected, None, None
         if gradient is None:
             return
-        mask: Tensor | None = self.mask  # type: ignore[assignment]
+        mask: Tensor | None = None if self.moving == "cast" else self.mask  # type: ignore[assignment]
+        through = self.moving is not None
         if self.scale is None or not self.quantize_in_loop:
-            self.weight.grad = gradient if mask is None else gradient.mul_(mask)
+            self.weight.grad = gradient if mask is None or through else gradient.mul_(mask)
             return
         scale = self._positive_scale().to(self.store).float()
-        d_weight, d_scale = grid_gradient(gradient, self.weight, scale, mask, *CODE_RANGE[self.bits], self._zero_point)
+        d_weight, d_scale = grid_gradient(
+            gradient, self.weight, scale, mask, *CODE_RANGE[self.bits], self._zero_point, through
+        )
         self.weight.grad = d_weight
         if self.scale.requires_grad:
             self.scale.grad = d_scale * (self.scale >= torch.finfo(self.store).tiny)  # clamped ones stand still
@@ -215,6 +246,9 @@ class TrainableLinear(nn.Module):
         return self.scale.clamp(min=torch.finfo(self.store).tiny)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.watches_inputs and torch.is_grad_enabled():
+            squares = x.detach().float().square().flatten(0, -2).sum(0)
+            self._squares = squares if self._squares is None else self._squares + squares
         weight = self.in_loop() if self._held is None else self._held
         dtype = x.dtype if self._held is None else weight.dtype
         bias = None if self.bias is None else _Stored.apply(self.bias, self.store).to(dtype)

@@ -106,7 +106,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.weights, self.dtype = weights, dtype
-        self.logit_loss = LogitLoss(weights.kl, weights.cross_entropy, temperature)
+        self.logit_loss = LogitLoss(weights.kl, weights.cross_entropy, temperature, weights.reverse_kl)
         self.outputs = BlockOutputs(model)
         self.plain_head = has_plain_head(model)
 
@@ -126,33 +126,49 @@ class Student(nn.Module):
         counted = labels.ne(-100).sum()
         loss = torch.zeros((), device=input_ids.device)
         parts: dict[str, Tensor] = {}
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            with self.outputs.recording() as hidden:
-                last = self._run(input_ids)
+        with self.outputs.recording() as hidden:
+            last = self._run(input_ids, self._scored)
         if self.weights.squarehead:
             distance = squarehead(hidden, teacher_outputs.hidden, keep)
             loss = loss + self.weights.squarehead * distance * (counted / items)
             parts["squarehead"] = distance.detach() * (counted / items)
-        if self.weights.kl or self.weights.cross_entropy:
-            total, kl, cross_entropy = self._next_token(last.flatten(0, 1), teacher_outputs.target, labels.flatten())
+        if self._scored:
+            total, kl, cross_entropy, reverse_kl = self._next_token(
+                last.flatten(0, 1), teacher_outputs.target, labels.flatten(), self.logit_loss
+            )
             loss = loss + total / items
             parts["cross_entropy"] = cross_entropy / items
-            if self.weights.kl:
+            if self.logit_loss.divergence:
                 parts["kl"] = kl / items
+            if self.weights.reverse_kl:
+                parts["reverse_kl"] = reverse_kl / items
         return {"loss": loss, **parts}
 
-    def _run(self, input_ids: Tensor) -> Tensor:
-        """The last hidden state [B, T, d], or logits [B, T, V] where those are more than a product with the head."""
-        scored = self.weights.kl or self.weights.cross_entropy
-        if self.plain_head or not scored:
-            return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.model(input_ids=input_ids, use_cache=False).logits
+    @torch.no_grad()
+    def divergence(self, input_ids: Tensor, labels: Tensor, target: Target) -> Tensor:
+        """KL(teacher || student) at temperature 1, summed over the tokens whose label counts. Arguments as of `forward`."""
+        last = self._run(input_ids, scored=True)
+        return self._next_token(last.flatten(0, 1), target, labels.flatten(), LogitLoss(1.0, 0.0))[1]
 
-    def _next_token(self, last: Tensor, target: Target | None, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def _scored(self) -> bool:
+        """Whether a loss of next tokens counts."""
+        return self.logit_loss.divergence or bool(self.weights.cross_entropy)
+
+    def _run(self, input_ids: Tensor, scored: bool) -> Tensor:
+        """The last hidden state [B, T, d], or logits [B, T, V] where those are more than a product with the head."""
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            if self.plain_head or not scored:
+                return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def _next_token(
+        self, last: Tensor, target: Target | None, labels: Tensor, loss: LogitLoss
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self.plain_head:
             head = self.model.get_output_embeddings().weight
-            return head_loss(last, head, target, labels, self.logit_loss, self.dtype)
-        return full_loss(last, target, labels, self.logit_loss)
+            return head_loss(last, head, target, labels, loss, self.dtype)
+        return full_loss(last, target, labels, loss)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""The transformers Trainer, for models whose masks are fixed: own loss, own checkpoints, exact resume, FSDP2.
+"""The transformers Trainer, for models whose masks are fixed or learned by rule: own loss, own checkpoints, exact resume, FSDP2.
 
 A checkpoint appears whole or not at all. It holds the trained parameters, the optimiser, the losses so far and where in
-the data the run is; not the masks, which belong to the compressed model that training started from and are verified
-against it after every save.
+the data the run is, the mean of the last weights and the best ones where these are kept; the masks where these are
+learned, else they belong to the compressed model that training started from and are verified against it before every save.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,26 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from sparsify.data.mixture import draw
 from sparsify.distributed import processes
 from sparsify.errors import CheckpointError, MissingDependency, NumericalError
 from sparsify.files import publish, read_json, write_json
 from sparsify.progress import Task, progress_bar
 from sparsify.recipe import Distill, Finetune
+from sparsify.training.averaging import WeightAverage, first_averaged
+from sparsify.training.distill import TextRows
+from sparsify.training.held_out import HeldOutText, Measurements, measure
+from sparsify.training.learned_masks import LearnedMasks
 from sparsify.training.loss_monitor import WINDOW, LossWatch
 from sparsify.training.qat_linear import TrainableLinear
 from sparsify.training.student import Student
 
 PARAMETERS = "parameters.safetensors"
 WATCH = "losses.json"
+AVERAGE = "average.safetensors"
+BEST = "best.safetensors"
+MEASURED = "held-out.json"
+MASKS = "masks.safetensors"
 PREFIX = "checkpoint-"  # the Trainer's own
 KEPT = 2  # checkpoints on disk at a time
 BETAS = (0.9, 0.95)
@@ -47,7 +57,8 @@ def _by_length(window: Tensor, lengths: Tensor, batch_size: int, generator: torc
 
 
 class Rows(Dataset[dict[str, Any]]):
-    """The rows of all steps, in the order they are trained on. Each epoch is a permutation of its own, drawn from the seed.
+    """The rows of all steps, in the order they are trained on, drawn from the seed as `data.mixture.draw` does it: each epoch
+    is a permutation of its own.
 
     The order is a table and not a sampler's state, so a resumed run goes on with the same rows. Rows of unequal lengths
     are sorted within a few batches, whose own order is drawn again: less is padding, and each batch is still a random one.
@@ -57,10 +68,9 @@ class Rows(Dataset[dict[str, Any]]):
 
     def __init__(self, rows: Any, steps: int, batch_size: int, seed: int, lengths: Tensor | None = None):
         self.rows = rows
+        counts, weights = (rows.counts, rows.weights) if isinstance(rows, TextRows) else ([len(rows)], [1.0])
         generator = torch.Generator().manual_seed(seed)
-        wanted = steps * batch_size
-        epochs = [torch.randperm(len(rows), generator=generator) for _ in range(-(-wanted // len(rows)))]
-        self.order = torch.cat(epochs)[:wanted]
+        self.order = draw(counts, weights, steps * batch_size, generator)
         if lengths is not None:
             windows = self.order.split(WINDOW_BATCHES * batch_size)
             self.order = torch.cat([_by_length(w, lengths, batch_size, generator) for w in windows])
@@ -84,12 +94,14 @@ def train(
     directory: Path,
     teacher: Any = None,
     quiet: bool = False,
-) -> LossWatch:
+    held_out: HeldOutText | None = None,
+) -> Trained:
     """Train `student` for so many steps, going on from the last checkpoint in `directory` when there is one.
 
-    groups: parameters by kind (weights, scales, norms); linears: by name, whose masks must not change;
+    groups: parameters by kind (weights, scales, norms); linears: by name, whose masks change only where settings say so;
     rows: a sequence of mappings; collate: makes a batch with input_ids, labels (and keep) of several;
-    teacher: called with a batch, gives the TeacherOutputs. Returns the losses of all steps.
+    teacher: called with a batch, gives the TeacherOutputs; held_out: what else is measured, which may end training early.
+    Leaves the student at the state that is to be written: the best on held-out text, or the mean of the last, or the last.
     """
     discard_unfinished(directory)
     last = last_checkpoint(directory)
@@ -97,12 +109,25 @@ def train(
     lengths = torch.tensor([len(row["input_ids"]) for row in rows]) if isinstance(rows, list) else None
     order = Rows(rows, steps, settings.batch_size, settings.seed, lengths)
     with hushed(), progress_bar(describe(settings, None), steps, completed=done, quiet=quiet) as bar:
-        trainer = DistillTrainer(student, groups, linears, order, collate, settings, steps, directory, teacher)
+        trainer = DistillTrainer(
+            student, groups, linears, order, collate, settings, steps, directory, teacher, held_out
+        )
         trainer.show_on(bar)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if last is None or not trainer.has_stopped(last):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     for linear in linears.values():
         linear.release()
-    return trainer.watch
+    trainer.settle()
+    return Trained(trainer.watch, trainer.measured, trainer.learned)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is known after a training: losses of all steps, measurements on held-out text, masks that were learned."""
+
+    watch: LossWatch
+    measured: Measurements | None
+    learned: LearnedMasks | None
 
 
 class DistillTrainer(Trainer):
@@ -119,13 +144,25 @@ class DistillTrainer(Trainer):
         steps: int,
         directory: Path,
         teacher: Any,
+        held_out: HeldOutText | None = None,
     ):
         self.linears, self.settings, self.directory, self.teacher = linears, settings, directory, teacher
         self.groups = groups
+        trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+        self.first_averaged = first_averaged(steps, settings.average)
+        self.average = WeightAverage(trained) if self.first_averaged <= steps else None
+        self.held_out = held_out
+        learning = settings.learned_masks if isinstance(settings, Distill) else None
+        self.learned = None if learning is None else LearnedMasks(linears, learning, steps)
+        if self.learned is not None and not self.learned.linears:
+            raise CheckpointError(f"{settings.kind}: no linear of the model is 2:4, so there are no masks to learn")
+        since = 0 if self.learned is None else self.learned.last + 1
+        self.measured = None if held_out is None else Measurements(held_out.patience, since)
+        self.best: dict[str, Tensor] = {}
         self.sizes = {kind: [root_mean_square(p) for p in parameters] for kind, parameters in groups.items()}
         self.watch = LossWatch(max(1, min(WINDOW, math.ceil(settings.warmup * steps))))
-        masks: dict[str, Any] = {name: linear.mask for name, linear in linears.items()}
-        self.masks: dict[str, Tensor] = {name: mask.clone() for name, mask in masks.items() if mask is not None}
+        self.masks: dict[str, Tensor] = {}
+        self.remember_masks()
         self._sums: dict[str, Tensor] = {}
         self._saving_to: Path | None = None
         super().__init__(
@@ -133,7 +170,7 @@ class DistillTrainer(Trainer):
             args=arguments(student, settings, steps, directory),
             data_collator=collate,
             train_dataset=rows,
-            callbacks=board(settings.tensorboard),
+            callbacks=[*board(settings.tensorboard), _EndOfStep(self)],
         )
         self.remove_callback(PrinterCallback)
         # the loss comes divided by the tokens of the whole step, so the Trainer must neither divide nor average again
@@ -217,6 +254,48 @@ class DistillTrainer(Trainer):
             f"{self.settings.learning_rate / 3:.1g}"
         )
 
+    # --------------------------------------------------------------------------------------------- what will be written
+
+    def measure(self) -> None:
+        """Measure the state that would be written now, and keep it if it is the best so far."""
+        assert self.held_out is not None and self.measured is not None
+        with nullcontext() if self.average is None else self.average.in_place():
+            for linear in self.linears.values():
+                linear.hold(self.model.dtype, exported=True)
+            divergence = measure(self.model, self.held_out, self.args.per_device_train_batch_size)
+            for linear in self.linears.values():
+                linear.release()
+            if not math.isfinite(divergence):
+                raise NumericalError(
+                    f"{self.settings.kind}: the divergence from the teacher on held-out text is {divergence} at step "
+                    f"{self.state.global_step}; is held_out.source text that the model can read?"
+                )
+            if self.measured.add(self.state.global_step, divergence):
+                self.best = {name: tensor.detach().clone() for name, tensor in self._state().items()}
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Leave the model at the state that is to be written."""
+        chosen = self.best or ({} if self.average is None else self.average.mean)
+        for name, tensor in self._state().items():
+            if name in chosen:
+                tensor.copy_(chosen[name])
+
+    def _state(self) -> dict[str, Tensor]:
+        """The tensors that decide what is written: trained parameters, and masks that are learned."""
+        state: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        masks = {} if self.learned is None else self.learned.linears
+        return state | {f"{name}.mask": linear.kept for name, linear in masks.items()}
+
+    def has_stopped(self, checkpoint: Path) -> bool:
+        """Whether training had ended early when this checkpoint was saved; then all that `settle` needs is read from it."""
+        if self.measured is None:
+            return False
+        self._load_states(checkpoint)
+        if self.measured.stop:
+            self.watch = LossWatch.from_json(read_json(checkpoint / WATCH))
+        return self.measured.stop
+
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -237,6 +316,7 @@ class DistillTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_json(aside / name / WATCH, self.watch.to_json())
+            self._save_states(aside / name)
             publish(aside / name, self.directory / name)
             for old in checkpoints(self.directory)[:-KEPT]:
                 shutil.rmtree(old)
@@ -250,6 +330,27 @@ class DistillTrainer(Trainer):
         trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         save_file({name: state[name].contiguous() for name in sorted(trained)}, Path(output_dir) / PARAMETERS)
 
+    def _save_states(self, directory: Path) -> None:
+        if self.average is not None and self.average.count:
+            save_file({name: mean.contiguous() for name, mean in self.average.mean.items()}, directory / AVERAGE)
+        if self.learned is not None:
+            save_file(self.learned.state(), directory / MASKS)
+        if self.measured is not None:
+            save_file({name: one.contiguous() for name, one in self.best.items()}, directory / BEST)
+            write_json(directory / MEASURED, self.measured.found)
+
+    def _load_states(self, directory: Path) -> None:
+        device = next(self.model.parameters()).device
+        if self.average is not None:
+            self.average.count = max(0, step_of(directory) - self.first_averaged + 1)
+            self.average.mean = load_file(directory / AVERAGE, str(device)) if self.average.count else {}
+        if self.learned is not None:
+            self.learned.restore(load_file(directory / MASKS, str(device)), step_of(directory))
+            self.remember_masks()
+        if self.measured is not None:
+            self.best = load_file(directory / BEST, str(device))
+            self.measured.found = [(int(step), float(found)) for step, found in read_json(directory / MEASURED)]
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -262,6 +363,7 @@ class DistillTrainer(Trainer):
         if checkpoint is None:
             return
         self.watch = LossWatch.from_json(read_json(Path(checkpoint) / WATCH))
+        self._load_states(Path(checkpoint))
         scheduler: Any = self.lr_scheduler
         scheduler.base_lrs = [self._rate(group["kind"]) * group["size"] for group in self.optimizer.param_groups]
         for group, base, shape in zip(
@@ -275,8 +377,19 @@ class DistillTrainer(Trainer):
         parts = self.watch.losses[-1] if "loss" in logs and self.watch.losses else {}
         super().log({**logs, **parts}, *args, **kwargs)
 
+    def remember_masks(self) -> None:
+        """Note the masks that the linears have, and must have when they are saved."""
+        masks: dict[str, Any] = {name: linear.mask for name, linear in self.linears.items()}
+        self.masks = {name: mask.clone() for name, mask in masks.items() if mask is not None}
+
+    def relative_rates(self) -> dict[str, tuple[float, float]]:
+        """By linear, the learning rate of its weight relative to its size, and that size."""
+        groups = {id(group["params"][0]): group for group in self.optimizer.param_groups}
+        found = {name: groups[id(linear.weight)] for name, linear in self.linears.items()}
+        return {name: (group["lr"] / group["size"], group["size"]) for name, group in found.items()}
+
     def verify_masks(self) -> None:
-        """NumericalError when a linear's mask is not the one training began with, or keeps other than two of four."""
+        """NumericalError when a linear's mask is not the one training began with, or chose, or keeps other than two of four."""
         for name, mask in self.masks.items():
             now: Tensor = self.linears[name].mask  # type: ignore[assignment]
             if not torch.equal(now, mask) or not bool((mask.reshape(-1, 4).sum(1) == 2).all()):
@@ -288,6 +401,33 @@ class DistillTrainer(Trainer):
         return 0  # the Trainer would guess from the shape of a model it does not know
 
 
+class _EndOfStep(TrainerCallback):
+    """After each step: choose the masks, count the weights in the mean, measure, and stop when nothing has become better."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.learned is not None:
+            self.trainer.learned.begin(state.global_step)
+        if self.trainer.held_out is not None and state.global_step == 0:
+            self.trainer.measure()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        if trainer.learned is not None:
+            if trainer.learned.after_step(step, trainer.relative_rates()):
+                trainer.remember_masks()
+        if trainer.average is not None and step >= trainer.first_averaged:
+            trainer.average.add()
+        if trainer.held_out is None or (step % trainer.held_out.every and step < state.max_steps):
+            return
+        trainer.measure()
+        assert trainer.measured is not None
+        if trainer.measured.stop:
+            control.should_training_stop = control.should_save = True
+
+
 class _Show(TrainerCallback):
     """Moves the progress bar and tells what the losses are."""
 
@@ -296,14 +436,22 @@ class _Show(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.advance()
-        self.bar.describe(describe(self.trainer.settings, self.trainer.watch))
+        self.bar.describe(describe(self.trainer.settings, self.trainer.watch, measured=self.trainer.measured))
 
 
-def describe(settings: Distill | Finetune, watch: LossWatch | None, columns: int | None = None) -> str:
-    """The progress bar's text: `distill: loss 1.234`, on a wide terminal with the parts of it that count."""
+def describe(
+    settings: Distill | Finetune,
+    watch: LossWatch | None,
+    columns: int | None = None,
+    measured: Measurements | None = None,
+) -> str:
+    """The progress bar's text: `distill: loss 1.234`, with the last measurement on held-out text, on a wide terminal with the
+    parts of the loss that count."""
     if watch is None or not watch.losses:
         return settings.kind
     said = f"{settings.kind}: loss {watch.smoothed:.4g}"
+    if measured is not None and measured.found:
+        said += f", held-out {measured.found[-1][1]:.4g}"
     if (columns or shutil.get_terminal_size().columns) < WIDE:
         return said
     weights = settings.loss.model_dump()
@@ -356,7 +504,7 @@ def arguments(student: Student, settings: Distill | Finetune, steps: int, direct
         disable_tqdm=True,
         log_level="error",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=not (settings.loss.kl or settings.loss.cross_entropy),
+        ddp_find_unused_parameters=not (settings.loss.divergence or settings.loss.cross_entropy),
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         **sharding,

@@ -9,7 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import sparsify.compiler.apply as run
 import sparsify.compiler.calibrate as calibrate
 import sparsify.compiler.run_training as training
 import sparsify.training.loss_monitor as watch
@@ -22,7 +21,7 @@ from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import load_recipe, parse_recipe, ready_recipes
 from sparsify.training.qat_linear import kept_positions
-from tests.helpers.students import noted_students
+from tests.helpers.students import Killed, bytes_of, noted_students
 from tests.helpers.tiny import save_tiny, tiny_text
 
 COMMON = "sequence_length: 16, batch_size: 4, precision: float32, learning_rate: 0.02, scale_learning_rate: 0.005"
@@ -78,10 +77,6 @@ def compressed(compressed_once, source, tmp_path):
 def students(monkeypatch):
     """The students of all training passes, to look at afterwards."""
     return noted_students(monkeypatch)
-
-
-def bytes_of(directory):
-    return {file.name: file.read_bytes() for file in sorted(directory.iterdir()) if file.name != run.RECORD}
 
 
 def as_written(directory, tmp_path):
@@ -160,10 +155,6 @@ def test_micro_batches_train_the_same_model(tmp_path, recipe, source, more):
     for module in one.modules:
         a, b = one.linear(module).dense(torch.float32), two.linear(module).dense(torch.float32)
         assert ((a - b).abs() > 1e-3).float().mean() < 0.01
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,8 @@ def test_dump_gives_the_same_recipe_back_and_other_yaml_readers_agree() -> None:
         (PRUNE + "      correction: 0.1\n", 5, "it stands in solver: {error_propagation: ...}"),
         (PRUNE + "      refine: 1\n", 5, "it stands in solver: {coordinate_descent: ...}"),
         (PRUNE + "      ignore: [a]\n", 5, "'ignore' is no setting of prune: it stands at the top of the recipe"),
-        (PRUNE + "  - distill: {method: squarehead, tokens: 1M}\n", 5, "loss: {kl, squarehead, cross_entropy} says it"),
-        (PRUNE + "  - lora: {tokens: 1M, weights: {}}\n", 5, "no setting of lora: it is loss: {kl, squarehead, cross_entropy}"),
+        (PRUNE + "  - distill: {method: squarehead, tokens: 1M}\n", 5, "loss: {kl, reverse_kl, squarehead, cross_entropy} says it"),
+        (PRUNE + "  - lora: {tokens: 1M, weights: {}}\n", 5, "no setting of lora: it is loss: {kl, reverse_kl, squarehead, "),
         (PRUNE + "  - distill:\n      tokens: 1M\n      loss: {logits: 1}\n", 7, "'logits' is no setting of loss: it is kl"),
         (PRUNE + "calibraton: {}\n", 5, "unknown key 'calibraton' in the recipe; did you mean 'calibration'?"),
         (PRUNE + "calibration:\n  samples: 8\n  xyz: 1\n", 7, "unknown key 'xyz' in calibration; known keys: source,"),
@@ -281,11 +281,16 @@ def test_what_is_said_of_linears_needs_a_pass_that_decides_them() -> None:
 def test_the_parts_of_the_loss_have_the_names_of_the_field() -> None:
     recipe = parse_recipe(PRUNE + "  - distill: {tokens: 1M, loss: {kl: 2, squarehead: 0, cross_entropy: 0.5}}\n")
     (distill,) = recipe.training
-    assert isinstance(distill, Distill) and dict(distill.loss) == {"kl": 2, "squarehead": 0, "cross_entropy": 0.5}
-    assert dict(Distill(tokens=10**6).loss) == {"kl": 1, "squarehead": 1, "cross_entropy": 0}
+    assert isinstance(distill, Distill) and dict(distill.loss) == {
+        "kl": 2,
+        "reverse_kl": 0,
+        "squarehead": 0,
+        "cross_entropy": 0.5,
+    }
+    assert dict(Distill(tokens=10**6).loss) == {"kl": 1, "reverse_kl": 0, "squarehead": 1, "cross_entropy": 0}
     assert parse_recipe(dump_recipe(recipe)) == recipe
     message = refused(PRUNE + "  - distill:\n      tokens: 1M\n      loss: {kl: 0, squarehead: 0}\n")
-    assert message.startswith("r.yaml:7: neither kl nor squarehead counts")
+    assert message.startswith("r.yaml:7: none of kl, reverse_kl and squarehead counts")
 
 
 def test_pack_quantized_needs_integers() -> None:

@@ -12,7 +12,16 @@ from sparsify.recipe.schema.depth import Depth, DepthTarget
 from sparsify.recipe.schema.export import Evaluation, Export, Head, head_format_problem
 from sparsify.recipe.schema.oneshot import Override, Prune, PruneChange, Quantize, QuantizeChange, Solver, Tune
 from sparsify.recipe.schema.recipe import PASSES, Pass, Recipe
-from sparsify.recipe.schema.training import Columns, Distill, Finetune, FinetuneLossWeights, Lora, LossWeights
+from sparsify.recipe.schema.training import (
+    Columns,
+    Distill,
+    Finetune,
+    FinetuneLossWeights,
+    HeldOut,
+    Lora,
+    LossWeights,
+    MaskLearning,
+)
 
 __all__ = [
     "PASSES",
@@ -27,8 +36,10 @@ __all__ = [
     "Finetune",
     "FinetuneLossWeights",
     "Head",
+    "HeldOut",
     "Lora",
     "LossWeights",
+    "MaskLearning",
     "Override",
     "Pass",
     "Prune",

@@ -72,6 +72,27 @@ class WeightedSource(Model):
     weight: float = Field(gt=0, allow_inf_nan=False, description="share of the rows, relative to the other weights")
 
 
+def refuse_mixture(names: list[str], rows: list[int], total: int) -> None:
+    """Refuse a source that stands twice in `sources`, or whose weight is too small for a single row of `total`."""
+    for index, name in enumerate(names):
+        if any(name == other or same_text(name, other) for other in names[:index]):
+            raise refuse(
+                f"source '{name}' is here a second time; give it once, with the sum of the weights",
+                "sources",
+                index,
+                "source",
+            )
+    for index, count in enumerate(rows):
+        if not count:
+            raise refuse(
+                f"source '{names[index]}' has so little weight that it gets none of the {total} samples; "
+                f"raise its weight or the samples, or remove it",
+                "sources",
+                index,
+                "weight",
+            )
+
+
 class Calibration(Model):
     """The text whose activations steer pruning and quantization."""
 
@@ -103,23 +124,7 @@ class Calibration(Model):
         if self.source is not None and self.sources is not None:
             raise refuse("calibration has both source and sources; keep one (source: null removes it)", "sources")
         names = [source for source, _ in self.mixture]
-        for index, name in enumerate(names):
-            if any(name == other or same_text(name, other) for other in names[:index]):
-                raise refuse(
-                    f"source '{name}' is here a second time; give it once, with the sum of the weights",
-                    "sources",
-                    index,
-                    "source",
-                )
-        for index, count in enumerate(self.rows):
-            if not count:
-                raise refuse(
-                    f"source '{names[index]}' has so little weight that it gets none of the {self.samples} samples; "
-                    f"raise its weight or the samples, or remove it",
-                    "sources",
-                    index,
-                    "weight",
-                )
+        refuse_mixture(names, self.rows, self.samples)
         if self.self is not None and SELF not in names:
             raise refuse("self has no effect: the model writes no text here since no source is self; remove it", "self")
         return self

@@ -128,8 +128,7 @@ class Recipe(Model):
     def learns_from(self, text: str) -> bool:
         """Whether calibration or training reads this text (file:PATH)."""
         sources = [source for source, _ in self.calibration.mixture]
-        own = [step.source if isinstance(step, Distill) else step.data for step in self.training]
-        sources += [source for source in own if source is not None]
+        sources += [source for step in self.training for source in step.texts]
         return any(same_text(source, text) for source in sources)
 
     @property

@@ -5,33 +5,87 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sparsify.recipe.schema.base import Count, Model, PassModel, Patterns, Rate, Source, Weight, refuse
-from sparsify.recipe.sources import source_problem
+from sparsify.recipe.schema.calibration import WeightedSource, refuse_mixture
+from sparsify.recipe.sources import shares, source_problem
 
 
 class LossWeights(Model):
     """How much each part of the loss counts; 0 leaves it out."""
 
-    kl: Weight = Field(default=1.0, description="KL divergence from the teacher's next-token distribution")
+    kl: Weight = Field(
+        default=1.0,
+        description="KL(teacher || student) of the next-token distributions: cover all that the teacher may say",
+    )
+    reverse_kl: Weight = Field(
+        default=0.0, description="KL(student || teacher): say nothing that the teacher would not; may be added to kl"
+    )
     squarehead: Weight = Field(
         default=1.0, description="SquareHead: relative squared distance of the hidden states after every block"
     )
     cross_entropy: Weight = Field(default=0.0, description="next-token loss on the text itself")
 
     @property
+    def divergence(self) -> bool:
+        """Whether the teacher's next-token distribution counts."""
+        return bool(self.kl or self.reverse_kl)
+
+    @property
     def needs_teacher(self) -> bool:
-        return bool(self.kl or self.squarehead)
+        return self.divergence or bool(self.squarehead)
 
 
 class FinetuneLossWeights(LossWeights):
-    """How much each part of the loss counts; kl and squarehead need a teacher."""
+    """How much each part of the loss counts; all but cross_entropy need a teacher."""
 
     kl: Weight = Field(default=0.0, description="as in distill")
     squarehead: Weight = Field(default=0.0, description="as in distill")
     cross_entropy: Weight = Field(default=1.0, description="next-token loss on the answers")
 
 
+class HeldOut(Model):
+    """Text that is only measured: the weights that are nearest to the teacher on it are the ones that are kept."""
+
+    source: Source = Field(
+        description="as calibration.source, best of another kind than what is trained on; of self other rows are written"
+    )
+    samples: int = Field(default=16, ge=1, description="rows of sequence_length tokens")
+    every: int | None = Field(
+        default=None, ge=1, description="steps between two measurements; default a tenth of all steps"
+    )
+    patience: int = Field(
+        default=3, ge=1, description="measurements in a row without a new best after which training stops"
+    )
+
+
+class MaskLearning(Model):
+    """How 2:4 masks move in training."""
+
+    method: Literal["ast", "cast"] = Field(
+        default="ast",
+        description="ast: the forward pass multiplies with the kept weights, gradients pass straight through to the dropped ones; "
+        "cast: it multiplies with all, and the dropped ones are taken to zero",
+    )
+    every: int = Field(default=10, ge=1, description="steps between two choices of the masks")
+    frozen: float = Field(
+        default=0.4,
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="share of the steps, the last ones, in which masks stand still",
+    )
+    decay: float = Field(
+        default=3.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="pull of the dropped weights to zero in units of the learning rate, from 0 up to this when masks stand still",
+    )
+    input_norms: bool = Field(
+        default=False, description="choose by |W| times the norm of its input over the first step, not by |W| alone"
+    )
+
+
 class TrainingPass(PassModel):
-    """Common to the passes that train the whole model. Masks never change."""
+    """Common to the passes that train the whole model."""
 
     sequence_length: int = Field(default=512, ge=2, description="tokens per row of training text")
     batch_size: int = Field(default=8, ge=1, description="rows per optimiser step, all devices together")
@@ -71,6 +125,14 @@ class TrainingPass(PassModel):
     gradient_checkpointing: bool = Field(
         default=False, description="keep one activation per block and compute the rest again: less memory, more time"
     )
+    average: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="share of the steps, the last ones, over which the weights before rounding are averaged; the mean is "
+        "rounded once, at the end",
+    )
     save_every: int | None = Field(
         default=None, ge=1, description="steps between checkpoints to resume from; default a tenth of all steps"
     )
@@ -94,11 +156,26 @@ class Distill(TrainingPass):
     source: Source | None = Field(
         default=None, description="text to train on, as calibration.source; default what calibration reads"
     )
+    sources: list[WeightedSource] | None = Field(
+        default=None,
+        min_length=1,
+        description="instead of source: several texts, rows drawn in proportion to their weights",
+    )
     samples: int | None = Field(
         default=None,
         ge=1,
-        description="rows of text to read, repeated until tokens is reached; default as many as tokens asks for",
+        description="rows of text to read, of several sources each its share, repeated until tokens is reached; default as "
+        "many as tokens asks for, or as a text holds",
     )
+    held_out: HeldOut | None = Field(
+        default=None,
+        description="text on which the distance to the teacher is measured while training; keeps the best state",
+    )
+    masks: Literal["fixed", "learned"] = Field(
+        default="fixed",
+        description="fixed: as compression left them; learned: which two of four are kept changes in training",
+    )
+    mask_learning: MaskLearning | None = Field(default=None, description="how, where masks are learned")
     loss: LossWeights = LossWeights()
     teacher: str | None = Field(default=None, min_length=1, description="default the dense model")
     teacher_logits: Literal["online", "cached"] = Field(
@@ -112,6 +189,63 @@ class Distill(TrainingPass):
         """False only for a pass that may learn from the text alone."""
         return self.loss.needs_teacher
 
+    @property
+    def texts(self) -> list[str]:
+        """The sources that this pass names itself: what it trains on, and what it chooses the best state by."""
+        held_out = [] if self.held_out is None else [self.held_out.source]
+        return [*(source for source, _ in self.mixture or ()), *held_out]
+
+    @property
+    def mixture(self) -> list[tuple[str, float]] | None:
+        """(source, weight) of every text of its own, the weights of sum 1; None where it reads what calibration reads."""
+        if self.sources is None:
+            return None if self.source is None else [(self.source, 1.0)]
+        total = sum(entry.weight for entry in self.sources)
+        return [(entry.source, entry.weight / total) for entry in self.sources]
+
+    @property
+    def learned_masks(self) -> MaskLearning | None:
+        """How masks are learned, None where they are fixed."""
+        return None if self.masks == "fixed" else self.mask_learning or MaskLearning()
+
+    def _check_masks(self) -> None:
+        learned = self.learned_masks
+        if learned is None:
+            if self.mask_learning is not None:
+                raise refuse(
+                    "mask_learning has no effect with masks: fixed; remove it, or set masks: learned", "mask_learning"
+                )
+            return
+        if "linears" not in self.train:
+            raise refuse("masks of linears that are not trained cannot be learned; add linears to train", "masks")
+        steps = self.tokens // (self.batch_size * self.sequence_length)
+        if round(steps * learned.frozen) == steps:
+            raise refuse(
+                f"masks stand still in all of the {steps} steps, so none is learned; give more tokens or lower "
+                "mask_learning.frozen",
+                "masks",
+            )
+        if self.average > learned.frozen:
+            raise refuse(
+                f"average counts the last {self.average:.0%} of the steps and masks move until the last {learned.frozen:.0%}; a mean "
+                "of weights of different masks is none: lower average, or raise mask_learning.frozen",
+                "average",
+            )
+
+    def _check_text(self) -> None:
+        if self.source is not None and self.sources is not None:
+            raise refuse("there are both source and sources; keep one (source: null removes it)", "sources")
+        mixture = self.mixture or []
+        names, weights = [name for name, _ in mixture], [weight for _, weight in mixture]
+        drawn = self.tokens // (self.batch_size * self.sequence_length) * self.batch_size
+        for total in (drawn, self.samples or drawn) if mixture else ():
+            refuse_mixture(names, shares(total, weights), total)
+        if self.held_out is not None and not self.needs_teacher:
+            raise refuse(
+                "held_out measures the distance to a teacher, and the loss has none; give kl, reverse_kl or squarehead a weight",
+                "held_out",
+            )
+
     @model_validator(mode="after")
     def _check(self) -> "Distill":
         step = self.batch_size * self.sequence_length
@@ -121,8 +255,12 @@ class Distill(TrainingPass):
                 f"raise tokens or lower batch_size",
                 "tokens",
             )
+        self._check_text()
+        self._check_masks()
         if not self.needs_teacher and not isinstance(self, Lora):
-            raise refuse("neither kl nor squarehead counts, so there is nothing to learn from the teacher", "loss")
+            raise refuse(
+                "none of kl, reverse_kl and squarehead counts, so there is nothing to learn from the teacher", "loss"
+            )
         if self.teacher_logits == "cached" and self.loss.squarehead:
             raise refuse(
                 "the cache holds the teacher's logits but loss.squarehead asks for its hidden states; "
@@ -131,8 +269,8 @@ class Distill(TrainingPass):
             )
         if self.teacher_logits == "online" and self.top_k != type(self).model_fields["top_k"].default:
             raise refuse("top_k has no effect with teacher_logits online; remove it", "top_k")
-        if self.temperature != 1 and not self.loss.kl:
-            raise refuse("temperature has no effect without loss.kl; remove it", "temperature")
+        if self.temperature != 1 and not self.loss.divergence:
+            raise refuse("temperature has no effect without loss.kl or loss.reverse_kl; remove it", "temperature")
         if self.temperature != 1 and self.teacher_logits == "cached":
             raise refuse(
                 "cached logits know the sum of the rest at temperature 1 only; remove temperature", "temperature"
@@ -163,11 +301,16 @@ class Lora(Distill):
     @model_validator(mode="after")
     def _check_lora(self) -> "Lora":
         frozen = "the model's own weights stand still"
-        self.refuse_set("lora", train=frozen, scale_learning_rate=frozen, norm_learning_rate=frozen)
+        self.refuse_set("lora", train=frozen, scale_learning_rate=frozen, norm_learning_rate=frozen, masks=frozen)
         if not (self.needs_teacher or self.loss.cross_entropy):
             raise refuse("all parts of the loss are 0, so there is nothing to learn", "loss")
         if not self.needs_teacher and self.teacher is not None:
-            raise refuse("teacher has no effect while loss.kl and loss.squarehead are 0", "teacher")
+            raise refuse("teacher has no effect while loss.kl, loss.reverse_kl and loss.squarehead are 0", "teacher")
+        if self.held_out is not None and not self.quantize_in_loop:
+            raise refuse(
+                "held_out measures the weights of the loop, and quantize_in_loop false writes others; remove one of them",
+                "held_out",
+            )
         if self.export == "adapter":
             why = "an adapter that is not merged is not rounded"
             self.refuse_set("lora and export adapter", quantize_in_loop=why)
@@ -198,6 +341,11 @@ class Finetune(TrainingPass):
         default=None, min_length=1, description="a dense model fine-tuned on the same data, for kl and squarehead"
     )
 
+    @property
+    def texts(self) -> list[str]:
+        """The sources that this pass reads."""
+        return [self.data]
+
     @field_validator("data")
     @classmethod
     def _known_source(cls, data: str) -> str:
@@ -212,9 +360,11 @@ class Finetune(TrainingPass):
         if not (self.loss.needs_teacher or self.loss.cross_entropy):
             raise refuse("all parts of the loss are 0, so there is nothing to learn", "loss")
         if self.teacher is None and self.loss.needs_teacher:
-            raise refuse("kl and squarehead compare with a teacher; name one with teacher, or set both to 0", "loss")
+            raise refuse(
+                "kl, reverse_kl and squarehead compare with a teacher; name one with teacher, or set them to 0", "loss"
+            )
         if self.teacher is not None and not self.loss.needs_teacher:
-            raise refuse("teacher has no effect while loss.kl and loss.squarehead are 0", "teacher")
-        if self.temperature != 1 and not self.loss.kl:
-            raise refuse("temperature has no effect without loss.kl; remove it", "temperature")
+            raise refuse("teacher has no effect while loss.kl, loss.reverse_kl and loss.squarehead are 0", "teacher")
+        if self.temperature != 1 and not self.loss.divergence:
+            raise refuse("temperature has no effect without loss.kl or loss.reverse_kl; remove it", "temperature")
         return self
