@@ -37,6 +37,7 @@ from sparsify.evaluation import EvaluationResult, evaluate_all
 from sparsify.evaluation.result import number
 from sparsify.failure import foot
 from sparsify.files import write_json
+from sparsify.lock import only_run
 from sparsify.recipe import Recipe, load_recipe
 from sparsify.report import report_on
 
@@ -193,51 +194,54 @@ def run_demo(output: str | Path, quiet: bool = False) -> Demo:
     output = Path(output)
     require_vllm()
     say = Console(stderr=True, quiet=quiet, soft_wrap=True).print
-    dense, sparse, packed = output / "dense", output / "sparse24", output / "pack-quantized"
-    recipe = load_recipe(RECIPE, model=MODEL)
-    steps: dict[str, float] = {}
+    with only_run(output):
+        dense, sparse, packed = output / "dense", output / "sparse24", output / "pack-quantized"
+        recipe = load_recipe(RECIPE, model=MODEL)
+        steps: dict[str, float] = {}
 
-    say("[bold]1/4[/bold] the dense model, unpacked")
-    with _timed(steps, "unpack"):
-        _once(dense, lambda: export(MODEL, "dense", dense, quiet=quiet))
-    say(f"[bold]2/4[/bold] compile: sparsify apply {RECIPE} --model {MODEL}")
-    cost: CompileCost | None = None
-    with _timed(steps, "compile"):
-        if not _made(sparse):
-            cost = compile_with_cost(recipe, sparse, quiet)
-    if cost is not None:
-        say(cost.sentence(), highlight=False)
-    with _timed(steps, "export"):
-        # vLLM's own kernel for CPUs knows 4 bits only, so its 8-bit head becomes a 16-bit one there
-        _once(packed, lambda: export(sparse, "pack-quantized", packed, head_bits=16, quiet=quiet))
-    models = (dense, packed, sparse)
+        say("[bold]1/4[/bold] the dense model, unpacked")
+        with _timed(steps, "unpack"):
+            _once(dense, lambda: export(MODEL, "dense", dense, quiet=quiet))
+        say(f"[bold]2/4[/bold] compile: sparsify apply {RECIPE} --model {MODEL}")
+        cost: CompileCost | None = None
+        with _timed(steps, "compile"):
+            if not _made(sparse):
+                cost = compile_with_cost(recipe, sparse, quiet)
+        if cost is not None:
+            say(cost.sentence(), highlight=False)
+        with _timed(steps, "export"):
+            # vLLM's own kernel for CPUs knows 4 bits only, so its 8-bit head becomes a 16-bit one there
+            _once(packed, lambda: export(sparse, "pack-quantized", packed, head_bits=16, quiet=quiet))
+        models = (dense, packed, sparse)
 
-    say("[bold]3/4[/bold] accuracy: text written by the dense model, scored by all three")
-    with _timed(steps, "accuracy"):
-        evaluations = evaluate_all(
-            models, dense=dense, sequence_length=CHUNK, chunks=CHUNKS, labels=LABELS, quiet=quiet
+        say("[bold]3/4[/bold] accuracy: text written by the dense model, scored by all three")
+        with _timed(steps, "accuracy"):
+            evaluations = evaluate_all(
+                models, dense=dense, sequence_length=CHUNK, chunks=CHUNKS, labels=LABELS, quiet=quiet
+            )
+        dtype = choose(measure=True).name
+        say(
+            f"[bold]4/4[/bold] speed and answers in vLLM ({dtype}), one model after another (vLLM takes a while to start)"
         )
-    dtype = choose(measure=True).name
-    say(f"[bold]4/4[/bold] speed and answers in vLLM ({dtype}), one model after another (vLLM takes a while to start)")
-    with _timed(steps, "speed"):
-        speed = measure(
-            models,
-            LatencyWorkload(input_len=64, output_len=48, iterations=3, warmup=1),
-            ThroughputWorkload(input_len=64, output_len=48, prompts=16, warmup=2),
-            BenchOptions(
-                eager=True,
-                threads="all",
-                one_process=True,
-                quiet=quiet,
-                engine_args=("--dtype", dtype),
-                prompts=PROMPTS,
-            ),
-            LABELS,
-        )
-    demo = Demo(output, evaluations, speed, dtype, cost, {name: round(took, 1) for name, took in steps.items()})
-    write_json(output / RESULT, demo.to_json())
-    report_on(sparse, output / REPORT, [result.to_json() for result in evaluations], speed.to_json(), dense=dense)
-    return demo
+        with _timed(steps, "speed"):
+            speed = measure(
+                models,
+                LatencyWorkload(input_len=64, output_len=48, iterations=3, warmup=1),
+                ThroughputWorkload(input_len=64, output_len=48, prompts=16, warmup=2),
+                BenchOptions(
+                    eager=True,
+                    threads="all",
+                    one_process=True,
+                    quiet=quiet,
+                    engine_args=("--dtype", dtype),
+                    prompts=PROMPTS,
+                ),
+                LABELS,
+            )
+        demo = Demo(output, evaluations, speed, dtype, cost, {name: round(took, 1) for name, took in steps.items()})
+        write_json(output / RESULT, demo.to_json())
+        report_on(sparse, output / REPORT, [result.to_json() for result in evaluations], speed.to_json(), dense=dense)
+        return demo
 
 
 def compile_with_cost(recipe: Recipe, output: Path, quiet: bool = False) -> CompileCost | None:

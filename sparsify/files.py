@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +16,10 @@ from sparsify.errors import CheckpointError, SparsifyError
 
 PACKAGE = Path(__file__).resolve().parent  # the directory of the `sparsify` package
 PARTIAL = ".partial"
+KINDS = (
+    (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+)  # fmt: skip
 MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
@@ -26,6 +31,13 @@ def cache_directory() -> Path:
     if chosen := os.environ.get("SPARSIFY_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsify"
+
+
+def beside(output: Path, suffix: str) -> Path:
+    """The path next to `output` that has its name and a suffix. CheckpointError where `output` is no name of a new directory."""
+    if output.name in ("", ".."):
+        raise CheckpointError(f"the output '{output}' is no name for a new directory; write one, such as out/model")
+    return output.with_name(output.name + suffix)
 
 
 def fsync(path: Path) -> None:
@@ -74,6 +86,18 @@ def atomic_directory(final: str | Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def kind_problem(path: str | Path) -> str | None:
+    """`is a pipe, which is not read; ...` for what is there and no file: reading it could wait for ever. Links are followed."""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError:
+        return None  # whoever opens it says why it cannot
+    if stat.S_ISREG(mode):
+        return None
+    kind = next((word for is_kind, word in KINDS if is_kind(mode)), "no file")
+    return f"is {kind}, which is not read; give a file"
+
+
 def encoding_problem(path: str | Path) -> str | None:
     """Where a file stops being text in UTF-8, as `byte 0xe9 at offset 17`, and what its encoding may be; None where it does not."""
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -102,12 +126,16 @@ def write_json(path: str | Path, value: Any, allow_nan: bool = False) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a missing or damaged one raises CheckpointError with its name."""
+    """Read a JSON file; a missing or damaged one, and what is no file, raises CheckpointError with its name."""
+    if problem := kind_problem(path):
+        raise CheckpointError(f"{path} {problem}")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is this a complete checkpoint directory?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise CheckpointError(f"{path} is nested too deeply to be read; download or create it again") from None
+    except ValueError as error:  # also for an integer with more digits than Python converts
         raise CheckpointError(f"{path} is damaged ({error}); download or create it again") from None
 
 

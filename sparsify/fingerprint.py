@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sparsify.errors import CheckpointError
-from sparsify.files import atomic_write, cache_directory
+from sparsify.files import atomic_write, cache_directory, kind_problem
 from sparsify.progress import stage
 from sparsify.threads import usable_cores
 
@@ -75,6 +75,8 @@ def combined(digests: Mapping[str, str]) -> str:
 
 
 def _stamp(path: Path) -> os.stat_result:
+    if problem := kind_problem(path):
+        raise CheckpointError(f"{path} {problem}")
     with _named(path):
         return path.stat()
 

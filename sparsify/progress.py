@@ -38,6 +38,7 @@ ALIVE_SECONDS = 30.0  # a step that takes longer than this is reported again
 STAGE_SECONDS = 1.0  # a stage is shown when it has taken so long, and
 LONG_SECONDS = 3.0  # says how long it took when that was longer than this
 RECENT = 30  # samples, a second or more apart, from which the time left is estimated
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 RATE_SECONDS = 3600.0  # the same for bars: steps of large models take minutes, and rich forgets them after half of one
 
 _active: list[Task] = []  # from the outermost loop to the innermost
@@ -105,7 +106,7 @@ class _Bar(Task):
 
     def describe(self, text: str) -> None:
         super().describe(text)
-        self.progress.update(self.task, description=text or self.title)
+        self.progress.update(self.task, description=printable(text or self.title))
 
     def close(self, failed: bool) -> None:
         self.progress.stop()
@@ -236,6 +237,11 @@ def stage(text: str, quiet: bool = False) -> Iterator[Task]:
         yield task
 
 
+def printable(text: str) -> str:
+    """A text as a terminal may get it: what would control the terminal or turn the direction of reading is written out, as \\x1b."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def say(text: str, quiet: bool = False) -> None:
     """One line on stderr, above the bar if there is one."""
     if not quiet and _prints():
@@ -348,5 +354,5 @@ def _write(line: str) -> None:
     _shows += 1
     stream: Any = sys.stderr
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        stream.write(line + "\n")
+        stream.write(printable(line) + "\n")
         stream.flush()

@@ -291,3 +291,20 @@ def test_the_module_is_the_command_and_a_closed_pipe_is_no_traceback() -> None:
         process.stdout.close()  # like `| head` that has seen enough
         assert process.stderr.read() == ""
         process.wait()
+
+
+def test_images_and_manifests_say_where_they_listen(repository: Path) -> None:
+    """A container is reached by its own address, so loopback, the default, would serve nobody."""
+    commands = [
+        json.loads(line.removeprefix("CMD "))
+        for line in (repository / "deploy" / "Dockerfile.cpu").read_text().splitlines()
+        if line.startswith("CMD [")
+    ]
+    for document in yaml.safe_load_all((repository / "deploy" / "kubernetes.yaml").read_text()):
+        for container in document["spec"].get("template", {"spec": {}})["spec"].get("containers", ()):
+            commands.append(container["args"])
+    assert len(commands) == 2
+    for command in commands:
+        args = cli.parse(command)
+        assert args.host == "0.0.0.0" and args.vllm_args[:2] == ["--port", "8000"]
+    assert cli.parse(["serve", "d"]).host is None

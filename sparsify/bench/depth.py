@@ -23,6 +23,7 @@ from sparsify.errors import SparsifyError
 from sparsify.evaluation.result import number
 from sparsify.failure import Failure, failure_of, foot
 from sparsify.files import atomic_write, read_json
+from sparsify.lock import only_run
 from sparsify.model.checkpoint import open_checkpoint
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -93,26 +94,27 @@ def compare_depth(
     unknown = [method for method in options.methods if method not in METHODS]
     if unknown:
         raise SparsifyError(f"{unknown[0]} is no depth method; known are {', '.join(METHODS)}")
-    (output / "recipes").mkdir(parents=True, exist_ok=True)
-    rows: dict[str, tuple[str, str, bool]] = {}
-    specs = []
-    for drop in options.drops:
-        for method in options.methods:
-            for heal in (None, options.heal) if options.heal else (None,):
-                label = f"{method}-{drop.removesuffix('%')}" + ("-healed" if heal else "")
-                file = output / "recipes" / f"{label}.yaml"
-                atomic_write(file, yaml.safe_dump(recipe_of(method, drop, heal), sort_keys=False))
-                rows[label] = (method, drop, heal is not None)
-                specs.append(f"{label}={file}")
-    results = compare_recipes(
-        specs, model, texts, output, options.overrides, options.sequence_length, options.chunks, options.quiet
-    )
-    found = [_row(rows[result.label], result) for result in results]
-    cut = {(row.method, row.drop): row for row in found if not row.healed}
-    for row in found:
-        if row.healed:
-            row.closed.update(closed_gap(cut[row.method, row.drop].result, row.result))
-    return found, _speed(model, found, options) if options.speed else None
+    with only_run(output):
+        (output / "recipes").mkdir(parents=True, exist_ok=True)
+        rows: dict[str, tuple[str, str, bool]] = {}
+        specs = []
+        for drop in options.drops:
+            for method in options.methods:
+                for heal in (None, options.heal) if options.heal else (None,):
+                    label = f"{method}-{drop.removesuffix('%')}" + ("-healed" if heal else "")
+                    file = output / "recipes" / f"{label}.yaml"
+                    atomic_write(file, yaml.safe_dump(recipe_of(method, drop, heal), sort_keys=False))
+                    rows[label] = (method, drop, heal is not None)
+                    specs.append(f"{label}={file}")
+        results = compare_recipes(
+            specs, model, texts, output, options.overrides, options.sequence_length, options.chunks, options.quiet
+        )
+        found = [_row(rows[result.label], result) for result in results]
+        cut = {(row.method, row.drop): row for row in found if not row.healed}
+        for row in found:
+            if row.healed:
+                row.closed.update(closed_gap(cut[row.method, row.drop].result, row.result))
+        return found, _speed(model, found, options) if options.speed else None
 
 
 def _row(key: tuple[str, str, bool], result: RecipeResult) -> DepthRow:

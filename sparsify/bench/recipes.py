@@ -24,6 +24,7 @@ from sparsify.evaluation import EvaluationResult, TaskScore, TextScore, check_in
 from sparsify.evaluation.result import number, share, task_caption
 from sparsify.failure import Failure, failure_of, foot
 from sparsify.files import read_json, write_json
+from sparsify.lock import only_run
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import say
 from sparsify.recipe import Recipe, dump_recipe, load_recipe
@@ -146,24 +147,25 @@ def compare_recipes(
             if text != "self" and entry.recipe.learns_from(f"file:{text.removeprefix('file:')}"):
                 raise SparsifyError(f"{entry.label} learns from {text}, which would flatter it; score another text")
     check_inputs(source, texts, sequence_length, chunks, tasks, limit)
-    failed = _make_all(entries, quiet)
-    made = [entry for entry in entries if entry.label not in failed]
-    labels = [entry.label for entry in made]
-    scored = evaluate_all(
-        [entry.output for entry in made], source, texts, sequence_length, chunks,
-        tasks=tasks, limit=limit, labels=labels, quiet=quiet,
-    )  # fmt: skip
-    by_label = dict(zip(labels, scored, strict=True))
-    results = _beside_the_first(
-        [
-            RecipeResult(entry.label, str(entry.output), 0, 0.0, 0.0, 0, None, failed[entry.label], _shown(entry))
-            if entry.label in failed
-            else _result(entry, by_label[entry.label])
-            for entry in entries
-        ]
-    )
-    write_json(output / RECORD, record(results))
-    return results
+    with only_run(output):
+        failed = _make_all(entries, quiet)
+        made = [entry for entry in entries if entry.label not in failed]
+        labels = [entry.label for entry in made]
+        scored = evaluate_all(
+            [entry.output for entry in made], source, texts, sequence_length, chunks,
+            tasks=tasks, limit=limit, labels=labels, quiet=quiet,
+        )  # fmt: skip
+        by_label = dict(zip(labels, scored, strict=True))
+        results = _beside_the_first(
+            [
+                RecipeResult(entry.label, str(entry.output), 0, 0.0, 0.0, 0, None, failed[entry.label], _shown(entry))
+                if entry.label in failed
+                else _result(entry, by_label[entry.label])
+                for entry in entries
+            ]
+        )
+        write_json(output / RECORD, record(results))
+        return results
 
 
 def _make_all(entries: Sequence[Contender], quiet: bool) -> dict[str, Failure]:

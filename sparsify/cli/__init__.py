@@ -17,14 +17,19 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from sparsify.cli.command import FAILED, Outcome
 from sparsify.cli.parser import parse
 from sparsify.distributed import is_main
 from sparsify.errors import SparsifyError
 from sparsify.model.permissions import allowing_unknown, trusting
-from sparsify.progress import on_terminal, patiently, silenced
+from sparsify.progress import on_terminal, patiently, printable, silenced
 from sparsify.threads import prepare
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.segment import Segment
 
 INTERRUPTED = 130  # exit status, as shells have it: 128 + SIGINT
 NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars of libraries, where none can be drawn
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         status, sentence = explain(error, args, argv)
         if sentence:
-            print(sentence, file=sys.stderr)
+            print(printable(sentence), file=sys.stderr)
         return status
 
 
@@ -86,8 +91,22 @@ def show(outcome: Outcome, as_json: bool) -> None:
 
         console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, soft_wrap=not sys.stdout.isatty())
         for part in outcome.shown:
-            console.print(part, markup=False, highlight=False)
+            console.print(_Harmless(part), markup=False, highlight=False)
     sys.stdout.flush()
+
+
+class _Harmless:
+    """Something for rich to draw in which names of tensors and files cannot control the terminal."""
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator["Segment"]:
+        from rich.segment import Segment
+
+        part = console.render_str(self.part, markup=False, highlight=False) if isinstance(self.part, str) else self.part
+        for segment in console.render(part, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def explain(error: BaseException, args: argparse.Namespace, argv: Sequence[str]) -> tuple[int, str]:
@@ -114,6 +133,8 @@ def explain(error: BaseException, args: argparse.Namespace, argv: Sequence[str])
         return FAILED, f"error: {error.strerror}{at_file(error)}"
     if isinstance(error, MemoryError):
         return FAILED, f"error: out of memory: use fewer or shorter calibration samples{again}"
+    if isinstance(error, RecursionError):
+        return FAILED, "error: something in the input is nested too deeply to be read; --debug shows where"
     kind, message = type(error).__name__, " ".join(str(error).split())
     hint = "this is a bug in sparsify or in what it calls; run again with --debug for the traceback"
     return FAILED, f"error: {kind}: {message or 'no message'} ({hint})"

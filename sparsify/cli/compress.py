@@ -70,6 +70,7 @@ def add_plan(commands: Commands) -> None:
 def recipes(args: argparse.Namespace) -> Outcome:
     """Run `recipes`."""
     from rich.table import Table
+    from rich.text import Text
 
     from sparsify.recipe import ready_recipes
 
@@ -77,7 +78,7 @@ def recipes(args: argparse.Namespace) -> Outcome:
     found = {}
     for name, path in ready_recipes().items():
         found[name] = {"path": str(path), "description": first_comment(path.read_text(encoding="utf-8"))}
-        table.add_row(name, found[name]["description"], str(path))
+        table.add_row(Text(name), Text(found[name]["description"]), Text(str(path)))
     return Outcome({"recipes": found}, [table])
 
 

@@ -11,6 +11,7 @@ INT8_HELP = (
     "on a CPU, multiply compressed linears in int8 where several tokens are multiplied at once, as llama.cpp does always: "
     "faster, results about 1%% off (SPARSIFY_CPU_INT8)"
 )
+HOST_HELP = "address to listen on (default 127.0.0.1, this machine alone); 0.0.0.0 is every interface, for which set VLLM_API_KEY"
 ONE_PROCESS_HELP = "vLLM's scheduler and worker in one process, so that neither waits busily on a core that computes"
 
 
@@ -18,7 +19,7 @@ def serve(args: argparse.Namespace) -> Outcome:
     """Run `serve`."""
     from sparsify.bench import serve
 
-    serve(args.directory, args.vllm_args, args.threads, args.one_process, args.int8)
+    serve(args.directory, args.vllm_args, args.threads, args.one_process, args.int8, host=args.host)
     return Outcome({}, [])
 
 
@@ -30,6 +31,7 @@ def add_serve(commands: Commands) -> None:
     )  # fmt: skip
     command.usage = "sparsify serve [options] DIR [-- VLLM_ARGS]"
     command.add_argument("directory", metavar="DIR", help="checkpoint directory")
+    command.add_argument("--host", metavar="ADDRESS", help=HOST_HELP)
     command.add_argument("--threads", metavar="auto|all|LIST", help=THREADS_HELP)
     command.add_argument("--one-process", action="store_true", help=ONE_PROCESS_HELP)
     command.add_argument("--int8", action="store_true", help=INT8_HELP)

@@ -43,6 +43,7 @@ from sparsify.distributed import is_main, join, main_first, processes, wait_for_
 from sparsify.errors import CheckpointError
 from sparsify.files import atomic_write, read_json, write_json
 from sparsify.formats.writer import CheckpointWriter, partial_directory
+from sparsify.lock import only_run
 from sparsify.memory import Peak, peak_anonymous
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
@@ -85,7 +86,7 @@ def apply(
     Raises SparsifyError for anything a user can mend. Nothing appears under `output` before it is complete.
     """
     join()
-    with peak_anonymous() as peak:
+    with only_run(Path(output)), peak_anonymous() as peak:
         return _apply(recipe, model, Path(output), resume, quiet or not is_main(), evaluate, limits, served, peak)
 
 

@@ -29,8 +29,9 @@ from sparsify.files import cache_directory, read_json
 from sparsify.formats import ModuleScheme, get_format, written_formats
 from sparsify.formats.belonging import compare_with_config
 from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
-from sparsify.formats.scheme import FLOATS, in_block
+from sparsify.formats.scheme import FLOATS, finite, in_block
 from sparsify.formats.writer import CheckpointWriter, partial_directory
+from sparsify.lock import only_run
 from sparsify.model.capture import head_input
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.model.output_head import OutputHead, find_head
@@ -135,48 +136,50 @@ def convert(
         raise CheckpointError(
             f"sparsify reads {format} and does not write it; it writes {', '.join(written_formats())}"
         )
-    opened = open_compressed(source)
-    compare_with_config(opened)
-    linears = _linears(opened, format, output)
-    unheld = _not_held(opened, format, linears)
-    for said in some_not_held(format, unheld):
-        say(said, quiet)
-    beside = _beside(opened.directory)
-    asked = None if head is None else _asked(opened, format, head)
-    held = {m: s for m, s in opened.modules.items() if m not in unheld and not (dense_head and not in_block(m))}
-    if asked is not None:
-        held[asked[0].module] = _stored_head(*asked)
-    if problem := get_format(format).together_problem(held):
-        raise CheckpointError(f"{opened.checkpoint.spec}: {problem}")
-    work = partial_directory(Path(output))
-    if (work / "writer.json").is_file() and read_json(work / "writer.json").get("identity") == IDENTITY:
-        shutil.rmtree(work)  # an export that was killed: short enough to begin again
-    writer = CheckpointWriter(output, format, opened.checkpoint, identity=IDENTITY)
-    try:
-        plain = {f"{module}.weight" for module in linears} if not opened.modules else set()
-        rounded = None if asked is None else _write_head(writer, opened, *asked, source, calibration, quiet)
-        if rounded is not None and not rounded.head.tied:
-            plain |= {rounded.head.source}
-        if dense_head:
-            for module in [module for module in opened.modules if not in_block(module)]:
-                linears.discard(module)
-                linear = opened.linear(module)
-                writer.write_part(f"head.{module}", {}, _tensors(module, get_format("dense").encode(linear)))
-        parts = _parts([*linears, *(name for name in opened.other_names() if name not in plain)])
-        for part, names in progress(parts.items(), f"Exporting to {format}", total=len(parts), quiet=quiet):
-            chosen = {name: _linear(opened, name) for name in names if name in linears}
-            biases = {f"{module}.bias" for module, linear in chosen.items() if linear.bias is not None}
-            others = [name for name in names if name not in linears and name not in biases]
-            writer.write_part(part, chosen, {name: opened.tensor(name) for name in others})
-        carried = {name: file.read_bytes() for name, file in beside.items()}
-        if rounded is not None and head is not None:
-            carried = _with_head(head, format, carried, rounded, writer)
-        dense = writer.dense_modules()
-        with stage(f"writing {output}"):
-            return Exported(writer.finish({}, carried), format, dense)
-    except BaseException:
-        writer.discard()
-        raise
+    with only_run(output):
+        opened = open_compressed(source)
+        compare_with_config(opened)
+        linears = _linears(opened, format, output)
+        unheld = _not_held(opened, format, linears)
+        for said in some_not_held(format, unheld):
+            say(said, quiet)
+        beside = _beside(opened.directory)
+        asked = None if head is None else _asked(opened, format, head)
+        held = {m: s for m, s in opened.modules.items() if m not in unheld and not (dense_head and not in_block(m))}
+        if asked is not None:
+            held[asked[0].module] = _stored_head(*asked)
+        if problem := get_format(format).together_problem(held):
+            raise CheckpointError(f"{opened.checkpoint.spec}: {problem}")
+        work = partial_directory(Path(output))
+        begun = (work / "writer.json").is_file() and not Path(output).exists()
+        if begun and read_json(work / "writer.json").get("identity") == IDENTITY:
+            shutil.rmtree(work)  # an export that was killed: short enough to begin again
+        writer = CheckpointWriter(output, format, opened.checkpoint, identity=IDENTITY)
+        try:
+            plain = {f"{module}.weight" for module in linears} if not opened.modules else set()
+            rounded = None if asked is None else _write_head(writer, opened, *asked, source, calibration, quiet)
+            if rounded is not None and not rounded.head.tied:
+                plain |= {rounded.head.source}
+            if dense_head:
+                for module in [module for module in opened.modules if not in_block(module)]:
+                    linears.discard(module)
+                    linear = opened.linear(module)
+                    writer.write_part(f"head.{module}", {}, _tensors(module, get_format("dense").encode(linear)))
+            parts = _parts([*linears, *(name for name in opened.other_names() if name not in plain)])
+            for part, names in progress(parts.items(), f"Exporting to {format}", total=len(parts), quiet=quiet):
+                chosen = {name: _linear(opened, name) for name in names if name in linears}
+                biases = {f"{module}.bias" for module, linear in chosen.items() if linear.bias is not None}
+                others = [name for name in names if name not in linears and name not in biases]
+                writer.write_part(part, chosen, {name: finite(name, opened.tensor(name)) for name in others})
+            carried = {name: file.read_bytes() for name, file in beside.items()}
+            if rounded is not None and head is not None:
+                carried = _with_head(head, format, carried, rounded, writer)
+            dense = writer.dense_modules()
+            with stage(f"writing {output}"):
+                return Exported(writer.finish({}, carried), format, dense)
+        except BaseException:
+            writer.discard()
+            raise
 
 
 def _beside(directory: Path) -> dict[str, Path]:

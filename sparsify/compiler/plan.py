@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sparsify.compiler.estimate import Estimate, estimate, time_in_words, training_in_words
 from sparsify.compiler.left_dense import none_held
@@ -331,7 +333,7 @@ class Plan:
             return self._whole_table()
         cost = self.estimate()
         ratio = cost.dense_bytes / max(cost.output_bytes, 1)
-        table = Table(title=f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks", caption_justify="left")
+        table = Table(title=escape(f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks"), caption_justify="left")
         for column in ("linear", "shape", "blocks", "becomes"):
             table.add_column(column, justify="right" if column in ("shape", "blocks") else "left")
         kinds: dict[tuple[str, tuple[int, int], str], int] = {}
@@ -341,10 +343,10 @@ class Plan:
             what = planned.describe() + (f"; written dense: {unheld[name]}" if name in unheld else "")
             kinds[inside, planned.shape, what] = kinds.get((inside, planned.shape, what), 0) + 1
         for (inside, shape, what), count in kinds.items():
-            table.add_row(inside, f"{shape[0]} x {shape[1]}", str(count), what)
+            table.add_row(Text(inside), f"{shape[0]} x {shape[1]}", str(count), Text(what))
         if self.head is not None:
             n, k = self.head.head.shape
-            table.add_row(self.head.head.module, f"{n} x {k}", "", self.head.describe())
+            table.add_row(Text(self.head.head.module), f"{n} x {k}", "", self.head.describe())
         calibration = self.recipe.calibration.model_dump()
         how = (
             f"calibration on {sources_in_words(calibration)}\none walk over the blocks"
@@ -361,7 +363,7 @@ class Plan:
         if self.recipe.llm_compressor:
             text = f", on {sources_in_words(calibration)}" if self.reads_text else ""
             how = f"first, in llm-compressor{text}: {', '.join(names_of(self.recipe.llm_compressor))}\n{how}"
-        table.caption = (
+        table.caption = escape(
             f"{how}; {cost.dense_bytes / 1e6:.0f} MB become {cost.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
             f"memory about {cost.memory_bytes / 1e9:.1f} GB"
             + (f", {time_in_words(cost.operations, self.compute.dtype)}" if cost.operations else "")
@@ -391,7 +393,7 @@ class Plan:
     def _whole_table(self) -> Table:
         """Of a recipe that llm-compressor runs: which linears it changes, and how, is for llm-compressor to say."""
         entries, format = self.recipe.llm_compressor or [], self.recipe.export.format
-        table = Table(title=f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks", caption_justify="left")
+        table = Table(title=escape(f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks"), caption_justify="left")
         table.add_column("in llm-compressor, in this order")
         for name in names_of(entries):
             table.add_row(name)
@@ -401,7 +403,7 @@ class Plan:
         said += ["its zeros have no pattern: no kernel makes them smaller or faster"] if leaves_zeros(entries) else []
         said += [f"written as {format}, as llm-compressor saves it" if format == SAVED else f"written as {format}"]
         said += [f"the source is {source_in_words(source)}"] if (source := self.source_json()) else []
-        table.caption = "\n".join(said)
+        table.caption = escape("\n".join(said))
         return table
 
 

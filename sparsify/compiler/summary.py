@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sparsify.compiler.model_card import (
     basis_in_words,
@@ -23,42 +25,46 @@ from sparsify.formats.foreign import source_in_words
 def summary(metrics: Mapping[str, Any], title: str) -> Table:
     """What metrics.json holds, as the table that a person reads at the end of a run."""
     sizes, layers = metrics["sizes"], metrics["layers"]
-    table = Table(title=title, show_header=False)
-    table.add_row("linears compressed", f"{len(layers)} in {metrics['blocks']} blocks")
+    table = Table(title=escape(title), show_header=False)
+
+    def add_row(what: str, said: str) -> None:
+        table.add_row(Text(what), Text(said))
+
+    add_row("linears compressed", f"{len(layers)} in {metrics['blocks']} blocks")
     if depth := metrics.get("depth"):
-        table.add_row("depth", describe_note(depth))
+        add_row("depth", describe_note(depth))
     if basis := metrics.get("basis"):
-        table.add_row("basis", basis_in_words(basis))
+        add_row("basis", basis_in_words(basis))
     if made := metrics.get("llm_compressor"):
-        table.add_row(f"llm-compressor {made['version']}", made_in_words(made))
+        add_row(f"llm-compressor {made['version']}", made_in_words(made))
     ratio = sizes["dense_bytes"] / sizes["compressed_bytes"]
-    table.add_row(
+    add_row(
         "size",
         f"{sizes['dense_bytes'] / 1e6:.0f} MB -> {sizes['compressed_bytes'] / 1e6:.0f} MB ({ratio:.2f} times smaller)",
     )
-    table.add_row("bits per linear weight", f"{sizes['bits_per_weight']:.2f}")
+    add_row("bits per linear weight", f"{sizes['bits_per_weight']:.2f}")
     if head := metrics["head"]:
-        table.add_row("output head", head_in_words(head, sizes["head_bytes"]))
+        add_row("output head", head_in_words(head, sizes["head_bytes"]))
     errors = [layer["relative_error"] for layer in layers if layer["relative_error"] is not None]
     if errors:
         worst = max(layers, key=lambda layer: layer["relative_error"] or 0)
-        table.add_row("output error, mean", f"{sum(errors) / len(errors):.4f}")
-        table.add_row("output error, worst", f"{worst['relative_error']:.4f} at {worst['module']}")
+        add_row("output error, mean", f"{sum(errors) / len(errors):.4f}")
+        add_row("output error, worst", f"{worst['relative_error']:.4f} at {worst['module']}")
     for reason, count in Counter(entry["reason"] for entry in metrics["dense_modules"]).items():
-        table.add_row("left dense", f"{count}: {reason}")
+        add_row("left dense", f"{count}: {reason}")
     if kept := metrics.get("kept_zeros"):
-        table.add_row("zeros kept", f"in {len(kept)} linears that were 2:4 already")
+        add_row("zeros kept", f"in {len(kept)} linears that were 2:4 already")
     if source := metrics.get("source"):
-        table.add_row("source", source_in_words(source))
+        add_row("source", source_in_words(source))
     if carried := metrics.get("carried"):
-        table.add_row("carried over", carried_in_words(carried).partition(": ")[2])
+        add_row("carried over", carried_in_words(carried).partition(": ")[2])
     if wide := metrics.get("kept_wide"):
-        table.add_row("wider than 16 bits", kinds_in_words(wide))
+        add_row("wider than 16 bits", kinds_in_words(wide))
     if behind := metrics.get("left_behind"):
-        table.add_row("left behind", f"{', '.join(behind)}: adapters, and what looks like a credential")
+        add_row("left behind", f"{', '.join(behind)}: adapters, and what looks like a credential")
     for training in metrics["training"]:
-        table.add_row(training["kind"], training_in_words(training))
+        add_row(training["kind"], training_in_words(training))
     if evaluation := metrics.get("evaluation"):
         for name, value in evaluation_in_words(evaluation):
-            table.add_row(name, value)
+            add_row(name, value)
     return table

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparsify.data.files import RECORD_FILES, file_records, hub_records
 from sparsify.data.fitting import refuse_beyond, refuse_surrogates
 from sparsify.errors import CalibrationError
+from sparsify.files import kind_problem
 from sparsify.recipe import Columns
 from sparsify.recipe.sources import parse_source
 
@@ -65,6 +66,8 @@ def conversations(data: str, seed: int) -> Iterator[tuple[str, Mapping[str, Any]
         return hub_records(source, seed)
     path = source.path
     assert path is not None
+    if problem := kind_problem(path):
+        raise CalibrationError(f"{path} {problem}")
     if not path.is_file():
         raise CalibrationError(f"{path} does not exist (looked in {Path.cwd()}); give the path of the conversations")
     if path.suffix.lower() not in RECORD_FILES:
@@ -91,7 +94,7 @@ def messages_of(record: Mapping[str, Any], columns: Columns | None, place: str) 
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             messages = None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise CalibrationError(

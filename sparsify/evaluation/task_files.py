@@ -17,7 +17,7 @@ import yaml
 
 from sparsify.data.fitting import refuse_surrogates
 from sparsify.errors import SparsifyError
-from sparsify.files import atomic_write, encoding_problem
+from sparsify.files import atomic_write, encoding_problem, kind_problem
 
 SUFFIX = ".jsonl"
 FORMS = (("question", "choices"), ("context", "endings"))
@@ -158,6 +158,8 @@ def _read(file: Path, limit: int | None) -> TaskFile:
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """The lines of a file that hold something, with their numbers."""
+    if problem := kind_problem(file):
+        raise SparsifyError(f"{file} {problem}")
     try:
         with file.open(encoding="utf-8-sig") as opened:
             yield from ((number, line) for number, line in enumerate(opened, 1) if line.strip())

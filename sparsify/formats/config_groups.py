@@ -1,11 +1,11 @@
 """The quantization_config of compressed-tensors: which modules a checkpoint compresses and how. For the formats it has named."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from sparsify.errors import CheckpointError
 from sparsify.formats.scheme import AGAIN, NOT_OWN, Label, ModuleScheme, common_label, in_block
+from sparsify.matching import matches, refuse_many
 
 METHOD = "compressed-tensors"
 Found = TypeVar("Found")
@@ -108,6 +108,8 @@ def weights_by_target(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise CheckpointError(f"quantization_config, {name}: expected weights and a list of targets; {AGAIN}")
         said = {**weights, "group": name, "input_activations": group.get("input_activations")}
         found |= dict.fromkeys(targets, said)
+    if problem := refuse_many(found):
+        raise CheckpointError(f"quantization_config, targets: {problem}; {AGAIN}")
     return found
 
 
@@ -143,6 +145,8 @@ def names_in(config: Mapping[str, Any], key: str, default: tuple[str, ...] = ())
         return default
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"quantization_config: {key} must be a list of module names; {AGAIN}")
+    if problem := refuse_many(names):
+        raise CheckpointError(f"quantization_config, {key}: {problem}; {AGAIN}")
     return tuple(names)
 
 
@@ -162,9 +166,9 @@ def matching(module: str, labels: Mapping[str, Found]) -> Found | None:
         return labels[module]
     for target, label in labels.items():
         try:
-            if target.startswith("re:") and re.match(target.removeprefix("re:"), module):
+            if target.startswith("re:") and matches(target.removeprefix("re:"), module):
                 return label
-        except re.error as error:
-            problem = f"target {target!r} is no regular expression ({error})"
+        except ValueError as error:
+            problem = f"target {target[:100]!r} is no regular expression ({error})"
             raise CheckpointError(f"quantization_config: {problem}; {AGAIN}") from None
     return labels.get("Linear")

@@ -48,6 +48,7 @@ from sparsify.formats.scheme import (
     take_tensor,
     with_bias,
 )
+from sparsify.matching import matches, pattern_problem, refuse_many
 from sparsify.model.linear import LinearWeights, is_two_four
 
 SUFFIXES = frozenset({"qweight", "qzeros", "scales", "g_idx"})
@@ -188,16 +189,16 @@ class GptqConfig:
         rules = config.get("dynamic") or {}
         if not isinstance(rules, dict) or not all(isinstance(rule, dict) for rule in rules.values()):
             raise CheckpointError(f"quantization_config: dynamic must map regular expressions to settings; {AGAIN}")
+        if problem := refuse_many(f"re:{pattern[2:]}" for pattern in rules):
+            raise CheckpointError(f"quantization_config: dynamic: {problem}; {AGAIN}")
         dynamic = []
         for pattern, rule in rules.items():
             left = pattern.startswith("-:")
             expression = pattern.removeprefix("-:" if left else "+:")
-            try:
-                re.compile(expression)
-            except re.error as error:
+            if problem := pattern_problem(expression):
                 raise CheckpointError(
-                    f"quantization_config: dynamic {pattern!r} is no regular expression ({error}); {AGAIN}"
-                ) from None
+                    f"quantization_config: dynamic {pattern[:100]!r} is no regular expression ({problem}); {AGAIN}"
+                )
             dynamic.append((expression, None if left else _label({**config, **rule})))
         found = cls(_label(config), tuple(dynamic))
         labels = [found.default, *(label for _, label in dynamic if label is not None)]
@@ -209,7 +210,7 @@ class GptqConfig:
 
     def label(self, module: str) -> Label | None:
         """How a linear is packed, as GPTQModel looks it up: the first rule that matches; None when one excludes it."""
-        return next((label for pattern, label in self.dynamic if re.match(pattern, module)), self.default)
+        return next((label for pattern, label in self.dynamic if matches(pattern, module)), self.default)
 
 
 def _settings(label: Label) -> dict[str, Any]:

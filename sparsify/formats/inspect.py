@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from sparsify.formats.belonging import compare_with_config
 from sparsify.formats.foreign import DequantizedCheckpoint
 from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
-from sparsify.formats.scheme import in_block
+from sparsify.formats.scheme import finite, in_block
 from sparsify.model.linear import is_two_four
 from sparsify.progress import progress, quietly
 
@@ -154,6 +155,7 @@ def _report(opened: CompressedCheckpoint, name: str) -> TensorReport:
 
 
 def _plain(name: str, tensor: Tensor) -> TensorReport:
+    finite(name, tensor)
     measured = (
         tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
     )  # torch counts no float8
@@ -187,7 +189,7 @@ def _size(nbytes: float) -> str:
 
 def render(inspection: Inspection) -> RenderableType:
     """A table with one row for each kind of module, one for all vectors (norms, biases), and a line of totals."""
-    title = f"{inspection.source} ({inspection.format})"
+    title = escape(f"{inspection.source} ({inspection.format})")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("module", overflow="fold")
     for column in ("count", "shape", "weights", "zeros", "2:4", "size"):
@@ -197,7 +199,7 @@ def render(inspection: Inspection) -> RenderableType:
         measured = [t for t in same if t.sparsity is not None]
         judged = [t for t in same if t.two_four is not None]
         table.add_row(
-            first.kind if len(first.shape) > 1 else "vectors",
+            Text(first.kind) if len(first.shape) > 1 else "vectors",
             str(len(same)),
             " x ".join(map(str, first.shape)) if len(first.shape) > 1 else "",
             _weights(first),

@@ -115,7 +115,12 @@ def take_tensor(
     if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
         found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         raise CheckpointError(f"{name}: expected {wanted}, found {found}; {NOT_OWN}")
-    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    return finite(name, tensor)
+
+
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor; CheckpointError, by its name, where it holds NaN or Inf."""
+    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # torch tests no float8
     if wide.is_floating_point() and not torch.isfinite(wide).all():
         raise CheckpointError(f"{name}: expected finite numbers, found NaN or Inf; {AGAIN}")
     return tensor

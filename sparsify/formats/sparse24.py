@@ -144,6 +144,21 @@ def tensor_layout(scheme: ModuleScheme, dtype: torch.dtype) -> dict[str, tuple[t
     return layout
 
 
+def layout_problem(tensors: Mapping[str, Tensor], scheme: ModuleScheme, device: str) -> str | None:
+    """Why a kernel cannot read these tensors as a linear of this scheme: one is missing, of another shape or elsewhere."""
+    for suffix, (shape, dtype) in tensor_layout(scheme, FLOATS[0]).items():
+        tensor = tensors.get(suffix)
+        if tensor is None:
+            return f"{suffix} is missing"
+        if tuple(tensor.shape) != shape:
+            return f"{suffix} has shape {list(tensor.shape)}, expected {list(shape)}"
+        if tensor.dtype not in ((*FLOATS, torch.float32) if dtype in FLOATS else (dtype,)):
+            return f"{suffix} has type {tensor.dtype}"
+        if tensor.device.type != device:
+            return f"{suffix} is on {tensor.device.type}, not on {device}"
+    return None
+
+
 def checked_tensors(module: str, tensors: Mapping[str, Tensor], scheme: ModuleScheme) -> dict[str, Tensor]:
     """The tensors of one linear (the bias aside) without decoding them, when each byte is fit for a kernel.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
-from sparsify.files import PARTIAL, publish, read_json, write_json
+from sparsify.files import PARTIAL, atomic_write, beside, publish, read_json, write_json
 from sparsify.formats import get_format
 from sparsify.formats.reader import HEADS, is_head, natural, tensors_of
 from sparsify.formats.scheme import Format, ModuleScheme
@@ -30,6 +30,8 @@ from sparsify.model.sidecars import secrets
 from sparsify.progress import say
 
 RECORD = "writer.json"
+FINAL = "final"  # the finished directory until it gets its name
+COMPLETE = "complete"  # a file that says that the finished directory was about to get it
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # of AutoGPTQ and GPTQModel: what the source was
 STALE = ("quantization_config", "compression_config", "sparsity_config", "torch_dtype", "_name_or_path")
 
@@ -62,7 +64,7 @@ class _Record:
                     for module, scheme in record[key].items()
                 }
             return cls(**record)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             work = file.parent.parent
             raise CheckpointError(f"{file} is no part of a sparsify run; remove {work} and start again") from None
 
@@ -93,8 +95,10 @@ class CheckpointWriter:
         self.source = source
         self.work = partial_directory(self.output)
         self.stage = max((int(d.name.rpartition("-")[2]) for d in self.work.glob("parts-*")), default=0)
+        self._remove_if_published()
         if self.output.exists():
             raise CheckpointError(f"{self.output} exists already; choose another output or remove it first")
+        self._refuse_foreign()
         self._sidecars()  # what is wrong with these files is better known before a run than after it
         self.inputs = dict(inputs or {})
         record = {"format": format, "identity": identity, "inputs": self.inputs}
@@ -111,6 +115,24 @@ class CheckpointWriter:
             for stale in self._parts.glob(f".*{PARTIAL}"):
                 stale.unlink()
             write_json(self.work / RECORD, record)
+
+    def _remove_if_published(self) -> None:
+        """Remove the work directory of a run that was killed after its output had appeared."""
+        if self.output.exists() and (self.work / COMPLETE).exists() and not (self.work / FINAL).exists():
+            say(f"{self.work} was left behind by the run that wrote {self.output}; it is removed")
+            self.discard()
+
+    def _refuse_foreign(self) -> None:
+        """CheckpointError where the work directory is none of ours: `finish` removes it with everything that is in it."""
+        if not self.work.is_dir() or (self.work / RECORD).exists():
+            return
+        ours = re.compile(
+            rf"parts|\.{re.escape(RECORD)}\..*"
+        )  # what a run leaves that was killed before it wrote its record
+        if foreign := sorted(entry.name for entry in self.work.iterdir() if not ours.fullmatch(entry.name)):
+            raise CheckpointError(
+                f"{self.work} is no work directory of sparsify (it holds {foreign[0]}); move it away, or choose another output"
+            )
 
     def _refuse_other_run(self, record: Mapping[str, Any]) -> None:
         """CheckpointError where the work directory is not of this run, or where the files that it reads have changed since."""
@@ -238,6 +260,12 @@ class CheckpointWriter:
 
     def discard(self) -> None:
         """Remove everything that was written so far."""
+        last = {RECORD, COMPLETE}  # what says whose directory this is, should the removal be killed
+        for entry in self.work.iterdir() if self.work.is_dir() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name not in last:
+                entry.unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
     def finish(
@@ -247,7 +275,7 @@ class CheckpointWriter:
 
         A kill at any moment leaves either the parts, so that `finish` can be called again, or the finished directory.
         """
-        final = self.work / "final"
+        final = self.work / FINAL
         shutil.rmtree(final, ignore_errors=True)
         with writing(final):
             final.mkdir()
@@ -271,8 +299,9 @@ class CheckpointWriter:
                 (final / name).write_bytes(content.encode() if isinstance(content, str) else content)
             if self.output.exists():
                 raise CheckpointError(f"{self.output} appeared meanwhile; remove it and continue with --resume")
+            atomic_write(self.work / COMPLETE, "")
             publish(final, self.output)
-        shutil.rmtree(self.work, ignore_errors=True)
+        self.discard()
         return self.output
 
     def _sidecars(self) -> dict[str, Path]:
@@ -336,7 +365,7 @@ class CheckpointWriter:
 
 def partial_directory(output: Path) -> Path:
     """Where the unfinished state of `output` lives."""
-    return output.with_name(output.name + PARTIAL)
+    return beside(output, PARTIAL)
 
 
 def _read_record(work: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsify.errors import CheckpointError, MissingDependency
-from sparsify.files import atomic_directory, cache_directory, read_json
+from sparsify.files import atomic_directory, cache_directory, kind_problem, read_json
 from sparsify.fingerprint import combined, file_digest, file_digests
 from sparsify.model.belonging import refuse_badly_loaded
 from sparsify.model.pretrained import refuse_foreign_code
@@ -33,6 +33,8 @@ NOT_FROM_HUB = [
 ]  # fmt: skip
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # how weights are to be read
 DECIDING = re.compile(r"generation_config\.json|.*\.py")  # files beside the weights that change what a model computes
+LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(encoder|decoder)_layers")
+MANY_LAYERS = 1000  # no model has as many
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 
@@ -55,6 +57,8 @@ DTYPES = {
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """The tensors and the metadata of one safetensors file, checked against its size; CheckpointError when damaged."""
+    if problem := kind_problem(file):
+        raise CheckpointError(f"{file} {problem}")
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -69,6 +73,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise CheckpointError(f"{file} is missing; download or create the checkpoint again") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise CheckpointError(f"{file} has a header that is nested too deeply; download or create it again") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} has a damaged header ({error}); download or create it again") from None
     return tensors, metadata
@@ -258,11 +264,26 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
         )
     else:
         checkpoint = Checkpoint(text, _from_hub(text))
+    if problem := kind_problem(checkpoint.directory / "config.json"):
+        raise CheckpointError(f"{checkpoint.directory / 'config.json'} {problem}")
     if not (checkpoint.directory / "config.json").is_file():
         raise CheckpointError(f"{text} holds no config.json; give a Hugging Face checkpoint directory")
     refuse_foreign_code(checkpoint.directory, text)
     _ = checkpoint.config, checkpoint.infos
+    _refuse_many_layers(checkpoint)
     return checkpoint
+
+
+def _refuse_many_layers(checkpoint: Checkpoint) -> None:
+    """CheckpointError for more layers than there can be: transformers takes time and memory for each that is asked for."""
+    most = max(len(checkpoint.infos), MANY_LAYERS)
+    for settings in (checkpoint.config, *(value for value in checkpoint.config.values() if isinstance(value, dict))):
+        for key, value in settings.items():
+            if LAYERS.fullmatch(key) and isinstance(value, int | float) and value > most:
+                raise CheckpointError(
+                    f"{checkpoint.spec}: config.json has {key} {str(value)[:20]}, and its files hold {len(checkpoint.infos)} tensors; "
+                    "is it complete and with its own config.json?"
+                )
 
 
 def _embedded_file(name: str) -> Path:

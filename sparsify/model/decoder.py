@@ -19,7 +19,7 @@ from sparsify import compute
 from sparsify.errors import CheckpointError
 from sparsify.model.belonging import carried_over, differences, refuse
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.model.pretrained import causal_lm_of, load_config
+from sparsify.model.pretrained import LONGEST, causal_lm_of, load_config
 from sparsify.progress import without_bars
 
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # mixture-of-experts routers that are plain linears
@@ -219,9 +219,12 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, 
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model: nn.Module = causal_lm_of(config, checkpoint.directory, checkpoint.spec, dtype=dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, OSError, ArithmeticError, AssertionError, RuntimeError, MemoryError,
+    ) as error:  # fmt: skip
+        told = (str(error).splitlines() or [""])[0][:LONGEST]
         raise CheckpointError(
-            f"{checkpoint.spec}: transformers cannot build this model from config.json: {(str(error).splitlines() or [''])[0]}"
+            f"{checkpoint.spec}: transformers cannot build this model from config.json: {told or type(error).__name__}"
         ) from None
     return model.eval().requires_grad_(False)
 

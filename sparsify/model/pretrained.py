@@ -20,6 +20,7 @@ from sparsify.model.sidecars import inside
 from sparsify.progress import say
 
 NAME_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+LONGEST = 300  # characters of an error of transformers that ours repeat
 ADAPTER = "adapter_config.json"
 MODULE = re.compile(r"[\w-]+([./][\w-]+)*")  # of Python code in the directory
 HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w-]*(\.[\w-]+)*")
@@ -88,9 +89,18 @@ def causal_lm_of(config: Any, directory: str | Path, spec: str | None = None, **
 
 @contextmanager
 def _named(directory: str | Path, spec: str | None) -> Iterator[None]:
-    """Turn the error about code that may not run into one sentence."""
+    """Turn the error about code that may not run, and those of damaged settings, into one sentence."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
+    except RecursionError:
+        raise CheckpointError(
+            f"{spec or directory}: a JSON file of it is nested too deeply to be read; download the model again"
+        ) from None
+    except StrictDataclassError as error:  # what transformers' classes of configs raise
+        told = " ".join(str(error).split())[:LONGEST]
+        raise CheckpointError(f"{spec or directory}: config.json describes no model: {told}") from None
     except (ValueError, OSError, ImportError) as error:
         if "trust_remote_code" not in str(error) or trusts_remote_code():
             raise

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from sparsify.errors import CheckpointError
+from sparsify.files import kind_problem
 
 WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|tflite|pte|distcp|onnx([._]data)?)"
@@ -58,6 +59,8 @@ def inside(directory: Path, name: str) -> Path:
     path = (root / name).resolve()
     if not path.exists():
         raise CheckpointError(f"{directory / name} is a link to {path}, which does not exist; repair or remove it")
+    if not path.is_dir() and (problem := kind_problem(path)):
+        raise CheckpointError(f"{directory / name} {problem}, or remove it")
     bound = _bound(root)
     if not path.is_relative_to(bound):
         raise CheckpointError(

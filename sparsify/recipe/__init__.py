@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sparsify.errors import RecipeError
-from sparsify.files import encoding_problem
+from sparsify.files import encoding_problem, kind_problem
 from sparsify.recipe import llmcompressor
 from sparsify.recipe.builtin import ready_recipes
 from sparsify.recipe.document import Document, dump, parse
@@ -84,6 +84,8 @@ __all__ = [
     "settings_of",
 ]
 
+LARGEST = 1_000_000  # bytes of a recipe
+
 
 def load_recipe(
     source: str | Path | Mapping[str, Any] | Recipe | Sequence[Any],
@@ -99,6 +101,8 @@ def load_recipe(
         return recipe_from(source, overrides=overrides, model=model)
     path = find_recipe(source)
     try:
+        if path.stat().st_size > LARGEST:
+            raise RecipeError(f"{path}: a recipe has at most {LARGEST} bytes; is this the file that you meant?")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         problem = encoding_problem(path)
@@ -162,6 +166,8 @@ def find_recipe(source: str | Path) -> Path:
     if str(source) in ready:
         return ready[str(source)]
     what = "is a directory, not a recipe" if path.is_dir() else "is neither a recipe file nor a ready recipe"
+    if not path.is_dir() and (problem := kind_problem(path)):
+        raise RecipeError(f"'{source}' {problem}")
     guess = closest(path.stem, ready)
     raise RecipeError(f"'{source}' {what}{guess or ';'} ready recipes: {', '.join(ready) or 'none found'}")
 

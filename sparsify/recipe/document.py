@@ -12,8 +12,12 @@ from typing import Any
 import yaml
 
 from sparsify.errors import RecipeError
+from sparsify.recipe.wording import shortened
 
 KeyPath = tuple[str | int, ...]
+DEEPEST = 50  # levels of nesting
+MOST_VALUES = 100_000  # of one document, those counted again that an alias repeats
+LARGEST_INTEGER = 2**63 - 1
 
 # How PyYAML writes members of enumerations, and so llm-compressor into its recipe.yaml: `!!python/object/apply:MODULE.Class [int]`.
 # Nothing is called: the text between the brackets is what is meant.
@@ -29,9 +33,20 @@ _RESOLVERS: list[tuple[str, str, list[str]]] = [  # tag, pattern, the characters
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the YAML 1.2 core scalars."""
+    """SafeLoader with the YAML 1.2 core scalars and bounds on what a few bytes can become."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} levels of nesting", problem_mark=mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
 
 class _Dumper(yaml.SafeDumper):
@@ -94,6 +109,8 @@ def dump(data: Any) -> str:
 def _build(node: yaml.Node, name: str, path: KeyPath, origins: dict[KeyPath, str], enclosing: tuple[int, ...]) -> Any:
     place = f"{name}:{node.start_mark.line + 1}"
     origins.setdefault(path, place)
+    if len(origins) > MOST_VALUES:
+        raise RecipeError(f"{place}: the recipe has more than {MOST_VALUES} values, aliases written out")
     if id(node) in enclosing:
         raise RecipeError(f"{place}: an alias refers to the value that contains it; write the value out")
     enclosing = (*enclosing, id(node))
@@ -127,9 +144,11 @@ def _scalar(node: yaml.Node, place: str) -> Any:
         if kind == "bool":
             return {"true": True, "false": False}[value.lower()]
         if kind == "int":
-            return int(value)
+            if abs(number := int(value)) > LARGEST_INTEGER:
+                raise ValueError
+            return number
         if kind == "float":
             return float(value.lower().replace(".inf", "inf").replace(".nan", "nan"))
     except (KeyError, ValueError):
-        raise RecipeError(f"{place}: '{value}' is not a valid {kind}") from None
-    raise RecipeError(f"{place}: YAML tag '{node.tag}' has no meaning in a recipe; remove it")
+        raise RecipeError(f"{place}: '{shortened(value)}' is not a valid {kind}") from None
+    raise RecipeError(f"{place}: YAML tag '{shortened(node.tag)}' has no meaning in a recipe; remove it")

@@ -10,8 +10,9 @@ from pydantic_core import ErrorDetails
 from sparsify.errors import RecipeError
 from sparsify.recipe.document import Document, KeyPath
 from sparsify.recipe.schema import PASSES, Recipe, problem_path
-from sparsify.recipe.wording import closest, either, is_number, shown
+from sparsify.recipe.wording import closest, either, is_number, shortened, shown
 
+MOST = 20  # problems that are told at once
 _TYPES = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -39,14 +40,18 @@ _BOUNDS = {
 
 
 def explain(error: ValidationError, document: Document) -> RecipeError:
-    """Every problem of the document on a line of its own."""
-    lines = []
-    for detail in error.errors(include_url=False):
+    """Every problem of the document on a line of its own, up to MOST of them."""
+    lines: dict[str, None] = {}
+    details = error.errors(include_url=False)
+    for number, detail in enumerate(details):
+        if len(lines) == MOST:
+            lines[f"{document.name}: and {len(details) - number} more problems"] = None
+            break
         path = detail["loc"]
         if detail["type"] == "refused":
             path += problem_path(detail["ctx"])
-        lines.append(f"{document.origin(path)}: {_message(detail, path)}")
-    return RecipeError("\n".join(dict.fromkeys(lines)))
+        lines[f"{document.origin(path)}: {_message(detail, path)}"] = None
+    return RecipeError("\n".join(lines))
 
 
 def model_at(path: KeyPath) -> type[BaseModel] | None:
@@ -92,7 +97,7 @@ def unknown_key(path: KeyPath) -> str:
         if where in kinds and path[-1] in moved:
             return f"'{path[-1]}' is no setting of {where}: {moved[str(path[-1])]}"
     guess = closest(str(path[-1]), known) or ";"
-    return f"unknown key '{path[-1]}' in {where}{guess} known keys: {', '.join(known)}"
+    return f"unknown key '{shortened(str(path[-1]))}' in {where}{guess} known keys: {', '.join(known)}"
 
 
 def _message(detail: ErrorDetails, path: KeyPath) -> str:

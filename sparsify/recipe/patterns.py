@@ -1,8 +1,9 @@
 """Which linears a list of patterns names: `ignore`, the `match` of an override, the `targets` of adapters."""
 
 import fnmatch
-import re
 from collections.abc import Iterable
+
+from sparsify.matching import matches
 
 
 def ignored_by(module: str, patterns: Iterable[str]) -> str | None:
@@ -17,7 +18,7 @@ def ignored_by(module: str, patterns: Iterable[str]) -> str | None:
     for pattern in patterns:
         if pattern.startswith("re:"):
             whole = pattern.startswith("re:^")
-            if any(re.match(pattern[3:], name) for name in (names[:1] if whole else names)):
+            if any(matches(pattern[3:], name) for name in (names[:1] if whole else names)):
                 return pattern
         elif any(fnmatch.fnmatchcase(name, pattern) for name in names):
             return pattern

@@ -14,6 +14,7 @@ from sparsify.formats import ModuleScheme
 from sparsify.runtime.backends import get_backend
 from sparsify.runtime.backends.cpu import Cpu
 from sparsify.runtime.backends.cuda import Cuda
+from sparsify.runtime.devices import refuse_two_devices
 
 NAME = "sparsify::sparse24_linear"
 SCHEMA = (
@@ -51,6 +52,7 @@ def _fake_sparse24_linear(
     group_size: int,
     pattern: str,
 ) -> Tensor:
+    refuse_two_devices(x, *prepared, bias)
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from sparsify._version import __version__
@@ -20,7 +22,9 @@ from sparsify.compiler.checkpoint_names import exported_name, refuse_unstorable
 from sparsify.compiler.plan import Plan, keep_zeros, make_plan
 from sparsify.distributed import processes
 from sparsify.errors import CheckpointError, RecipeError, SparsifyError
-from sparsify.files import PARTIAL, atomic_write, publish, read_json, write_json
+from sparsify.files import atomic_write, publish, read_json, write_json
+from sparsify.formats.writer import partial_directory
+from sparsify.lock import only_run
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Recipe, dump_recipe
 from sparsify.search.budget import Budget
@@ -137,7 +141,9 @@ class Searched:
         """One row for each selection, the recipe as it was given first."""
         faster = self.own.speed is not None
         verified = any(found.verified for found in self.found)
-        view = Table(title=f"{self.model}: {len(self.selection.units)} groups of linears chose", title_justify="left")
+        view = Table(
+            title=escape(f"{self.model}: {len(self.selection.units)} groups of linears chose"), title_justify="left"
+        )
         view.add_column("selection")
         columns = ["bits", "MB", *(["speed of linears"] if faster else []), "predicted KL"]
         for heading in [*columns, *(["measured KL", "perplexity"] if verified else [])]:
@@ -150,7 +156,7 @@ class Searched:
             cells += [f"{point.kl:.4f}"]
             if verified:
                 cells += ["–", "–"] if measured is None else [f"{measured.kl:.4f}", f"{measured.perplexity:.2f}"]
-            view.add_row(label, *cells, in_words(point.choices))
+            view.add_row(Text(label), *cells, in_words(point.choices))
         return view
 
 
@@ -180,47 +186,51 @@ def search(
     output = Path(output)
     recipe = recipe.model_copy(update={"model": model})
     _refuse(recipe, budgets, settings)
-    work = output.with_name(output.name + PARTIAL)
-    if output.exists() and not resume:
-        raise CheckpointError(
-            f"{output} exists already; choose another output, or add --resume to choose from its measurements"
-        )
-    place = output if output.exists() else work
-    started = time.perf_counter()
-    arithmetic = begin(place, resume)
-    with arithmetic.in_force(), stage(f"reading {model}"):
-        plan = keep_zeros(make_plan(recipe, model))
-        refuse_unstorable(plan)
-        units = units_of(plan, list(settings.choices or choices_of(recipe)))
-        seconds = None
-    _record(place, plan, output, settings, resume)
-    arithmetic = arithmetic.for_statistics()
-    arithmetic.keep(place)
-    with announced(arithmetic, plan, quiet).in_force():
-        if any(budget.kind == "speed" for budget in budgets):
-            seconds = seconds_of(plan, units, settings.speed, quiet)
-        _refuse_impossible(plan, units, seconds, budgets)
-        held_out = held_out_rows(plan, settings.text, settings.samples, settings.sequence_length, place, quiet)
-        measured = measure(plan, units, held_out, place, PRECISIONS[settings.precision], quiet)
-        selection = selection_of(plan, units, measured, seconds)
-        if left := [unit.name for unit in units if unit.name not in measured]:
-            say(f"{len(left)} groups of linears stay dense, the walk cannot handle them: {', '.join(left[:3])}", quiet)
-        found = [_found(budget, plan, selection, recipe) for budget in budgets]
-        front = selection.front()
-        found += _more(front, settings.verify - len(found), plan, selection, recipe)
-        found = [
-            _verified(one, number < settings.verify, plan, selection, place, held_out, quiet)
-            for number, one in enumerate(found)
-        ]
-    own = selection.point([_own(unit, recipe) for unit in selection.units])
-    described = _described(plan, settings, held_out, seconds, time.perf_counter() - started)
-    for one in found:
-        _write(one, place)
-    result = Searched(output, model, selection, found, own, front, described)
-    write_json(place / RESULT, _with_earlier(result.to_json(), place / RESULT))
-    if place == work:
-        publish(work, output)
-    return result
+    with only_run(output):
+        work = partial_directory(output)
+        if output.exists() and not resume:
+            raise CheckpointError(
+                f"{output} exists already; choose another output, or add --resume to choose from its measurements"
+            )
+        place = output if output.exists() else work
+        started = time.perf_counter()
+        arithmetic = begin(place, resume)
+        with arithmetic.in_force(), stage(f"reading {model}"):
+            plan = keep_zeros(make_plan(recipe, model))
+            refuse_unstorable(plan)
+            units = units_of(plan, list(settings.choices or choices_of(recipe)))
+            seconds = None
+        _record(place, plan, output, settings, resume)
+        arithmetic = arithmetic.for_statistics()
+        arithmetic.keep(place)
+        with announced(arithmetic, plan, quiet).in_force():
+            if any(budget.kind == "speed" for budget in budgets):
+                seconds = seconds_of(plan, units, settings.speed, quiet)
+            _refuse_impossible(plan, units, seconds, budgets)
+            held_out = held_out_rows(plan, settings.text, settings.samples, settings.sequence_length, place, quiet)
+            measured = measure(plan, units, held_out, place, PRECISIONS[settings.precision], quiet)
+            selection = selection_of(plan, units, measured, seconds)
+            if left := [unit.name for unit in units if unit.name not in measured]:
+                say(
+                    f"{len(left)} groups of linears stay dense, the walk cannot handle them: {', '.join(left[:3])}",
+                    quiet,
+                )
+            found = [_found(budget, plan, selection, recipe) for budget in budgets]
+            front = selection.front()
+            found += _more(front, settings.verify - len(found), plan, selection, recipe)
+            found = [
+                _verified(one, number < settings.verify, plan, selection, place, held_out, quiet)
+                for number, one in enumerate(found)
+            ]
+        own = selection.point([_own(unit, recipe) for unit in selection.units])
+        described = _described(plan, settings, held_out, seconds, time.perf_counter() - started)
+        for one in found:
+            _write(one, place)
+        result = Searched(output, model, selection, found, own, front, described)
+        write_json(place / RESULT, _with_earlier(result.to_json(), place / RESULT))
+        if place == work:
+            publish(work, output)
+        return result
 
 
 def _refuse(recipe: Recipe, budgets: Sequence[Budget], settings: Settings) -> None:

@@ -232,12 +232,52 @@ def test_serve_becomes_vllm(models, monkeypatch):
     [(program, command, environment)] = calls
     assert program == sys.executable
     assert command[1:5] == ["-m", "sparsify.bench.vllm_cli", "serve", str(models[1])]
-    assert command[5:] == ["--port", "9", "--served-model-name", "small"]
+    assert command[5:] == ["--port", "9", "--host", "127.0.0.1", "--served-model-name", "small"]
     assert "VLLM_CPU_KVCACHE_SPACE" in environment
     serve(models[1], ["--served-model-name=mine"], replace=lambda *call: calls.append(call))
-    assert calls[1][1][5:] == ["--served-model-name=mine"]
+    assert calls[1][1][5:] == ["--served-model-name=mine", "--host", "127.0.0.1"]
     with pytest.raises(CheckpointError, match="nowhere"):
         serve("./nowhere", replace=lambda *call: calls.append(call))
+
+
+@pytest.mark.parametrize(
+    ("host", "arguments", "listens", "warned"),
+    [
+        (None, [], "127.0.0.1", False),
+        (None, ["--port", "9"], "127.0.0.1", False),
+        ("0.0.0.0", [], "0.0.0.0", True),
+        ("::1", [], "::1", False),
+        (None, ["--host=0.0.0.0"], "0.0.0.0", True),
+        (None, ["--host", ""], "", True),
+        (None, ["--host", "0.0.0.0", "--api-key", "secret"], "0.0.0.0", False),
+        ("10.0.0.7", ["--api_key=secret"], "10.0.0.7", False),
+        (None, ["--config", "all.yaml"], "0.0.0.0", True),
+        (None, ["--config", "key.yaml"], "0.0.0.0", False),
+        (None, ["--config", "nothing.yaml"], "127.0.0.1", False),
+        (None, ["--uds", "socket"], None, False),
+    ],
+)
+def test_serve_listens_on_loopback_unless_told(models, monkeypatch, tmp_path, capfd, host, arguments, listens, warned):
+    monkeypatch.setattr(serving, "require_vllm", lambda: None)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    (tmp_path / "all.yaml").write_text("host: 0.0.0.0\n")
+    (tmp_path / "key.yaml").write_text("host: 0.0.0.0\napi-key: secret\n")
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    serve(models[1], arguments, replace=lambda *call: calls.append(call), host=host)
+    command = calls[0][1]
+    assert serving._value(command, "--host") == listens
+    assert sum(argument.partition("=")[0] == "--host" for argument in command) == (listens is not None)
+    assert ("checks no key" in capfd.readouterr().err) == warned
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    serve(models[1], arguments, replace=lambda *call: None, host=host)
+    assert "checks no key" not in capfd.readouterr().err
+
+
+def test_serve_takes_one_host(models, monkeypatch):
+    monkeypatch.setattr(serving, "require_vllm", lambda: None)
+    with pytest.raises(SparsifyError, match=r"given twice, as 127\.0\.0\.1 and behind -- as 0\.0\.0\.0"):
+        serve(models[1], ["--host=0.0.0.0"], replace=lambda *call: None, host="127.0.0.1")
 
 
 def test_describe_machine_is_json():

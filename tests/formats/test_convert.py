@@ -227,6 +227,42 @@ def test_an_export_that_was_killed_is_begun_again(llama, compress, tmp_path, mon
     assert writer.parts() == {"0"}
 
 
+def test_what_a_run_left_that_was_killed_after_publishing_is_removed(llama, compress, tmp_path, monkeypatch, capfd):
+    from sparsify.formats.writer import CheckpointWriter
+
+    source, _ = compress(llama(), tmp_path / "source", "sparse24")
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "discard", lambda self: None)  # killed before it
+        out = export(source, "dense", tmp_path / "out")
+    written = (out / "model.safetensors").read_bytes()
+    assert (tmp_path / "out.partial").exists()
+    with pytest.raises(CheckpointError, match="exists already"):
+        export(source, "dense", out)
+    assert not (tmp_path / "out.partial").exists() and (out / "model.safetensors").read_bytes() == written
+    assert "was left behind by the run that wrote" in capfd.readouterr().err
+
+
+def test_the_parts_of_a_run_stay_when_a_stranger_makes_its_output(llama, tmp_path):
+    from sparsify.formats.writer import CheckpointWriter
+
+    source = open_checkpoint(llama())
+    writer = CheckpointWriter(tmp_path / "out", "dense", source, identity="a recipe")
+    writer.write_part("0", {}, {"precious": torch.ones(1)})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="exists already"):
+        CheckpointWriter(tmp_path / "out", "dense", source, resume=True, identity="a recipe")
+    assert writer.parts() == {"0"}
+
+
+def test_a_foreign_directory_under_the_name_of_the_work_is_left_alone(llama, compress, tmp_path):
+    source, _ = compress(llama(), tmp_path / "source", "sparse24")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="no work directory of sparsify"):
+        export(source, "dense", tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out.partial").iterdir()] == ["thesis.txt"]
+
+
 @pytest.mark.parametrize("recipe", [{}, MIXED], ids=["uniform", "mixed"])
 def test_stock_transformers_runs_pack_quantized(llama, compress, tmp_path, recipe):
     """compressed-tensors decodes the weights, transformers computes with them: the logits are those of `dense`."""

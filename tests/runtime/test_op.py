@@ -176,3 +176,39 @@ def test_the_log_says_once_who_serves(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(2):
             announce(logger, get_backend("reference"), SCHEMES["4 bits, groups"], CPU)
     assert caplog.messages == ["sparse24: back end 'reference' serves 2:4 4-bit linears on cpu"]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_tensors_on_two_devices_are_refused(backend: str) -> None:
+    scheme = ModuleScheme(bits=4, group_size=32, pattern="2:4", shape=(64, 64))
+    get_backend("cpu").reason_unavailable()  # registers its op, where it can be built
+    there, meta = torch.zeros(2, 64), torch.zeros(2, 64, device="meta")
+    weight = torch.zeros(4096, dtype=torch.uint8)
+    for x, prepared, bias in (
+        (there, weight.to("meta"), None),
+        (meta, weight, None),
+        (meta, weight.to("meta"), torch.zeros(64)),
+    ):
+        with pytest.raises(RuntimeError, match="must be on one device"):
+            sparse24_linear(x, [prepared], bias, scheme, backend)
+    assert sparse24_linear(meta, [weight.to("meta")], None, scheme, backend).is_meta
+
+
+@pytest.mark.skipif(get_backend("cpu").reason_unavailable() is not None, reason="the CPU kernels cannot be built here")
+@pytest.mark.parametrize("damage", ["empty", "missing", "meta", "type"])
+def test_weights_that_are_not_there_are_not_packed(damage: str) -> None:
+    scheme = ModuleScheme(bits=4, group_size=32, pattern="2:4", shape=(64, 64))
+    tensors = {
+        "weight_packed": torch.zeros(64, 4, dtype=torch.int32),
+        "weight_meta": torch.full((64, 8), 0x44, dtype=torch.uint8),
+        "weight_scale": torch.ones(64, 2, dtype=torch.bfloat16),
+    }
+    assert get_backend("cpu").prepare(tensors, scheme, torch.bfloat16)
+    damaged = {
+        "empty": {name: tensor[:0] for name, tensor in tensors.items()},
+        "missing": {name: tensor for name, tensor in tensors.items() if name != "weight_meta"},
+        "meta": {name: tensor.to("meta") for name, tensor in tensors.items()},
+        "type": {**tensors, "weight_packed": tensors["weight_packed"].to(torch.int16)},
+    }[damage]
+    with pytest.raises(SparsifyError, match="cannot pack a linear of .*: weight_"):
+        get_backend("cpu").prepare(damaged, scheme, torch.bfloat16)

@@ -41,6 +41,7 @@ from sparsify.formats.foreign.scheme import (
 )
 from sparsify.formats.scheme import AGAIN, NOT_OWN
 from sparsify.formats.tensor_file import read_tensor
+from sparsify.matching import matches, refuse_many
 
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 NVFP4, MXFP4, MXFP8 = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
@@ -151,6 +152,8 @@ def _targets(config: Mapping[str, Any]) -> dict[str, _Group]:
         if not isinstance(weights, dict):
             raise CheckpointError(f"quantization_config, {name}: weights must be an object; {AGAIN}")
         found |= dict.fromkeys(targets, _group(name, weights, group, config))
+    if problem := refuse_many(found):
+        raise CheckpointError(f"quantization_config, targets: {problem}; {AGAIN}")
     return found
 
 
@@ -180,6 +183,8 @@ def _ignored(config: Mapping[str, Any]) -> list[str]:
     ignored = config.get("ignore") or []
     if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
         raise CheckpointError(f"quantization_config: ignore must be a list of names; {AGAIN}")
+    if problem := refuse_many(ignored):
+        raise CheckpointError(f"quantization_config: ignore: {problem}; {AGAIN}")
     return ignored
 
 
@@ -193,11 +198,11 @@ def _quantized(infos: Infos) -> list[str]:
 def _matches(module: str, target: str) -> bool:
     """As compressed-tensors does: a name, or a regular expression that matches from the beginning."""
     try:
-        return (
-            re.match(target.removeprefix("re:"), module) is not None if target.startswith("re:") else module == target
-        )
-    except re.error as error:
-        raise CheckpointError(f"quantization_config: {target!r} is no regular expression ({error}); {AGAIN}") from None
+        return matches(target.removeprefix("re:"), module) if target.startswith("re:") else module == target
+    except ValueError as error:
+        raise CheckpointError(
+            f"quantization_config: {target[:100]!r} is no regular expression ({error}); {AGAIN}"
+        ) from None
 
 
 def _matching(module: str, targets: Mapping[str, _Group], ignored: list[str]) -> _Group:

@@ -13,7 +13,6 @@ the word, and adds it back so: nothing is lost. AutoGPTQ writes -1 over all fiel
 a full field as 0 or as 2 ** bits: such a word is refused.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +35,7 @@ from sparsify.formats.foreign.scheme import (
 )
 from sparsify.formats.gptq_packing import VERSIONS
 from sparsify.formats.scheme import AGAIN, NOT_OWN
+from sparsify.matching import matches, refuse_many
 
 BITS = (2, 3, 4, 8)
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every field of a word
@@ -66,6 +66,8 @@ class Gptq:
         dynamic = config.get("dynamic") or {}
         if not isinstance(dynamic, dict):
             raise CheckpointError(f"quantization_config: dynamic must be an object; {NOT_OWN}")
+        if problem := refuse_many(f"re:{pattern[2:]}" for pattern in dynamic):
+            raise CheckpointError(f"quantization_config: dynamic: {problem}; {NOT_OWN}")
         modules = {}
         for module in names_ending(infos, "qweight"):
             override = _override(dynamic, module)
@@ -112,11 +114,11 @@ def _override(dynamic: Mapping[str, Any], module: str) -> Mapping[str, Any] | No
     """What GPTQModel's `dynamic` says of a module: the first pattern that matches; None where it is left dense (`-:`)."""
     for pattern, override in dynamic.items():
         try:
-            if not re.match(pattern.removeprefix("-:").removeprefix("+:"), module):
+            if not matches(pattern.removeprefix("-:").removeprefix("+:"), module):
                 continue
-        except re.error as error:
+        except ValueError as error:
             raise CheckpointError(
-                f"quantization_config: dynamic {pattern!r} is no regular expression ({error})"
+                f"quantization_config: dynamic {pattern[:100]!r} is no regular expression ({error})"
             ) from None
         return None if pattern.startswith("-:") else override or {}
     return {}

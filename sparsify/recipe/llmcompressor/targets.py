@@ -7,6 +7,8 @@ a name, unless the regular expression begins with `^`.
 
 import re
 
+from sparsify.matching import matches, pattern_problem
+
 EVERYTHING = ("Linear", "__ALL__", "__ALL_PRUNABLE__")
 HEADS = ("lm_head", "language_model.lm_head", "model.lm_head", "embed_out", "proj_out", "output")
 """Output heads by the names that transformers' classes give them."""
@@ -27,8 +29,8 @@ def names(target: str, module: str) -> bool:
     if not target.startswith("re:"):
         return target == module
     try:
-        return re.match(target[3:], module) is not None
-    except re.error:  # the recipe's own check says so
+        return matches(target[3:], module)
+    except ValueError:  # the recipe's own check says so
         return False
 
 
@@ -52,7 +54,7 @@ def pattern_of(target: str) -> str:
         return f"re:^{re.escape(target)}$" if set(target) & set("*?[") else target
     regex = target[3:]
     free = regex.startswith(".*") and not _alternatives(regex)  # matches a name when it matches its last components
-    if free or regex.startswith("^") or not _compiles(regex):
+    if free or regex.startswith("^") or pattern_problem(regex):
         return target
     return f"re:^(?:{regex})" if _alternatives(regex) else f"re:^{regex}"
 
@@ -69,14 +71,6 @@ def pattern_inside(target: str) -> str | None:
     if ends == 1 and regex.endswith("$") and not _alternatives(regex):
         return pattern_of(f"re:{regex[:-1]}{inside}")
     return None
-
-
-def _compiles(regex: str) -> bool:
-    try:
-        re.compile(regex)
-    except re.error:
-        return False
-    return True
 
 
 def _alternatives(regex: str) -> bool:

@@ -1,5 +1,6 @@
 """What all models of a recipe share: how they refuse, the types of numbers and patterns, the one-key form of a pass."""
 
+import math
 import re
 from typing import Annotated, Any, ClassVar
 
@@ -16,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from sparsify.matching import pattern_problem, refuse_many
 from sparsify.recipe.document import KeyPath
 from sparsify.recipe.sources import source_problem
 
@@ -42,16 +44,16 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 def check_pattern(pattern: str, *path: int) -> str:
     """Refuse a pattern that can name no module. path: where it stands below the model."""
     if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise refuse(f"'{pattern}' is not a valid regular expression: {error}", *path) from None
+        if problem := pattern_problem(pattern[3:]):
+            raise refuse(f"'{pattern[:100]}' is not a valid regular expression: {problem}", *path)
     elif not pattern:
         raise refuse("an empty pattern matches nothing; remove it", *path)
     return pattern
 
 
 def _check_patterns(patterns: list[str]) -> list[str]:
+    if problem := refuse_many(patterns):
+        raise refuse(problem)
     return [check_pattern(pattern, index) for index, pattern in enumerate(patterns)]
 
 
@@ -76,7 +78,8 @@ UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 def _count(value: Any) -> Any:
     """`2M`, `500k` and `1.5B` as numbers; whatever else is left to the type check."""
     if isinstance(value, str) and (found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKMBG]?)", value.strip())):
-        return round(float(found[1]) * UNITS[found[2]])
+        number = float(found[1]) * UNITS[found[2]]
+        return value if number == math.inf else round(number)
     return value
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
+from sparsify.formats.sparse24 import layout_problem
 from sparsify.native import build
 from sparsify.processor import LEVELS, forced_level, lacking
+from sparsify.runtime.devices import refuse_two_devices
 from sparsify.runtime.zero_points import NO_ZERO_POINTS
 
 INT8_VARIABLE = "SPARSIFY_CPU_INT8"  # set to 1: all but the fewest rows are multiplied in int8
@@ -50,6 +52,8 @@ class Cpu:
 
     def prepare(self, tensors: Mapping[str, Tensor], scheme: ModuleScheme, dtype: torch.dtype) -> list[Tensor]:
         """One tensor of bytes: the linear in panels of 16 outputs (kernels/cpu/sparse24_layout.h)."""
+        if problem := layout_problem(tensors, scheme, "cpu"):
+            raise SparsifyError(f"the CPU kernels cannot pack a linear of {scheme}: {problem}")
         stored = tensors["weight_values" if scheme.bits == 16 else "weight_scale"]
         kind = TYPES[stored.dtype]
         size = _packed_bytes(scheme, kind)
@@ -91,6 +95,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    refuse_two_devices(x, weight, bias)
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.formats import ModuleScheme
+from sparsify.formats.sparse24 import layout_problem
 from sparsify.native import build, build_cuda
+from sparsify.runtime.devices import refuse_two_devices
 from sparsify.runtime.zero_points import NO_ZERO_POINTS
 
 KERNEL, OP = "cuda/sparse24", "cuda/sparse24_torch"
@@ -76,6 +78,8 @@ class Cuda:
         The op needs that type beside the bytes, and torch.compile reads it from a tensor without looking at contents.
         """
         library = _required()
+        if problem := layout_problem(tensors, scheme, tensors["weight_scale"].device.type):
+            raise SparsifyError(f"the CUDA kernel cannot pack a linear of {scheme}: {problem}")
         given = [tensors[name].contiguous() for name in ("weight_packed", "weight_meta", "weight_scale")]
         scale = given[2]
         packed = torch.empty(packed_bytes(scheme), dtype=torch.uint8, device=scale.device)
@@ -264,4 +268,5 @@ def _register_fake() -> None:
 def _fake_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, group_size: int, scale_type: int
 ) -> Tensor:
+    refuse_two_devices(x, packed, bias)
     return x.new_empty((*x.shape[:-1], out_features))
