@@ -48,9 +48,8 @@ def anonymous() -> int | None:
 
 def free() -> int | None:
     """Bytes that the machine, or the container around this process, can still give; None where the system does not say."""
-    found = _fields("/proc/meminfo", ("MemAvailable",))
-    limits = [left for left in (_left_in_container(),) if left is not None]
-    return min([*([] if found is None else [found]), *limits], default=None)
+    found = (_fields("/proc/meminfo", ("MemAvailable",)), _left_in_container())
+    return min((nbytes for nbytes in found if nbytes is not None), default=None)
 
 
 def _left_in_container() -> int | None:

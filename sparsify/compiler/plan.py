@@ -305,7 +305,7 @@ class Plan:
             "left_behind": self.left_behind(),
             "walks": 1 if self.needs_data else 0,
             "training": [planned.to_json() for planned in self.training],
-            "repeated_text": self._repeats(),
+            "repeated_text": self._repeats,
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.reads_text else None,
             "compute": self.compute.to_json() if self.computes else None,
             "estimate": None if self.recipe.whole else self.estimate().to_json(),
@@ -378,12 +378,13 @@ class Plan:
                 else ""
             )
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
-            + "".join(f"\n{said}" for said in self._repeats())
+            + "".join(f"\n{said}" for said in self._repeats)
         )
         return table
 
+    @cached_property
     def _repeats(self) -> list[str]:
-        """Of the training passes, the texts that are too short for the steps."""
+        """Of the training passes, the texts that are too short for the steps. Reads those texts."""
         return [
             said
             for planned in self.training

@@ -66,7 +66,7 @@ class PlannedTraining:
         said = ""
         if isinstance(self.settings, Distill) and (learned := self.settings.learned_masks) is not None:
             assert self.steps is not None
-            last = self.steps - round(self.steps * learned.frozen)
+            last = learned.last_choice(self.steps)
             said += f", masks learned ({learned.method}, every {learned.every} steps up to step {last})"
         if self.settings.average:
             said += f", mean of the weights of the last {self.settings.average:.0%} of the steps"
@@ -131,9 +131,8 @@ def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shorten
         _check_tokenizers(model, teacher)
     blocks = None if teacher is None or shortened is None else shortened.teacher_blocks
     if isinstance(settings, Distill):
-        per_step = settings.batch_size * settings.sequence_length
-        steps = settings.tokens // per_step
-        return PlannedTraining(settings, steps, steps * per_step, teacher, blocks)
+        tokens = settings.drawn_rows * settings.sequence_length
+        return PlannedTraining(settings, settings.steps, tokens, teacher, blocks)
     return PlannedTraining(settings, None, None, teacher, blocks)
 
 

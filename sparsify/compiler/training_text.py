@@ -110,7 +110,7 @@ def held_out_rows(
 
 def training_text(settings: Distill, calibration: Calibration) -> Calibration:
     """What to read: the calibration source unless the pass names its own, as many rows as its tokens need."""
-    rows = settings.samples or _drawn(settings)
+    rows = settings.samples or settings.drawn_rows
     changes: dict[str, Any] = {"samples": rows, "sequence_length": settings.sequence_length}
     own = settings.source or settings.sources
     if own is None:
@@ -119,20 +119,15 @@ def training_text(settings: Distill, calibration: Calibration) -> Calibration:
     return Calibration(source=settings.source, sources=settings.sources, seed=settings.seed, self=writes, **changes)
 
 
-def _drawn(settings: Distill) -> int:
-    """Rows that all steps take."""
-    return settings.tokens // (settings.batch_size * settings.sequence_length) * settings.batch_size
-
-
 def repeats_in_words(settings: Distill | Finetune, calibration: Calibration, rows: Any) -> list[str]:
     """A sentence for each text that is seen more than once because it is too short for the steps, none where the recipe says
     how many rows to read. rows: what `training_rows` gave"""
     if not isinstance(settings, Distill) or settings.samples is not None:
         return []
     assert isinstance(rows, TextRows)
-    drawn, said = _drawn(settings), []
+    said = []
     mixture = training_text(settings, calibration).mixture
-    for (source, _), count, share in zip(mixture, rows.counts, shares(drawn, rows.weights), strict=True):
+    for (source, _), count, share in zip(mixture, rows.counts, shares(settings.drawn_rows, rows.weights), strict=True):
         if count < share:
             said.append(
                 f"{settings.kind}: {source} holds {count} rows of {settings.sequence_length} tokens and {share} are drawn of it, "

@@ -7,12 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.data.cache import cached, tokenizer_key
-from sparsify.data.files import RECORD_FILES, file_records, hub_records, read_text
+from sparsify.data.files import RECORD_FILES, file_records, hub_records, read_text, refuse_other_kind
 from sparsify.data.fitting import refuse_beyond
 from sparsify.data.mixture import interleave
 from sparsify.data.packing import documents, rows_of, tokenize
 from sparsify.errors import CalibrationError
-from sparsify.files import kind_problem
 from sparsify.progress import stage
 from sparsify.recipe.schema import Calibration, SelfText
 from sparsify.recipe.sources import SELF, parse_source
@@ -116,8 +115,7 @@ def _checked_path(source: str) -> Path | None:
         return None
     if path.is_dir():
         raise CalibrationError(f"{path} is a directory; give one text file, .jsonl or .parquet, as calibration.source")
-    if problem := kind_problem(path):
-        raise CalibrationError(f"{path} {problem}")
+    refuse_other_kind(path)
     if not path.is_file():
         raise CalibrationError(f"{path} does not exist (looked in {Path.cwd()}); give the path of the calibration text")
     if path.suffix.lower() in NOT_TEXT:

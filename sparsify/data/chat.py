@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.data.files import RECORD_FILES, file_records, hub_records
+from sparsify.data.files import RECORD_FILES, file_records, hub_records, refuse_other_kind
 from sparsify.data.fitting import refuse_beyond, refuse_surrogates
 from sparsify.errors import CalibrationError
-from sparsify.files import kind_problem
 from sparsify.recipe import Columns
 from sparsify.recipe.sources import parse_source
 
@@ -66,8 +65,7 @@ def conversations(data: str, seed: int) -> Iterator[tuple[str, Mapping[str, Any]
         return hub_records(source, seed)
     path = source.path
     assert path is not None
-    if problem := kind_problem(path):
-        raise CalibrationError(f"{path} {problem}")
+    refuse_other_kind(path)
     if not path.is_file():
         raise CalibrationError(f"{path} does not exist (looked in {Path.cwd()}); give the path of the conversations")
     if path.suffix.lower() not in RECORD_FILES:

@@ -17,7 +17,7 @@ RECORD_FILES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 def read_text(path: Path, limit: int) -> str:
     """A plain text file, or its first `limit` characters up to a line end when it is longer."""
-    _refuse_other_kind(path)
+    refuse_other_kind(path)
     try:
         with path.open(encoding="utf-8-sig") as stream:
             text = stream.read(limit)
@@ -42,13 +42,14 @@ def file_records(path: Path, whole: bool = False) -> Iterator[tuple[str, Mapping
     return _jsonl(path) if RECORD_FILES[path.suffix.lower()] == "jsonl" else _parquet(path, whole)
 
 
-def _refuse_other_kind(path: Path) -> None:
+def refuse_other_kind(path: Path) -> None:
+    """CalibrationError for what is there and no file."""
     if problem := kind_problem(path):
         raise CalibrationError(f"{path} {problem}")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    _refuse_other_kind(path)
+    refuse_other_kind(path)
     try:
         with path.open(encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream, 1):
@@ -76,7 +77,7 @@ def _parquet(path: Path, whole: bool) -> Iterator[tuple[str, Mapping[str, Any]]]
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise MissingDependency(f"reading {path} needs pyarrow: pip install 'sparsify-24[data]'") from None
-    _refuse_other_kind(path)
+    refuse_other_kind(path)
     if not path.is_file():
         raise CalibrationError(f"{path} does not exist; give the path of a .parquet file")
     row = 0

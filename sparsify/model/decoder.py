@@ -113,11 +113,12 @@ class BlockModel:
 
     def unload(self, index: int | None) -> None:
         """Return the parameters of a block, or with None all outside of the blocks, to the meta device, which frees them."""
-        inside = {id(module) for name in self.blocks for module in self.model.get_submodule(name).modules()}
-        modules = self.model.modules() if index is None else self.block(index).modules()
+        if index is None:
+            inside = {id(module) for name in self.blocks for module in self.model.get_submodule(name).modules()}
+            modules = [module for module in self.model.modules() if id(module) not in inside]
+        else:
+            modules = [*self.block(index).modules()]
         for module in modules:
-            if index is None and id(module) in inside:
-                continue
             for name, parameter in list(module.named_parameters(recurse=False)):
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 

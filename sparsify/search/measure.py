@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify import memory
 from sparsify.compiler.arithmetic import summing
 from sparsify.compiler.calibrate import KERNELS, kept_rows
 from sparsify.compiler.checkpoint_names import part_name
@@ -141,17 +142,7 @@ def _fits(plan: Plan, precision: torch.dtype) -> bool:
     nbytes = sum(parameter.numel() for parameter in plan.model.model.parameters()) * precision.itemsize
     if device() != "cpu":
         return bool(nbytes < torch.cuda.mem_get_info()[0] / 2)
-    return nbytes < _free_memory() / 2
-
-
-def _free_memory() -> int:
-    """Bytes that the operating system can give; 0 where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else 0
+    return nbytes < (memory.free() or 0) / 2
 
 
 class _Solver:

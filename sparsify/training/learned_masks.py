@@ -49,7 +49,7 @@ class LearnedMasks:
     def __init__(self, linears: Mapping[str, TrainableLinear], settings: MaskLearning, steps: int):
         self.linears = {name: linear for name, linear in linears.items() if linear.mask is not None}
         self.settings = settings
-        self.last = steps - round(steps * settings.frozen)
+        self.last = settings.last_choice(steps)
         self.first = {name: linear.kept.clone() for name, linear in self.linears.items()}
         self.norms: dict[str, Tensor] = {}
 

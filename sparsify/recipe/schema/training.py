@@ -83,6 +83,10 @@ class MaskLearning(Model):
         default=False, description="choose by |W| times the norm of its input over the first step, not by |W| alone"
     )
 
+    def last_choice(self, steps: int) -> int:
+        """The last of so many steps, from 1, after which masks may change; 0 where they never do."""
+        return steps - round(steps * self.frozen)
+
 
 class TrainingPass(PassModel):
     """Common to the passes that train the whole model."""
@@ -204,6 +208,16 @@ class Distill(TrainingPass):
         return [(entry.source, entry.weight / total) for entry in self.sources]
 
     @property
+    def steps(self) -> int:
+        """Optimiser steps that the tokens make."""
+        return self.tokens // (self.batch_size * self.sequence_length)
+
+    @property
+    def drawn_rows(self) -> int:
+        """Rows that all steps take, a row as often as it is drawn."""
+        return self.steps * self.batch_size
+
+    @property
     def learned_masks(self) -> MaskLearning | None:
         """How masks are learned, None where they are fixed."""
         return None if self.masks == "fixed" else self.mask_learning or MaskLearning()
@@ -218,10 +232,9 @@ class Distill(TrainingPass):
             return
         if "linears" not in self.train:
             raise refuse("masks of linears that are not trained cannot be learned; add linears to train", "masks")
-        steps = self.tokens // (self.batch_size * self.sequence_length)
-        if round(steps * learned.frozen) == steps:
+        if not learned.last_choice(self.steps):
             raise refuse(
-                f"masks stand still in all of the {steps} steps, so none is learned; give more tokens or lower "
+                f"masks stand still in all of the {self.steps} steps, so none is learned; give more tokens or lower "
                 "mask_learning.frozen",
                 "masks",
             )
@@ -237,8 +250,7 @@ class Distill(TrainingPass):
             raise refuse("there are both source and sources; keep one (source: null removes it)", "sources")
         mixture = self.mixture or []
         names, weights = [name for name, _ in mixture], [weight for _, weight in mixture]
-        drawn = self.tokens // (self.batch_size * self.sequence_length) * self.batch_size
-        for total in (drawn, self.samples or drawn) if mixture else ():
+        for total in (self.drawn_rows, self.samples or self.drawn_rows) if mixture else ():
             refuse_mixture(names, shares(total, weights), total)
         if self.held_out is not None and not self.needs_teacher:
             raise refuse(
