@@ -122,7 +122,12 @@ def encoding_problem(path: str | Path) -> str | None:
 def write_json(path: str | Path, value: Any, allow_nan: bool = False) -> None:
     """Write indented JSON atomically. NaN and infinities are refused because JSON has none, but with `allow_nan`, for the
     config of a model, which is written back as Python and transformers read it."""
-    atomic_write(path, json.dumps(value, indent=2, allow_nan=allow_nan) + "\n")
+    atomic_write(path, written_json(value, allow_nan))
+
+
+def written_json(value: Any, allow_nan: bool = False) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, allow_nan=allow_nan) + "\n"
 
 
 def read_json(path: str | Path) -> Any:

@@ -152,9 +152,11 @@ def convert(
             raise CheckpointError(f"{opened.checkpoint.spec}: {problem}")
         work = partial_directory(Path(output))
         begun = (work / "writer.json").is_file() and not Path(output).exists()
-        if begun and read_json(work / "writer.json").get("identity") == IDENTITY:
-            shutil.rmtree(work)  # an export that was killed: short enough to begin again
-        writer = CheckpointWriter(output, format, opened.checkpoint, identity=IDENTITY)
+        identity = f"{IDENTITY} of {opened.directory.resolve()}"
+        asked_for = {"format": format, "identity": identity}
+        if begun and asked_for.items() <= read_json(work / "writer.json").items():
+            shutil.rmtree(work)  # the same export, which was killed: short enough to begin again
+        writer = CheckpointWriter(output, format, opened.checkpoint, identity=identity)
         try:
             plain = {f"{module}.weight" for module in linears} if not opened.modules else set()
             rounded = None if asked is None else _write_head(writer, opened, *asked, source, calibration, quiet)
