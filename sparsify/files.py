@@ -140,6 +140,8 @@ def read_json(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is missing; is this a complete checkpoint directory?") from None
     except RecursionError:
         raise CheckpointError(f"{path} is nested too deeply to be read; download or create it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # also for an integer with more digits than Python converts
         raise CheckpointError(f"{path} is damaged ({error}); download or create it again") from None
 

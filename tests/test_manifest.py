@@ -180,7 +180,9 @@ passes:
   - quantize: {{method: gptq, bits: 4, group_size: 32}}
 """
 TRAINED = (
-    RECIPE + "  - distill: {{tokens: 128, sequence_length: 32, batch_size: 1, save_every: 1, teacher_logits: cached}}\n"
+    RECIPE
+    + "  - distill: {{tokens: 128, sequence_length: 32, batch_size: 1, save_every: 1, teacher_logits: cached, "
+    + "loss: {{squarehead: 0}}}}\n"
 )
 
 
