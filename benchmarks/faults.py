@@ -23,48 +23,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
+from tests.helpers.faults import KINDS, RECIPES, Fault, Server, commands, contents, exported, trial
 
-from tests.helpers.faults import KINDS, Command, Fault, Server, contents, trial
-from tests.helpers.tiny import save_tiny, tiny_text
-
-CALIBRATED = """
-version: 1
-calibration: {{source: "file:{text}", samples: 2, sequence_length: 16}}
-passes:
-  - prune: {{method: sparsegpt}}
-  - quantize: {{method: gptq, bits: 4, group_size: 32}}
-"""
-TRAINING = "tokens: 48, sequence_length: 16, batch_size: 1, save_every: 1, precision: float32"
-RECIPES = {
-    "apply": CALIBRATED,
-    "tune": CALIBRATED + "  - tune: {{epochs: 1, batch_size: 1, holdout: 0.5}}\n",
-    "distill": CALIBRATED + f"  - distill: {{{{{TRAINING}, teacher_logits: cached, loss: {{{{squarehead: 0}}}}}}}}\n",
-    "lora": CALIBRATED + f"  - lora: {{{{{TRAINING}, rank: 2, export: adapter}}}}\n",
-}
 LARGE = 2048  # bytes from which an allocation counts as one that may fail
-
-
-def commands(folder: Path) -> dict[str, Command]:
-    """The small runs by name. folder: where everything lies that they read and write."""
-    source = save_tiny(folder / "source", dtype=torch.bfloat16, num_hidden_layers=2)
-    text = tiny_text(folder / "text.txt", 400)
-    output = folder / "out" / "model"
-    output.parent.mkdir()
-    made = {}
-    for name, recipe in RECIPES.items():
-        file = folder / f"{name}.yaml"
-        file.write_text(recipe.format(text=text))
-        argv = ("apply", file, "--model", source, "--output", output, "--quiet")
-        made[name] = Command(name, argv, (*argv, "--resume"), output)
-    return made
+ALLOCATIONS = 100  # of them that fail, evenly spaced
+YEAR = 365 * 86400  # seconds
 
 
 def faults(kinds: list[str], counted: dict[str, int], step: int) -> Iterator[Fault]:
     """Every `step`th call of each kind, failing, on a disk that is full from there on, or killed at."""
     for kind in kinds:
+        if kind == "clock":
+            yield from (Fault(kind, at, jump=jump) for at in (1, 10, 100) for jump in (-YEAR, YEAR))
+            continue
         error = errno.ENOMEM if kind == "allocate" else errno.EIO
-        for at in range(1, counted[kind] + 1, step):
+        steps = max(step, counted[kind] // ALLOCATIONS) if kind == "allocate" else step
+        for at in range(1, counted[kind] + 1, steps):
             yield Fault(kind, at, error)
             if kind == "write":
                 yield Fault(kind, at, errno.ENOSPC, lasting=True)
@@ -72,19 +46,10 @@ def faults(kinds: list[str], counted: dict[str, int], step: int) -> Iterator[Fau
                 yield Fault(kind, at, killing=True)
 
 
-def exported(server: Server, command: Command, folder: Path) -> Command:
-    """The export of what a command writes."""
-    ran = server.run(command.argv)
-    assert ran.status == 0, ran.error
-    source = command.output.rename(folder / "compressed")
-    argv = ("export", source, "--format", "dense", "--output", command.output, "--quiet")
-    return Command("export", argv, argv, command.output)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commands", nargs="*", default=["export", *RECIPES])
-    parser.add_argument("--kinds", nargs="*", default=[*KINDS[:-1]], choices=KINDS[:-1])
+    parser.add_argument("--kinds", nargs="*", default=[*KINDS], choices=KINDS)
     parser.add_argument("--step", type=int, default=1, help="take every Nth call only")
     parser.add_argument("--kills", type=int, default=20, help="of each command at random moments")
     parser.add_argument("--output", type=Path)

@@ -214,6 +214,17 @@ def test_errors_are_one_sentence(
     assert captured.err.count("\n") == 1, "one line"
 
 
+def test_a_process_that_lost_another_one_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(compress, "apply", raising(lost))
+    assert cli.main(APPLY) == 1
+    said = capsys.readouterr().err
+    assert "another process of this run has ended" in said and "--resume" in said and said.count("\n") == 1
+
+
 def test_only_apply_speaks_of_resume(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(checkpoint, "evaluate", raising(KeyboardInterrupt()))
     assert cli.main(["eval", "d"]) == 130

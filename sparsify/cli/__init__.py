@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.cli.command import FAILED, Outcome
 from sparsify.cli.parser import parse
-from sparsify.distributed import is_main
+from sparsify.distributed import is_main, processes
 from sparsify.errors import SparsifyError
 from sparsify.model.permissions import allowing_unknown, trusting
 from sparsify.progress import on_terminal, patiently, printable, silenced
@@ -37,6 +37,7 @@ NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars of 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_MEMORY = re.compile(r"can't allocate memory|[Oo]ut of memory|std::bad_alloc|Cannot allocate memory")
 RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers
+LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|TCPStore")  # of torch.distributed
 TORCH_WRITER = "PytorchStreamWriter failed"  # what torch.save says of a file that it could not write
 PIPE_WIDTH = 160  # columns of a table that is not printed on a terminal
 
@@ -127,6 +128,8 @@ def explain(error: BaseException, args: argparse.Namespace, argv: Sequence[str])
         return FAILED, ""
     if isinstance(error, SparsifyError):
         return FAILED, f"error: {error}"
+    if processes() > 1 and LOST.search(str(error)):
+        return FAILED, f"error: another process of this run has ended, and this one cannot go on alone{again}"
     number = system_error(error)
     if number in FULL:
         return (

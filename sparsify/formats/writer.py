@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify._version import __version__
 from sparsify.distributed import is_main
 from sparsify.errors import CheckpointError
 from sparsify.files import PARTIAL, atomic_write, beside, publish, read_json, write_json
@@ -29,7 +30,7 @@ from sparsify.manifest import keep, missing, refuse_damaged, seal, unsound
 from sparsify.model.checkpoint import Checkpoint, TensorInfo, read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sidecars import secrets
-from sparsify.progress import say
+from sparsify.progress import say, stage
 
 RECORD = "writer.json"
 FINAL = "final"  # the finished directory until it gets its name
@@ -105,7 +106,7 @@ class CheckpointWriter:
         self._refuse_foreign()
         self._sidecars()  # what is wrong with these files is better known before a run than after it
         self.inputs = dict(inputs or {})
-        record = {"format": format, "identity": identity, "inputs": self.inputs}
+        record = {"version": __version__, "format": format, "identity": identity, "inputs": self.inputs}
         finished = list(self._parts.glob("*.safetensors"))
         if finished and not resume:
             raise CheckpointError(
@@ -115,7 +116,8 @@ class CheckpointWriter:
         if finished or (resume and (self.work / RECORD).exists()):
             self._refuse_other_run(record)
             if is_main():
-                self._check_finished()
+                with stage(f"comparing what {self.work} holds with its manifests"):
+                    self._check_finished()
         with writing(self.work):
             self._parts.mkdir(parents=True, exist_ok=True)
             for stale in self._parts.glob(f".*{PARTIAL}"):
@@ -137,7 +139,7 @@ class CheckpointWriter:
     def _refuse_other_run(self, record: Mapping[str, Any]) -> None:
         """CheckpointError where the work directory is not of this run, or where the files that it reads have changed since."""
         found = _read_record(self.work)
-        for key, what in (("format", "format"), ("identity", "recipe")):
+        for key, what in (("version", "version of sparsify"), ("format", "format"), ("identity", "recipe")):
             if record[key] != found.get(key):
                 raise CheckpointError(
                     f"{self.work} was begun with another {what}; resume with the same one, or remove that directory"

@@ -28,6 +28,22 @@ TIMES = ("run.json", "SHA256SUMS")  # files that differ between runs: seconds, a
 SENTENCE = re.compile(r"^(error|interrupted)", re.MULTILINE)
 
 
+CALIBRATED = """
+version: 1
+calibration: {{source: "file:{text}", samples: 2, sequence_length: 16}}
+passes:
+  - prune: {{method: sparsegpt}}
+  - quantize: {{method: gptq, bits: 4, group_size: 32}}
+"""
+TRAINING = "tokens: 48, sequence_length: 16, batch_size: 1, save_every: 1, precision: float32"
+RECIPES = {
+    "apply": CALIBRATED,
+    "tune": CALIBRATED + "  - tune: {{epochs: 1, batch_size: 1, holdout: 0.5}}\n",
+    "distill": CALIBRATED + f"  - distill: {{{{{TRAINING}, teacher_logits: cached, loss: {{{{squarehead: 0}}}}}}}}\n",
+    "lora": CALIBRATED + f"  - lora: {{{{{TRAINING}, rank: 2, export: adapter}}}}\n",
+}
+
+
 class State(ctypes.Structure):
     """`struct state` of faults.c."""
 
@@ -119,6 +135,34 @@ class Command:
     argv: tuple[str | Path, ...]
     again: tuple[str | Path, ...]
     output: Path
+
+
+def commands(folder: Path) -> dict[str, Command]:
+    """The small runs by name. folder: where everything lies that they read and write."""
+    import torch
+
+    from tests.helpers.tiny import save_tiny, tiny_text
+
+    source = save_tiny(folder / "source", dtype=torch.bfloat16, num_hidden_layers=2)
+    text = tiny_text(folder / "text.txt", 400)
+    output = folder / "out" / "model"
+    output.parent.mkdir()
+    made = {}
+    for name, recipe in RECIPES.items():
+        file = folder / f"{name}.yaml"
+        file.write_text(recipe.format(text=text))
+        argv = ("apply", file, "--model", source, "--output", output, "--quiet")
+        made[name] = Command(name, argv, (*argv, "--resume"), output)
+    return made
+
+
+def exported(server: Server, command: Command, folder: Path) -> Command:
+    """The export of what a command writes."""
+    ran = server.run(command.argv)
+    assert ran.status == 0, ran.error
+    source = command.output.rename(folder / "compressed")
+    argv = ("export", source, "--format", "dense", "--output", command.output, "--quiet")
+    return Command("export", argv, argv, command.output)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
