@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -27,6 +27,7 @@ FOREIGN = {".git", ".gitattributes", ".gitignore", ".cache", ".huggingface"}  # 
 LARGEST = 1 << 26  # bytes of a manifest: half a million files
 HEX = frozenset("0123456789abcdef")
 ESCAPES = (("\\", "\\\\"), ("\n", "\\n"), ("\r", "\\r"))
+UNSEALED = "final"  # the folder of a work directory in which the output is put together
 SHOWN = 20  # names of a kind in the words for people
 
 
@@ -104,13 +105,13 @@ def write_manifest(directory: Path, digests: Mapping[str, set[str]]) -> None:
     atomic_write(directory / MANIFEST, os.fsencode("".join(lines)))
 
 
-def seal(directory: Path, known: Mapping[str, str] | None = None) -> None:
+def seal(directory: Path, known: Mapping[str, str] | None = None, sealed: Iterable[Path] = ()) -> None:
     """Write the manifest of a finished directory, whose files do not change any more.
 
-    known: the digests of files that were hashed while they were written; folders inside that are sealed lend theirs.
+    known: the digests of files that were hashed while they were written; sealed: folders inside, which have theirs
     """
     digests = {name: {digest} for name, digest in (known or {}).items()}
-    for inner in sorted({path.parent for path in directory.rglob(MANIFEST)} - {directory}):
+    for inner in sealed:
         folder = inner.relative_to(directory).as_posix()
         digests |= {f"{folder}/{name}": entered for name, entered in read_manifest(inner).items()}
     for name in _files(directory):
@@ -284,10 +285,12 @@ def verifies_on_loading() -> bool:
 
 
 def _of_work(work: Path) -> dict[str, set[str]]:
-    """The digests of all folders of a work directory that have a manifest."""
+    """The digests of all folders of a work directory that have a manifest; one that is listed itself is a file like others."""
     digests: dict[str, set[str]] = {}
-    for file in sorted(work.rglob(MANIFEST)):
+    for file in sorted(work.rglob(MANIFEST), key=lambda file: len(file.parts)):
         folder = file.parent.relative_to(work)
+        if (folder / MANIFEST).as_posix() in digests or folder.parts[:1] == (UNSEALED,):
+            continue
         digests |= {(folder / name).as_posix(): entered for name, entered in read_manifest(file.parent).items()}
     return digests
 

@@ -137,8 +137,13 @@ def test_a_directory_without_a_manifest_is_said_to_have_none(outputs, tmp_path, 
 
 
 def test_an_export_has_a_manifest_of_its_own(outputs, tmp_path):
-    out = export(outputs("sparse24"), "dense", tmp_path / "out", quiet=True)
-    assert verify(out).good and read_manifest(out) != read_manifest(outputs("sparse24"))
+    """That of the source stays behind; one that lies in a folder is a file like any other, whatever is in it."""
+    source = shutil.copytree(outputs("sparse24"), tmp_path / "source")
+    (source / "extra").mkdir()
+    (source / "extra" / MANIFEST).write_text("no manifest of ours")
+    out = export(source, "dense", tmp_path / "out", quiet=True)
+    assert verify(out).good and f"extra/{MANIFEST}" in read_manifest(out)
+    assert read_manifest(out)["model.safetensors"] != read_manifest(source)["model.safetensors"]
 
 
 # ------------------------------------------------------------------------------------------------------ on loading

@@ -26,14 +26,14 @@ from sparsify.formats import get_format
 from sparsify.formats.reader import HEADS, is_head, natural, tensors_of
 from sparsify.formats.scheme import Format, ModuleScheme
 from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_shards, write_tensors, writing
-from sparsify.manifest import keep, missing, refuse_damaged, seal, unsound
+from sparsify.manifest import UNSEALED, keep, missing, refuse_damaged, seal, unsound
 from sparsify.model.checkpoint import Checkpoint, TensorInfo, read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sidecars import secrets
 from sparsify.progress import say, stage
 
 RECORD = "writer.json"
-FINAL = "final"  # the finished directory until it gets its name
+FINAL = UNSEALED  # the finished directory until it gets its name
 COMPLETE = "complete"  # a file that says that the finished directory was about to get it
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # of AutoGPTQ and GPTQModel: what the source was
 STALE = ("quantization_config", "compression_config", "sparsity_config", "torch_dtype", "_name_or_path")

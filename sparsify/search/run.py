@@ -26,7 +26,7 @@ from sparsify.errors import CheckpointError, RecipeError, SparsifyError
 from sparsify.files import atomic_write, publish, read_json, write_json
 from sparsify.formats.writer import partial_directory
 from sparsify.lock import only_run
-from sparsify.manifest import refuse_damaged, seal, unsound
+from sparsify.manifest import MANIFEST, refuse_damaged, seal, unsound
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Recipe, dump_recipe
 from sparsify.search.budget import Budget
@@ -39,6 +39,7 @@ from sparsify.search.text import HELD_OUT, held_out_rows
 from sparsify.search.verify import Verified, verify
 
 VERSION = 1
+VERIFIED = "verified"  # folder of the models that were really compressed
 RESULT = "search.json"
 RECORD = "record.json"
 SAMPLES = 8
@@ -230,7 +231,7 @@ def search(
             _write(one, place)
         result = Searched(output, model, selection, found, own, front, described)
         write_json(place / RESULT, _with_earlier(result.to_json(), place / RESULT))
-        seal(place)
+        seal(place, sealed=[file.parent for file in (place / VERIFIED).glob(f"*/{MANIFEST}")])
         if place == work:
             publish(work, output)
         return result
@@ -347,7 +348,7 @@ def _verified(
         return found
     name = found.file.stem if found.file is not None else f"front-{found.point.bits:.4f}"
     linears = [exported_name(plan, module) for module in selection.linears()]
-    directory = place / "verified" / name
+    directory = place / VERIFIED / name
     model = str(plan.checkpoint.spec)
     measured = verify(found.recipe, model, directory, held_out, linears, selection.weights, quiet)
     return replace(found, verified=measured)
