@@ -40,11 +40,23 @@ def beside(output: Path, suffix: str) -> Path:
     return output.with_name(output.name + suffix)
 
 
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An error of the operating system inside of the block names the file; those of reads and writes do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def fsync(path: Path) -> None:
     """Flush a file or a directory entry to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -64,7 +76,8 @@ def atomic_write(path: str | Path, content: bytes | str) -> None:
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        with named(path):
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
         publish(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sparsify.errors import CheckpointError
-from sparsify.files import PARTIAL, atomic_write, kind_problem, publish, written_json
+from sparsify.files import PARTIAL, atomic_write, kind_problem, named, publish, written_json
 from sparsify.progress import progress, quietly
 from sparsify.threads import usable_cores
 
@@ -140,7 +140,8 @@ def keep_json(file: Path, value: Any) -> None:
     """Write a JSON file of a work directory and enter it."""
     aside = file.with_name(f".{file.name}.{os.getpid()}{PARTIAL}")
     try:
-        aside.write_text(written_json(value), encoding="utf-8")
+        with named(file):
+            aside.write_text(written_json(value), encoding="utf-8")
         keep(aside, file)
     finally:
         aside.unlink(missing_ok=True)

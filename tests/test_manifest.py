@@ -1,5 +1,6 @@
 """The manifest of an output: written last, compared by `verify`, on loading when asked, and by a run that goes on."""
 
+import errno
 import json
 import random
 import shutil
@@ -289,6 +290,18 @@ def _killed(moment):
         raise Killed
 
     return publish
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
+    """Errors of writing and flushing do not by themselves."""
+
+    def broken(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", broken)
+    with pytest.raises(OSError) as caught:
+        keep_json(tmp_path / "note.json", 1)
+    assert str(tmp_path) in caught.value.filename and not list(tmp_path.iterdir())
 
 
 def test_a_run_that_was_ended_just_after_its_output_appeared_is_complete(interrupted, tmp_path, monkeypatch, capfd):
