@@ -2,7 +2,7 @@
 """Runs the steps of a Dockerfile without a container engine, then serves from the result as the container would.
 
     sudo deploy/try_image.py build deploy/Dockerfile.cpu ROOTS
-    sudo deploy/try_image.py serve deploy/Dockerfile.cpu ROOTS MODEL
+    sudo deploy/try_image.py serve deploy/Dockerfile.cpu ROOTS MODEL [-- VLLM_ARGS]
     sudo deploy/try_image.py build deploy/Dockerfile.cuda ROOTS --stage kernels
 
 `build` makes a clean Debian in a folder of ROOTS (debootstrap, in place of the base image) and runs COPY and RUN there, each
@@ -39,7 +39,6 @@ BASE = re.compile(r"debian:(?P<suite>[a-z]+)-slim")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ADDRESS = "http://127.0.0.1:8000"
-START_SECONDS = 900
 BELOW = "SPARSIFY_TRY_IMAGE"  # set in the process that has namespaces of its own
 
 
@@ -206,8 +205,7 @@ def build(arguments: argparse.Namespace) -> None:
             say(f"step {number}: {time.monotonic() - started:.0f} s")
         else:
             fail(f"step {number}: {instruction} is not known here")
-    used = subprocess.run(["du", "-shx", str(root)], capture_output=True, text=True, check=True).stdout.split()[0]
-    say(f"{root}: {used}, all {len(stage.steps)} steps of {stage.name} ran")
+    say(f"all {len(stage.steps)} steps of {stage.name} ran: {root}")
 
 
 def find_stage(dockerfile: Path, name: str) -> Stage:
@@ -272,7 +270,7 @@ def serve(arguments: argparse.Namespace) -> None:
     with arguments.log.open("wb") as log:
         server = subprocess.Popen(image.inside(command, extra, rights), stdout=log, stderr=log)
     try:
-        wait_for_health(server, image, rights, arguments.log)
+        wait_for_health(server, image, rights, arguments)
         say(f"healthy after {time.monotonic() - started:.0f} s")
         check_rights(server.pid, image.user)
         body = {"model": "model", "prompt": arguments.prompt, "max_tokens": 8, "temperature": 0}
@@ -290,16 +288,18 @@ def serve(arguments: argparse.Namespace) -> None:
         say(f"after SIGTERM the server ended with {server.wait(120)}")
 
 
-def wait_for_health(server: subprocess.Popen[bytes], image: Image, rights: tuple[str, ...], log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
+def wait_for_health(
+    server: subprocess.Popen[bytes], image: Image, rights: tuple[str, ...], arguments: argparse.Namespace
+) -> None:
+    end = time.monotonic() + arguments.seconds
     while time.monotonic() < end:
         if server.poll() is not None:
-            fail(f"the server ended with {server.returncode}:\n{log.read_text()[-4000:]}")
+            fail(f"the server ended with {server.returncode}:\n{arguments.log.read_text()[-4000:]}")
         check = subprocess.run(image.inside(image.healthcheck, None, rights), capture_output=True)
         if check.returncode == 0:
             return
-        time.sleep(3)
-    fail(f"not healthy after {START_SECONDS} s; see {log}")
+        time.sleep(5)
+    fail(f"not healthy after {arguments.seconds} s; see {arguments.log}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -321,12 +321,15 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("model", type=Path, metavar="MODEL", help="checkpoint directory")
             command.add_argument("--log", type=Path, default=Path("server.log"), help="of the server (server.log)")
             command.add_argument("--prompt", default="Hello")
-            command.add_argument("vllm_args", nargs="*", help="behind --, added to those of CMD")
+            command.add_argument("--seconds", type=int, default=900, help="until the server must be healthy (900)")
     return top
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    arguments = parser().parse_args(words[:end])
+    arguments.vllm_args = words[end + 1 :]
     if os.environ.get(BELOW) != "1":
         os.environ[BELOW] = "1"
         spaces = (
