@@ -122,8 +122,9 @@ def mount(*arguments: str) -> None:
 
 
 def mount_system(root: Path) -> None:
-    """/proc and the devices that programs expect; the namespace's end takes all mounts away again."""
+    """/proc, /sys and the devices that programs expect; the namespace's end takes all mounts away again."""
     mount("-t", "proc", "proc", str(root / "proc"))
+    mount("-t", "sysfs", "-o", "ro", "sysfs", str(root / "sys"))
     mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", str(root / "dev"))
     for name in DEVICES:
         (root / "dev" / name).touch()
