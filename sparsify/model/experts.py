@@ -10,7 +10,7 @@ known by what `use_experts_implementation` says of it, not by its name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -66,6 +66,7 @@ class SeparateExperts(nn.Module):
         for number in range(self.count):
             made = Expert(inputs, width, fused.has_gate, fused.has_bias, down.dtype, down.device)
             self.add_module(str(number), made)
+        self.known: Callable[[], Tensor] | None = None  # what they give, where that was computed before
         fused._parameters.clear()
         self.__dict__["fused"] = fused  # no child: it has no tensors, and none of its names
 
@@ -86,6 +87,8 @@ class SeparateExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: [tokens, K]; top_k_index, top_k_weights: [tokens, chosen experts]. Returns [tokens, K]."""
+        if self.known is not None:
+            return self.known().view(hidden_states.shape)
         output = torch.zeros_like(hidden_states)
         if isinstance(hidden_states, FakeTensor):  # has no numbers to choose by: as if all went to one expert
             return output + self._computed(0, hidden_states) * top_k_weights[:, :1].to(output.dtype)
