@@ -236,7 +236,10 @@ def _steps_of_walk(plan: Plan, one: Footprint) -> list[dict[str, int]]:
 def _block_bytes(plan: Plan, streams: int = 1) -> int:
     """Of the largest block, in the type that the model is computed in. streams: 2 where the dense model is followed; both
     share the weights of experts, of which one has its original ones beside them."""
-    return max(_weights_held(plan.model.block(i), streams) for i in range(len(plan.model.blocks))) * plan.model.dtype.itemsize
+    return (
+        max(_weights_held(plan.model.block(i), streams) for i in range(len(plan.model.blocks)))
+        * plan.model.dtype.itemsize
+    )
 
 
 def _weights_held(block: nn.Module, streams: int) -> int:

@@ -2,8 +2,9 @@
 
 A multiply-add counts as two operations. Only what the methods need is counted, in the formulas beside each part: a symmetric
 product on one triangle, causal attention without the pairs that the mask removes, the solver without the passes that only
-move data. Experts count for the share of the tokens that they are given on average. Norms, activation functions, softmax, sampling, the reading of weights and the packing of codes are not counted:
-they are a few operations per token and feature or per weight, where products have hundreds. Of fused experts nothing is.
+move data. Norms, activation functions, softmax, sampling, the reading of weights and the packing of codes are not counted:
+they are a few operations per token and feature or per weight, where products have hundreds. Experts
+count for the share of the tokens that they are given on average; of those that stay fused nothing is counted.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from sparsify.model.capture import fake_hidden
 from sparsify.model.checkpoint import Checkpoint, TensorInfo
 from sparsify.model.decoder import (
     ROUTER,
+    ROUTES,
     BlockModel,
     find_blocks,
     meta_model,
@@ -648,12 +649,14 @@ def _linears_of(
             scheme = scheme_of(recipe, settings, store)
             reason = settings.dense if scheme is None else scheme.reason_dense(shape[1])
             if ROUTER.search(name):
-                reason = "routes tokens to experts"
+                reason = ROUTES
             elif is_expert(module):
                 reason = reason or dense
             asked = None if reason else scheme
             linears[module] = Planned(module, source, index, shape, asked, reason, asked=asked)
-        other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
+        for name in opened.other_parameters(index):
+            routes = ROUTER.search(name.rpartition(".")[0])
+            other[f"{block}.{name}"] = ROUTES if routes else "not a plain linear"
     return linears, other
 
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sparsify.errors import RecipeError
+from sparsify.formats.reader import CompressedCheckpoint
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.model.decoder import BlockModel
-from sparsify.model.experts import SeparateExperts, SeparatedCheckpoint, experts_of, is_expert
+from sparsify.model.decoder import BlockModel, meta_model
+from sparsify.model.experts import SeparatedCheckpoint, SeparateExperts, experts_of, is_expert, stored_fused
 from sparsify.recipe import Recipe
 
 if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan, Planned
 
-ONE_BY_ONE = "pack-quantized"  # compressed-tensors; transformers reads experts of it where files hold one tensor for each
+ONE_BY_ONE = (
+    "pack-quantized"  # compressed-tensors; transformers reads experts of it where files hold one tensor for each
+)
 HOLDS_EXPERTS = ("sparse24", ONE_BY_ONE, "dense")
 
 
@@ -36,6 +41,18 @@ def why_dense(recipe: Recipe, checkpoint: Checkpoint) -> str | None:
     if format == ONE_BY_ONE and isinstance(checkpoint, SeparatedCheckpoint):
         return f"what reads {format} wants the experts of this model in one tensor, as its files have them; sparse24 holds them"
     return None
+
+
+def experts_problem(opened: CompressedCheckpoint, format: str, linears: Collection[str]) -> str | None:
+    """Why a format cannot hold the experts of a compressed checkpoint; None where it does, or where there are none.
+
+    linears: that are to be written compressed
+    """
+    if not any(map(is_expert, linears)) or format in ("sparse24", "dense"):
+        return None
+    if format == ONE_BY_ONE and not stored_fused(meta_model(opened.checkpoint, torch.bfloat16)):
+        return None
+    return f"{opened.checkpoint.spec}: {format} does not hold the compressed experts of this model; export it to sparse24 or dense"
 
 
 def refuse_unlike(recipe: Recipe, linears: Mapping[str, Planned]) -> None:
@@ -67,7 +84,13 @@ class Mixture:
         return min(1.0, self.chosen / self.experts) if self.chosen else 1.0
 
 
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts")  # in configs
+CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "top_k_experts",
+)  # in configs
 
 
 def mixture_of(model: BlockModel) -> Mixture | None:
@@ -83,7 +106,9 @@ def mixture_of(model: BlockModel) -> Mixture | None:
 
 def experts_in_words(plan: Plan) -> list[str]:
     """Lines of a plan on its compressed experts; none where there are none."""
-    experts = {name: planned for name, planned in plan.linears.items() if is_expert(name) and planned.scheme is not None}
+    experts = {
+        name: planned for name, planned in plan.linears.items() if is_expert(name) and planned.scheme is not None
+    }
     mixture = mixture_of(plan.model)
     if not experts or mixture is None:
         return []
@@ -93,7 +118,7 @@ def experts_in_words(plan: Plan) -> list[str]:
         inputs = max(planned.shape[1] for planned in experts.values())
         said.append(
             f"{mixture.experts} experts, each solved on the tokens that it is given, about {round(tokens * mixture.share)} of "
-            f"{tokens}; with fewer than its inputs (up to {inputs}) on a Hessian shrunk toward the layer's"
+            f"{tokens}; with fewer than twice its inputs (up to {inputs}) on a Hessian shrunk toward the layer's"
         )
     if plan.recipe.export.format == "sparse24":
         said.append("transformers runs compressed experts of sparse24 (after import sparsify), vLLM does not yet")

@@ -79,10 +79,14 @@ def experts_in_words(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str
     if not experts:
         return []
     counts = sorted(experts.values())
-    said = [("tokens per expert", f"{counts[0]} to {counts[-1]}, median {counts[len(counts) // 2]}, {len(counts)} experts")]
-    few = {layer["module"].rpartition(".")[0] for layer in linears if 0 < layer["tokens"] < layer["shape"][1]}
+    said = [
+        ("tokens per expert", f"{counts[0]} to {counts[-1]}, median {counts[len(counts) // 2]}, {len(counts)} experts")
+    ]
+    few = {layer["module"].rpartition(".")[0] for layer in linears if layer["tokens"] and layer["shrinkage"]}
     if few:
-        said.append(("few tokens", f"{len(few)} experts had fewer than inputs: Hessian shrunk toward the layer's"))
+        said.append(
+            ("few tokens", f"{len(few)} experts had fewer than twice their inputs: Hessian shrunk toward the layer's")
+        )
     if none := [name for name, tokens in experts.items() if not tokens]:
         said.append(("no token", f"{len(none)} experts, solved on the layer's Hessian, the first {none[0]}"))
     return said

@@ -32,7 +32,8 @@ from sparsify.model.experts import (
 from sparsify.model.pretrained import LONGEST, causal_lm_of, load_config
 from sparsify.progress import without_bars
 
-ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # mixture-of-experts routers that are plain linears
+ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # of a mixture of experts
+ROUTES = "routes tokens to experts"  # why one stays dense
 
 
 @dataclass
@@ -286,7 +287,9 @@ def _taken_apart(opened: BlockModel) -> BlockModel:
         checkpoint = SeparatedCheckpoint(checkpoint.spec, checkpoint.directory, stored)
     model = take_apart(copy.deepcopy(opened.model))
     separate = BlockModel(checkpoint, model, opened.blocks, source_map(model, checkpoint), opened.dtype)
-    if any(separate.source_of(name) is None for name, _ in model.named_parameters() if is_expert(name.rpartition(".")[0])):
+    if any(
+        separate.source_of(name) is None for name, _ in model.named_parameters() if is_expert(name.rpartition(".")[0])
+    ):
         return replace(opened, fused="its files hold experts in a form that cannot be taken apart")
     return separate
 

@@ -27,7 +27,12 @@ LEAVES = ("gate_proj", "up_proj", "down_proj")
 NAME = re.compile(r"(?:.*\.)?experts\.\d+\.\w+")  # of one expert's linear, in the model and in the files
 FUSED = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
 ONE_BY_ONE = re.compile(r"experts\.\*\.(\w+)\.weight$")  # of a file's tensor, as transformers' rules write it
-LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # set by transformers' `use_experts_implementation`
+LAYOUT = (
+    "has_gate",
+    "has_bias",
+    "is_transposed",
+    "is_concatenated",
+)  # set by transformers' `use_experts_implementation`
 
 
 def is_expert(module: str) -> bool:
@@ -66,6 +71,7 @@ class SeparateExperts(nn.Module):
         for number in range(self.count):
             made = Expert(inputs, width, fused.has_gate, fused.has_bias, down.dtype, down.device)
             self.add_module(str(number), made)
+        self.skipped = False  # they are not computed, and give zeros
         self.known: Callable[[], Tensor] | None = None  # what they give, where that was computed before
         fused._parameters.clear()
         self.__dict__["fused"] = fused  # no child: it has no tensors, and none of its names
@@ -90,6 +96,8 @@ class SeparateExperts(nn.Module):
         if self.known is not None:
             return self.known().view(hidden_states.shape)
         output = torch.zeros_like(hidden_states)
+        if self.skipped:
+            return output
         if isinstance(hidden_states, FakeTensor):  # has no numbers to choose by: as if all went to one expert
             return output + self._computed(0, hidden_states) * top_k_weights[:, :1].to(output.dtype)
         for number, tokens, places in given(top_k_index, self.count):
@@ -148,7 +156,10 @@ def conversion_rules(model: Any, rules: list[Any] | None = None) -> list[Any]:
         names |= leaves
         kept += [] if leaves else [rule]
     renamed = {stored: leaf for stored, leaf in names.items() if stored != leaf}
-    return [*kept, *(WeightRenaming(rf"experts\.(\d+)\.{old}\.", rf"experts.\1.{new}.") for old, new in renamed.items())]
+    return [
+        *kept,
+        *(WeightRenaming(rf"experts\.(\d+)\.{old}\.", rf"experts.\1.{new}.") for old, new in renamed.items()),
+    ]
 
 
 def one_by_one(rule: Any) -> dict[str, str]:
@@ -255,7 +266,9 @@ def assembled_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) ->
         return found
     for name, fused in stored_fused(model).items():
         members = fused.names()
-        if name not in found and all(found.get(one) == _shape_of(fused, outputs) for one, (_, outputs) in members.items()):
+        if name not in found and all(
+            found.get(one) == _shape_of(fused, outputs) for one, (_, outputs) in members.items()
+        ):
             for one in members:
                 del found[one]
             found[name] = fused.shape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.model.capture import BlockCall, fake_calls, run_block, without_numbers
-from sparsify.model.decoder import ROUTER, BlockModel
+from sparsify.model.decoder import ROUTER, ROUTES, BlockModel
 from sparsify.model.experts import SeparateExperts, experts_of
 
 PROBE_TOKENS = 16
@@ -59,20 +59,20 @@ def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[Line
     hooks = [module.register_forward_pre_hook(note) for module in names]
     mixtures = [module for module in names if isinstance(module, SeparateExperts)]
     for module in mixtures:
-        module.forward = _nothing  # which experts a few tokens are given to does not matter
+        module.skipped = True  # which experts a few tokens are given to does not matter
     try:
         run_block(block, x, call)
     finally:
         for hook in hooks:
             hook.remove()
         for module in mixtures:
-            del module.forward
+            module.skipped = False
     skipped = {name: NOT_CALLED for name in stops if name not in seen}
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, inputs in seen.items():
         t = inputs[0]
         if ROUTER.search(name):
-            skipped[name] = "routes tokens to experts"
+            skipped[name] = ROUTES
         elif len(inputs) > 1:
             skipped[name] = f"called {len(inputs)} times in one forward pass"
         elif t.numel() != x.shape[0] * x.shape[1] * t.shape[-1]:
@@ -89,10 +89,6 @@ def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[Line
         for name, why in skipped.items()
         for linear in (_linears_of(name, stops[name]) if stops[name] in mixtures else (name,))
     }
-
-
-def _nothing(hidden_states: Tensor, *routing: Any) -> Tensor:
-    return torch.zeros_like(hidden_states)
 
 
 def _linears_of(path: str, experts: nn.Module) -> tuple[str, ...]:

@@ -339,11 +339,7 @@ class Walk:
         version = self.probe[0]._version
         groups, skipped = find_groups(block, self.probe[0], self.probe[1][index])
         alone = self.probe[0]._version != version  # the block writes into what it is given
-        groups = [
-            replace(g, names=kept)
-            for g in groups
-            if (kept := tuple(n for n in g.names if wanted(prefix + n)))
-        ]
+        groups = [replace(g, names=kept) for g in groups if (kept := tuple(n for n in g.names if wanted(prefix + n)))]
         dense: _InStep | None = None
         if self.dense is not None:  # first: a block with the hooks of a walk cannot be copied
             dense = self._step(_beside(block), groups, self.dense, index, alone)

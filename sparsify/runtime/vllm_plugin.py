@@ -87,6 +87,11 @@ class Sparse24Config(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
         if (format := legacy_format(config)) is not None:
             return cls(legacy_config(config), format)
+        if config.get("experts"):
+            raise CheckpointError(
+                "vLLM does not run compressed experts of sparse24 yet, transformers does (after import sparsify); for vLLM write "
+                "the model dense with sparsify export, or compress it with ignore: ['*.experts.*']"
+            )
         return cls(ConfigOnDisk.from_dict(config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
