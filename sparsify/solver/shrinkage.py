@@ -27,12 +27,13 @@ class ExpertStatistics:
 def expert_statistics(batches: Batches, layer: Callable[[], Batches]) -> ExpertStatistics:
     """H = X'X / M of an expert's M tokens; of fewer tokens than twice its inputs K, shrunk toward the layer's.
 
-    Of fewer tokens than inputs H has no full rank: it says nothing of directions that the tokens do not have, and too much of
-    those they have; of a few more it is still far from what other tokens would give. It becomes (1 - s) H + s T with s = K / (M + K), where T is the mean over the layer's tokens, each as if this expert had
-    been given it: as though K more tokens, typical of the layer, had been seen. That is the Bayesian estimate for a prior of
-    the inverse Wishart kind worth K observations (Haff 1980, Annals of Statistics 8, section 1; Gelman et al., Bayesian Data
-    Analysis, section 3.6). The intensity of least squared error in H itself (Ledoit and Wolf 2004) weighs too little what
-    the solver inverts: on random tokens it left up to 20% more output error than this one. C = Xd'X / M is shrunk likewise.
+    Of fewer tokens than inputs H has no full rank: it says nothing of directions that the tokens do not have, and too much
+    of those they have; of a few more it is still far from what other tokens would give. It becomes (1 - s) H + s T with
+    s = K / (M + K), where T is the mean over the layer's tokens, each as if this expert had been given it: as though K more
+    tokens, typical of the layer, had been seen. That is the mean of the posterior for a prior of the inverse Wishart kind
+    worth K observations (Gelman et al., Bayesian Data Analysis, section 3.6). The intensity of least squared error in H
+    itself (Ledoit and Wolf 2004, Journal of Multivariate Analysis 88) weighs too little what the solver inverts: on random
+    tokens it left up to 20% more output error. C = Xd'X / M is shrunk likewise.
     batches, layer: what the expert's linears read and what they would read, as `accumulated` takes it; all processes call this
     """
     sums = HessianAccumulator()
@@ -42,10 +43,10 @@ def expert_statistics(batches: Batches, layer: Callable[[], Batches]) -> ExpertS
     if tokens == 0:
         return ExpertStatistics(accumulated(layer()), 0, 1.0)
     own = sums.mean()
-    inputs = own.H.shape[0]
-    if tokens >= FEW * inputs:
+    k = own.H.shape[0]
+    if tokens >= FEW * k:
         return ExpertStatistics(own, tokens, 0.0)
-    s = inputs / (tokens + inputs)
+    s = k / (tokens + k)
     target = accumulated(layer())
     C = None if own.C is None or target.C is None else torch.lerp(own.C, target.C, s)
     return ExpertStatistics(Statistics(torch.lerp(own.H, target.H, s), C), tokens, s)
