@@ -655,9 +655,20 @@ def _linears_of(
             asked = None if reason else scheme
             linears[module] = Planned(module, source, index, shape, asked, reason, asked=asked)
         for name in opened.other_parameters(index):
-            routes = ROUTER.search(name.rpartition(".")[0])
-            other[f"{block}.{name}"] = ROUTES if routes else "not a plain linear"
+            other[f"{block}.{name}"] = _why_other(opened, f"{block}.{name}")
     return linears, other
+
+
+def _why_other(opened: BlockModel, name: str) -> str:
+    """Why a matrix that belongs to no plain linear stays as it is."""
+    path = name.rpartition(".")[0]
+    if ROUTER.search(path):
+        return ROUTES
+    if path.endswith("experts"):
+        return (
+            f"experts of the class {type(opened.model.get_submodule(path)).__name__} cannot be taken apart into linears"
+        )
+    return "not a plain linear"
 
 
 def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> Plan:

@@ -138,28 +138,21 @@ def experts_of(module: nn.Module) -> dict[str, SeparateExperts]:
     return {path: m for path, m in module.named_modules() if isinstance(m, SeparateExperts)}
 
 
-def conversion_rules(model: Any, rules: list[Any] | None = None) -> list[Any]:
-    """transformers' rules of renaming and assembling for a model; where its experts are taken apart, without assembling them.
-
-    rules: of transformers, where they are known already
-    """
+def conversion_rules(model: Any) -> list[Any]:
+    """transformers' rules of renaming and assembling for a model; where its experts are taken apart, without assembling them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
+
+    rules: list[Any] = get_model_conversion_mapping(model)
+    return without_assembling(rules) if experts_of(model) else rules
+
+
+def without_assembling(rules: list[Any]) -> list[Any]:
+    """Rules that give each linear of an expert its name here, where they put experts together."""
     from transformers.core_model_loading import WeightRenaming
 
-    found: list[Any] = get_model_conversion_mapping(model) if rules is None else rules
-    if not experts_of(model):
-        return found
-    names: dict[str, str] = {}
-    kept = []
-    for rule in found:
-        leaves = one_by_one(rule)
-        names |= leaves
-        kept += [] if leaves else [rule]
-    renamed = {stored: leaf for stored, leaf in names.items() if stored != leaf}
-    return [
-        *kept,
-        *(WeightRenaming(rf"experts\.(\d+)\.{old}\.", rf"experts.\1.{new}.") for old, new in renamed.items()),
-    ]
+    names = {stored: leaf for rule in rules for stored, leaf in one_by_one(rule).items() if stored != leaf}
+    renamings = [WeightRenaming(rf"experts\.(\d+)\.{old}\.", rf"experts.\1.{new}.") for old, new in names.items()]
+    return [*(rule for rule in rules if not one_by_one(rule)), *renamings]
 
 
 def one_by_one(rule: Any) -> dict[str, str]:

@@ -459,11 +459,11 @@ class Walk:
             mixture: Any = dense.block.get_submodule(group.experts)
         chosen = []
         for i, (args, dense_args) in enumerate(batches):
-            inputs[i] = args[0].view(shapes[i])
+            inputs[i] = args[0].reshape(shapes[i])
             chosen.append(args[1].to("cpu"))
             if own is not None and outputs is not None:
-                own[i] = dense_args[0].view(shapes[i])
-                outputs[i] = mixture(*dense_args).view(shapes[i])
+                own[i] = dense_args[0].reshape(shapes[i])
+                outputs[i] = mixture(*dense_args).reshape(shapes[i])
         if dense is not None and outputs is not None:
             mixture.known = _of_running(dense, outputs)
         return _Gathered(inputs, own, torch.cat(chosen))

@@ -20,7 +20,7 @@ from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import AGAIN
 from sparsify.formats.sparse24 import Sparse24Config, tensor_layout
-from sparsify.model.experts import conversion_rules, is_expert, take_apart
+from sparsify.model.experts import conversion_rules, is_expert, take_apart, without_assembling
 from sparsify.runtime.module import Sparse24Linear
 
 METHOD = "sparse24"
@@ -52,7 +52,7 @@ class Sparse24Quantizer(HfQuantizer):
         schemes = get_format(METHOD).schemes(self.quantization_config.to_dict(), shapes)
         self._separate = any(map(is_expert, schemes))
         if self._separate:
-            self._model = take_apart(model)
+            take_apart(model)
         self._wanted = _wanted_dtypes(model)
         rename = _renaming(model)
         for name, scheme in schemes.items():
@@ -89,7 +89,7 @@ class Sparse24Quantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
         """Experts that are taken apart are not put together."""
-        return conversion_rules(self._model, weight_conversions) if self._separate else weight_conversions
+        return without_assembling(weight_conversions) if self._separate else weight_conversions
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True

@@ -106,7 +106,10 @@ def test_each_expert_is_rewritten_on_the_tokens_it_is_given(family, mixture):
             rows = (chosen == number).any(1).nonzero()[:, 0]
             counts += len(rows)
             path = f"model.layers.{index}.mlp.experts.{number}"
-            for leaf, reads in (("up_proj", lambda module, x: x), ("down_proj", lambda m, x, e=number: between(m, e, x))):
+            for leaf, reads in (
+                ("up_proj", lambda module, x: x),
+                ("down_proj", lambda m, x, e=number: between(m, e, x)),
+            ):
                 x, own = seen[f"{path}.{leaf}"]
                 torch.testing.assert_close(x, reads(experts, inputs[rows]), rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(own, reads(originals, dense_inputs[rows]), rtol=1e-4, atol=1e-4)

@@ -17,7 +17,9 @@ def moments(*parts):
 
 
 def batches(X, Xd=None):
-    return ((x, None if Xd is None else d) for x, d in zip(X.split(20), (X if Xd is None else Xd).split(20), strict=True))
+    return (
+        (x, None if Xd is None else d) for x, d in zip(X.split(20), (X if Xd is None else Xd).split(20), strict=True)
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, K - 1, 2 * K - 1])
@@ -28,7 +30,9 @@ def test_few_tokens_are_shrunk_toward_the_layer(tokens):
     found = expert_statistics(batches(X, Xd), lambda: batches(layer, layer_dense))
     s = K / (tokens + K)
     assert found.tokens == tokens and found.shrinkage == pytest.approx(s)
-    torch.testing.assert_close(found.statistics.H.double(), (1 - s) * moments(X) + s * moments(layer), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.statistics.H.double(), (1 - s) * moments(X) + s * moments(layer), rtol=1e-4, atol=1e-5
+    )
     cross, layer_cross = (a.double().t() @ b.double() / len(b) for a, b in ((Xd, X), (layer_dense, layer)))
     torch.testing.assert_close(found.statistics.C.double(), (1 - s) * cross + s * layer_cross, rtol=1e-4, atol=1e-5)
 
