@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +145,32 @@ class Activations:
 class _Gathered:
     """What all tokens bring to the experts of a layer.
 
-    inputs, dense: what they are in the compressed model and in the dense one
+    inputs: in the compressed model and in the dense one (None without a dense reference)
     chosen: the experts that they go to in the compressed model, [tokens, chosen experts]
     """
 
-    inputs: Activations
-    dense: Activations | None
+    inputs: tuple[Activations, Activations | None]
     chosen: Tensor
+
+    def some(self, count: int) -> Tensor:
+        """At least so many tokens, where there are as many, at equal distances."""
+        tokens = len(self.chosen)
+        return torch.arange(0, tokens, max(1, tokens // count))
+
+    def batches(
+        self,
+        rows: Tensor,
+        compressed: Callable[[Tensor], Tensor] | None,
+        dense: Callable[[Tensor], Tensor] | None,
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What linears of an expert read of some tokens, in the compressed and in the dense model.
+
+        compressed, dense: what an expert makes of its inputs before those linears; None where they read the inputs
+        """
+        inputs, dense_inputs = self.inputs
+        for part in rows.split(TOKENS_PER_MICRO_BATCH):
+            x, own = inputs.tokens(part), None if dense_inputs is None else dense_inputs.tokens(part)
+            yield x if compressed is None else compressed(x), own if own is None or dense is None else dense(own)
 
 
 class Room:
@@ -405,48 +425,30 @@ class Walk:
     ) -> dict[str, LinearWeights]:
         """Rewrite the experts of a mixture, one after the other."""
         assert group.experts is not None
-        gathered = self._gather(group, batches, dense)
+        prefix = self.model.blocks[index] + "."
         experts: Any = block.get_submodule(group.experts)
+        gathered = self._gather(group, batches, dense)
         rows = {number: tokens for number, tokens, _ in given(gathered.chosen, experts.count)}
         none = gathered.chosen.new_empty(0)
         done: dict[str, LinearWeights] = {}
         for number in range(experts.count):
-            path = f"{group.experts}.{number}"
-            names = [[f"{path}.{leaf}" for leaf in leaves] for leaves in (LEAVES[:2], LEAVES[2:])]
-            kept = [[name for name in stage if name in group.names] for stage in names]
-            original = copy.deepcopy(experts.expert(number)) if dense is not None and kept[1] else None
-            for stage, wanted in enumerate(kept):
-                if wanted:
-                    visit = self._visit_of(
-                        index, block, wanted, experts, number, original, gathered, rows.get(number, none), stage == 1
-                    )
-                    new = rewrite(visit)
-                    self._place(index, block, new, {})
-                    done |= new
+            expert = experts.expert(number)
+            original = None if dense is None else copy.deepcopy(expert)
+            for leaves in (LEAVES[:2], LEAVES[2:]):
+                names = [name for leaf in leaves if (name := f"{group.experts}.{number}.{leaf}") in group.names]
+                if not names:
+                    continue
+                linears: Any = [block.get_submodule(name) for name in names]
+                between = [
+                    partial(experts.between, one) if leaves == LEAVES[2:] else None for one in (expert, original)
+                ]
+                read = partial(gathered.batches, compressed=between[0], dense=between[1])
+                layer = partial(read, gathered.some(LAYER_TOKENS * linears[0].in_features))
+                own = read(rows.get(number, none))
+                new = rewrite(GroupVisit(index, [prefix + name for name in names], linears, own, layer))
+                self._place(index, block, new, {})
+                done |= new
         return done
-
-    def _visit_of(
-        self, index: int, block: nn.Module, names: list[str], experts: SeparateExperts, number: int, original: nn.Module | None,
-        gathered: _Gathered, rows: Tensor, down: bool,
-    ) -> GroupVisit:  # fmt: skip
-        """What is known of linears of one expert. rows: of the tokens that it was given; down: its down projection."""
-        linears: Any = [block.get_submodule(name) for name in names]
-
-        def batches(rows: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-            for part in rows.split(TOKENS_PER_MICRO_BATCH):
-                x = gathered.inputs.tokens(part)
-                own = None if gathered.dense is None else gathered.dense.tokens(part)
-                if down:
-                    x = experts.between(experts.expert(number), x)
-                    own = None if own is None else experts.between(original, own)
-                yield x, own
-
-        def layer() -> Iterator[tuple[Tensor, Tensor | None]]:
-            tokens = len(gathered.chosen)
-            return batches(torch.arange(0, tokens, max(1, tokens // (LAYER_TOKENS * linears[0].in_features))))
-
-        prefix = self.model.blocks[index] + "."
-        return GroupVisit(index, [prefix + name for name in names], linears, batches(rows), layer)
 
     def _gather(self, group: LinearGroup, batches: Iterator[tuple[Any, Any]], dense: _InStep | None) -> _Gathered:
         """Keep what all micro-batches bring to the experts of a layer, and let the dense block go on from there."""
@@ -463,10 +465,10 @@ class Walk:
             chosen.append(args[1].to("cpu"))
             if own is not None and outputs is not None:
                 own[i] = dense_args[0].reshape(shapes[i])
-                outputs[i] = mixture(*dense_args).reshape(shapes[i])
+                outputs[i] = mixture.forward(*dense_args).reshape(shapes[i])  # without the hook that waits
         if dense is not None and outputs is not None:
             mixture.known = _of_running(dense, outputs)
-        return _Gathered(inputs, own, torch.cat(chosen))
+        return _Gathered((inputs, own), torch.cat(chosen))
 
     def _room_for(self, name: str, shapes: Sequence[torch.Size]) -> Activations:
         """Where what enters or leaves the experts of a layer is kept, which is used again for the next layer."""

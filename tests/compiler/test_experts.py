@@ -254,6 +254,21 @@ def test_ignored_experts_stay_as_the_files_have_them(tmp_path, made, recipe):
     assert torch.equal(model.model.layers[0].block_sparse_moe.experts.gate_up_proj.data, new[name].float())
 
 
+def test_experts_that_are_dense_in_part_are_read(tmp_path, made, recipe):
+    """The down projections, with their biases, are dense linears of files that hold them fused otherwise."""
+    more = "overrides: [{match: '*experts.*.down_proj', prune: null, quantize: null}]"
+    apply(recipe(more=more), str(made("gpt_oss")[0]), tmp_path / "out", quiet=True)
+    convert(tmp_path / "out", "dense", tmp_path / "dense", quiet=True)
+    stored, back = (load_file(folder / "model.safetensors") for folder in (made("gpt_oss")[0], tmp_path / "dense"))
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(back[name], stored[name].bfloat16())
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    experts = ours.model.layers[1].mlp.experts
+    assert torch.equal(experts.expert(2).down_proj.weight, stored[name][2].t().bfloat16().float())
+    assert torch.equal(experts.expert(2).down_proj.bias, stored[f"{name}_bias"][2].bfloat16().float())
+    assert isinstance(experts.expert(2).up_proj, Sparse24Linear) and torch.isfinite(logits(ours)).all()
+
+
 def test_inspect_lists_experts(made):
     totals = inspect(made("gpt_oss")[1], quiet=True).totals()
     assert totals["compressed_linears"] == totals["two_four_linears"] == 2 * (4 + 4 * 3)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsify.solver.hessian import Statistics, accumulated
+from sparsify.solver.hessian import HessianAccumulator, Statistics, accumulated
 from sparsify.solver.shrinkage import expert_statistics
 from sparsify.solver.solve import Scheme, solve_layer
 
@@ -45,6 +45,8 @@ def test_enough_tokens_speak_for_themselves_and_none_leave_it_to_the_layer():
 
     own = expert_statistics(batches(X), unwanted)
     assert own.shrinkage == 0 and torch.equal(own.statistics.H, accumulated(batches(X)).H)
+    other = HessianAccumulator().add(X[:0]).add(X).mean()  # a process that has none of the tokens
+    torch.testing.assert_close(other.H, own.statistics.H)
     none = expert_statistics(batches(X[:0]), lambda: batches(layer))
     assert (none.tokens, none.shrinkage) == (0, 1) and torch.equal(none.statistics.H, accumulated(batches(layer)).H)
 
