@@ -34,7 +34,8 @@ from sparsify.native.build import build_ahead
 from sparsify.phases import phase
 from sparsify.progress import Task, progress_bar, say, stage
 from sparsify.recipe import Calibration
-from sparsify.solver.hessian import accumulated
+from sparsify.solver.hessian import Statistics, accumulated
+from sparsify.solver.shrinkage import expert_statistics
 from sparsify.solver.solve import Scheme, solve_layer
 from sparsify.training.block_tuning import BlockTuning, Sample, tune_block
 
@@ -129,7 +130,8 @@ def compress_on_data(run: Run) -> None:
                 result = walk.visit(index, lambda name: name in plan.schemes, rewriting, tuning)
             if is_main():
                 gained = tuning.note if tuning is not None else None
-                run.notes.write(index, layer_notes(index, result.linears, rewriting.errors), result.skipped, gained)
+                layers = layer_notes(index, result.linears, rewriting.errors, rewriting.experts)
+                run.notes.write(index, layers, result.skipped, gained)
                 writer.write_part(part_name(index), *block_tensors(plan, index, result.linears, result.others))
             bar.describe(block)
             bar.advance()
@@ -170,16 +172,26 @@ class _Rewriting:
         self.plan = plan
         self.bar = bar
         self.errors: dict[str, float] = {}
+        self.experts: dict[str, dict[str, Any]] = {}
 
     def __call__(self, visit: GroupVisit) -> dict[str, LinearWeights]:
         self.bar.describe(f"{visit.names[0]}{' ...' if len(visit.names) > 1 else ''}")
-        statistics = accumulated(visit.batches)
+        statistics = self._statistics(visit)
         new: dict[str, LinearWeights] = {}
         for scheme, weights in self._by_scheme(visit).items():
             part, errors = solve_layer(weights, scheme, statistics, together=True)
             new |= part
             self.errors |= errors
         return new
+
+    def _statistics(self, visit: GroupVisit) -> Statistics:
+        """What the tokens say; of an expert with its number of tokens, which is noted."""
+        if visit.layer is None:
+            return accumulated(visit.batches)
+        found = expert_statistics(visit.batches, visit.layer)
+        note = {"tokens": found.tokens, "shrinkage": round(found.shrinkage, 4)}
+        self.experts |= dict.fromkeys(visit.names, note)
+        return found.statistics
 
     def _by_scheme(self, visit: GroupVisit) -> dict[Scheme, dict[str, Tensor]]:
         """Linears of one group may differ in what the recipe asks of them."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsify.compiler.left_dense import none_held, some_not_held
 from sparsify.compiler.metrics import ADAPTER, CARD, METRICS, RECIPE, json_text
 from sparsify.compiler.model_card import head_note, model_card
+from sparsify.compiler.plan_experts import experts_problem
 from sparsify.compute import choose
 from sparsify.data.calibration import calibration_tokens, check_sources
 from sparsify.data.fitting import vocabulary_of
@@ -143,6 +144,8 @@ def convert(
         unheld = _not_held(opened, format, linears)
         for said in some_not_held(format, unheld):
             say(said, quiet)
+        if problem := experts_problem(opened, format, linears):
+            raise CheckpointError(problem)
         beside = _beside(opened.directory)
         asked = None if head is None else _asked(opened, format, head)
         held = {m: s for m, s in opened.modules.items() if m not in unheld and not (dense_head and not in_block(m))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -62,11 +63,14 @@ def estimate(plan: Plan) -> Estimate:
 
 def _output_bytes(plan: Plan) -> int:
     share = 1.0 if plan.depth is None else plan.depth.share
-    saved = sum(
-        planned.weights * plan.checkpoint.dtype(planned.source).itemsize
-        - stored_bytes(planned.scheme, planned.shape, plan)
+    kinds = Counter(
+        (planned.scheme, planned.shape, plan.checkpoint.dtype(planned.source).itemsize)
         for planned in plan.linears.values()
         if planned.scheme is not None
+    )
+    saved = sum(
+        count * (shape[0] * shape[1] * itemsize - stored_bytes(scheme, shape, plan))
+        for (scheme, shape, itemsize), count in kinds.items()
     )
     blocks = range(len(plan.model.blocks))
     inside = sum(plan.checkpoint.info(name).nbytes for block in blocks for name in _files_of(plan, block))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sparsify import memory
 from sparsify.compiler.operations import Group, groups_of, hidden_size
@@ -21,7 +22,9 @@ from sparsify.distributed import device, processes
 from sparsify.errors import SparsifyError
 from sparsify.model.capture import BlockCall, capture_calls, without_numbers
 from sparsify.model.decoder import BlockModel
+from sparsify.model.experts import experts_of, is_expert
 from sparsify.model.footprint import Footprint, footprint
+from sparsify.model.linear_groups import stops_of
 from sparsify.model.sequential import rows_of_micro_batch
 from sparsify.solver.hessian import PANEL
 from sparsify.solver.masks.alps import ROWS
@@ -125,7 +128,7 @@ def walk_memory(plan: Plan, limits: Limits) -> WalkMemory:
     rows = rows_of_micro_batch(calibration.sequence_length)
     samples = math.ceil(calibration.samples / processes())
     one = _micro_batch(plan, min(rows, samples))
-    hidden = streams * samples * calibration.sequence_length * hidden_size(plan) * itemsize
+    hidden = _streams_kept(plan, streams) * samples * calibration.sequence_length * hidden_size(plan) * itemsize
     suspended = streams * math.ceil(samples / rows) * one.most_waiting
     base = {"interpreter and libraries": (memory.anonymous() or 0) + LATER}
     steps, outside = _steps_of_walk(plan, one), {OUTSIDE: _outside_bytes(plan)}
@@ -207,7 +210,7 @@ def _of_every_kind(hollow: BlockModel, hidden: torch.Tensor, calls: list[BlockCa
         block = hollow.block(index)
         kind = (type(block), *((name, parameter.shape) for name, parameter in block.named_parameters()))
         if kind not in found:
-            found[kind] = footprint(block, [*hollow.linears(index).values()], hidden, call)
+            found[kind] = footprint(block, [*stops_of(block).values()], hidden, call)
     return [*found.values()]
 
 
@@ -218,22 +221,39 @@ def _steps_of_walk(plan: Plan, one: Footprint) -> list[dict[str, int]]:
     tokens = min(rows_of_micro_batch(calibration.sequence_length), calibration.samples) * calibration.sequence_length
     codes = max(_weights_of_block(plan))
     found: list[dict[str, int]] = []
-    for group in groups_of(plan):
+    for group in dict.fromkeys(groups_of(plan)):
         k = group.inputs
         propagates = any(scheme.error_propagation > 0 for _, scheme in group.members)
-        matrices = 1 + propagates
+        matrices = (1 + propagates) * (2 if group.expert else 1)  # those of the layer are there while they are combined
         inputs, packed = tokens * k * itemsize, matrices * PACKED_ROWS * k * itemsize
         reading = max(one.peak + (streams - 1) * inputs, streams * inputs + packed)
         found.append({"statistics and factors": 4 * matrices * k * k, MICRO_BATCH: reading})
         found += _solving(group, matrices)
-    fixed = {"block": streams * _block_bytes(plan), "codes of the block": codes}
+    fixed = {"block": _block_bytes(plan, streams), "codes of the block": codes}
     return [fixed | step for step in found] or [fixed]
 
 
-def _block_bytes(plan: Plan) -> int:
-    """Of the largest block, in the type that the model is computed in."""
-    blocks = [plan.model.block(index) for index in range(len(plan.model.blocks))]
-    return max(sum(p.numel() for p in block.parameters()) for block in blocks) * plan.model.dtype.itemsize
+def _block_bytes(plan: Plan, streams: int = 1) -> int:
+    """Of the largest block, in the type that the model is computed in. streams: 2 where the dense model is followed; both
+    share the weights of experts, of which one has its original ones beside them."""
+    return (
+        max(_weights_held(plan.model.block(i), streams) for i in range(len(plan.model.blocks)))
+        * plan.model.dtype.itemsize
+    )
+
+
+def _weights_held(block: nn.Module, streams: int) -> int:
+    mixtures = experts_of(block).values()
+    shared = sum(p.numel() for experts in mixtures for p in experts.parameters())
+    one = max((sum(p.numel() for p in experts.expert(0).parameters()) for experts in mixtures), default=0)
+    return streams * sum(p.numel() for p in block.parameters()) - (streams - 1) * (shared - one)
+
+
+def _streams_kept(plan: Plan, streams: int) -> int:
+    """How many tensors of the size of the hidden states lie where those do: with experts, what enters them in every stream,
+    and what leaves those of the dense model."""
+    compresses_experts = any(is_expert(name) for name in plan.schemes)
+    return streams + (2 * streams - 1 if compresses_experts else 0)
 
 
 def _weights_of_block(plan: Plan) -> list[int]:

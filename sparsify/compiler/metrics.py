@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,13 @@ class Notes:
         return read_json(self.directory / f"{OUTSIDE}.json")
 
 
-def layer_notes(block: int, linears: dict[str, LinearWeights], errors: dict[str, float]) -> list[dict[str, Any]]:
+def layer_notes(
+    block: int,
+    linears: dict[str, LinearWeights],
+    errors: dict[str, float],
+    experts: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """What is said of the compressed linears of a block. experts: what else, of linears of experts"""
     return [
         {
             "module": module,
@@ -90,6 +97,7 @@ def layer_notes(block: int, linears: dict[str, LinearWeights], errors: dict[str,
             "symmetric": linear.symmetric,
             "sparsity": _sparsity(linear),
             "relative_error": errors.get(module),
+            **(experts or {}).get(module, {}),
         }
         for module, linear in linears.items()
         if linear.bits < 16 or linear.pattern != "dense"  # such a one is trained, but not compressed

@@ -3,18 +3,22 @@
 A multiply-add counts as two operations. Only what the methods need is counted, in the formulas beside each part: a symmetric
 product on one triangle, causal attention without the pairs that the mask removes, the solver without the passes that only
 move data. Norms, activation functions, softmax, sampling, the reading of weights and the packing of codes are not counted:
-they are a few operations per token and feature or per weight, where products have hundreds. Of fused experts nothing is.
+they are a few operations per token and feature or per weight, where products have hundreds. Experts
+count for the share of the tokens that they are given on average; of those that stay fused nothing is counted.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsify.basis.residual import SAMPLED
+from sparsify.compiler.plan_experts import mixture_of
 from sparsify.compiler.shorten import SEARCHED_ROWS
+from sparsify.model.experts import is_expert
 from sparsify.model.sequential import DENSE_FORWARD, FORWARD
 from sparsify.recipe.methods import needs_of
 from sparsify.recipe.schema import Basis, SelfText
@@ -44,9 +48,13 @@ EIGEN = 9  # times K^3: a symmetric eigenproblem with its vectors (Golub and Van
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that read one tensor. shapes: (outputs N, inputs K) with the scheme of each; K is the same for all."""
+    """Linears that read one tensor. shapes: (outputs N, inputs K) with the scheme of each; K is the same for all.
+
+    expert: of one of several experts, which is given a share of the tokens
+    """
 
     members: tuple[tuple[tuple[int, int], Scheme], ...]
+    expert: bool = False
 
     @property
     def inputs(self) -> int:
@@ -71,18 +79,22 @@ def count_operations(plan: Plan) -> dict[str, int]:
         parts["self-written text"] = _writing(plan)
     walk = 0.0
     if plan.needs_data:
-        walk = _forward(plan, tokens)
+        walk = _forward(plan, tokens)  # experts once more, to see what their down projections read
+        walk += 2.0 * tokens * expert_share(plan) * sum(p.weights for m, p in plan.linears.items() if is_expert(m))
         parts[FORWARD] = share * walk
         if plan.needs_dense_reference:
             parts[DENSE_FORWARD] = share * walk
-    for group in groups_of(plan):
+    given = expert_share(plan)
+    for group, count in Counter(groups_of(plan)).items():
         schemes = [scheme for _, scheme in group.members]
         if any(scheme.needs_data for scheme in schemes):
             propagates = any(scheme.error_propagation > 0 for scheme in schemes)
-            _add(parts, {"statistics": share * _statistics(group.inputs, tokens, propagates)})
+            read = round(tokens * given) if group.expert else tokens
+            _add(parts, {"statistics": count * share * _statistics(group.inputs, read, propagates)})
         for scheme in dict.fromkeys(schemes):
             outputs = sum(n for (n, _), own in group.members if own == scheme)
-            _add(parts, {name: share * work for name, work in solving(outputs, group.inputs, scheme).items()})
+            work_of = solving(outputs, group.inputs, scheme).items()
+            _add(parts, {name: count * share * work for name, work in work_of})
     if plan.head is not None:
         n, k = plan.head.head.shape
         scheme = plan.head.scheme
@@ -157,8 +169,16 @@ def hidden_size(plan: Plan) -> int:
     return int(getattr(config.get_text_config(decoder=True), "hidden_size", 0))
 
 
-def _block_weights(plan: Plan) -> int:
-    return sum(planned.weights for planned in plan.linears.values())
+def expert_share(plan: Plan) -> float:
+    """The share of the tokens that one expert is given on average; 1 where there are none."""
+    mixture = mixture_of(plan.model)
+    return 1.0 if mixture is None else mixture.share
+
+
+def _block_weights(plan: Plan) -> float:
+    """Weights that a token is multiplied with, on average."""
+    given = expert_share(plan)
+    return sum(planned.weights * (given if is_expert(name) else 1) for name, planned in plan.linears.items())
 
 
 def _attention(plan: Plan, length: int) -> float:
@@ -210,8 +230,11 @@ def groups_of(plan: Plan) -> list[Group]:
         leaving = [planned for planned in members if planned.shape[0] == hidden][-1:] if len(members) > 1 else []
         for planned in members:
             groups.setdefault((parent, planned.shape[1], planned in leaving), []).append(planned)
-    found = [tuple((p.shape, p.scheme) for p in group if p.scheme is not None) for group in groups.values()]
-    return [Group(members) for members in found if members]
+    found = [
+        (tuple((p.shape, p.scheme) for p in group if p.scheme is not None), is_expert(group[0].module))
+        for group in groups.values()
+    ]
+    return [Group(members, expert) for members, expert in found if members]
 
 
 def _add(parts: dict[str, float], more: Mapping[str, float]) -> None:

@@ -20,6 +20,7 @@ from sparsify.compiler.estimate import Estimate, estimate, time_in_words, traini
 from sparsify.compiler.left_dense import none_held
 from sparsify.compiler.memory import FREE, Limits, in_words
 from sparsify.compiler.merged import merged_with, merging_problem
+from sparsify.compiler.plan_experts import experts_in_words, refuse_unlike, why_dense, why_not_compressed
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
 from sparsify.compiler.shorten import PlannedDepth, plan_depth
 from sparsify.compiler.training_text import repeats_of_files
@@ -35,6 +36,7 @@ from sparsify.model.capture import fake_hidden
 from sparsify.model.checkpoint import Checkpoint, TensorInfo
 from sparsify.model.decoder import (
     ROUTER,
+    ROUTES,
     BlockModel,
     find_blocks,
     meta_model,
@@ -42,6 +44,7 @@ from sparsify.model.decoder import (
     refuse_other_tensors,
     target_names,
 )
+from sparsify.model.experts import fused_experts, is_expert
 from sparsify.model.linear_groups import skipped_by_shape
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.model.pretrained import ADAPTER
@@ -54,6 +57,7 @@ from sparsify.solver.head_quantization import head_problem, head_scheme
 from sparsify.solver.solve import Scheme
 from sparsify.units import size
 
+EXPERT = re.compile(r"\bexperts\.\d+\.")
 MANY_CARRIED = 6  # kinds of unknown tensors that a table names
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -336,14 +340,17 @@ class Plan:
         table = Table(title=escape(f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks"), caption_justify="left")
         for column in ("linear", "shape", "blocks", "becomes"):
             table.add_column(column, justify="right" if column in ("shape", "blocks") else "left")
-        kinds: dict[tuple[str, tuple[int, int], str], int] = {}
+        kinds: dict[tuple[str, tuple[int, int], str], tuple[int, set[int]]] = {}
         unheld = self.written_dense()
         for name, planned in self.linears.items():
             inside = name.removeprefix(self.model.blocks[planned.block] + ".")
             what = planned.describe() + (f"; written dense: {unheld[name]}" if name in unheld else "")
-            kinds[inside, planned.shape, what] = kinds.get((inside, planned.shape, what), 0) + 1
-        for (inside, shape, what), count in kinds.items():
-            table.add_row(Text(inside), f"{shape[0]} x {shape[1]}", str(count), Text(what))
+            inside = EXPERT.sub(r"experts.*.", inside)
+            count, blocks = kinds.get((inside, planned.shape, what), (0, set()))
+            kinds[inside, planned.shape, what] = (count + 1, blocks | {planned.block})
+        for (inside, shape, what), (count, blocks) in kinds.items():
+            each = f" x {count / len(blocks):g} experts" if count > len(blocks) else ""
+            table.add_row(Text(inside), f"{shape[0]} x {shape[1]}", f"{len(blocks)}{each}", Text(what))
         if self.head is not None:
             n, k = self.head.head.shape
             table.add_row(Text(self.head.head.module), f"{n} x {k}", "", self.head.describe())
@@ -377,6 +384,7 @@ class Plan:
                 if (behind := self.left_behind())
                 else ""
             )
+            + "".join(f"\n{said}" for said in experts_in_words(self))
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
             + "".join(f"\n{said}" for said in self._repeats)
         )
@@ -460,7 +468,7 @@ def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, se
     """
     if recipe.whole:
         return _whole_plan(recipe, model)
-    plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None)
+    plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None, served)
     plan.checkpoint.sidecar_files()  # a link out of the directory is better known now
     plan = keep_zeros(without_skipped(plan), whole=False)
     format = recipe.export.format
@@ -571,13 +579,62 @@ def _kept(scheme: Scheme, module: str, kept: set[str], plan: Plan) -> Scheme:
     )
 
 
-def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Plan:
+def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None, served: bool) -> Plan:
     """The plan without the depth pass: every linear of the model as it is."""
     if not recipe.compresses:
         return _training_plan(recipe, model, shortened)
     checkpoint = open_dense(model)
-    opened = open_blocks(checkpoint)
     store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
+    opened, linears, other = _open_linears(recipe, checkpoint, store, served and shortened is None)
+    checkpoint = opened.checkpoint
+    if shortened is None and (
+        problem := override_problem(recipe, linears, model)
+    ):  # a depth pass may remove what one names
+        raise RecipeError(problem)
+    refuse_unlike(recipe, linears)
+    training = plan_training(recipe, checkpoint, shortened)
+    plan = Plan(recipe, opened, linears, other, store, None, training)
+    plan = replace(plan, head=_head(recipe, opened, store, calibrates=plan.needs_data))
+    if not plan.schemes:
+        reasons = sorted(set(plan.dense_modules().values()))
+        raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
+    if plan.computes and not plan.needs_data:  # else `without_skipped` runs it so
+        fake_hidden(opened)  # refuses a model that does not call its blocks one after another
+    outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}
+    outside -= {plan.head.head.source} if plan.head is not None and not plan.head.head.tied else set()
+    other |= {opened.sources[name][0].removesuffix(".weight"): "outside the decoder blocks" for name in sorted(outside)}
+    return plan
+
+
+def _open_linears(
+    recipe: Recipe, checkpoint: Checkpoint, store: torch.dtype, whole: bool
+) -> tuple[BlockModel, dict[str, Planned], dict[str, str]]:
+    """The model of a checkpoint, its linears, and why other weights of its blocks stay as they are.
+
+    Experts are taken apart where one of them is compressed. whole: this recipe makes what is exported of the whole model
+    """
+    why = why_not_compressed(recipe) if whole else "experts are compressed neither before nor after a depth pass"
+    opened = open_blocks(checkpoint, separate=why is None)
+    dense = why_dense(recipe, opened.checkpoint)
+    linears, other = _linears_of(recipe, opened, store, dense)
+    experts = [planned for name, planned in linears.items() if is_expert(name)]
+    if experts and all(planned.scheme is None and planned.asked is None for planned in experts):
+        why = experts[0].reason
+        opened = open_blocks(checkpoint)
+        linears, other = _linears_of(recipe, opened, store, dense)
+    if why := why or opened.fused:
+        fused = tuple(f"{path}." for path in fused_experts(opened.model))
+        other |= {name: why for name in other if name.startswith(fused)}
+    return opened, linears, other
+
+
+def _linears_of(
+    recipe: Recipe, opened: BlockModel, store: torch.dtype, dense: str | None
+) -> tuple[dict[str, Planned], dict[str, str]]:
+    """The linears of the blocks with what the recipe asks of them, and why other weights stay as they are.
+
+    dense: why experts stay dense, None where they need not
+    """
     linears: dict[str, Planned] = {}
     other: dict[str, str] = {}
     for index, block in enumerate(opened.blocks):
@@ -592,26 +649,26 @@ def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None) -> Pl
             scheme = scheme_of(recipe, settings, store)
             reason = settings.dense if scheme is None else scheme.reason_dense(shape[1])
             if ROUTER.search(name):
-                reason = "routes tokens to experts"
+                reason = ROUTES
+            elif is_expert(module):
+                reason = reason or dense
             asked = None if reason else scheme
             linears[module] = Planned(module, source, index, shape, asked, reason, asked=asked)
-        other |= {f"{block}.{name}": "not a plain linear" for name in opened.other_parameters(index)}
-    if shortened is None and (
-        problem := override_problem(recipe, linears, model)
-    ):  # a depth pass may remove what one names
-        raise RecipeError(problem)
-    training = plan_training(recipe, checkpoint, shortened)
-    plan = Plan(recipe, opened, linears, other, store, None, training)
-    plan = replace(plan, head=_head(recipe, opened, store, calibrates=plan.needs_data))
-    if not plan.schemes:
-        reasons = sorted(set(plan.dense_modules().values()))
-        raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
-    if plan.computes and not plan.needs_data:  # else `without_skipped` runs it so
-        fake_hidden(opened)  # refuses a model that does not call its blocks one after another
-    outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}
-    outside -= {plan.head.head.source} if plan.head is not None and not plan.head.head.tied else set()
-    other |= {opened.sources[name][0].removesuffix(".weight"): "outside the decoder blocks" for name in sorted(outside)}
-    return plan
+        for name in opened.other_parameters(index):
+            other[f"{block}.{name}"] = _why_other(opened, f"{block}.{name}")
+    return linears, other
+
+
+def _why_other(opened: BlockModel, name: str) -> str:
+    """Why a matrix that belongs to no plain linear stays as it is."""
+    path = name.rpartition(".")[0]
+    if ROUTER.search(path):
+        return ROUTES
+    if path.endswith("experts"):
+        return (
+            f"experts of the class {type(opened.model.get_submodule(path)).__name__} cannot be taken apart into linears"
+        )
+    return "not a plain linear"
 
 
 def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> Plan:
@@ -642,7 +699,7 @@ def _training_plan(recipe: Recipe, model: str, shortened: Shortened | None) -> P
     for module, scheme in compressed.modules.items():
         source = f"{module}.weight"
         target, same = opened.sources.get(source, (source, True))
-        if not same and not recipe.whole:
+        if (not same or is_expert(module)) and not recipe.whole:
             raise CheckpointError(
                 f"{model} holds {module} compressed, which transformers puts together with others into one tensor, so it cannot "
                 "be trained; start from the dense model"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -51,6 +51,8 @@ def summary(metrics: Mapping[str, Any], title: str, record: Mapping[str, Any] | 
         worst = max(layers, key=lambda layer: layer["relative_error"] or 0)
         add_row("output error, mean", f"{sum(errors) / len(errors):.4f}")
         add_row("output error, worst", f"{worst['relative_error']:.4f} at {worst['module']}")
+    for what, said in experts_in_words(layers):
+        add_row(what, said)
     for reason, count in Counter(entry["reason"] for entry in metrics["dense_modules"]).items():
         add_row("left dense", f"{count}: {reason}")
     if kept := metrics.get("kept_zeros"):
@@ -71,3 +73,23 @@ def summary(metrics: Mapping[str, Any], title: str, record: Mapping[str, Any] | 
     for name, value in phases_in_words(record) if record else ():
         add_row(name, value)
     return table
+
+
+def experts_in_words(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Tokens that experts were given, and how many had too few of them; [] where no expert was solved on tokens."""
+    linears = [layer for layer in layers if "tokens" in layer]
+    experts = {layer["module"].rpartition(".")[0]: layer["tokens"] for layer in linears}
+    if not experts:
+        return []
+    counts = sorted(experts.values())
+    said = [
+        ("tokens per expert", f"{counts[0]} to {counts[-1]}, median {counts[len(counts) // 2]}, {len(counts)} experts")
+    ]
+    few = {layer["module"].rpartition(".")[0] for layer in linears if layer["tokens"] and layer["shrinkage"]}
+    if few:
+        said.append(
+            ("few tokens", f"{len(few)} experts had fewer than twice their inputs: Hessian shrunk toward the layer's")
+        )
+    if none := [name for name, tokens in experts.items() if not tokens]:
+        said.append(("no token", f"{len(none)} experts, solved on the layer's Hessian, the first {none[0]}"))
+    return said

@@ -15,8 +15,11 @@ from sparsify.formats.belonging import check_tensors
 from sparsify.formats.foreign import dequantized, described, is_native, reads_foreign
 from sparsify.model import pretrained
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.model.experts import is_expert
 from sparsify.progress import say, stage, without_bars
 from sparsify.runtime.legacy import legacy_format
+
+PACKED = ".weight_packed"
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,17 @@ def _loadable(checkpoint: Checkpoint) -> Path:
     """The directory that transformers loads: that of the model, or its dequantized weights where transformers has no kernels
     for them on every machine, or reads something else than the packages that wrote them."""
     config = described(checkpoint)
-    if legacy_format(config) is None and (config is None or not reads_foreign(config) or is_native(config)):
+    native = config is not None and is_native(config) and not _has_packed_experts(checkpoint)
+    if legacy_format(config) is None and (config is None or not reads_foreign(config) or native):
         return checkpoint.directory
     opened = dequantized(checkpoint)
     say(f"{checkpoint.spec} is scored as dequantized weights ({opened.quantization})")
     return opened.loadable_directory()
+
+
+def _has_packed_experts(checkpoint: Checkpoint) -> bool:
+    """Whether experts are quantized: transformers then leaves what it puts together, routers too, in the type of the files."""
+    return any(is_expert(name.removesuffix(PACKED)) for name in checkpoint.names() if name.endswith(PACKED))
 
 
 def load_vocabulary(spec: str | Path) -> int | None:

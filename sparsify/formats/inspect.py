@@ -48,8 +48,8 @@ class TensorReport:
 
     @property
     def kind(self) -> str:
-        """The name without the number of the block: `self_attn.q_proj`."""
-        name = self.name.removesuffix(".weight")
+        """The name without the number of the block, and with a star for that of an expert: `self_attn.q_proj`."""
+        name = re.sub(r"\bexperts\.\d+\.", "experts.*.", self.name.removesuffix(".weight"))
         return re.sub(r"^(?:.*?\.)?\d+\.", "", name) if in_block(name) else name
 
 

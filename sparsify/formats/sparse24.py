@@ -46,6 +46,7 @@ from sparsify.formats.scheme import (
     take_tensor,
     with_bias,
 )
+from sparsify.model.experts import is_expert
 from sparsify.model.linear import PATTERNS, LinearWeights
 
 VERSION, ZERO_POINTS = 1, 2  # the second is written where some linear has zero points, so that older readers refuse it
@@ -257,7 +258,8 @@ class Sparse24(Format):
         }
         symmetric = all(scheme.symmetric for scheme in modules.values())
         head = {"quant_method": "sparse24", "version": VERSION if symmetric else ZERO_POINTS}
-        return {**head, **_entry(default, None), "ignore": ignore, "modules": overrides}
+        experts = {"experts": True} if any(map(is_expert, modules)) else {}
+        return {**head, **_entry(default, None), **experts, "ignore": ignore, "modules": overrides}
 
     def recognises(self, quantization_config: Mapping[str, Any] | None) -> bool:
         return quantization_config is not None and quantization_config.get("quant_method") == "sparse24"

@@ -28,6 +28,8 @@ from sparsify.formats.scheme import Format, ModuleScheme
 from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_shards, write_tensors, writing
 from sparsify.manifest import UNSEALED, keep, missing, refuse_damaged, seal, unsound
 from sparsify.model.checkpoint import Checkpoint, TensorInfo, read_header
+from sparsify.model.decoder import meta_model
+from sparsify.model.experts import FusedTensor, is_expert, stored_fused
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sidecars import secrets
 from sparsify.phases import phase
@@ -359,7 +361,21 @@ class CheckpointWriter:
                 tensors[name] = LazyTensor(info.shape, info.dtype, partial(read_tensor, file, name))
         if not tensors:
             raise CheckpointError(f"{self.work} holds no finished part; nothing can become {self.output}")
-        return modules, tensors, linears
+        return modules, self._assembled(modules, tensors), linears
+
+    def _assembled(self, modules: Mapping[str, ModuleScheme], tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """Dense experts of a model whose published files hold them in one tensor: put together again, none being packed."""
+        if not any(is_expert(name.rpartition(".")[0]) for name in tensors) or any(map(is_expert, modules)):
+            return tensors
+        whole: dict[str, LazyTensor] = {}
+        taken: set[str] = set()
+        for name, fused in stored_fused(meta_model(self.source, torch.bfloat16)).items():
+            members = {member: tensors[member] for member in fused.names() if member in tensors}
+            if len(members) == len(fused.names()):
+                dtype = next(iter(members.values())).dtype
+                whole[name] = LazyTensor(fused.shape, dtype, partial(_put_together, fused, members))
+                taken |= members.keys()
+        return {name: tensor for name, tensor in tensors.items() if name not in taken} | whole
 
     def _config(
         self,
@@ -385,6 +401,10 @@ class CheckpointWriter:
         if described is not None:
             config["quantization_config"] = described
         return config
+
+
+def _put_together(fused: FusedTensor, members: Mapping[str, LazyTensor]) -> Tensor:
+    return fused.assembled({name: tensor.load() for name, tensor in members.items()})
 
 
 def partial_directory(output: Path) -> Path:

@@ -82,17 +82,19 @@ def differences(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], known: 
     over although the class does not know them
     """
     import torch
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
+    from sparsify.model.experts import assembled_shapes, conversion_rules  # which reads checkpoints, as this does not
+
     skeleton: Any = copy.deepcopy(model)
+    shapes = assembled_shapes(model, shapes)
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if name not in known}
     with without_bars():
         info, _ = convert_and_load_state_dict_in_model(
             skeleton,
             state,
-            LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=get_model_conversion_mapping(skeleton)),
+            LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=conversion_rules(skeleton)),
         )
     skeleton.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     skeleton._adjust_missing_and_unexpected_keys(info)

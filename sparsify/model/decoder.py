@@ -6,9 +6,10 @@ list that holds most of its parameters.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,10 +20,20 @@ from sparsify import compute
 from sparsify.errors import CheckpointError
 from sparsify.model.belonging import carried_over, differences, refuse
 from sparsify.model.checkpoint import Checkpoint
+from sparsify.model.experts import (
+    FusedTensor,
+    SeparatedCheckpoint,
+    conversion_rules,
+    fused_experts,
+    fused_tensors,
+    is_expert,
+    take_apart,
+)
 from sparsify.model.pretrained import LONGEST, causal_lm_of, load_config
 from sparsify.progress import without_bars
 
-ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # mixture-of-experts routers that are plain linears
+ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # of a mixture of experts
+ROUTES = "routes tokens to experts"  # why one stays dense
 
 
 @dataclass
@@ -33,6 +44,7 @@ class BlockModel:
     blocks:  names of the decoder blocks in order, e.g. "model.layers.0"
     sources: checkpoint tensor name -> (parameter name in the model, whether it is the same tensor under that name)
     dtype:   the type the walk computes in
+    fused:   why the experts of a mixture are not taken apart into linears; None where they are, or where there are none
     """
 
     checkpoint: Checkpoint
@@ -40,7 +52,7 @@ class BlockModel:
     blocks: list[str]
     sources: dict[str, tuple[str, bool]]
     dtype: torch.dtype
-    _by_prefix: dict[str, list[str]] = field(default_factory=dict)
+    fused: str | None = None
 
     @cached_property
     def kept_wide(self) -> set[str]:
@@ -62,23 +74,36 @@ class BlockModel:
     def block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.blocks[index])
 
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.blocks)}
+
     def owner(self, parameter: str) -> int | None:
         """Index of the block that holds a parameter, None when it lies outside the blocks."""
-        for index, name in enumerate(self.blocks):
-            if parameter.startswith(name + "."):
-                return index
-        return None
+        prefix = self.blocks[0].rpartition(".")[0] + "."
+        if not parameter.startswith(prefix):
+            return None
+        number, dot, _ = parameter.removeprefix(prefix).partition(".")
+        return self._indices.get(prefix + number) if dot else None
+
+    @cached_property
+    def _by_owner(self) -> dict[int | None, list[str]]:
+        found: dict[int | None, list[str]] = {}
+        for source, (target, _) in self.sources.items():
+            found.setdefault(self.owner(target), []).append(source)
+        return found
 
     def source_names(self, index: int | None) -> list[str]:
         """Checkpoint tensors that belong to one block, or with None to none of them."""
-        return [source for source, (target, _) in self.sources.items() if self.owner(target) == index]
+        return self._by_owner.get(index, [])
+
+    @cached_property
+    def _source_of(self) -> dict[str, str]:
+        return {target: source for source, (target, same) in reversed(self.sources.items()) if same}
 
     def source_of(self, parameter: str) -> str | None:
         """The checkpoint tensor stored as is for a parameter; None when transformers assembles it from several."""
-        for source, (target, same) in self.sources.items():
-            if target == parameter and same:
-                return source
-        return None
+        return self._source_of.get(parameter)
 
     def without_head(self) -> list[str]:
         """Checkpoint tensors outside the blocks but for those of an output head that is not tied to the embedding."""
@@ -139,7 +164,6 @@ class BlockModel:
 def load_state(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Put checkpoint tensors into a model on the meta device, as transformers would: renamed, assembled, in `dtype` but for
     what the model class keeps in float32."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
@@ -150,7 +174,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -
             load_config=LoadStateDictConfig(
                 dtype=dtype,
                 dtype_plan=model._get_dtype_plan(dtype),  # type: ignore[operator]
-                weight_mapping=get_model_conversion_mapping(model),
+                weight_mapping=conversion_rules(model),
             ),
         )
     if info.mismatched_keys or info.conversion_errors:
@@ -165,10 +189,9 @@ def source_map(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[str,
 
 def target_names(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, bool]]:
     """Checkpoint tensor name -> (name in the model, whether it is the same tensor), for the names that the model knows."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    rules = get_model_conversion_mapping(model)
+    rules = conversion_rules(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
@@ -230,10 +253,11 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, 
     return model.eval().requires_grad_(False)
 
 
-def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> BlockModel:
+def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None, separate: bool = False) -> BlockModel:
     """Build the model of a checkpoint on the meta device, with the rules of where each tensor goes.
 
     dtype: what to compute in; default as `compute.for_model` chooses for this machine or the run that is going on.
+    separate: take the experts of a mixture apart into linears, where that is possible (`BlockModel.fused`)
     """
     if "quantization_config" in checkpoint.config:
         method = checkpoint.config["quantization_config"].get("quant_method", "an unknown method")
@@ -244,11 +268,30 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Blo
         dtype = compute.for_model(checkpoint.dtypes()).dtype
     model = meta_model(checkpoint, dtype)
     refuse_changing_weights(model, checkpoint.spec)
-    blocks = find_blocks(model)
-    opened = BlockModel(checkpoint, model, blocks, source_map(model, checkpoint), dtype)
+    opened = BlockModel(checkpoint, model, find_blocks(model), source_map(model, checkpoint), dtype)
     _refuse_shared_weights(opened)
     refuse_other_tensors(model, checkpoint)
-    return opened
+    return _taken_apart(opened) if separate and fused_experts(model) else opened
+
+
+def _taken_apart(opened: BlockModel) -> BlockModel:
+    """The model with its experts as linears; as it was, with the reason, where its files do not allow that."""
+    checkpoint = opened.checkpoint
+    stored: dict[str, FusedTensor] = {}
+    for name, fused in fused_tensors(opened.model).items():
+        if (source := opened.source_of(name)) is not None:
+            stored[source] = fused
+    if stored and type(checkpoint) is not Checkpoint:
+        return replace(opened, fused="fused experts of a quantized source stay as they are")
+    if stored:
+        checkpoint = SeparatedCheckpoint(checkpoint.spec, checkpoint.directory, stored)
+    model = take_apart(copy.deepcopy(opened.model))
+    separate = BlockModel(checkpoint, model, opened.blocks, source_map(model, checkpoint), opened.dtype)
+    if any(
+        separate.source_of(name) is None for name, _ in model.named_parameters() if is_expert(name.rpartition(".")[0])
+    ):
+        return replace(opened, fused="its files hold experts in a form that cannot be taken apart")
+    return separate
 
 
 def refuse_other_tensors(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.model.capture import BlockCall, fake_calls, run_block, without_numbers
-from sparsify.model.decoder import ROUTER, BlockModel
+from sparsify.model.decoder import ROUTER, ROUTES, BlockModel
+from sparsify.model.experts import SeparateExperts, experts_of
 
 PROBE_TOKENS = 16
 NOT_CALLED = "not called in a forward pass"
@@ -18,10 +19,27 @@ NOT_CALLED = "not called in a forward pass"
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears of a block that read the same tensor, in call order. names are relative to the block; K is shared."""
+    """Linears of a block that read the same tensor, in call order. names are relative to the block; K is shared.
+
+    experts: path of a mixture's experts, all of whose linears make one group; K is what the experts read
+    """
 
     names: tuple[str, ...]
     in_features: int
+    experts: str | None = None
+
+    @property
+    def stop(self) -> str:
+        """The module at which a forward has reached the group."""
+        return self.experts or self.names[0]
+
+
+def stops_of(block: nn.Module) -> dict[str, nn.Module]:
+    """The plain linears of a block outside of its experts, and those experts as one module, by name inside the block."""
+    mixtures = experts_of(block)
+    inside = {id(linear) for experts in mixtures.values() for linear in experts.modules()}
+    linears = {name: m for name, m in block.named_modules() if type(m) is nn.Linear and id(m) not in inside}
+    return {**linears, **mixtures}
 
 
 @torch.no_grad()
@@ -31,31 +49,50 @@ def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[Line
     x: [B, T, d], a small hidden state. Returns the groups in call order, and for each linear that the walk cannot
     handle the reason why.
     """
-    linears: dict[nn.Module, str] = {m: name for name, m in block.named_modules() if type(m) is nn.Linear}
+    stops = stops_of(block)
+    names: dict[nn.Module, str] = {module: name for name, module in stops.items()}
     seen: dict[str, list[Tensor]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.setdefault(linears[module], []).append(args[0])  # keeps the tensor alive, so its address stays unique
+        seen.setdefault(names[module], []).append(args[0])  # keeps the tensor alive, so its address stays unique
 
-    hooks = [m.register_forward_pre_hook(note) for m in linears]
+    hooks = [module.register_forward_pre_hook(note) for module in names]
+    mixtures = [module for module in names if isinstance(module, SeparateExperts)]
+    for module in mixtures:
+        module.skipped = True  # which experts a few tokens are given to does not matter
     try:
         run_block(block, x, call)
     finally:
         for hook in hooks:
             hook.remove()
-    skipped = {name: NOT_CALLED for name in linears.values() if name not in seen}
+        for module in mixtures:
+            module.skipped = False
+    skipped = {name: NOT_CALLED for name in stops if name not in seen}
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, inputs in seen.items():
         t = inputs[0]
         if ROUTER.search(name):
-            skipped[name] = "routes tokens to experts"
+            skipped[name] = ROUTES
         elif len(inputs) > 1:
             skipped[name] = f"called {len(inputs)} times in one forward pass"
         elif t.numel() != x.shape[0] * x.shape[1] * t.shape[-1]:
             skipped[name] = "does not read every token"
         else:
-            groups.setdefault((t.data_ptr(), t.shape, t.stride()), []).append(name)
-    return [LinearGroup(tuple(names), key[1][-1]) for key, names in groups.items()], skipped
+            mixture = name if stops[name] in mixtures else None
+            groups.setdefault((t.data_ptr(), t.shape, t.stride(), mixture), []).append(name)
+    found = [
+        LinearGroup(tuple(members) if path is None else _linears_of(path, stops[path]), shape[-1], path)
+        for (_, shape, _, path), members in groups.items()
+    ]
+    return found, {
+        linear: why
+        for name, why in skipped.items()
+        for linear in (_linears_of(name, stops[name]) if stops[name] in mixtures else (name,))
+    }
+
+
+def _linears_of(path: str, experts: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{path}.{name}" for name, module in experts.named_modules() if type(module) is nn.Linear)
 
 
 @torch.no_grad()

@@ -11,13 +11,19 @@ numbers, so the same bits. Then memory does not grow with the number of tokens, 
 up; down) costs about two forward passes. The hidden states themselves are in memory, or in a memory-mapped file.
 
 With a dense reference, the untouched block walks beside the compressed one on the dense model's own activations.
+
+The experts of a mixture are one stop, since each of them reads other tokens. What all tokens bring to it is gathered; expert
+after expert is then rewritten on the tokens that it was given, its down projection on what its rewritten gate and up
+projections make of them. Its original weights are kept meanwhile, those of no other expert: what the dense block makes of
+its experts is computed before the first of them changes.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,7 @@ from sparsify.errors import NumericalError, SparsifyError
 from sparsify.files import only_user, reserve
 from sparsify.model.capture import BlockCall, call_of_row, capture_calls, head_inputs, run_block, share_equal
 from sparsify.model.decoder import BlockModel
+from sparsify.model.experts import LEAVES, SeparateExperts, experts_of, given
 from sparsify.model.footprint import Footprint, footprint
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups
@@ -36,6 +43,7 @@ from sparsify.phases import phase
 
 TOKENS_PER_MICRO_BATCH = 4096
 FORWARD, DENSE_FORWARD = "forward", "dense forward"  # phases: the compressed model, and the dense one beside it
+LAYER_TOKENS = 4  # per input, of a layer whose tokens stand in for those that an expert was not given
 
 
 @dataclass
@@ -46,12 +54,15 @@ class GroupVisit:
     linears: their modules, in the same order; weight [N_i, K]
     batches: what they read, [tokens, K] of one micro-batch after the other, in the compressed model and in the dense model
              (None without a dense reference). Each is computed when it is asked for, so this can be gone through once.
+    layer:   for linears of one of several experts, whose batches hold the tokens that it was given, perhaps none: what they
+             would read if it were given all tokens of the layer, of which this takes some at equal distances
     """
 
     block: int
     names: list[str]
     linears: list[nn.Linear]
     batches: Iterator[tuple[Tensor, Tensor | None]]
+    layer: Callable[[], Iterator[tuple[Tensor, Tensor | None]]] | None = None
 
 
 @dataclass
@@ -114,6 +125,7 @@ class Activations:
             self.lock = only_user(file)
             reserve(file, sum(sizes) * dtype.itemsize)
             flat = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
+        self.flat = flat
         self.parts = list(flat.split(sizes))
 
     def __len__(self) -> int:
@@ -124,6 +136,43 @@ class Activations:
 
     def __setitem__(self, index: int, value: Tensor) -> None:
         self.parts[index].view(self.shapes[index]).copy_(value)
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """Some tokens of all micro-batches, counted through: [len(rows), d] on the device."""
+        every = self.flat.view(-1, self.shapes[0][-1])
+        return every[rows.to(every.device)].to(self.device)
+
+
+@dataclass
+class _Gathered:
+    """What all tokens bring to the experts of a layer.
+
+    inputs: in the compressed model and in the dense one (None without a dense reference)
+    chosen: the experts that they go to in the compressed model, [tokens, chosen experts]
+    """
+
+    inputs: tuple[Activations, Activations | None]
+    chosen: Tensor
+
+    def some(self, count: int) -> Tensor:
+        """At least so many tokens, where there are as many, at equal distances."""
+        tokens = len(self.chosen)
+        return torch.arange(0, tokens, max(1, tokens // count))
+
+    def batches(
+        self,
+        rows: Tensor,
+        compressed: Callable[[Tensor], Tensor] | None,
+        dense: Callable[[Tensor], Tensor] | None,
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What linears of an expert read of some tokens, in the compressed and in the dense model.
+
+        compressed, dense: what an expert makes of its inputs before those linears; None where they read the inputs
+        """
+        inputs, dense_inputs = self.inputs
+        for part in rows.split(TOKENS_PER_MICRO_BATCH):
+            x, own = inputs.tokens(part), None if dense_inputs is None else dense_inputs.tokens(part)
+            yield x if compressed is None else compressed(x), own if own is None or dense is None else dense(own)
 
 
 class Room:
@@ -164,7 +213,7 @@ class _InStep:
     def __init__(
         self,
         block: nn.Module,
-        stops: Sequence[nn.Linear],
+        stops: Sequence[nn.Module],
         hidden: Activations,
         calls: Sequence[Sequence[BlockCall]],
         index: int,
@@ -178,18 +227,20 @@ class _InStep:
         self.block, self.hidden, self.calls, self.index = block, hidden, calls, index
         self.hooks = [stop.register_forward_pre_hook(self._wait) for stop in stops]
         self.room, self.waiting, self.alone, self.phase = room, waiting, alone, phase
-        self.passed = 0  # linears where every micro-batch has been
+        self.passed = 0  # stops where every micro-batch has been
+        self.running = 0  # the micro-batch whose forward goes on
         self.kept: dict[int, tuple[greenlet, int]] = {}
 
     def _wait(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         assert _modes() == self.modes, (
             "the model changes torch's modes around a linear; its forwards cannot be suspended there"
         )
-        self.main.switch((module, args[0]))  # returns None: a pre-hook's value would replace the input
+        self.main.switch((module, args))  # returns None: a pre-hook's value would replace the input
 
-    def advance(self, i: int) -> tuple[nn.Linear | None, Tensor]:
-        """Take one micro-batch to its next stop. Returns the linear that it waits at and what that reads, [tokens, K];
-        None and the output [B, T, d] when it has left the block."""
+    def advance(self, i: int) -> tuple[nn.Module | None, Any]:
+        """Take one micro-batch to its next stop. Returns the linear that it waits at and what that reads, [tokens, K], or
+        the experts and what they are called with; None and the output [B, T, d] when it has left the block."""
+        self.running = i
         run, held = self.kept.pop(i, (None, 0))
         self.room.used -= held
         with phase(self.phase):
@@ -199,13 +250,13 @@ class _InStep:
                 arrived = run.switch()
         if not isinstance(arrived, tuple):
             return None, arrived
-        module, x = arrived
+        module, args = arrived
         held = self._bytes(i)
         if self.room.take(held):
             self.kept[i] = (run, held)
         else:
             run.throw()  # ends it
-        return module, x.reshape(-1, x.shape[-1])
+        return module, args if isinstance(module, SeparateExperts) else args[0].reshape(-1, args[0].shape[-1])
 
     def _begun(self, i: int) -> tuple[greenlet, Any]:
         """A new forward of a micro-batch, past the linears where it has been."""
@@ -274,6 +325,8 @@ class Walk:
         self.device = device
         self.room = Room(room)
         self.keeps_outside = keeps_outside
+        self.spill = spill
+        self.experts: dict[str, Activations] = {}
         self.footprints: dict[tuple[str, ...], Footprint] = {}
         model.load(None, head=keeps_outside)
         model.to(device)
@@ -285,10 +338,10 @@ class Walk:
             self.calls.append(share_equal(calls, self.calls[0]) if self.calls else calls)
             if i == 0:
                 shapes = [torch.Size([len(rows), *hidden.shape[1:]]) for rows in self.tokens]
-                where = (place or device, device)
-                self.hidden = Activations(shapes, hidden.dtype, spill and spill / "hidden", *where)
+                self.where = (place or device, device)
+                self.hidden = Activations(shapes, hidden.dtype, spill and spill / "hidden", *self.where)
                 if dense_reference:
-                    self.dense = Activations(shapes, hidden.dtype, spill and spill / "dense", *where)
+                    self.dense = Activations(shapes, hidden.dtype, spill and spill / "dense", *self.where)
             self.hidden[i] = hidden
             if self.dense is not None:
                 self.dense[i] = hidden
@@ -311,30 +364,23 @@ class Walk:
         version = self.probe[0]._version
         groups, skipped = find_groups(block, self.probe[0], self.probe[1][index])
         alone = self.probe[0]._version != version  # the block writes into what it is given
-        groups = [
-            LinearGroup(kept, g.in_features)
-            for g in groups
-            if (kept := tuple(n for n in g.names if wanted(prefix + n)))
-        ]
+        groups = [replace(g, names=kept) for g in groups if (kept := tuple(n for n in g.names if wanted(prefix + n)))]
         dense: _InStep | None = None
         if self.dense is not None:  # first: a block with the hooks of a walk cannot be copied
-            dense = self._step(copy.deepcopy(block), groups, self.dense, index, alone, DENSE_FORWARD)
+            dense = self._step(_beside(block), groups, self.dense, index, alone, DENSE_FORWARD)
         compressed = self._step(block, groups, self.hidden, index, alone, FORWARD)
         done: dict[str, LinearWeights] = {}
         others: dict[str, Tensor] = {}
         try:
             stop, x = compressed.advance(0)
             while stop is not None:
-                group = next(g for g in groups if block.get_submodule(g.names[0]) is stop)
-                linears: Any = [block.get_submodule(name) for name in group.names]
-                names = [prefix + name for name in group.names]
-                visit = GroupVisit(index, names, linears, _in_turn(compressed, dense, stop, x))
+                group = next(g for g in groups if block.get_submodule(g.stop) is stop)
+                batches = _in_turn(compressed, dense, stop, x)
                 del x
-                new = rewrite(visit)
-                for _ in visit.batches:
-                    pass  # what the caller had no use for
-                self._place(index, block, new, {})
-                done |= new
+                if group.experts is not None:
+                    done |= self._visit_experts(index, block, group, batches, dense, rewrite)
+                else:
+                    done |= self._visit_group(index, block, group, batches, rewrite)
                 for stream in (compressed, dense):
                     if stream is not None:
                         stream.passed += 1
@@ -356,6 +402,87 @@ class Walk:
                 dense.close()
         self._leave(index)
         return BlockResult(index, done, {prefix + name: why for name, why in skipped.items()}, others)
+
+    def _visit_group(
+        self,
+        index: int,
+        block: nn.Module,
+        group: LinearGroup,
+        batches: Iterator[tuple[Tensor, Tensor | None]],
+        rewrite: Rewrite,
+    ) -> dict[str, LinearWeights]:
+        """Rewrite linears that read the same tensor."""
+        prefix = self.model.blocks[index] + "."
+        linears: Any = [block.get_submodule(name) for name in group.names]
+        new = rewrite(GroupVisit(index, [prefix + name for name in group.names], linears, batches))
+        for _ in batches:
+            pass  # what the caller had no use for
+        self._place(index, block, new, {})
+        return new
+
+    def _visit_experts(
+        self,
+        index: int,
+        block: nn.Module,
+        group: LinearGroup,
+        batches: Iterator[tuple[Any, Any]],
+        dense: _InStep | None,
+        rewrite: Rewrite,
+    ) -> dict[str, LinearWeights]:
+        """Rewrite the experts of a mixture, one after the other."""
+        assert group.experts is not None
+        prefix = self.model.blocks[index] + "."
+        experts: Any = block.get_submodule(group.experts)
+        gathered = self._gather(group, batches, dense)
+        rows = {number: tokens for number, tokens, _ in given(gathered.chosen, experts.count)}
+        none = gathered.chosen.new_empty(0)
+        done: dict[str, LinearWeights] = {}
+        for number in range(experts.count):
+            expert = experts.expert(number)
+            original = None if dense is None else copy.deepcopy(expert)
+            for leaves in (LEAVES[:2], LEAVES[2:]):
+                names = [name for leaf in leaves if (name := f"{group.experts}.{number}.{leaf}") in group.names]
+                if not names:
+                    continue
+                linears: Any = [block.get_submodule(name) for name in names]
+                between = [
+                    partial(experts.between, one) if leaves == LEAVES[2:] else None for one in (expert, original)
+                ]
+                read = partial(gathered.batches, compressed=between[0], dense=between[1])
+                layer = partial(read, gathered.some(LAYER_TOKENS * linears[0].in_features))
+                own = read(rows.get(number, none))
+                new = rewrite(GroupVisit(index, [prefix + name for name in names], linears, own, layer))
+                self._place(index, block, new, {})
+                done |= new
+        return done
+
+    def _gather(self, group: LinearGroup, batches: Iterator[tuple[Any, Any]], dense: _InStep | None) -> _Gathered:
+        """Keep what all micro-batches bring to the experts of a layer, and let the dense block go on from there."""
+        assert group.experts is not None
+        shapes = [torch.Size([*shape[:-1], group.in_features]) for shape in self.hidden.shapes]
+        inputs = self._room_for(f"{group.experts} inputs", shapes)
+        own = outputs = None
+        if dense is not None:
+            own, outputs = (self._room_for(f"{group.experts} dense {what}", shapes) for what in ("inputs", "outputs"))
+            mixture: Any = dense.block.get_submodule(group.experts)
+        chosen = []
+        for i, (args, dense_args) in enumerate(batches):
+            inputs[i] = args[0].reshape(shapes[i])
+            chosen.append(args[1].to("cpu"))
+            if own is not None and outputs is not None:
+                own[i] = dense_args[0].reshape(shapes[i])
+                outputs[i] = mixture.forward(*dense_args).reshape(shapes[i])  # without the hook that waits
+        if dense is not None and outputs is not None:
+            mixture.known = _of_running(dense, outputs)
+        return _Gathered((inputs, own), torch.cat(chosen))
+
+    def _room_for(self, name: str, shapes: Sequence[torch.Size]) -> Activations:
+        """Where what enters or leaves the experts of a layer is kept, which is used again for the next layer."""
+        key = f"{name} {shapes[0][-1]}"
+        if key not in self.experts:
+            file = self.spill and self.spill / key.replace(" ", "-")
+            self.experts[key] = Activations(shapes, self.hidden.flat.dtype, file, *self.where)
+        return self.experts[key]
 
     def _tune(self, index: int, block: nn.Module, done: dict[str, LinearWeights], tune: Tune) -> dict[str, Tensor]:
         """Let `tune` change a rewritten block, put what it gives in place, and take the hidden states through."""
@@ -424,7 +551,7 @@ class Walk:
     def _step(
         self, block: nn.Module, groups: Sequence[LinearGroup], hidden: Activations, index: int, alone: bool, phase: str
     ) -> _InStep:
-        stops: Any = [block.get_submodule(g.names[0]) for g in groups]
+        stops = [block.get_submodule(g.stop) for g in groups]
         waiting: Sequence[int] = ()
         if self.room.limit is not None:
             kind = tuple(name for g in groups for name in g.names)
@@ -441,11 +568,20 @@ def rows_of_micro_batch(length: int) -> int:
     return max(1, TOKENS_PER_MICRO_BATCH // length)
 
 
-def _in_turn(
-    compressed: _InStep, dense: _InStep | None, stop: nn.Linear, x: Tensor
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _of_running(stream: _InStep, outputs: Activations) -> Callable[[], Tensor]:
+    """Gives the part of the micro-batch that is running."""
+    return lambda: outputs[stream.running]
+
+
+def _beside(block: nn.Module) -> nn.Module:
+    """A copy of a block that shares the weights of its experts, since most of its weights are theirs."""
+    shared = [parameter for experts in experts_of(block).values() for parameter in experts.parameters()]
+    return copy.deepcopy(block, {id(parameter): parameter for parameter in shared})
+
+
+def _in_turn(compressed: _InStep, dense: _InStep | None, stop: nn.Module, x: Any) -> Iterator[tuple[Any, Any]]:
     """What every micro-batch reads at `stop` in both models; x: what the first one reads, which is there already."""
-    batch: list[Tensor] = [x]
+    batch: list[Any] = [x]
     del x
     for i in range(len(compressed.hidden)):
         if i > 0:

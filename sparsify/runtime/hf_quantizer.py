@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, build_glob_alternation, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -22,6 +21,7 @@ from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import AGAIN
 from sparsify.formats.sparse24 import Sparse24Config, tensor_layout
 from sparsify.manifest import refuse_changed, verifies_on_loading
+from sparsify.model.experts import conversion_rules, is_expert, take_apart, without_assembling
 from sparsify.runtime.module import Sparse24Linear
 
 METHOD = "sparse24"
@@ -50,10 +50,13 @@ class Sparse24Quantizer(HfQuantizer):
     ) -> nn.Module:
         if verifies_on_loading():
             refuse_changed(Path(next(iter(checkpoint_files or ()), "the model")).parent)
-        self._wanted = _wanted_dtypes(model)
         header = _read_headers(checkpoint_files)
         shapes = {name: info.shape for name, info in header.items()}
         schemes = get_format(METHOD).schemes(self.quantization_config.to_dict(), shapes)
+        self._separate = any(map(is_expert, schemes))
+        if self._separate:
+            take_apart(model)
+        self._wanted = _wanted_dtypes(model)
         rename = _renaming(model)
         for name, scheme in schemes.items():
             path = _module_path(model, rename(name))
@@ -86,6 +89,10 @@ class Sparse24Quantizer(HfQuantizer):
                 module.prepare(model.dtype)
         # Compressed weights have no gradient; the rest is frozen beside them until somebody asks for it
         return model.requires_grad_(False)
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Experts that are taken apart are not put together."""
+        return without_assembling(weight_conversions) if self._separate else weight_conversions
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
@@ -136,7 +143,7 @@ def _read_headers(files: list[str] | None) -> dict[str, _OnDisk]:
 
 def _renaming(model: nn.Module) -> Callable[[str], str]:
     """What transformers calls a module of the checkpoint: GPT-NeoX's `embed_out` is `lm_head` to it."""
-    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    rules = [rule for rule in conversion_rules(model) if isinstance(rule, WeightRenaming)]
     return lambda name: rename_source_key(f"{name}.weight", rules, [])[0].removesuffix(".weight")
 
 

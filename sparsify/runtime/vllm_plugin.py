@@ -91,6 +91,11 @@ class Sparse24Config(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
         if (format := legacy_format(config)) is not None:
             return cls(legacy_config(config), format)
+        if config.get("experts"):
+            raise CheckpointError(
+                "vLLM does not run compressed experts of sparse24 yet, transformers does (after import sparsify); for vLLM write "
+                "the model dense with sparsify export, or compress it with ignore: ['*.experts.*']"
+            )
         return cls(ConfigOnDisk.from_dict(config))
 
     def maybe_update_config(self, model_name: str, *known: Any, **more: Any) -> None:

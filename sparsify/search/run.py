@@ -27,6 +27,7 @@ from sparsify.files import atomic_write, publish, read_json, write_json
 from sparsify.formats.writer import partial_directory
 from sparsify.lock import only_run
 from sparsify.manifest import MANIFEST, refuse_damaged, seal, unsound
+from sparsify.model.experts import is_expert
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Recipe, dump_recipe
 from sparsify.search.budget import Budget
@@ -43,6 +44,7 @@ VERIFIED = "verified"  # folder of the models that were really compressed
 RESULT = "search.json"
 RECORD = "record.json"
 SAMPLES = 8
+EXPERTS = "*.experts.*"
 RECORDED = {
     "version": "version of sparsify",
     "recipe": "recipe",
@@ -200,6 +202,10 @@ def search(
         arithmetic = begin(place, resume)
         with arithmetic.in_force(), stage(f"reading {model}"):
             plan = keep_zeros(make_plan(recipe, model))
+            if any(map(is_expert, plan.schemes)):
+                say(f"experts are not searched, they stay dense: ignore has {EXPERTS}", quiet)
+                recipe = recipe.model_copy(update={"ignore": [*recipe.ignore, EXPERTS]})
+                plan = keep_zeros(make_plan(recipe, model))
             refuse_unstorable(plan)
             units = units_of(plan, list(settings.choices or choices_of(recipe)))
             seconds = None

@@ -63,8 +63,7 @@ def test_every_family_becomes_a_two_four_checkpoint(tmp_path, recipe, family):
     result = apply(recipe(), str(source), tmp_path / "out", quiet=True)
     opened = open_compressed(tmp_path / "out")
     layers = {layer["module"] for layer in result.metrics["layers"]}
-    per_block = 2 if family in ("mixtral",) else None
-    assert (len(opened.modules) == len(layers) > 0 and per_block is None) or len(layers) >= per_block * 3
+    assert len(opened.modules) == len(layers) > 0
     for module in opened.modules:
         linear = opened.linear(module)
         assert linear.bits == 4 and linear.group_size == 32 and is_two_four(linear.codes)
@@ -84,7 +83,7 @@ def test_every_family_becomes_a_two_four_checkpoint(tmp_path, recipe, family):
     }
     if family == "mixtral":
         reasons = " ".join(f"{d['module']}: {d['reason']}" for d in result.metrics["dense_modules"])
-        assert "experts" in reasons and "not a plain linear" in reasons
+        assert any("experts" in name for name in layers) and "mlp.gate.weight: routes tokens to experts" in reasons
 
 
 def test_evaluated_weights_are_the_exported_ones(tmp_path, recipe):

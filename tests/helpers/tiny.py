@@ -31,6 +31,26 @@ FAMILIES: dict[str, dict] = {
     "gpt_neox": {"num_key_value_heads": None, "head_dim": None},
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
 }
+MIXTURES: dict[str, dict] = {  # of experts, stored one by one or fused, with shared experts, biases, interleaved outputs
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
+    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
+        "moe_intermediate_size": 32, "first_k_dense_replace": 1, "kv_lora_rank": 32, "q_lora_rank": 32,
+        "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": None, "num_key_value_heads": 4,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+}  # fmt: skip
+
+
+def tiny_mixture(directory: Path, family: str, **changes: object) -> Path:
+    """Write a tiny mixture of experts of two layers with its tokenizer; returns the directory."""
+    return save_tiny(directory, family, **{"num_hidden_layers": 2, **MIXTURES[family], **changes})
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: object) -> torch.nn.Module:

@@ -95,7 +95,7 @@ def test_groups_are_linears_that_read_one_tensor(tmp_path):
     assert skipped == {}
 
 
-def test_experts_and_router_are_not_visited(tmp_path):
+def test_fused_experts_and_router_are_not_visited(tmp_path):
     model = open_blocks(open_checkpoint(save_tiny(tmp_path / "moe", "mixtral")))
     walk = Walk(model, tokens())
     result = walk.visit(0, lambda name: True, halve)

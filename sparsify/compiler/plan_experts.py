@@ -1,0 +1,125 @@
+"""What a plan does with the experts of a mixture: which of them can become linears of the output, and what is said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsify.errors import RecipeError
+from sparsify.formats.reader import CompressedCheckpoint
+from sparsify.model.checkpoint import Checkpoint
+from sparsify.model.decoder import BlockModel, meta_model
+from sparsify.model.experts import SeparatedCheckpoint, SeparateExperts, experts_of, is_expert, stored_fused
+from sparsify.recipe import Recipe
+
+if TYPE_CHECKING:
+    from sparsify.compiler.plan import Plan, Planned
+
+ONE_BY_ONE = (
+    "pack-quantized"  # compressed-tensors; transformers reads experts of it where files hold one tensor for each
+)
+HOLDS_EXPERTS = ("sparse24", ONE_BY_ONE, "dense")
+
+
+def why_not_compressed(recipe: Recipe) -> str | None:
+    """Why the experts of whatever model stay dense under a recipe, as fused as they are; None where they need not."""
+    later = [*recipe.training, *(step for step in (recipe.tune, recipe.basis, recipe.depth) if step is not None)]
+    if later:
+        kinds = ", ".join(dict.fromkeys(step.kind for step in later))
+        return f"experts are not compressed in a recipe with {kinds}"
+    return None
+
+
+def why_dense(recipe: Recipe, checkpoint: Checkpoint) -> str | None:
+    """Why the experts of this checkpoint stay dense in the export format of a recipe; None where it holds them."""
+    format = recipe.export.encoding
+    if format not in HOLDS_EXPERTS:
+        return f"{format} is not written with compressed experts; sparse24 is"
+    if format == ONE_BY_ONE and isinstance(checkpoint, SeparatedCheckpoint):
+        return f"what reads {format} wants the experts of this model in one tensor, as its files have them; sparse24 holds them"
+    return None
+
+
+def experts_problem(opened: CompressedCheckpoint, format: str, linears: Collection[str]) -> str | None:
+    """Why a format cannot hold the experts of a compressed checkpoint; None where it does, or where there are none.
+
+    linears: that are to be written compressed
+    """
+    if not any(map(is_expert, linears)) or format in ("sparse24", "dense"):
+        return None
+    if format == ONE_BY_ONE and not stored_fused(meta_model(opened.checkpoint, torch.bfloat16)):
+        return None
+    return f"{opened.checkpoint.spec}: {format} does not hold the compressed experts of this model; export it to sparse24 or dense"
+
+
+def refuse_unlike(recipe: Recipe, linears: Mapping[str, Planned]) -> None:
+    """RecipeError for experts that differ in a format whose readers know one scheme for all experts of a model."""
+    if recipe.export.encoding != ONE_BY_ONE:
+        return
+    experts = {name: planned for name, planned in linears.items() if is_expert(name)}
+    stored = {(p.scheme.quantize is not None, p.scheme.bits, p.scheme.group_size, p.scheme.symmetric) if p.scheme else None
+              for p in experts.values()}  # fmt: skip
+    if len(stored) > 1:
+        unlike = next(name for name, p in experts.items() if p.describe() != next(iter(experts.values())).describe())
+        raise RecipeError(
+            f"transformers reads one scheme for all experts of a {ONE_BY_ONE} checkpoint, and the recipe says of "
+            f"{next(iter(experts))}: {next(iter(experts.values())).describe()}; of {unlike}: {experts[unlike].describe()}. "
+            "Give all experts the same settings, ignore all of them, or export to sparse24"
+        )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a layer: how many there are, and how many are chosen for a token (0: the config does not say)."""
+
+    experts: int
+    chosen: int
+
+    @property
+    def share(self) -> float:
+        """Of the tokens, how many an expert is given on average; all of them where that is not known."""
+        return min(1.0, self.chosen / self.experts) if self.chosen else 1.0
+
+
+CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "top_k_experts",
+)  # in configs
+
+
+def mixture_of(model: BlockModel) -> Mixture | None:
+    """Of a model whose experts are taken apart; None where there are none."""
+    found: list[SeparateExperts] = [*experts_of(model.model).values()]
+    if not found:
+        return None
+    config: Any = model.model.config
+    text = config.get_text_config(decoder=True)
+    chosen = (getattr(text, key, None) for key in CHOSEN)
+    return Mixture(max(one.count for one in found), next((n for n in chosen if isinstance(n, int)), 0))
+
+
+def experts_in_words(plan: Plan) -> list[str]:
+    """Lines of a plan on its compressed experts; none where there are none."""
+    experts = {
+        name: planned for name, planned in plan.linears.items() if is_expert(name) and planned.scheme is not None
+    }
+    mixture = mixture_of(plan.model)
+    if not experts or mixture is None:
+        return []
+    said = []
+    if any(planned.scheme is not None and planned.scheme.needs_data for planned in experts.values()):
+        tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
+        inputs = max(planned.shape[1] for planned in experts.values())
+        said.append(
+            f"{mixture.experts} experts, each solved on the tokens that it is given, about {round(tokens * mixture.share)} of "
+            f"{tokens}; with fewer than twice its inputs (up to {inputs}) on a Hessian shrunk toward the layer's"
+        )
+    if plan.recipe.export.format == "sparse24":
+        said.append("transformers runs compressed experts of sparse24 (after import sparsify), vLLM does not yet")
+    return said

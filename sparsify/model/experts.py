@@ -1,0 +1,317 @@
+"""Mixtures of experts: the experts of a layer as linears of their own, whatever the model class and the files hold.
+
+transformers keeps the experts of a layer in parameters of three axes, [experts, outputs, inputs], with the gate and the up
+projection side by side in one of them; files hold one tensor per expert and linear, or those same parameters. Here every
+expert has linears `EXPERTS.N.gate_proj`, `EXPERTS.N.up_proj` and `EXPERTS.N.down_proj`, EXPERTS being the module's path in
+the model. Where a tensor of the files goes is derived from transformers' own rules of renaming and assembling: a class is
+known by what `use_experts_implementation` says of it, not by its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from sparsify.errors import CheckpointError
+from sparsify.model.checkpoint import Checkpoint, TensorInfo
+
+LEAVES = ("gate_proj", "up_proj", "down_proj")
+NAME = re.compile(r"(?:.*\.)?experts\.\d+\.\w+")  # of one expert's linear, in the model and in the files
+FUSED = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
+ONE_BY_ONE = re.compile(r"experts\.\*\.(\w+)\.weight$")  # of a file's tensor, as transformers' rules write it
+LAYOUT = (
+    "has_gate",
+    "has_bias",
+    "is_transposed",
+    "is_concatenated",
+)  # set by transformers' `use_experts_implementation`
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module, by its name in a model or in a checkpoint, is a linear of one of several experts."""
+    return NAME.fullmatch(module) is not None
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a transformers model that hold the experts of a layer in fused parameters, by path."""
+    return {path: m for path, m in model.named_modules() if all(hasattr(m, key) for key in LAYOUT)}
+
+
+class Expert(nn.Module):
+    """The linears of one expert: gate_proj [I, K] (where there is a gate), up_proj [I, K] and down_proj [K, I]."""
+
+    def __init__(self, inputs: int, width: int, gated: bool, bias: bool, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        for leaf in LEAVES if gated else LEAVES[1:]:
+            n, k = (inputs, width) if leaf == "down_proj" else (width, inputs)
+            self.add_module(leaf, nn.Linear(k, n, bias, device=device, dtype=dtype))
+
+
+class SeparateExperts(nn.Module):
+    """Stands where a transformers model has the fused experts of a layer, and computes the same from linears.
+
+    Only experts that some token was given to are computed.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        """fused: the module of transformers, which lends its activation function; its parameters are dropped."""
+        super().__init__()
+        down = fused.down_proj
+        self.count, *shape = down.shape
+        inputs, width = reversed(shape) if fused.is_transposed else shape
+        self.is_concatenated: bool = fused.is_concatenated
+        for number in range(self.count):
+            made = Expert(inputs, width, fused.has_gate, fused.has_bias, down.dtype, down.device)
+            self.add_module(str(number), made)
+        self.skipped = False  # they are not computed, and give zeros
+        self.known: Callable[[], Tensor] | None = None  # what they give, where that was computed before
+        fused._parameters.clear()
+        self.__dict__["fused"] = fused  # no child: it has no tensors, and none of its names
+
+    def expert(self, number: int) -> Any:
+        return self.get_submodule(str(number))
+
+    def between(self, expert: Any, x: Tensor) -> Tensor:
+        """What the down projection of an expert reads. x: [tokens, K]. Returns [tokens, I]."""
+        fused: Any = self.__dict__["fused"]
+        up = expert.up_proj(x)
+        if not fused.has_gate:
+            activated: Tensor = fused.act_fn(up)
+            return activated
+        gate = expert.gate_proj(x)
+        side_by_side = torch.cat((gate, up), -1) if self.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
+        gated: Tensor = fused._apply_gate(side_by_side)
+        return gated
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states: [tokens, K]; top_k_index, top_k_weights: [tokens, chosen experts]. Returns [tokens, K]."""
+        if self.known is not None:
+            return self.known().view(hidden_states.shape)
+        output = torch.zeros_like(hidden_states)
+        if self.skipped:
+            return output
+        if isinstance(hidden_states, FakeTensor):  # has no numbers to choose by: as if all went to one expert
+            return output + self._computed(0, hidden_states) * top_k_weights[:, :1].to(output.dtype)
+        for number, tokens, places in given(top_k_index, self.count):
+            y = self._computed(number, hidden_states[tokens]) * top_k_weights[tokens, places, None]
+            output.index_add_(0, tokens, y.to(output.dtype))
+        return output
+
+    def _computed(self, number: int, x: Tensor) -> Tensor:
+        expert = self.expert(number)
+        computed: Tensor = expert.down_proj(self.between(expert, x))
+        return computed
+
+
+def given(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The tokens of each expert that has any, in their order: its number, rows of `chosen` and columns of it.
+
+    chosen: integers [tokens, chosen experts]; a number beyond the experts stands for none
+    """
+    sorted_, order = chosen.reshape(-1).sort(stable=True)
+    counts = torch.bincount(sorted_, minlength=experts).tolist()
+    start = 0
+    for number, count in enumerate(counts[:experts]):
+        if count:
+            entries = order[start : start + count]
+            yield number, entries // chosen.shape[1], entries % chosen.shape[1]
+        start += count
+
+
+def take_apart(model: nn.Module) -> nn.Module:
+    """Put `SeparateExperts` where a transformers model holds fused experts. Returns the model."""
+    for path, fused in fused_experts(model).items():
+        model.set_submodule(path, SeparateExperts(fused))
+    return model
+
+
+def experts_of(module: nn.Module) -> dict[str, SeparateExperts]:
+    """The experts in a module that are taken apart, by path."""
+    return {path: m for path, m in module.named_modules() if isinstance(m, SeparateExperts)}
+
+
+def conversion_rules(model: Any) -> list[Any]:
+    """transformers' rules of renaming and assembling for a model; where its experts are taken apart, without assembling them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    rules: list[Any] = get_model_conversion_mapping(model)
+    return without_assembling(rules) if experts_of(model) else rules
+
+
+def without_assembling(rules: list[Any]) -> list[Any]:
+    """Rules that give each linear of an expert its name here, where they put experts together."""
+    from transformers.core_model_loading import WeightRenaming
+
+    names = {stored: leaf for rule in rules for stored, leaf in one_by_one(rule).items() if stored != leaf}
+    renamings = [WeightRenaming(rf"experts\.(\d+)\.{old}\.", rf"experts.\1.{new}.") for old, new in names.items()]
+    return [*(rule for rule in rules if not one_by_one(rule)), *renamings]
+
+
+def one_by_one(rule: Any) -> dict[str, str]:
+    """What files call the linears of one expert that a rule of transformers puts together, each with its name here; {} for
+    any other rule."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    if not isinstance(rule, WeightConverter):
+        return {}
+    targets = [FUSED.search(name.replace("\\", "")) for name in rule._original_target_patterns]
+    sources = [ONE_BY_ONE.search(name.replace("\\", "").rstrip("$")) for name in rule._original_source_patterns]
+    if len(targets) != 1 or targets[0] is None or not all(sources):
+        return {}
+    kinds = [type(operation) for operation in rule.operations]
+    stored = [source[1] for source in sources if source is not None]
+    wanted = LEAVES[:2] if targets[0][1] == "gate_up_proj" else (targets[0][1],)
+    operations = [MergeModulelist, Concatenate] if len(wanted) > 1 else [MergeModulelist]
+    return dict(zip(stored, wanted, strict=True)) if kinds == operations and len(stored) == len(wanted) else {}
+
+
+@dataclass(frozen=True)
+class FusedTensor:
+    """A parameter of fused experts, as files may hold it too.
+
+    shape:      [E, N, K], [E, K, N] where it is transposed, and [E, N] for biases
+    path:       of the experts in the model; suffix: weight or bias
+    outputs:    which of the N outputs are those of each linear, by its name
+    """
+
+    shape: tuple[int, ...]
+    path: str
+    suffix: str
+    outputs: Mapping[str, slice]
+    transposed: bool
+
+    def names(self) -> dict[str, tuple[int, slice]]:
+        """The tensors that it consists of: the expert and the outputs of each."""
+        return {
+            f"{self.path}.{number}.{leaf}.{self.suffix}": (number, outputs)
+            for number in range(self.shape[0])
+            for leaf, outputs in self.outputs.items()
+        }
+
+    def of_expert(self, tensor: Tensor, outputs: slice) -> Tensor:
+        """One linear's own, contiguous. tensor: the entry of one expert along the first axis."""
+        return (tensor.t() if self.transposed else tensor)[outputs].contiguous()
+
+    def assembled(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The inverse: of the tensors of all experts, by name."""
+        first = next(iter(tensors.values()))
+        whole = torch.empty(self.shape, dtype=first.dtype, device=first.device)
+        for name, (number, outputs) in self.names().items():
+            one = whole[number].t() if self.transposed else whole[number]
+            one[outputs] = tensors[name]
+        return whole
+
+
+def fused_tensors(model: nn.Module) -> dict[str, FusedTensor]:
+    """The parameters of fused experts by their names in the model."""
+    return {
+        f"{path}.{name}": _described(path, module, name, tuple(parameter.shape))
+        for path, module in fused_experts(model).items()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _described(path: str, module: Any, name: str, shape: tuple[int, ...]) -> FusedTensor:
+    is_bias = name.endswith("_bias")
+    transposed = bool(module.is_transposed) and not is_bias
+    leaf = name.removesuffix("_bias")
+    outputs: dict[str, slice] = {leaf: slice(None)}
+    if leaf == "gate_up_proj":
+        half = shape[2 if transposed else 1] // 2
+        outputs = {"gate_proj": slice(None, half), "up_proj": slice(half, None)}
+        if not module.is_concatenated:
+            outputs = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    return FusedTensor(shape, path, "bias" if is_bias else "weight", outputs, transposed)
+
+
+def stored_fused(model: Any) -> dict[str, FusedTensor]:
+    """The parameters of fused experts that published files hold as they are, by their names in those files.
+
+    model: with fused experts. Empty for a family whose files hold one tensor per expert.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    if any(one_by_one(rule) for rule in rules):
+        return {}
+    found = {}
+    for name, tensor in fused_tensors(model).items():
+        for rule in reversed(rules):
+            if isinstance(rule, WeightRenaming):
+                name = rule.reverse_transform().rename_source_key(name)[0]
+        found[name] = tensor
+    return found
+
+
+def assembled_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors by name, those of single experts put together where the files of the model hold fused ones."""
+    found = dict(shapes)
+    if not any(is_expert(name.rpartition(".")[0]) for name in shapes):
+        return found
+    for name, fused in stored_fused(model).items():
+        members = fused.names()
+        if name not in found and all(
+            found.get(one) == _shape_of(fused, outputs) for one, (_, outputs) in members.items()
+        ):
+            for one in members:
+                del found[one]
+            found[name] = fused.shape
+    return found
+
+
+def _shape_of(fused: FusedTensor, outputs: slice) -> tuple[int, ...]:
+    """Of one linear's tensor."""
+    sizes = fused.shape[:0:-1] if fused.transposed else fused.shape[1:]
+    return (len(range(sizes[0])[outputs]), *sizes[1:])
+
+
+@dataclass(frozen=True)
+class SeparatedCheckpoint(Checkpoint):
+    """A checkpoint whose files hold fused experts, read as if each linear of an expert had tensors of its own.
+
+    fused: by the name in the files
+    """
+
+    fused: Mapping[str, FusedTensor]
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[str, int, slice]]:
+        return {
+            name: (stored, number, outputs)
+            for stored, fused in self.fused.items()
+            for name, (number, outputs) in fused.names().items()
+        }
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        stored = Checkpoint(self.spec, self.directory).infos
+        found = {name: info for name, info in stored.items() if name not in self.fused}
+        for name, (whole, _, outputs) in self._parts.items():
+            info, shape = stored[whole], _shape_of(self.fused[whole], outputs)
+            count = torch.Size(shape).numel()
+            found[name] = TensorInfo(info.file, shape, info.dtype, count * info.dtype.itemsize)
+        return found
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._parts:
+            return super().tensor(name)
+        whole, number, outputs = self._parts[name]
+        info = self.info(name)
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                one = file.get_slice(whole)[number]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{info.file}: cannot read {whole} ({error}); download or create it again") from None
+        return self.fused[whole].of_expert(one, outputs)
+
+    def first_rows(self, name: str, rows: int) -> Tensor:
+        return self.tensor(name)[:rows] if name in self._parts else super().first_rows(name, rows)
