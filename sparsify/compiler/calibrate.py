@@ -25,6 +25,7 @@ from sparsify.errors import CalibrationError, SparsifyError
 from sparsify.files import cache_directory, in_memory
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.formats.writer import CheckpointWriter
+from sparsify.manifest import keep
 from sparsify.model.checkpoint import read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.pretrained import load_tokenizer
@@ -60,8 +61,7 @@ def kept_rows(plan: Plan, work: Path, quiet: bool) -> Tensor:
     else:
         tokens = text_rows(plan, plan.recipe.calibration, quiet)
     aside = file.with_suffix(".partial")
-    write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {})
-    aside.replace(file)
+    keep(aside, file, write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {}))
     return tokens
 
 

@@ -32,6 +32,7 @@ from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import AGAIN, FLOATS, INPUT_MULTIPLE, Label, scheme_problem
 from sparsify.formats.sparse24 import Sparse24Config as ConfigOnDisk
 from sparsify.formats.sparse24 import all_zero, checked_tensors, tensor_layout
+from sparsify.manifest import refuse_changed, verifies_on_loading
 from sparsify.runtime.backends import announce, announce_zero_points, choose_backend, get_backend
 from sparsify.runtime.dequantized import DequantizedWeight
 from sparsify.runtime.legacy import LegacyConfig, LegacyShard, legacy_config, legacy_format
@@ -91,6 +92,11 @@ class Sparse24Config(QuantizationConfig):
         if (format := legacy_format(config)) is not None:
             return cls(legacy_config(config), format)
         return cls(ConfigOnDisk.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, *known: Any, **more: Any) -> None:
+        """vLLM says here, once and before it starts its workers, where the checkpoint lies."""
+        if verifies_on_loading():
+            refuse_changed(model_name)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename modules as vLLM's model class does."""
