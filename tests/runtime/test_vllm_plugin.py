@@ -318,8 +318,12 @@ def test_files_are_verified_when_asked(tmp_path: Path, monkeypatch: pytest.Monke
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     output = apply(parse_recipe(MAGNITUDE), str(source), tmp_path / "out", quiet=True).output
     settings = EngineArgs(str(output), dtype="bfloat16", max_model_len=32).create_model_config()
+    assert VllmConfig(model_config=settings).quant_config.manifest == "unchecked"
+    with monkeypatch.context() as served:
+        served.setenv("SPARSIFY_VERIFIED", str(output))  # by sparsify serve --verify
+        assert VllmConfig(model_config=settings).quant_config.manifest == "verified"
     monkeypatch.setenv("SPARSIFY_VERIFY", "1")
-    VllmConfig(model_config=settings)
+    assert VllmConfig(model_config=settings).quant_config.manifest == "verified"
     (output / "generation_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="generation_config.json differs from what was written"):
         VllmConfig(model_config=settings)
