@@ -22,6 +22,9 @@ from sparsify.threads import usable_cores
 
 MANIFEST = "SHA256SUMS"
 VARIABLE = "SPARSIFY_VERIFY"
+VERIFIED = (
+    "SPARSIFY_VERIFIED"  # the directory that `sparsify serve --verify` has compared, for the server that it becomes
+)
 LATER = {"report.html"}  # what commands put into a finished directory
 FOREIGN = {".git", ".gitattributes", ".gitignore", ".cache", ".huggingface"}  # what git and the Hub's client put there
 LARGEST = 1 << 26  # bytes of a manifest: half a million files
@@ -283,6 +286,13 @@ def refuse_changed(directory: str | Path) -> None:
 def verifies_on_loading() -> bool:
     """Whether the loaders of transformers and vLLM are to compare a checkpoint with its manifest first."""
     return os.environ.get(VARIABLE, "0") not in ("", "0")
+
+
+def state(directory: str | Path) -> str:
+    """Of a checkpoint that is loaded: verified, unchecked (there is a manifest, nobody asked), or none."""
+    if verifies_on_loading() or os.environ.get(VERIFIED) == str(directory):
+        return "verified"
+    return "unchecked" if (Path(directory) / MANIFEST).is_file() else "none"
 
 
 def _of_work(work: Path) -> dict[str, set[str]]:

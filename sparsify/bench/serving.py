@@ -22,7 +22,7 @@ from sparsify.bench.engine_setup import (
 from sparsify.bench.machine import BIND, serving_environment, thread_binding, thread_environment
 from sparsify.errors import SparsifyError
 from sparsify.formats.belonging import check_tensors
-from sparsify.manifest import refuse_changed
+from sparsify.manifest import VERIFIED, refuse_changed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.permissions import trusts_remote_code
 from sparsify.progress import say
@@ -57,6 +57,8 @@ def serve(
     environment |= thread_environment(environment[BIND], environment)
     checkpoint = open_checkpoint(directory)
     check_tensors(checkpoint)
+    if verified:
+        environment[VERIFIED] = str(checkpoint.directory)
     build_for([str((checkpoint.config.get("quantization_config") or {}).get("format"))])
     command = [sys.executable, "-m", "sparsify.bench.vllm_cli", "serve", str(checkpoint.directory), *extra_args]
     told = _value(extra_args, "--host")

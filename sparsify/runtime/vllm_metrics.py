@@ -35,7 +35,7 @@ SKIPPED = "none"  # the back end of linears without weights
 VLLMS = "vllm"  # the back end of those that are not compressed
 
 DESCRIPTIONS = {
-    "sparsify_info": "The version of sparsify that serves; always 1.",
+    "sparsify_info": "The version of sparsify that serves, and whether the checkpoint's manifest was checked; always 1.",
     "sparsify_linears": "Linears of the model as vLLM merges them, by layer, form and back end.",
     "sparsify_linear_bytes": "Bytes of the weights of compressed linears as the back end holds them.",
     "sparsify_load_seconds": "From the first compressed linear made to the last one ready, reading the files included.",
@@ -69,6 +69,7 @@ class Loading:
 
     linears: WeakKeyDictionary[Any, Served] = field(default_factory=WeakKeyDictionary)
     labels: dict[str, str] = field(default_factory=lambda: {"engine": "0", "rank": "0"})
+    manifest: str = "none"  # as sparsify.manifest.state has it
     began: float | None = None
     ended: float = 0.0
     preparing: float = 0.0
@@ -100,7 +101,9 @@ class Loading:
             if served.nbytes is not None:
                 nbytes[served.kind] += served.nbytes
         kinds = [("sparsify_linears", counts), ("sparsify_linear_bytes", nbytes)]
-        found: list[Sample] = [("sparsify_info", {"version": __version__, **self.labels}, 1.0)]
+        found: list[Sample] = [
+            ("sparsify_info", {"version": __version__, "manifest": self.manifest, **self.labels}, 1.0)
+        ]
         for name, values in kinds:
             found += [(name, dict(zip(KIND, kind, strict=True)) | self.labels, float(n)) for kind, n in values.items()]
         if self.began is not None and self.ended:

@@ -27,12 +27,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, PackedvLLMParameter
 
+from sparsify import manifest
 from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import AGAIN, FLOATS, INPUT_MULTIPLE, Label, scheme_problem
 from sparsify.formats.sparse24 import Sparse24Config as ConfigOnDisk
 from sparsify.formats.sparse24 import all_zero, checked_tensors, tensor_layout
-from sparsify.manifest import refuse_changed, verifies_on_loading
 from sparsify.runtime.backends import announce, announce_zero_points, choose_backend, get_backend
 from sparsify.runtime.dequantized import DequantizedWeight
 from sparsify.runtime.legacy import LegacyConfig, LegacyShard, legacy_config, legacy_format
@@ -65,6 +65,7 @@ class Sparse24Config(QuantizationConfig):
         super().__init__()
         self.on_disk = on_disk
         self.legacy = legacy
+        self.manifest = "none"  # what /metrics says of the checkpoint's files
 
     @classmethod
     def get_name(cls) -> str:
@@ -100,8 +101,9 @@ class Sparse24Config(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, *known: Any, **more: Any) -> None:
         """vLLM says here, once and before it starts its workers, where the checkpoint lies."""
-        if verifies_on_loading():
-            refuse_changed(model_name)
+        if manifest.verifies_on_loading():
+            manifest.refuse_changed(model_name)
+        self.manifest = manifest.state(model_name)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename modules as vLLM's model class does."""
@@ -115,6 +117,7 @@ class Sparse24Config(QuantizationConfig):
         )
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        LOADING.manifest = self.manifest
         prefix = prefix.removeprefix(DRAFT)
         if isinstance(layer, LinearBase):
             label = self._label(prefix, layer.input_size)

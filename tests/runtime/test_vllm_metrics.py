@@ -65,7 +65,7 @@ def test_linears_of_one_kind_are_counted_together(folder: Path, monkeypatch: pyt
     )
     assert 'sparsify_load_seconds{engine="0",rank="0"} 5.5' in text
     assert 'sparsify_prepare_seconds{engine="0",rank="0"} 1.5' in text
-    assert f'sparsify_info{{engine="0",rank="0",version="{__version__}"}} 1.0' in text
+    assert f'sparsify_info{{engine="0",manifest="none",rank="0",version="{__version__}"}} 1.0' in text
 
     del layers[0]  # a model that is gone is no longer counted
     loading.add(Layer(), HEAD)

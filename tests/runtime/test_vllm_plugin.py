@@ -47,6 +47,7 @@ from sparsify.model.linear import LinearWeights
 from sparsify.recipe import parse_recipe
 from sparsify.runtime import vllm_plugin
 from sparsify.runtime.backends import cuda
+from sparsify.runtime.vllm_metrics import Loading
 from sparsify.runtime.vllm_plugin import Sparse24Config, Sparse24LinearMethod
 from tests.helpers.agreement import Agree, bits, close
 from tests.helpers.compressed import round_linear
@@ -141,6 +142,23 @@ def test_plain_linear(kind: dict[str, Any], rank: Rank, dtype: torch.dtype, agre
     x = torch.randn(5, K, dtype=dtype)
     agree(product(layer, x), expected([(None, weights)], x))
     assert not [n for n, _ in layer.named_parameters()]  # the packed bytes are not kept beside what the back end made
+
+
+def test_metrics_say_which_back_end_serves(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading = Loading()
+    monkeypatch.setattr(vllm_plugin, "LOADING", loading)
+    prefix, weights = "model.layers.0.mlp.", make_linear(32)
+    config = config_for({f"{prefix}down_proj": weights}, [f"{prefix}gate"])
+    made = [ReplicatedLinear(K, 32, bias=False, quant_config=config, prefix=prefix + n) for n in ("down_proj", "gate")]
+    load(made[0], [(None, weights)])
+    counted = {labels["layer"]: labels for name, labels, _ in loading.samples() if name == "sparsify_linears"}
+    assert set(counted) == {"down_proj", "gate"}
+    served = counted["down_proj"]
+    assert (served["pattern"], served["bits"]) == ("2:4", "4")
+    assert served["backend"] == made[0].quant_method.backend
+    assert counted["gate"]["backend"] == "vllm" and counted["gate"]["pattern"] == "dense"
+    (nbytes,) = (value for name, _, value in loading.samples() if name == "sparsify_linear_bytes")
+    assert nbytes == sum(buffer.nbytes for buffer in made[0].buffers())
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "dense"])
@@ -300,8 +318,12 @@ def test_files_are_verified_when_asked(tmp_path: Path, monkeypatch: pytest.Monke
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     output = apply(parse_recipe(MAGNITUDE), str(source), tmp_path / "out", quiet=True).output
     settings = EngineArgs(str(output), dtype="bfloat16", max_model_len=32).create_model_config()
+    assert VllmConfig(model_config=settings).quant_config.manifest == "unchecked"
+    with monkeypatch.context() as served:
+        served.setenv("SPARSIFY_VERIFIED", str(output))  # by sparsify serve --verify
+        assert VllmConfig(model_config=settings).quant_config.manifest == "verified"
     monkeypatch.setenv("SPARSIFY_VERIFY", "1")
-    VllmConfig(model_config=settings)
+    assert VllmConfig(model_config=settings).quant_config.manifest == "verified"
     (output / "generation_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="generation_config.json differs from what was written"):
         VllmConfig(model_config=settings)
