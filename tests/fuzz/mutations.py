@@ -17,9 +17,9 @@ VALUES: tuple[Any, ...] = (
     "/", "a/b", [], {}, [[]], [None], [0], [-1], [1, 2], {"": None}, {"a": {}},
 )  # fmt: skip
 PIECES = (
-    b"\0", b"\xff", b"\xef\xbb\xbf", b"\n", b"\r\n", b"{", b"}", b"[", b"]", b'"', b":", b",", b"'", b"- ", b"#", b"&a ", b"*a", b"!!int ",
-    b"|\n", b"NaN", b"Infinity", b"null", b"true", b"1e999", b"-", b"0x10", b"\\ud800", b"\xed\xa0\x80", b"[" * 200, b"9" * 5000, b"re:",
-    b"\xe2\x80\xae", b"<<: ", b"%",
+    b"\0", b"\xff", b"\xef\xbb\xbf", b"\n", b"\r\n", b"{", b"}", b"[", b"]", b'"', b":", b",", b"'", b"- ", b"#", b"&a ", b"*a",
+    b"!!int ", b"|\n", b"NaN", b"Infinity", b"null", b"true", b"1e999", b"-", b"0x10", b"\\ud800", b"\xed\xa0\x80", b"[" * 200,
+    b"9" * 5000, b"re:", b"\xe2\x80\xae", b"<<: ", b"%",
 )  # fmt: skip
 
 Write = Callable[[Any], bytes]
@@ -91,9 +91,13 @@ def _changed(tree: Any, random: Random, words: Sequence[str]) -> Any:
         where[_word(random, words)] = where.pop(key)
     elif kind == 3:
         name, value = _word(random, words), random.choice(VALUES)
-        where.update({name: value}) if isinstance(where, dict) else where.insert(random.randrange(len(where) + 1), value)
+        where.update({name: value}) if isinstance(where, dict) else where.insert(
+            random.randrange(len(where) + 1), value
+        )
     elif kind == 4 and isinstance(where[key], int | float) and not isinstance(where[key], bool):
-        where[key] = random.choice((where[key] + 1, where[key] - 1, -where[key], where[key] * 2, where[key] * 1e6, str(where[key])))
+        where[key] = random.choice(
+            (where[key] + 1, where[key] - 1, -where[key], where[key] * 2, where[key] * 1e6, str(where[key]))
+        )
     elif kind == 5:
         where[key] = random.choice(([where[key]], {_word(random, words): where[key]}))
     elif kind == 6 and isinstance(where[key], str):

@@ -23,13 +23,14 @@ from sparsify import progress
 from sparsify.bench.shapes import parse_shape, shape_of_config
 from sparsify.bench.targets import Target as BenchTarget
 from sparsify.bench.targets import check_fits
-from sparsify.bench.workload import LatencyWorkload
+from sparsify.bench.workload import ThroughputWorkload
 from sparsify.compiler.apply import apply
 from sparsify.compiler.plan import make_plan
 from sparsify.data.calibration import calibration_tokens
 from sparsify.data.chat import conversation_rows
 from sparsify.data.given import read_tokens
 from sparsify.errors import SparsifyError
+from sparsify.evaluation.load import load_tokenizer
 from sparsify.evaluation.task_files import read_tasks
 from sparsify.evaluation.text import file_chunks
 from sparsify.files import read_json
@@ -52,7 +53,7 @@ from sparsify.training.loss_monitor import LossWatch
 from tests.helpers import bitmask
 from tests.helpers.compressed import compress, make_dense
 from tests.helpers.foreign import awq, compressed_tensors, fp8, gptq, quantized_checkpoint
-from tests.helpers.tiny import save_tiny, tiny_text, tiny_tokenizer
+from tests.helpers.tiny import save_tiny, tiny_tokenizer
 from tests.report.sample import sample_bench, sample_evaluations, sample_metrics, sample_search, sample_tasks
 
 SECONDS = 10.0  # of computing for one input
@@ -136,8 +137,14 @@ def overrides(folder: Path) -> tuple[Run, list[bytes]]:
     def accept(data: bytes) -> None:
         load_recipe("2of4-w4a16", data.decode("utf-8", "replace").split("\n"))
 
-    lines = ("calibration.samples=64\npasses.prune.method=wanda", "solver={damping: 0.1}", "ignore=[lm_head]\nignore.0=re:a")
-    return accept, [line.encode() for line in (*lines, "passes.1.quantize.bits=8", "overrides=[{match: a, prune: null}]")]
+    lines = (
+        "calibration.samples=64\npasses.prune.method=wanda",
+        "solver={damping: 0.1}",
+        "ignore=[lm_head]\nignore.0=re:a",
+    )
+    return accept, [
+        line.encode() for line in (*lines, "passes.1.quantize.bits=8", "overrides=[{match: a, prune: null}]")
+    ]
 
 
 def plan(folder: Path) -> tuple[Run, list[bytes]]:
@@ -168,8 +175,38 @@ def spellings(folder: Path) -> tuple[Run, list[bytes]]:
         readers.get(name, readers["size"])(text)
 
     seeds = ("size 16GB", "size 1.5 MiB", "budget bits=3.5", "budget bytes=90MB", "budget speed=1.8x", "budget kl=2e-1")
-    more = ("shape 14336x4096", "archs 80,9.0,sm_120", "choice 2:4-4", "source hub:allenai/c4:en:train", "source file:a")
+    more = (
+        "shape 14336x4096",
+        "archs 80,9.0,sm_120",
+        "choice 2:4-4",
+        "source hub:allenai/c4:en:train",
+        "source file:a",
+    )
     return accept, [seed.encode() for seed in (*seeds, *more)]
+
+
+def paths(folder: Path) -> tuple[Run, list[bytes]]:
+    """What a user names as a model, a recipe, a text or tasks: the reader, and the path."""
+    readers: dict[str, Callable[[str], object]] = {
+        "model": open_checkpoint, "recipe": load_recipe, "tasks": read_tasks,
+        "text": lambda text: file_chunks(text, tiny_tokenizer(), 4, 1),
+        "source": lambda text: calibration_tokens(load_recipe({"passes": [], "calibration": {"source": text}}).calibration, None),
+    }  # fmt: skip
+
+    def accept(data: bytes) -> None:
+        name, _, text = data.decode("utf-8", "replace").partition(" ")
+        readers.get(name, readers["model"])(text)
+
+    seeds = (
+        "model org/name",
+        "model embedded:a",
+        "model a.gguf",
+        "recipe 2of4",
+        "recipe ~nobody/a.yaml",
+        "tasks file:a",
+        "text ~/a",
+    )
+    return accept, [seed.encode() for seed in (*seeds, "source file:~a/b.txt", "source self", "text " + "a/" * 150)]
 
 
 def patterns(folder: Path) -> tuple[Run, list[bytes]]:
@@ -181,7 +218,10 @@ def patterns(folder: Path) -> tuple[Run, list[bytes]]:
             for name in names[:20]:
                 ignored_by(name, [pattern])
 
-    seeds = ("*.mlp.*\nmodel.layers.0.mlp.up_proj", "re:^model\\.layers\\.(0|1[0-2]?)\\..*(?<!q)_proj$\nmodel.layers.10.k_proj")
+    seeds = (
+        "*.mlp.*\nmodel.layers.0.mlp.up_proj",
+        "re:^model\\.layers\\.(0|1[0-2]?)\\..*(?<!q)_proj$\nmodel.layers.10.k_proj",
+    )
     more = ("re:(a+)+$\naaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", "[!a]?[b-c]*\nlm_head", "re:(?P<x>a)(?P=x){2,3}|\\Z\naaa")
     return accept, [seed.encode() for seed in (*seeds, *more)]
 
@@ -269,15 +309,17 @@ def quantization(folder: Path) -> tuple[Run, list[bytes]]:
 
 
 def config(folder: Path) -> tuple[Run, list[bytes]]:
-    """The whole config.json of every format, compared with the tensors and inspected; and as the benchmarks read it."""
-    directories = formats(folder)
+    """The whole config.json of every format, compared with the tensors and inspected; and as plans and benchmarks read it."""
+    directories, asked = formats(folder), parse_recipe(RECIPE)
 
     def accept(data: bytes) -> None:
         directory, _ = changed(directories, data)
         inspect(directory, quiet=True)
+        if directory.name == "dense":
+            make_plan(asked, str(directory))
         opened = open_checkpoint(directory)
         shape_of_config(opened.spec, opened.config)
-        check_fits(BenchTarget("a", directory, "dense", 1), LatencyWorkload(), None)
+        check_fits(BenchTarget("a", directory, "dense", 1), None, ThroughputWorkload(input_len=8, output_len=8))
 
     seeds = [
         {"of": name, "config": json.loads((path / "config.json").read_text())} for name, path in directories.items()
@@ -326,7 +368,7 @@ def header(folder: Path) -> tuple[Run, list[bytes]]:
             if len(opened.tensor(name).shape):
                 opened.first_rows(name, 2)
 
-    return accept, [content[8 : 8 + length], b"file" + content[:400], b'file\x02\0\0\0\0\0\0\0{}', b"{}"]
+    return accept, [content[8 : 8 + length], b"file" + content[:400], b"file\x02\0\0\0\0\0\0\0{}", b"{}"]
 
 
 def index(folder: Path) -> tuple[Run, list[bytes]]:
@@ -378,7 +420,14 @@ def report(folder: Path) -> tuple[Run, list[bytes]]:
         "kind": "distill", "steps": 4, "rows": 8, "tokens": 100, "teacher": "a", "first": {"loss": 1.2, "kl": 0.7},
         "last": {"loss": 0.5, "kl": 0.3}, "curve": [[1, 1.2], [4, 0.5]],
     }  # fmt: skip
-    head = {"module": "lm_head", "shape": [96, 64], "bits": 8, "group_size": 32, "relative_error": 0.1, "pattern": "dense"}
+    head = {
+        "module": "lm_head",
+        "shape": [96, 64],
+        "bits": 8,
+        "group_size": 32,
+        "relative_error": 0.1,
+        "pattern": "dense",
+    }
     ran = {"seconds": 3.2, "peak_memory_bytes": 10**9, "sparsify": "0.1", "torch": "2"}
     found = sample_search(1)
     found["units"] = found["units"][:2]
@@ -406,6 +455,8 @@ def resume(folder: Path) -> tuple[Run, list[bytes]]:
         for name, value in files.items() if isinstance(files, dict) else ():
             if name in texts:
                 (work / name).write_text(json.dumps(value))
+        for manifest in work.rglob("SHA256SUMS"):
+            manifest.unlink()  # what is changed on purpose comes with digests that fit
         part = next(iter(sorted(work.glob("parts*/*.safetensors"))))
         if metadata is not None:
             replace_metadata(part, {"sparsify": json.dumps(metadata)})
@@ -516,6 +567,42 @@ def _parquet(folder: Path, records: Sequence[dict[str, Any]]) -> Iterator[bytes]
         yield (folder / "t.parquet").read_bytes()
 
 
+def tokenizer(folder: Path) -> tuple[Run, list[bytes]]:
+    """The files beside the weights that say how text becomes tokens: the name of the file on the first line, then the file."""
+    model = save_tiny(folder / "model", num_hidden_layers=1)
+    names = (
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    )
+    kept = {name: (model / name).read_bytes() for name in names if (model / name).exists()}
+    kept["tokenizer_config.json"] = as_json(
+        {
+            **json.loads(kept["tokenizer_config.json"]),
+            "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        }
+    )
+    talk = folder / "talk.jsonl"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    talk.write_text(json.dumps({"messages": messages}))
+
+    def accept(data: bytes) -> None:
+        first, _, content = data.partition(b"\n")
+        for name in names:
+            (model / name).unlink(missing_ok=True)
+        for name, text in kept.items():
+            (model / name).write_bytes(text)
+        name = first.decode("utf-8", "replace")
+        (model / (name if name in names else names[0])).write_bytes(content)
+        tokenizer = load_tokenizer(model)
+        calibration_tokens(Calibration(source=f"file:{talk}", samples=1, sequence_length=2), tokenizer, quiet=True)
+
+    seeds = [name.encode() + b"\n" + text for name, text in kept.items()]
+    return accept, [*seeds, b"chat_template.jinja\n{{ messages[0]['content'] }}", b"special_tokens_map.json\n{}"]
+
+
 def tasks(folder: Path) -> tuple[Run, list[bytes]]:
     """A file of multiple-choice questions."""
 
@@ -525,7 +612,10 @@ def tasks(folder: Path) -> tuple[Run, list[bytes]]:
             task.definition()
             _ = task.chance
 
-    items = [{"question": "a", "choices": ["b", "c"], "answer": 1}, {"context": "a", "endings": ["b", "c", "d"], "answer": 0}]
+    items = [
+        {"question": "a", "choices": ["b", "c"], "answer": 1},
+        {"context": "a", "endings": ["b", "c", "d"], "answer": 0},
+    ]
     return accept, [as_json(item) for item in items] + [b"\n".join(as_json(items[0]) for _ in range(2))]
 
 
@@ -551,16 +641,18 @@ TARGETS: dict[str, Target] = {
     "overrides": Target(overrides, (*SCHEMA_WORDS, "=", ".", "passes.0.", "overrides.0.")),
     "plan": Target(plan, (*SCHEMA_WORDS, "q_proj", "model.layers.0", "*.mlp.*")),
     "spellings": Target(spellings, ("GB", "MiB", "bits=", "kl=", "speed=", "x", "sm_", "²", "٣", "e", "dense-16")),
+    "paths": Target(paths, ("~", "~root", "file:", "hub:", "embedded:", ".gguf", "/", "..", "\0", "a" * 300, ".jsonl")),
     "patterns": Target(patterns, ("(?:", "(?=", "(?<!", "){1,9}", "[^", "\\b", "\\p{L}", "(?i)", "*", "+?", "(?R)", "(?1)", "{e}")),
     "quantization": Target(quantization, CONFIG_WORDS),
     "config": Target(config, CONFIG_WORDS),
     "tensors": Target(tensors, ("of", "rest")),
     "header": Target(header, ("__metadata__", "dtype", "shape", "data_offsets", "F32", "BF16", "F8_E4M3", "I64", "BOOL", "U16", "F4")),
     "index": Target(index, ("metadata", "weight_map", "total_size", "model-00001-of-00002.safetensors", "../a.safetensors")),
-    "report": Target(report, ("layers", "sizes", "perplexity", "units", "choices", "texts", "tasks", "failure", "models", "<b>", "{{")),
+    "report": Target(report, ("layers", "sizes", "perplexity", "units", "choices", "texts", "tasks", "failure", "models", "<b>")),
     "resume": Target(resume, ("files", "writer.json", "metadata", "packed", "plain", "hidden", "layers", "skipped", "module")),
     "losses": Target(losses, ("window", "losses", "smoothed", "loss")),
     "text": Target(text, (".jsonl", ".parquet", "messages", "text", "role", "content", "assistant", "question", "answer", "PAR1")),
+    "tokenizer": Target(tokenizer, ("chat_template", "tokenizer_class", "added_tokens_decoder", "eos_token", "{{", "{%", "range(")),
     "tasks": Target(tasks, ("question", "choices", "context", "endings", "answer")),
 }  # fmt: skip
 
