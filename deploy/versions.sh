@@ -10,4 +10,5 @@ AUTOGPTQ=(                                  # .venv-autogptq: so does this, with
 )
 AUTOAWQ=("autoawq==0.2.9" "transformers==4.51.3" "triton>=3.6")  # .venv-autoawq: packs awq; it is not developed any more
 LLMCOMPRESSOR013=("llmcompressor==0.13.0")  # .venv-llmcompressor013: the last one with actorder: group
+ATHERIS=atheris==3.0.0                      # of `make fuzz`, in .venv-fuzz
 UV=uv==0.13.9                               # resolves the locks; nothing else uses it

@@ -112,7 +112,7 @@ def parse_shape(text: str) -> Linear:
     """`NxK`, for instance 14336x4096: N outputs, K inputs."""
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(re.fullmatch("[0-9]{1,9}", part) and int(part) for part in parts):
-        raise SparsifyError(f"{text!r} is no shape: write outputs x inputs, as in 14336x4096")
+        raise SparsifyError(f"{text[:100]!r} is no shape: write outputs x inputs, as in 14336x4096")
     return Linear("linear", int(parts[0]), int(parts[1]))
 
 

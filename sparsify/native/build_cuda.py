@@ -82,7 +82,7 @@ def parse_archs(text: str) -> tuple[int, ...]:
         number = part.strip().lower().removeprefix("sm_").replace(".", "")
         if not re.fullmatch("[0-9]{2,4}", number) or int(number) < OLDEST:
             raise SparsifyError(
-                f"--arch {part.strip()!r} is no GPU architecture that has 2:4 tensor cores: write numbers from 80, as in "
+                f"--arch {part.strip()[:100]!r} is no GPU architecture that has 2:4 tensor cores: write numbers from 80, as in "
                 "80,86,89,90,100,120"
             )
         archs.add(int(number))

@@ -26,6 +26,7 @@ FLAGS = (
     "-std=c++17", "-O1", "-g1", "-fopenmp", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize=null,object-size,vptr",
     "-fno-sanitize-recover=all", "-Wno-bitwise-conditional-parentheses",
 )  # fmt: skip
+SANITIZERS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "OMP_NUM_THREADS": "2"}
 LIMITS = ("-timeout=120", "-rss_limit_mb=4096", "-len_control=0", "-print_final_stats=1", "-verbosity=1")
 
 
@@ -84,7 +85,7 @@ def fuzz(name: str, seconds: int, runs: int, output: Path, clang: str | None) ->
         command = [str(program), str(folder / "corpus"), "-max_len=600", *bounds]
     else:
         command = [sys.executable, "-m", "tests.fuzz.one", name, str(folder), "-max_len=200000", *bounds]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **SANITIZERS}
     started = time.monotonic()
     with (folder / "log").open("wb") as log:
         ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -255,20 +255,25 @@ OWN: dict[str, dict[str, Any]] = {
 
 @cache
 def formats(folder: Path) -> dict[str, Path]:
-    """A tiny checkpoint of every format, by name."""
+    """A tiny checkpoint of every format, by name; its config.json lies in `kept.json` too."""
     small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
     dense = make_dense("llama", folder / "dense", **small)
     made = {"dense": dense}
     for name, scheme in OWN.items():
         made[name] = compress(dense, folder / name, name, **{"group_size": 32, **scheme})
     for kind in ("none", "int8"):
-        bitmask.checkpoint(dense, folder / f"bitmask-{kind}", kind)
         made[f"bitmask-{kind}"] = folder / f"bitmask-{kind}"
+        bitmask.checkpoint(dense, made[f"bitmask-{kind}"], kind)
     for name, of in FOREIGN.items():
-        config, write = of()
-        quantized_checkpoint(folder / name, config, write, num_hidden_layers=1)
         made[name] = folder / name
+        quantized_checkpoint(made[name], *of(), num_hidden_layers=1)
+    for directory in made.values():
+        shutil.copyfile(directory / "config.json", directory / "kept.json")
     return made
+
+
+def configs(directories: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    return {name: json.loads((directory / "kept.json").read_text()) for name, directory in directories.items()}
 
 
 def whole(directory: Path) -> None:
@@ -290,10 +295,7 @@ def changed(directories: dict[str, Path], data: bytes) -> tuple[Path, Any]:
     name, config, quantization, rest = read(data, "of", "config", "quantization", "rest")
     directory = directories.get(name) if isinstance(name, str) else None
     directory = directory or directories["sparse24"]
-    original = directory / "config.json.kept"
-    if not original.exists():
-        shutil.copyfile(directory / "config.json", original)
-    found = json.loads(original.read_text())
+    found = json.loads((directory / "kept.json").read_text())
     if quantization is not None:
         found["quantization_config"] = quantization
     (directory / "config.json").write_text(json.dumps(found if config is None else config))
@@ -302,15 +304,16 @@ def changed(directories: dict[str, Path], data: bytes) -> tuple[Path, Any]:
 
 def quantization(folder: Path) -> tuple[Run, list[bytes]]:
     """The quantization_config of every format, with all tensors read."""
-    directories = formats(folder)
-    kept = {name: json.loads((path / "config.json").read_text()) for name, path in directories.items()}
-    seeds = [{"of": name, "quantization": found.get("quantization_config")} for name, found in kept.items()]
+    directories = formats(folder.parent / "formats")
+    seeds = [
+        {"of": name, "quantization": found.get("quantization_config")} for name, found in configs(directories).items()
+    ]
     return lambda data: whole(changed(directories, data)[0]), list(map(as_json, seeds))
 
 
 def config(folder: Path) -> tuple[Run, list[bytes]]:
     """The whole config.json of every format, compared with the tensors and inspected; and as plans and benchmarks read it."""
-    directories, asked = formats(folder), parse_recipe(RECIPE)
+    directories, asked = formats(folder.parent / "formats"), parse_recipe(RECIPE)
 
     def accept(data: bytes) -> None:
         directory, _ = changed(directories, data)
@@ -321,15 +324,13 @@ def config(folder: Path) -> tuple[Run, list[bytes]]:
         shape_of_config(opened.spec, opened.config)
         check_fits(BenchTarget("a", directory, "dense", 1), None, ThroughputWorkload(input_len=8, output_len=8))
 
-    seeds = [
-        {"of": name, "config": json.loads((path / "config.json").read_text())} for name, path in directories.items()
-    ]
+    seeds = [{"of": name, "config": found} for name, found in configs(directories).items()]
     return accept, list(map(as_json, seeds))
 
 
 def tensors(folder: Path) -> tuple[Run, list[bytes]]:
     """Bytes of the weights of every format changed at some offsets, and the file cut."""
-    directories = formats(folder)
+    directories = formats(folder.parent / "formats")
     kept = {name: (path / "model.safetensors").read_bytes() for name, path in directories.items()}
 
     def accept(data: bytes) -> None:

@@ -33,7 +33,8 @@ struct Blocks {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Input in(data, size);
-    const int kind = in.byte(), level = forced_level() < 0 ? in.byte() % 6 : forced_level(), threads = 1 + in.byte() % 2;
+    const int kind = in.byte(), level = forced_level() < 0 ? in.byte() % 6 : forced_level(),
+              threads = 1 + in.byte() % 2;
     const int order = in.byte() % 3;
     const bool guarded = kind & 1, bad = kind % 16 == 0;
     const int64_t k = in.number(1, in.byte() % 8 ? 70 : 200), other = in.number(1, 120);
@@ -44,18 +45,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Memory H(guarded, size_t((k - 1) * ldh + k) * 4), C(guarded, size_t(k * other) * 4);
     const Blocks a(in, guarded, rows, k, wide);
     if (in.yes()) {
-        const int status =
-            sparsify_gram(bad && in.yes() ? nullptr : a.data.data(), rows.data(), a.strides.data(), count,
-                          bad && in.yes() ? -k : k, wide, H.floats(), bad && in.yes() ? k - 1 : ldh, threads, level,
-                          bad ? int(in.byte()) - 100 : order);
+        const int status = sparsify_gram(
+            bad && in.yes() ? nullptr : a.data.data(), rows.data(), a.strides.data(), count, bad && in.yes() ? -k : k,
+            wide, H.floats(), bad && in.yes() ? k - 1 : ldh, threads, level, bad ? int(in.byte()) - 100 : order);
         EXPECT(bad || status == kOk || status == kUnsupported || (wide && order && status == kBadArgument));
         if (status == kOk) EXPECT(sparsify_gram_mirror(H.floats(), k, ldh, threads) == kOk);
         return 0;
     }
     const Blocks b(in, guarded, rows, other, other_wide);
-    const int status = sparsify_gram_cross(a.data.data(), a.strides.data(), k, wide, b.data.data(), b.strides.data(), other,
-                                           other_wide, rows.data(), count, C.floats(), bad ? other - 1 : other, threads,
-                                           level, bad ? int(in.byte()) - 100 : order);
+    const int status = sparsify_gram_cross(a.data.data(), a.strides.data(), k, wide, b.data.data(), b.strides.data(),
+                                           other, other_wide, rows.data(), count, C.floats(), bad ? other - 1 : other,
+                                           threads, level, bad ? int(in.byte()) - 100 : order);
     EXPECT(bad || status == kOk || status == kUnsupported || status == kBadArgument);
     return 0;
 }

@@ -16,7 +16,7 @@ struct Linear {
 };
 
 Linear linear_of(Input& in) {
-    const int64_t groups[] = {16, 32, 64, 128, 256};
+    const int64_t groups[] = {32, 64, 128, 256};
     const int64_t bits[] = {4, 8, 16};
     Linear l;
     l.n = in.number(1, 100), l.k = 16 * in.number(1, in.byte() % 8 ? 20 : 140);
@@ -60,8 +60,9 @@ int call(Input& in, const uint8_t* blob, int64_t bytes, int64_t n, int64_t k, bo
     in.numbers(x.data(), x.bytes(), size_of(type), kTop[type]);
     in.numbers(bias.data(), bias.bytes(), size_of(bias_type % 3), kTop[bias_type % 3]);
     std::memset(y.data(), 0xff, y.bytes());
-    const int status = sparse24_linear(blob, bytes, x.data(), type, rows, k, ldx, bias_type == 3 ? nullptr : bias.data(),
-                                       bias_type % 3, y.data(), n, int(level + 1 + way));
+    const int status =
+        sparse24_linear(blob, bytes, x.data(), type, rows, k, ldx, bias_type == 3 ? nullptr : bias.data(),
+                        bias_type % 3, y.data(), n, int(level + 1 + way));
     if (status == 0 && finite) {  // 0xffff is a NaN in every type: an output that was not written shows
         for (int64_t i = 0; i < rows * n; ++i) {
             const float value = sparse24::to_float(y.data(), type, i);
