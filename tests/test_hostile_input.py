@@ -355,11 +355,11 @@ def test_names_that_no_file_can_have(model: Path, name: str, refused: Callable[.
     assert "has a name" in refused("plan", "2of4", "--model", model, *settings)
 
 
-def test_the_home_of_nobody(model: Path, refused: Callable[..., str]) -> None:
+def test_the_home_of_nobody(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "~nobody-here/a" in refused("plan", "~nobody-here/a", "--model", model)
     assert "~nobody-here/a" in refused("eval", model, "--text", "~nobody-here/a")
     settings = ["--set", "calibration.source=file:~nobody-here/a"]
-    assert "~nobody-here/a" in refused("apply", "2of4", "--model", model, "--output", "out", *settings)
+    assert "~nobody-here/a" in refused("apply", "2of4", "--model", model, "--output", tmp_path / "out", *settings)
 
 
 @pytest.mark.parametrize("text", ["9" * 400, "9" * 9000, "²", "1" + "0" * 30])

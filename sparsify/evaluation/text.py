@@ -14,7 +14,7 @@ from sparsify.data.calibration import calibration_tokens
 from sparsify.data.fitting import refuse_beyond, vocabulary_of
 from sparsify.errors import SparsifyError
 from sparsify.evaluation.score import chunked
-from sparsify.files import LONGEST_PATH, encoding_problem, expanded, kind_problem
+from sparsify.files import encoding_problem, expanded, kind_problem
 from sparsify.recipe.schema import Calibration
 
 SELF = "self"
@@ -72,7 +72,7 @@ def file_chunks(
     """
     path = expanded(str(path).removeprefix("file:"))
     if problem := kind_problem(path):
-        raise SparsifyError(f"{str(path)[:LONGEST_PATH]}: the evaluation text {problem}")
+        raise SparsifyError(f"{str(path)[:200]}: the evaluation text {problem}")
     try:
         text = path.read_text(encoding="utf-8-sig")
         problem = encoding_problem(path) if "\0" in text else None
