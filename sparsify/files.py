@@ -164,6 +164,18 @@ def read_json(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is damaged ({error}); download or create it again") from None
 
 
+@contextlib.contextmanager
+def as_written(path: str | Path) -> Iterator[None]:
+    """Turn what is raised over a record that is not as sparsify writes it into one sentence."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(
+            f"{path} is not as sparsify writes it ({why}); remove the directory that it lies in, and start again"
+        ) from error
+
+
 def reserve(path: Path, nbytes: int) -> None:
     """Make a file of so many bytes for which there is room on the disk, so that writing to its mapped pages cannot fail.
 

@@ -25,7 +25,7 @@ from sparsify.data.calibration import calibration_tokens, check_sources
 from sparsify.data.fitting import vocabulary_of
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.errors import CheckpointError, RecipeError
-from sparsify.files import cache_directory, read_json
+from sparsify.files import as_written, cache_directory, read_json
 from sparsify.formats import ModuleScheme, get_format, written_formats
 from sparsify.formats.belonging import compare_with_config
 from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
@@ -152,7 +152,9 @@ def convert(
             raise CheckpointError(f"{opened.checkpoint.spec}: {problem}")
         work = partial_directory(Path(output))
         begun = (work / "writer.json").is_file() and not Path(output).exists()
-        if begun and read_json(work / "writer.json").get("identity") == IDENTITY:
+        with as_written(work / "writer.json"):
+            begun = begun and read_json(work / "writer.json").get("identity") == IDENTITY
+        if begun:
             shutil.rmtree(work)  # an export that was killed: short enough to begin again
         writer = CheckpointWriter(output, format, opened.checkpoint, identity=IDENTITY)
         try:

@@ -49,6 +49,7 @@ from sparsify.recipe.sources import parse_source, source_problem
 from sparsify.report import report_on
 from sparsify.search.budget import parse_budget
 from sparsify.search.choices import choice_named
+from sparsify.search.measure import _read as measured
 from sparsify.training.loss_monitor import LossWatch
 from tests.helpers import bitmask
 from tests.helpers.compressed import compress, make_dense
@@ -497,6 +498,16 @@ def replace_metadata(file: Path, metadata: dict[str, str]) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
+def measurements(folder: Path) -> tuple[Run, list[bytes]]:
+    """What a search has measured of a block, which `--resume` reads."""
+
+    def accept(data: bytes) -> None:
+        (folder / "block-0000.json").write_bytes(data)
+        measured([folder / "block-0000.json"])
+
+    return accept, [as_json({"a.q_proj": {"2:4-4": {"kl": 0.1, "error": None}, "dense-16": {"kl": 0.0, "error": 0.0}}})]
+
+
 def losses(folder: Path) -> tuple[Run, list[bytes]]:
     """The losses that a training run remembers, which `--resume` reads."""
 
@@ -651,6 +662,7 @@ TARGETS: dict[str, Target] = {
     "index": Target(index, ("metadata", "weight_map", "total_size", "model-00001-of-00002.safetensors", "../a.safetensors")),
     "report": Target(report, ("layers", "sizes", "perplexity", "units", "choices", "texts", "tasks", "failure", "models", "<b>")),
     "resume": Target(resume, ("files", "writer.json", "metadata", "packed", "plain", "hidden", "layers", "skipped", "module")),
+    "measurements": Target(measurements, ("kl", "error", "2:4-4")),
     "losses": Target(losses, ("window", "losses", "smoothed", "loss")),
     "text": Target(text, (".jsonl", ".parquet", "messages", "text", "role", "content", "assistant", "question", "answer", "PAR1")),
     "tokenizer": Target(tokenizer, ("chat_template", "tokenizer_class", "added_tokens_decoder", "eos_token", "{{", "{%", "range(")),
