@@ -24,7 +24,7 @@ CXX_SOURCES := $(filter-out %/sparse24_crossovers.h,$(wildcard $(foreach end,h c
 SETUP := pyproject.toml deploy/setup.sh deploy/versions.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format types recipes doctor docs coverage build peers test-peers fuzz lock check-install test-floor test-newest clean clean-venv
+.PHONY: help setup demo test test-fast lint format types recipes doctor docs coverage build peers test-peers fuzz lock manifests check-chart check-install test-floor test-newest clean clean-venv
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -96,6 +96,12 @@ $(PEERS): deploy/setup.sh deploy/versions.sh deploy/lock/peers.txt
 lock: ## Write deploy/lock again from pyproject.toml; UPGRADE=1 takes the newest versions (needs the network)
 	@deploy/lock.sh
 
+manifests: ## Write deploy/kubernetes.yaml again from deploy/chart and check both (needs the network once)
+	@deploy/check_chart.sh --write
+
+check-chart: ## Render deploy/chart, check it by the schemas of Kubernetes and rules of security (needs the network once)
+	@deploy/check_chart.sh
+
 check-install: ## Install the wheel into a clean environment and run the commands there; KIND=core, cpu or editable
 	@deploy/check_install.sh $(KIND)
 
@@ -112,4 +118,4 @@ clean: ## Remove what runs and tools left behind (out/, caches, dist/)
 	find sparsify tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv: ## Remove .venv and the environments beside it
-	rm -rf .venv .venv-peers .venv-fuzz $(OTHER_PEERS:/.ready=) .venv-floor .venv-newest
+	rm -rf .venv .venv-peers .venv-fuzz $(OTHER_PEERS:/.ready=) .venv-floor .venv-newest .venv-chart

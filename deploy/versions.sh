@@ -10,5 +10,8 @@ AUTOGPTQ=(                                  # .venv-autogptq: so does this, with
 )
 AUTOAWQ=("autoawq==0.2.9" "transformers==4.51.3" "triton>=3.6")  # .venv-autoawq: packs awq; it is not developed any more
 LLMCOMPRESSOR013=("llmcompressor==0.13.0")  # .venv-llmcompressor013: the last one with actorder: group
+CHART_TOOLS=(                               # .venv-chart: Helm as a package, the schemas of Kubernetes, security rules
+  "helm-python-sdk==0.2.2" "kubernetes-validate==1.37.0" "checkov==3.3.30" "pyyaml>=6"
+)
 ATHERIS=atheris==3.0.0                      # of `make fuzz`, in .venv-fuzz
 UV=uv==0.13.9                               # resolves the locks; nothing else uses it

@@ -1,7 +1,7 @@
 """sparsify: a compiler that turns large language models into 2:4 sparse, 4-bit checkpoints.
 
     sparsify.apply(recipe, model, ...)    compress a model: a path, a hub id, or a live transformers model
-    sparsify.plan, .export, .inspect, .evaluate, .load_recipe    as the commands of the same names
+    sparsify.plan, .export, .inspect, .verify, .evaluate, .load_recipe    as the commands of the same names
     sparsify.Recipe, .Prune, .Quantize, ...    the typed form of a recipe
 
 Importing this package is cheap on purpose: these names import what they need on first use. All that happens here is that
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sparsify.api import inspect as inspect
     from sparsify.api import load_recipe as load_recipe
     from sparsify.api import plan as plan
+    from sparsify.api import verify as verify
     from sparsify.errors import SparsifyError as SparsifyError
     from sparsify.recipe import Calibration as Calibration
     from sparsify.recipe import Depth as Depth
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from sparsify.recipe import Recipe as Recipe
     from sparsify.recipe import Tune as Tune
 
-_API = ("Result", "apply", "evaluate", "export", "inspect", "load_recipe", "plan")
+_API = ("Result", "apply", "evaluate", "export", "inspect", "load_recipe", "plan", "verify")
 _RECIPE = (
     "Calibration", "Depth", "Distill", "Evaluation", "Export", "Finetune", "Head", "Lora", "Prune", "Quantize", "Recipe", "Tune",
 )  # fmt: skip

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparsify.errors import RecipeError, SparsifyError
-from sparsify.files import atomic_write, cache_directory
+from sparsify.files import cache_directory
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan
     from sparsify.evaluation import EvaluationResult
     from sparsify.formats.inspect import Inspection
+    from sparsify.manifest import Verification
     from sparsify.recipe import Recipe
 
-__all__ = ["Result", "apply", "evaluate", "export", "inspect", "load_recipe", "plan"]
+__all__ = ["Result", "apply", "evaluate", "export", "inspect", "load_recipe", "plan", "verify"]
 
 RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe | Sequence[Any]"
 
@@ -69,7 +70,7 @@ class Result:
         """The summary that the command line shows."""
         from sparsify.compiler.summary import summary
 
-        return summary(self.metrics, str(self.output or "in memory"))
+        return summary(self.metrics, str(self.output or "in memory"), self.record)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: the output directory, the metrics, and under `run` the record."""
@@ -141,13 +142,19 @@ def apply(
         if calibration is not None or evaluate is not None:
             asked = load_recipe(asked.model_dump(mode="json"))  # all checks once more
         where = Path(output) if output is not None else Path(stack.enter_context(_scratch())) / "model"
-        done = run(asked, spec, where, resume=resume, quiet=quiet, evaluate=_measure(asked, quiet), limits=limits)
-        if isinstance(model, str | Path | None):
-            name = spec
-        else:
-            name = getattr(model, "name_or_path", "") or type(model).__name__
-            _name_model(done.output, spec, name)
-        metrics = {**done.metrics, "base_model": name}
+        live = not isinstance(model, str | Path | None)
+        called = (getattr(model, "name_or_path", "") or type(model).__name__) if live else None
+        done = run(
+            asked,
+            spec,
+            where,
+            resume=resume,
+            quiet=quiet,
+            evaluate=_measure(asked, quiet),
+            limits=limits,
+            called=called,
+        )
+        metrics = done.metrics if called is None else {**done.metrics, "base_model": called}
         result = Result(metrics, done.output if output is not None else None, done.record, _trusts=trust_remote_code)
         if model is not None and not isinstance(model, str | Path):
             loaded = _loaded(done.output, model.dtype, model.device)
@@ -256,6 +263,13 @@ def evaluate(
         return score(specs[0], specs[1], text, sequence_length, chunks, tasks=tasks, limit=limit, quiet=quiet)
 
 
+def verify(directory: str | Path, *, quiet: bool = False) -> Verification:
+    """Compare every file of a directory that sparsify has written with the SHA-256 in its manifest."""
+    from sparsify.manifest import verify as compare
+
+    return compare(directory, quiet=quiet)
+
+
 def load_recipe(recipe: RecipeLike) -> Recipe:
     """A recipe from a built-in name, a file, a dict or an object, validated. Raises RecipeError."""
     from sparsify.recipe import load_recipe as load
@@ -344,14 +358,6 @@ def _tokenizer_of(model: Any) -> Any:
         return load_tokenizer(source, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         return None
-
-
-def _name_model(output: Path, spec: str, name: str) -> None:
-    """What lies beside the weights names the live model and not the directory that stood for it."""
-    from sparsify.compiler.metrics import CARD, METRICS, RECIPE, RECORD
-
-    for file in (CARD, RECIPE, METRICS, RECORD):
-        atomic_write(output / file, (output / file).read_text(encoding="utf-8").replace(spec, name))
 
 
 def _measure(recipe: Recipe, quiet: bool) -> Evaluate | None:

@@ -41,11 +41,23 @@ def beside(output: Path, suffix: str) -> Path:
     return output.with_name(output.name + suffix)
 
 
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An error of the operating system inside of the block names the file; those of reads and writes do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def fsync(path: Path) -> None:
     """Flush a file or a directory entry to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -65,7 +77,8 @@ def atomic_write(path: str | Path, content: bytes | str) -> None:
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        with named(path):
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
         publish(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -147,7 +160,12 @@ def encoding_problem(path: str | Path) -> str | None:
 def write_json(path: str | Path, value: Any, allow_nan: bool = False) -> None:
     """Write indented JSON atomically. NaN and infinities are refused because JSON has none, but with `allow_nan`, for the
     config of a model, which is written back as Python and transformers read it."""
-    atomic_write(path, json.dumps(value, indent=2, allow_nan=allow_nan) + "\n")
+    atomic_write(path, written_json(value, allow_nan))
+
+
+def written_json(value: Any, allow_nan: bool = False) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, allow_nan=allow_nan) + "\n"
 
 
 def read_json(path: str | Path) -> Any:
@@ -160,6 +178,8 @@ def read_json(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is missing; is this a complete checkpoint directory?") from None
     except RecursionError:
         raise CheckpointError(f"{path} is nested too deeply to be read; download or create it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # also for an integer with more digits than Python converts
         raise CheckpointError(f"{path} is damaged ({error}); download or create it again") from None
 

@@ -54,7 +54,8 @@ def only_run(output: str | Path) -> Iterator[None]:
     finally:
         _around.reset(before)
         _held.discard(place)
-        file.unlink(missing_ok=True)  # still locked: who opened it meanwhile sees that it has no name any more
+        with suppress(OSError):
+            file.unlink(missing_ok=True)  # still locked: who opened it meanwhile sees that it has no name any more
         os.close(descriptor)
         with suppress(OSError):  # not empty: the run has written something
             for folder in made:

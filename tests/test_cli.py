@@ -180,7 +180,24 @@ def test_exit_status_of_the_outcome(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             1,
             "error: No such file or directory (t.txt)",
         ),
-        (MemoryError(), 1, "error: out of memory"),
+        (
+            OSError(errno.EIO, "Input/output error", "o/a"),
+            1,
+            "error: Input/output error (o/a); finished blocks are kept",
+        ),
+        (
+            RuntimeError("I/O error: Input/output error (os error 5)"),
+            1,
+            "error: Input/output error; finished blocks are kept",
+        ),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), 1, "error: Input/output error; finished"),
+        (
+            MemoryError(),
+            1,
+            "error: out of memory: use fewer or shorter calibration samples, or a lower --memory; finished",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 12"), 1, "error: out of memory"),
+        (RuntimeError("std::bad_alloc"), 1, "error: out of memory"),
         (ValueError("two\nlines"), 1, "error: ValueError: two lines (this is a bug"),
         (KeyboardInterrupt(), 130, "interrupted; finished blocks are kept, go on with: sparsify apply"),
     ],
@@ -195,6 +212,17 @@ def test_errors_are_one_sentence(
     assert captured.out == ""
     assert said in captured.err
     assert captured.err.count("\n") == 1, "one line"
+
+
+def test_a_process_that_lost_another_one_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(compress, "apply", raising(lost))
+    assert cli.main(APPLY) == 1
+    said = capsys.readouterr().err
+    assert "another process of this run has ended" in said and "--resume" in said and said.count("\n") == 1
 
 
 def test_only_apply_speaks_of_resume(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,12 +21,12 @@ from sparsify.cli.parser import command_parser
 # A module may import from those above it, never from those below.
 ORDER = (
     "_version", "errors", "failure", "matching", "files", "units", "processor", "threads", "distributed", "memory", "compute",
-    "progress", "lock", "native", "fingerprint", "recipe", "model", "data", "formats", "solver", "training", "depth", "basis",
-    "compiler", "runtime", "evaluation", "bench", "search", "report", "api", "demo", "doctor", "cli", "__main__",
+    "phases", "progress", "lock", "manifest", "native", "fingerprint", "recipe", "model", "data", "formats", "solver", "training",
+    "depth", "basis", "compiler", "runtime", "evaluation", "bench", "search", "report", "api", "demo", "doctor", "cli", "__main__",
 )  # fmt: skip
 
 # The runtime is loaded by every vLLM worker and by transformers: it may know the format and nothing of the compiler.
-RUNTIME_MAY_IMPORT = ("errors", "processor", "files", "native", "model.linear", "formats", "runtime")
+RUNTIME_MAY_IMPORT = ("errors", "processor", "files", "manifest", "native", "model.linear", "formats", "runtime")
 
 # What must be importable without the heavy packages, and why.
 HEAVY = ("torch", "transformers", "vllm", "numpy", "pydantic", "rich")

@@ -62,7 +62,7 @@ def residual_rotation(
     """An orthogonal Q, float64 [width, width], under which 2:4 drops the least of all parts, each counted the same.
 
     centred: the model has norms that subtract the mean, so Q has to map the vector of ones to itself
-    tick: called after each step with the mean share that is dropped
+    tick: called before the first step and after each with the mean share that is dropped
     """
     around = keeping_ones(width) if centred else None
     size = width - 1 if centred else width

@@ -22,6 +22,7 @@ from sparsify.bench.engine_setup import (
 from sparsify.bench.machine import BIND, serving_environment, thread_binding, thread_environment
 from sparsify.errors import SparsifyError
 from sparsify.formats.belonging import check_tensors
+from sparsify.manifest import refuse_changed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.permissions import trusts_remote_code
 from sparsify.progress import say
@@ -38,13 +39,17 @@ def serve(
     int8: bool = False,
     replace: Callable[..., Any] = os.execvpe,
     host: str | None = None,
+    verified: bool = False,
 ) -> None:
     """Replaces this process by `vllm serve` on a model, with the environment the benchmarks use; does not return.
 
     host: the address to listen on. Default: the one in `extra_args` or in a file that their --config names, else
     loopback, where vLLM itself would listen on all interfaces.
+    verified: compare the files with their manifest first, which works for every format.
     """
     require_vllm()
+    if verified:
+        refuse_changed(directory)
     overrides = {BIND: thread_binding(threads, tensor_parallel_ranks(extra_args))} if threads else {}
     overrides |= one_process_environment(extra_args) if one_process else {}
     overrides |= int8_environment(int8)

@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +63,19 @@ def answer(engine: Any, prompts: list[str]) -> list[str]:
     return [output.outputs[0].text for output in engine.chat(conversations, greedy, use_tqdm=False)]
 
 
+def end_with_parent() -> None:
+    """End this session, vLLM's processes with it, as soon as the process that started it is gone, killed for instance."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.killpg(os.getpid(), signal.SIGKILL)
+
+    if os.getpgid(0) == os.getpid():  # a session of its own, as `run_logged` gives it
+        threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 def run_job(job: dict[str, Any]) -> None:
     """job: {"engine": [argument...], "runs": [{"benchmark": "latency"|"throughput", "arguments": [...]}...],
     "greedy": bool, "prompts": [...], "answers": file for the replies}"""
@@ -79,4 +96,5 @@ def run_job(job: dict[str, Any]) -> None:
 
 # vLLM starts its engine in a spawned process that imports this file again: only the real call may run the job.
 if __name__ == "__main__":
+    end_with_parent()
     run_job(json.loads(Path(sys.argv[1]).read_text()))

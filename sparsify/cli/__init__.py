@@ -1,7 +1,7 @@
 """The commands. Each one parses its arguments, calls one function of the package and prints what it returned.
 
 `parser` builds the command line; each command registers its options beside its handler: `compress` (apply, plan,
-recipes), `checkpoint` (inspect, export, eval, report), `bench`, `bench_kernels`, `bench_recipes`, `serve`, `kernels`,
+recipes), `checkpoint` (inspect, verify, export, eval, report), `bench`, `bench_kernels`, `bench_recipes`, `serve`, `kernels`,
 `doctor`, `demo`. This module runs a command and turns whatever ends it into an exit status and one sentence.
 
 Nothing heavy is imported before a command runs, so that `sparsify --help` is instant. While a command runs, whatever
@@ -12,6 +12,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.cli.command import FAILED, Outcome
 from sparsify.cli.parser import parse
-from sparsify.distributed import is_main
+from sparsify.distributed import is_main, processes
 from sparsify.errors import SparsifyError
 from sparsify.model.permissions import allowing_unknown, trusting
 from sparsify.progress import on_terminal, patiently, printable, silenced
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # exit status, as shells have it: 128 + SIGINT
 NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars of libraries, where none can be drawn
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_MEMORY = re.compile(r"can't allocate memory|[Oo]ut of memory|std::bad_alloc|Cannot allocate memory")
+RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers
+LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|TCPStore")  # of torch.distributed
+TORCH_WRITER = "PytorchStreamWriter failed"  # what torch.save says of a file that it could not write
 PIPE_WIDTH = 160  # columns of a table that is not printed on a terminal
 
 
@@ -122,22 +128,39 @@ def explain(error: BaseException, args: argparse.Namespace, argv: Sequence[str])
         return FAILED, ""
     if isinstance(error, SparsifyError):
         return FAILED, f"error: {error}"
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in str(error):
+    if processes() > 1 and LOST.search(str(error)):
+        return FAILED, f"error: another process of this run has ended, and this one cannot go on alone{again}"
+    number = system_error(error)
+    if number in FULL:
         return (
             FAILED,
             f"error: no space left on the disk{at_file(error)}: free some{again or ' and run the command again'}",
         )
-    if isinstance(error, PermissionError):
+    if number == errno.ENOMEM:
+        less = f"use fewer or shorter calibration samples, or a lower --memory{again}"
+        return FAILED, f"error: out of memory: {less if again else 'end other programs, or take a larger machine'}"
+    if number in (errno.EACCES, errno.EPERM):
         return FAILED, f"error: permission denied{at_file(error)}: choose another place or change its rights"
-    if isinstance(error, OSError) and error.strerror:
-        return FAILED, f"error: {error.strerror}{at_file(error)}"
-    if isinstance(error, MemoryError):
-        return FAILED, f"error: out of memory: use fewer or shorter calibration samples{again}"
+    if number is not None:
+        return FAILED, f"error: {os.strerror(number)}{at_file(error)}{again if number == errno.EIO else ''}"
     if isinstance(error, RecursionError):
         return FAILED, "error: something in the input is nested too deeply to be read; --debug shows where"
     kind, message = type(error).__name__, " ".join(str(error).split())
     hint = "this is a bug in sparsify or in what it calls; run again with --debug for the traceback"
     return FAILED, f"error: {kind}: {message or 'no message'} ({hint})"
+
+
+def system_error(error: BaseException) -> int | None:
+    """The number of the error of the operating system that is behind an error, also where a library made another one of it."""
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        return errno.ENOMEM
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if (told := RUST.search(str(error))) is not None:
+        return int(told[1])
+    if "No space left on device" in str(error):
+        return errno.ENOSPC
+    return errno.EIO if TORCH_WRITER in str(error) else None
 
 
 def at_file(error: BaseException) -> str:

@@ -1,10 +1,11 @@
-"""`sparsify inspect`, `export`, `eval` and `report`: what is in a checkpoint, how good it is, and other formats."""
+"""`sparsify inspect`, `verify`, `export`, `eval` and `report`: what is in a checkpoint, how good it is, and other formats."""
 
 import argparse
 from pathlib import Path
 
 from sparsify.cli.command import (
     ALLOWS_UNKNOWN,
+    FAILED,
     IS_QUIET,
     SHOWS_JSON,
     TAKES_TASKS,
@@ -32,6 +33,27 @@ def add_inspect(commands: Commands) -> None:
         shown=("sparsify inspect out/smollm2",),
     )  # fmt: skip
     command.add_argument("directory", metavar="DIR", help="checkpoint directory")
+
+
+def verify(args: argparse.Namespace) -> Outcome:
+    """Run `verify`."""
+    from sparsify import api
+
+    found = api.verify(args.directory, quiet=args.quiet)
+    return Outcome(found.to_json(), [found.describe()], 0 if found.good else FAILED)
+
+
+def add_verify(commands: Commands) -> None:
+    """Register `verify`."""
+    command = add_command(
+        commands, "verify", verify, "compare every file of an output with the SHA-256 that was written with it",
+        IS_QUIET, SHOWS_JSON,
+        shown=(
+            "sparsify verify out/smollm2                 exit status 1 where a file differs, is missing or was added",
+            "sparsify verify out/smollm2.partial         what an interrupted run has finished",
+        ),
+    )  # fmt: skip
+    command.add_argument("directory", metavar="DIR", help="directory that sparsify has written")
 
 
 def export(args: argparse.Namespace) -> Outcome:

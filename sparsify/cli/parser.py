@@ -12,6 +12,7 @@ COMMANDS = (
     compress.add_plan,
     search.add_search,
     checkpoint.add_inspect,
+    checkpoint.add_verify,
     checkpoint.add_export,
     checkpoint.add_evaluate,
     checkpoint.add_report,

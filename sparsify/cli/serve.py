@@ -19,7 +19,9 @@ def serve(args: argparse.Namespace) -> Outcome:
     """Run `serve`."""
     from sparsify.bench import serve
 
-    serve(args.directory, args.vllm_args, args.threads, args.one_process, args.int8, host=args.host)
+    serve(
+        args.directory, args.vllm_args, args.threads, args.one_process, args.int8, host=args.host, verified=args.verify
+    )
     return Outcome({}, [])
 
 
@@ -32,6 +34,7 @@ def add_serve(commands: Commands) -> None:
     command.usage = "sparsify serve [options] DIR [-- VLLM_ARGS]"
     command.add_argument("directory", metavar="DIR", help="checkpoint directory")
     command.add_argument("--host", metavar="ADDRESS", help=HOST_HELP)
+    command.add_argument("--verify", action="store_true", help="compare every file with its SHA-256 first")
     command.add_argument("--threads", metavar="auto|all|LIST", help=THREADS_HELP)
     command.add_argument("--one-process", action="store_true", help=ONE_PROCESS_HELP)
     command.add_argument("--int8", action="store_true", help=INT8_HELP)

@@ -6,13 +6,15 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparsify import phases
 from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data, own_rows
@@ -37,13 +39,16 @@ from sparsify.compiler.plan import Plan, keep_zeros, make_plan, saved_plan
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.rebase import rebase
 from sparsify.compiler.run import Run
+from sparsify.compiler.run_phases import phases_of
 from sparsify.compiler.shorten import shorten
 from sparsify.compiler.training_text import HELD_OUT, ROWS, read_ahead
 from sparsify.distributed import is_main, join, main_first, processes, wait_for_all
-from sparsify.errors import CheckpointError
-from sparsify.files import as_written, atomic_write, read_json, write_json
-from sparsify.formats.writer import CheckpointWriter, partial_directory
+from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.files import as_written, read_json
+from sparsify.formats.writer import RECORD as WRITER
+from sparsify.formats.writer import CheckpointWriter, is_published, partial_directory
 from sparsify.lock import only_run
+from sparsify.manifest import damage, keep_json
 from sparsify.memory import Peak, peak_anonymous
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
@@ -75,6 +80,7 @@ def apply(
     evaluate: Evaluate | None = None,
     limits: Limits = FREE,
     served: bool = True,
+    called: str | None = None,
 ) -> Applied:
     """Compress `model` by `recipe` into the directory `output`.
 
@@ -82,12 +88,16 @@ def apply(
     evaluate: measures the finished directory
     limits:   of the memory that the walk takes; they change no byte of the result
     served:   False for a step of a longer run, whose result no engine loads
+    called:   what the files beside the weights call the model, where `model` is only where it lies
     Started by torchrun in several processes, they share the samples and the work; one of them writes.
     Raises SparsifyError for anything a user can mend. Nothing appears under `output` before it is complete.
     """
     join()
-    with only_run(Path(output)), peak_anonymous() as peak:
-        return _apply(recipe, model, Path(output), resume, quiet or not is_main(), evaluate, limits, served, peak)
+    with only_run(Path(output)), peak_anonymous() as peak, phases.measured():
+        if resume and processes() == 1 and (done := _published(recipe, Path(output))) is not None:
+            return done
+        carry_out = partial(_carry_out, evaluate=evaluate, called=called)
+        return _apply(recipe, model, Path(output), resume, quiet or not is_main(), carry_out, limits, served, peak)
 
 
 def _apply(
@@ -96,12 +106,12 @@ def _apply(
     output: Path,
     resume: bool,
     quiet: bool,
-    evaluate: Evaluate | None,
+    carry_out: Callable[[Run, float], Applied],
     limits: Limits,
     served: bool,
     peak: Peak,
 ) -> Applied:
-    """As `apply`. peak: of the memory of this process."""
+    """As `apply`. carry_out: does what is left when everything is checked; peak: of the memory of this process."""
     start = time.perf_counter()
     if recipe.model != model:
         recipe = recipe.model_copy(update={"model": model})
@@ -139,7 +149,7 @@ def _apply(
             writer.source = plan.checkpoint
         notes = Notes(writer.work / "notes")
         plan = replace(plan, limits=limits)
-        return _carry_out(Run(plan, writer, notes, frozenset(finished), before, quiet, peak), start, evaluate)
+        return carry_out(Run(plan, writer, notes, frozenset(finished), before, quiet, peak), start)
 
 
 def _say_left_dense(plan: Plan, quiet: bool) -> None:
@@ -170,7 +180,7 @@ def _read_ahead(plan: Plan, writer: CheckpointWriter, quiet: bool) -> None:
             read_ahead(planned, plan.checkpoint, plan.recipe.calibration, kept_in, quiet)
 
 
-def _carry_out(run: Run, start: float, evaluate: Evaluate | None) -> Applied:
+def _carry_out(run: Run, start: float, evaluate: Evaluate | None, called: str | None) -> Applied:
     """What `apply` does once everything is checked. start: when it began."""
     plan, writer, output, recipe = run.plan, run.writer, run.writer.output, run.before.plan.recipe
     if plan.needs_data and plan.compressed is None:
@@ -194,7 +204,7 @@ def _carry_out(run: Run, start: float, evaluate: Evaluate | None) -> Applied:
         return Applied(output, read_json(output / METRICS), read_json(output / RECORD))
     metrics = metrics_of(plan, run.notes, writer, run.before)
     record = _record(run, time.perf_counter() - start, trained)
-    files: dict[str, str | bytes] = {
+    texts = {
         RECIPE: dump_recipe(recipe),
         METRICS: json_text(metrics),
         RECORD: json_text(record),
@@ -202,20 +212,52 @@ def _carry_out(run: Run, start: float, evaluate: Evaluate | None) -> Applied:
     }
     writer.refuse_changed(run.before.plan.input_digests(output, whole=False))
     adapter = sorted((writer.work / ADAPTER).glob("*"))
+
+    def measure(directory: Path) -> dict[str, str]:
+        """metrics.json and the model card with what `evaluate` finds."""
+        assert evaluate is not None
+        try:
+            found = evaluate(directory)
+        except SparsifyError as error:
+            hint = "the compressed model is kept: go on with --resume, and without an evaluation with --set evaluation=null"
+            raise type(error)(f"{error}; {hint}") from error
+        found = _replaced(found, str(directory), str(output))
+        metrics["evaluation"] = {key: value for key, value in found.items() if key != "seconds"}
+        return named({METRICS: json_text(metrics), CARD: model_card(metrics, recipe)})
+
+    def named(texts: dict[str, str]) -> dict[str, str]:
+        return {name: text.replace(recipe.model or "", called) for name, text in texts.items()} if called else texts
+
     with stage(f"writing {output}"):
+        files: dict[str, str | bytes] = {**named(texts)}
         files |= {f"{ADAPTER}/{file.name}": file.read_bytes() for file in adapter}
-        writer.finish(plan.saved_config(), files)
-    if evaluate is not None:
-        metrics["evaluation"] = {key: value for key, value in evaluate(output).items() if key != "seconds"}
-        atomic_write(output / METRICS, json_text(metrics))
-        atomic_write(output / CARD, model_card(metrics, recipe))
+        writer.finish(plan.saved_config(), files, None if evaluate is None else measure)
     wait_for_all()
     return Applied(output, metrics, record)
 
 
+def _published(recipe: Recipe, output: Path) -> Applied | None:
+    """The finished run that was ended when its output had appeared, before its work directory was gone; None for others."""
+    work = partial_directory(output)
+    if not is_published(output) or read_json(work / WRITER).get("identity") != dump_recipe(resumable(recipe)):
+        return None
+    say(f"{output} was complete already")
+    shutil.rmtree(work, ignore_errors=True)
+    return Applied(output, read_json(output / METRICS), read_json(output / RECORD))
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """JSON values in which a text stands for another."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, Mapping):
+        return {_replaced(key, old, new): _replaced(inner, old, new) for key, inner in value.items()}
+    return [_replaced(inner, old, new) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def _record(run: Run, seconds: float, training_seconds: float) -> dict[str, Any]:
     """What run.json says: versions, machine and times, none of which the model depends on."""
-    whole = run.before.plan
+    plan, whole = run.plan, run.before.plan
     return {
         "sparsify": __version__,
         "llmcompressor": read_json(note)["llmcompressor"]
@@ -228,11 +270,27 @@ def _record(run: Run, seconds: float, training_seconds: float) -> dict[str, Any]
         "processes": processes(),
         "seconds": round(seconds, 1),
         "training_seconds": round(training_seconds, 1),
+        "phases": phases_of(plan, resumed=bool(run.finished)),
         "peak_anonymous_bytes": run.peak.sample(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "resumed_after_blocks": len(run.finished - {OUTSIDE}),
         "command": sys.argv,
     }
+
+
+def _discard_damaged(directory: Path, writer: CheckpointWriter, note: str | None = None) -> None:
+    """Remove a finished directory of the run that is not what was written, with the note on it, so that both are made again."""
+    if directory.exists() and (problem := damage(directory)):
+        say(f"{problem}; {directory} is made again")
+        if note is not None:
+            (writer.work / note).unlink(missing_ok=True)
+        _discard(directory)
+
+
+def _discard(directory: Path) -> None:
+    """Remove a directory inside of a work directory, and what a killed run has left of writing it."""
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(partial_directory(directory), ignore_errors=True)
 
 
 def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, limits: Limits) -> tuple[Plan, Before]:
@@ -253,6 +311,9 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, l
     spec = model
     if before is not None:
         spec = str(compressed)
+        if is_main():
+            _discard_damaged(compressed, writer)
+        wait_for_all()
         if not compressed.exists():
             own = before.model_copy(update={"export": before.export.model_copy(update={"format": "sparse24"})})
             apply(own, model, compressed, resume=resume, quiet=quiet, limits=limits, served=False)
@@ -262,10 +323,13 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, l
             head = metrics["head"]
             kept = dict.fromkeys(metrics["kept_zeros"], 0.0)
     with main_first():
+        if is_main():
+            _discard_damaged(short, writer, DEPTH_NOTE)
         if not (writer.work / DEPTH_NOTE).exists():  # written last: the directory was compared with the old model
-            shutil.rmtree(short, ignore_errors=True)
+            _discard(short)
             seed = plan.recipe.calibration.seed
-            write_json(writer.work / DEPTH_NOTE, shorten(depth, spec, tokens, short, seed, quiet))
+            with phases.phase("depth", whole=True):
+                keep_json(writer.work / DEPTH_NOTE, shorten(depth, spec, tokens, short, seed, quiet))
     with as_written(writer.work / DEPTH_NOTE):
         note = {**read_json(writer.work / DEPTH_NOTE)}
         whole = Shortened(note["layers_before"], tuple(note["teacher_blocks"]))
@@ -287,12 +351,15 @@ def rebased(plan: Plan, before: Before, writer: CheckpointWriter, quiet: bool) -
     model, directory, file = plan.checkpoint.spec, writer.work / REBASED, writer.work / BASIS_NOTE
     with main_first():
         tokens = own_rows(calibration_rows(plan, writer, quiet))
+        if is_main():
+            _discard_damaged(directory, writer, BASIS_NOTE)
     if not file.exists():  # written last
         if is_main():
-            shutil.rmtree(directory, ignore_errors=True)
-        note = rebase(recipe.basis, plan, tokens, directory, quiet)
+            _discard(directory)
+        with phases.phase("basis", whole=True):
+            note = rebase(recipe.basis, plan, tokens, directory, quiet)
         if is_main():
-            write_json(file, note)
+            keep_json(file, note)
     wait_for_all()
     layers = len(plan.model.blocks)
     whole = Shortened(layers, tuple(range(layers)))
@@ -327,7 +394,7 @@ def _renamed(
 
 def resumable(recipe: Recipe) -> Recipe:
     """The recipe without what may differ when an interrupted run is continued: a diverged training goes on at a lower rate,
-    and a model that was moved is the same model."""
+    a model that was moved is the same model, and what measures the result does not change it."""
 
     def fixed(step: Any) -> Any:
         if step not in recipe.training:
@@ -337,4 +404,6 @@ def resumable(recipe: Recipe) -> Recipe:
         return step.model_copy(update={name: fields[name].default for name in free if name in fields})
 
     # the model is compared by its files, wherever they lie
-    return recipe.model_copy(update={"model": None, "passes": [fixed(step) for step in recipe.passes]})
+    return recipe.model_copy(
+        update={"model": None, "evaluation": None, "passes": [fixed(step) for step in recipe.passes]}
+    )

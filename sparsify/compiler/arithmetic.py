@@ -26,7 +26,8 @@ from sparsify import compute
 from sparsify.compute import FORCE, TYPES, Choice
 from sparsify.distributed import device
 from sparsify.errors import CheckpointError
-from sparsify.files import read_json, write_json
+from sparsify.files import read_json
+from sparsify.manifest import keep_json
 from sparsify.solver.gram import native_order, summation_order
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Arithmetic:
 
     def keep(self, work: Path) -> None:
         """Write it into a work directory."""
-        write_json(work / RECORD, self.to_json())
+        keep_json(work / RECORD, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         return {**self.choice.to_json(), "order": self.order}

@@ -25,11 +25,13 @@ from sparsify.errors import CalibrationError, SparsifyError
 from sparsify.files import cache_directory, in_memory
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.formats.writer import CheckpointWriter
+from sparsify.manifest import keep
 from sparsify.model.checkpoint import read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.pretrained import load_tokenizer
 from sparsify.model.sequential import BlockVisit, GroupVisit, Walk
 from sparsify.native.build import build_ahead
+from sparsify.phases import phase
 from sparsify.progress import Task, progress_bar, say, stage
 from sparsify.recipe import Calibration
 from sparsify.solver.hessian import accumulated
@@ -60,8 +62,7 @@ def kept_rows(plan: Plan, work: Path, quiet: bool) -> Tensor:
     else:
         tokens = text_rows(plan, plan.recipe.calibration, quiet)
     aside = file.with_suffix(".partial")
-    write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {})
-    aside.replace(file)
+    keep(aside, file, write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {}))
     return tokens
 
 
@@ -80,15 +81,16 @@ def text_rows(plan: Plan, calibration: Calibration, quiet: bool) -> Tensor:
             f"{plan.checkpoint.spec} has no tokenizer, which calibration text needs ({str(error).splitlines()[0]}); "
             "give it one (in Python tokenizer=...), or calibrate on token ids"
         ) from None
-    return calibration_tokens(
-        calibration,
-        tokenizer,
-        lambda: open_writer(plan.checkpoint.loadable_directory(), dtype),
-        cache_dir=cache_directory() / "calibration",
-        key=lambda: writer_key(plan.checkpoint, dtype),
-        quiet=quiet,
-        vocabulary=_embedding_rows(plan),
-    )
+    with phase("calibration text", whole=True):
+        return calibration_tokens(
+            calibration,
+            tokenizer,
+            lambda: open_writer(plan.checkpoint.loadable_directory(), dtype),
+            cache_dir=cache_directory() / "calibration",
+            key=lambda: writer_key(plan.checkpoint, dtype),
+            quiet=quiet,
+            vocabulary=_embedding_rows(plan),
+        )
 
 
 def compress_on_data(run: Run) -> None:

@@ -25,7 +25,7 @@ from sparsify.data.calibration import calibration_tokens, check_sources
 from sparsify.data.fitting import vocabulary_of
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.errors import CheckpointError, RecipeError
-from sparsify.files import as_written, cache_directory, read_json
+from sparsify.files import cache_directory, read_json
 from sparsify.formats import ModuleScheme, get_format, written_formats
 from sparsify.formats.belonging import compare_with_config
 from sparsify.formats.reader import CompressedCheckpoint, natural, open_compressed
@@ -46,7 +46,7 @@ from sparsify.solver.solve import Scheme
 
 DEFAULT_GROUP_SIZE = 64
 CARRIED = (CARD, RECIPE, METRICS)
-IDENTITY = "export"
+IDENTITY = "export of "
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,10 @@ def convert(
             raise CheckpointError(f"{opened.checkpoint.spec}: {problem}")
         work = partial_directory(Path(output))
         begun = (work / "writer.json").is_file() and not Path(output).exists()
-        with as_written(work / "writer.json"):
-            begun = begun and read_json(work / "writer.json").get("identity") == IDENTITY
+        identity = f"{IDENTITY}{opened.directory.resolve()}"
         if begun:
-            shutil.rmtree(work)  # an export that was killed: short enough to begin again
-        writer = CheckpointWriter(output, format, opened.checkpoint, identity=IDENTITY)
+            _remove_begun(work, format, identity)
+        writer = CheckpointWriter(output, format, opened.checkpoint, identity=identity)
         try:
             plain = {f"{module}.weight" for module in linears} if not opened.modules else set()
             rounded = None if asked is None else _write_head(writer, opened, *asked, source, calibration, quiet)
@@ -182,6 +181,19 @@ def convert(
         except BaseException:
             writer.discard()
             raise
+
+
+def _remove_begun(work: Path, format: str, identity: str) -> None:
+    """Remove what is left of the same export, which is short enough to begin again; CheckpointError for another export."""
+    record = read_json(work / "writer.json")
+    found = record.get("identity") if isinstance(record, dict) else None
+    if not isinstance(found, str) or not found.startswith(IDENTITY):
+        return  # of a run that compresses, which the writer refuses
+    if (record.get("format"), found) != (format, identity):
+        raise CheckpointError(
+            f"{work} is of an interrupted export of another model or to another format; remove it, or choose another output"
+        )
+    shutil.rmtree(work)
 
 
 def _beside(directory: Path) -> dict[str, Path]:

@@ -24,6 +24,7 @@ from sparsify.files import publish, read_json, write_json
 from sparsify.formats.foreign import DequantizedCheckpoint, open_dense
 from sparsify.formats.scheme import in_block
 from sparsify.formats.writer import CheckpointWriter
+from sparsify.manifest import damage, keep_json, seal
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.permissions import trusts_remote_code
 from sparsify.progress import say, stage
@@ -61,6 +62,9 @@ def transformed(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool)
     directory = writer.work / DIRECTORY
     done = Checkpoint(plan.checkpoint.spec, directory)
     note = writer.work / NOTE
+    if resume and note.exists() and (problem := damage(directory)):
+        say(f"{problem}; llm-compressor runs again", quiet)
+        note.unlink()
     if resume and note.exists():  # by the same recipe from the same model: the writer has compared them
         return done
     note.unlink(missing_ok=True)
@@ -80,9 +84,10 @@ def transformed(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool)
     found = _take_over_saved(plan.checkpoint, aside / "weights") if plan.recipe.whole else {}
     if not plan.recipe.whole:
         _take_over(plan.checkpoint, aside / "weights")
+    seal(aside / "weights")
     publish(aside / "weights", directory)
     shutil.rmtree(aside, ignore_errors=True)
-    write_json(note, {"modifiers": modifiers, "llmcompressor": version, **found})
+    keep_json(note, {"modifiers": modifiers, "llmcompressor": version, **found})
     say(f"{', '.join(names)} ran in llm-compressor {version}", quiet)
     return done
 

@@ -11,9 +11,10 @@ from typing import Any
 from sparsify.compiler.checkpoint_names import OUTSIDE, exported_name, part_name
 from sparsify.compiler.plan import Plan
 from sparsify.errors import CheckpointError
-from sparsify.files import read_json, write_json
+from sparsify.files import read_json
 from sparsify.formats.foreign import DequantizedCheckpoint
 from sparsify.formats.writer import CheckpointWriter
+from sparsify.manifest import keep_json
 from sparsify.model.linear import LinearWeights
 from sparsify.recipe.llmcompressor.whole import SAVED, names_of
 from sparsify.recipe.methods import KEEP
@@ -58,11 +59,11 @@ class Notes:
         self, index: int, layers: list[dict[str, Any]], skipped: dict[str, str], tuning: dict[str, Any] | None = None
     ) -> None:
         note = {"layers": layers, "skipped": skipped, "tuning": tuning}
-        write_json(self.directory / f"{part_name(index)}.json", note)
+        keep_json(self.directory / f"{part_name(index)}.json", note)
 
     def write_layers(self, index: int, layers: list[dict[str, Any]]) -> None:
         """What became of the layers of a finished block afterwards."""
-        write_json(self.directory / f"{part_name(index)}.json", {**self.read(index), "layers": layers})
+        keep_json(self.directory / f"{part_name(index)}.json", {**self.read(index), "layers": layers})
 
     def read(self, index: int) -> dict[str, Any]:
         """The note of a block. CheckpointError where it is not as `write` leaves it."""
@@ -79,10 +80,10 @@ class Notes:
         return CheckpointError(f"{file} is damaged; remove {self.directory.parent} and start again")
 
     def write_head(self, note: dict[str, Any]) -> None:
-        write_json(self.directory / f"{OUTSIDE}.json", note)
+        keep_json(self.directory / f"{OUTSIDE}.json", note)
 
     def write_training(self, number: int, note: dict[str, Any]) -> None:
-        write_json(self.directory / f"training-{number}.json", note)
+        keep_json(self.directory / f"training-{number}.json", note)
 
     def read_training(self, number: int) -> dict[str, Any]:
         return self._read_object(self.directory / f"training-{number}.json")

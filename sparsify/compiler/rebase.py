@@ -65,7 +65,7 @@ def rebase(settings: Basis, plan: Plan, tokens: Tensor, output: Path, quiet: boo
     outside = _outside(exact) if settings.residual else None
     blocks = range(len(exact.blocks))
     generator = torch.Generator().manual_seed(plan.recipe.calibration.seed)
-    with progress_bar("basis", 2 * len(blocks) + (settings.steps if settings.residual else 0), quiet=quiet) as bar:
+    with progress_bar("basis", 2 * len(blocks) + (settings.steps + 1 if settings.residual else 0), quiet=quiet) as bar:
         bar.describe("basis: calibration text through the embeddings")
         walk = Walk(plan.model, tokens, device=device())
         found = []

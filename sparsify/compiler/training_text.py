@@ -17,7 +17,8 @@ from sparsify.data.chat import conversation_rows
 from sparsify.data.fitting import vocabulary_of
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.errors import CalibrationError
-from sparsify.files import cache_directory, publish
+from sparsify.files import cache_directory
+from sparsify.manifest import keep
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.pretrained import load_config, load_tokenizer
 from sparsify.progress import say, stage
@@ -195,5 +196,5 @@ def kept(file: Path | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, 
     if not file.exists():
         aside = file.with_suffix(".partial")
         save_file({name: tensor.contiguous() for name, tensor in make().items()}, aside)
-        publish(aside, file)
+        keep(aside, file)
     return load_file(file)

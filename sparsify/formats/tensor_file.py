@@ -6,6 +6,7 @@ while a resumed run has to end with the same bytes.
 
 import contextlib
 import errno
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -53,8 +54,11 @@ def writing(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {hint}") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file. Widest types come first, as in the library, so that every tensor is aligned."""
+def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> str:
+    """Write a safetensors file. Widest types come first, as in the library, so that every tensor is aligned.
+
+    Returns the SHA-256 of what was written.
+    """
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
@@ -66,14 +70,22 @@ def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mappi
         header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    prefix = struct.pack("<Q", len(text)) + text
+    digest = hashlib.sha256(prefix)
     with writing(path), path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(prefix)
         for name in order:
-            file.write(_raw(name, tensors[name]))
+            raw = _raw(name, tensors[name])
+            digest.update(raw)
+            file.write(raw)
+    return digest.hexdigest()
 
 
-def write_shards(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """model.safetensors, or shards of at most SHARD_BYTES with their index. A tensor is never split."""
+def write_shards(directory: Path, tensors: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """model.safetensors, or shards of at most SHARD_BYTES with their index. A tensor is never split.
+
+    Returns the SHA-256 of each file with tensors, by its name.
+    """
     shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -83,16 +95,17 @@ def write_shards(directory: Path, tensors: Mapping[str, LazyTensor]) -> None:
         shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        write_tensors(directory / MODEL, shards[0], METADATA)
-        return
+        return {MODEL: write_tensors(directory / MODEL, shards[0], METADATA)}
     weight_map: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(directory / file, shard, METADATA)
+        digests[file] = write_tensors(directory / file, shard, METADATA)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     with writing(directory / INDEX):
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return digests
 
 
 def _raw(name: str, tensor: LazyTensor) -> memoryview:

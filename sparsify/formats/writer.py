@@ -9,7 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify._version import __version__
+from sparsify.distributed import is_main
 from sparsify.errors import CheckpointError
 from sparsify.files import PARTIAL, atomic_write, beside, publish, read_json, write_json
 from sparsify.formats import get_format
 from sparsify.formats.reader import HEADS, is_head, natural, tensors_of
 from sparsify.formats.scheme import Format, ModuleScheme
 from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_shards, write_tensors, writing
+from sparsify.manifest import UNSEALED, keep, missing, refuse_damaged, seal, unsound
 from sparsify.model.checkpoint import Checkpoint, TensorInfo, read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sidecars import secrets
-from sparsify.progress import say
+from sparsify.phases import phase
+from sparsify.progress import say, stage
 
 RECORD = "writer.json"
-FINAL = "final"  # the finished directory until it gets its name
+FINAL = UNSEALED  # the finished directory until it gets its name
 COMPLETE = "complete"  # a file that says that the finished directory was about to get it
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")  # of AutoGPTQ and GPTQModel: what the source was
 STALE = ("quantization_config", "compression_config", "sparsity_config", "torch_dtype", "_name_or_path")
@@ -110,13 +114,15 @@ class CheckpointWriter:
         self.source = source
         self.work = partial_directory(self.output)
         self.stage = max((int(d.name.rpartition("-")[2]) for d in self.work.glob("parts-*")), default=0)
-        self._remove_if_published()
+        if is_published(self.output):
+            say(f"{self.work} was left behind by the run that wrote {self.output}; it is removed")
+            self.discard()
         if self.output.exists():
             raise CheckpointError(f"{self.output} exists already; choose another output or remove it first")
         self._refuse_foreign()
         self._sidecars()  # what is wrong with these files is better known before a run than after it
         self.inputs = dict(inputs or {})
-        record = {"format": format, "identity": identity, "inputs": self.inputs}
+        record = {"version": __version__, "format": format, "identity": identity, "inputs": self.inputs}
         finished = list(self._parts.glob("*.safetensors"))
         if finished and not resume:
             raise CheckpointError(
@@ -125,17 +131,14 @@ class CheckpointWriter:
             )
         if finished or (resume and (self.work / RECORD).exists()):
             self._refuse_other_run(record)
+            if is_main():
+                with stage(f"comparing what {self.work} holds with its manifests"):
+                    self._check_finished()
         with writing(self.work):
             self._parts.mkdir(parents=True, exist_ok=True)
             for stale in self._parts.glob(f".*{PARTIAL}"):
                 stale.unlink()
             write_json(self.work / RECORD, record)
-
-    def _remove_if_published(self) -> None:
-        """Remove the work directory of a run that was killed after its output had appeared."""
-        if self.output.exists() and (self.work / COMPLETE).exists() and not (self.work / FINAL).exists():
-            say(f"{self.work} was left behind by the run that wrote {self.output}; it is removed")
-            self.discard()
 
     def _refuse_foreign(self) -> None:
         """CheckpointError where the work directory is none of ours: `finish` removes it with everything that is in it."""
@@ -152,7 +155,7 @@ class CheckpointWriter:
     def _refuse_other_run(self, record: Mapping[str, Any]) -> None:
         """CheckpointError where the work directory is not of this run, or where the files that it reads have changed since."""
         found = _read_record(self.work)
-        for key, what in (("format", "format"), ("identity", "recipe")):
+        for key, what in (("version", "version of sparsify"), ("format", "format"), ("identity", "recipe")):
             if record[key] != found.get(key):
                 raise CheckpointError(
                     f"{self.work} was begun with another {what}; resume with the same one, or remove that directory"
@@ -161,6 +164,19 @@ class CheckpointWriter:
             raise CheckpointError(
                 f"{self.work} was begun with another source: {problem}; put it back as it was, or remove that directory"
             )
+
+    def _check_finished(self) -> None:
+        """Remove parts that are not what was written, so that they are made again; CheckpointError for other files."""
+        for folder in (self.work, self.work / "notes", *sorted(self.work.glob("training-*"))):
+            refuse_damaged(folder)
+        while self.stage and (damaged := [*unsound(self._parts, "*.safetensors"), *missing(self._parts)]):
+            say(f"{damaged[0]} is damaged or gone; training {self.stage} is concluded again")
+            shutil.rmtree(self._parts)
+            self.stage = max(0, self.stage - 1)
+        if not self.stage:
+            for file in unsound(self._parts, "*.safetensors"):
+                say(f"{file} is damaged; it is made again")
+                file.unlink()
 
     def refuse_changed(self, now: Mapping[str, str]) -> None:
         """CheckpointError where one of these files that the run has read is not the one any more that it began with."""
@@ -202,7 +218,8 @@ class CheckpointWriter:
         linears: compressed linears by module name; tensors: all other tensors of the part by full name.
         A linear that the format cannot hold is written dense and listed in `dense_modules`.
         """
-        self._write(self._parts, part, linears, tensors)
+        with phase("writing"):
+            self._write(self._parts, part, linears, tensors)
 
     def _write(
         self, directory: Path, part: str, linears: Mapping[str, LinearWeights], tensors: Mapping[str, Tensor]
@@ -229,9 +246,9 @@ class CheckpointWriter:
         aside = file.with_name(f".{file.name}.{os.getpid()}{PARTIAL}")
         lazy = {name: LazyTensor.of(tensor) for name, tensor in {**encoded, **tensors}.items()}
         try:
-            write_tensors(aside, lazy, record.to_metadata())
+            digest = write_tensors(aside, lazy, record.to_metadata())
             with writing(file):
-                publish(aside, file)
+                keep(aside, file, digest)
         finally:
             aside.unlink(missing_ok=True)
 
@@ -274,28 +291,35 @@ class CheckpointWriter:
         return found
 
     def discard(self) -> None:
-        """Remove everything that was written so far."""
+        """Remove everything that was written so far. What cannot be removed is named, and is no error."""
         last = {RECORD, COMPLETE}  # what says whose directory this is, should the removal be killed
-        for entry in self.work.iterdir() if self.work.is_dir() else ():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name not in last:
-                entry.unlink(missing_ok=True)
+        with suppress(OSError):
+            for entry in self.work.iterdir() if self.work.is_dir() else ():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
+                elif entry.name not in last:
+                    entry.unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
+        if self.work.exists():
+            say(f"{self.work} could not be removed; remove it")
 
     def finish(
-        self, config_updates: Mapping[str, Any] | None = None, extra_files: Mapping[str, str | bytes] | None = None
+        self,
+        config_updates: Mapping[str, Any] | None = None,
+        extra_files: Mapping[str, str | bytes] | None = None,
+        measure: Callable[[Path], Mapping[str, str | bytes]] | None = None,
     ) -> Path:
         """Merge the parts, add config.json, the files beside the weights and `extra_files`, and let `output` appear.
 
         A kill at any moment leaves either the parts, so that `finish` can be called again, or the finished directory.
+        measure: is given the directory before it appears and returns files that take the place of `extra_files`.
         """
         final = self.work / FINAL
         shutil.rmtree(final, ignore_errors=True)
         with writing(final):
             final.mkdir()
         modules, tensors, linears = self._collect()
-        write_shards(final, tensors)
+        digests = write_shards(final, tensors)
         config = self._config(modules, tensors, linears)
         config.update(config_updates or {})
         if behind := secrets(self.source.directory):
@@ -307,11 +331,11 @@ class CheckpointWriter:
             for name, sidecar in self._sidecars().items():
                 (final / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(sidecar, final / name)
-            for name, content in (extra_files or {}).items():
-                if Path(name).is_absolute() or ".." in Path(name).parts:
-                    raise CheckpointError(f"extra file {name!r} must lie inside the directory")
-                (final / name).parent.mkdir(parents=True, exist_ok=True)
-                (final / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            _write_files(final, extra_files or {})
+        measured = {} if measure is None else measure(final)
+        with writing(final):
+            _write_files(final, measured)
+            seal(final, digests)
             if self.output.exists():
                 raise CheckpointError(f"{self.output} appeared meanwhile; remove it and continue with --resume")
             atomic_write(self.work / COMPLETE, "")
@@ -381,6 +405,20 @@ class CheckpointWriter:
 def partial_directory(output: Path) -> Path:
     """Where the unfinished state of `output` lives."""
     return beside(output, PARTIAL)
+
+
+def is_published(output: Path) -> bool:
+    """Whether a run was ended after its output had appeared and before its work directory was removed."""
+    work = partial_directory(output)
+    return output.exists() and (work / COMPLETE).exists() and not (work / FINAL).exists()
+
+
+def _write_files(directory: Path, files: Mapping[str, str | bytes]) -> None:
+    for name, content in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"extra file {name!r} must lie inside the directory")
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _read_record(work: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sparsify.errors import CheckpointError
 from sparsify.files import kind_problem
+from sparsify.manifest import MANIFEST
 
 WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|h5|msgpack|npz|tflite|pte|distcp|onnx([._]data)?)"
@@ -20,7 +21,14 @@ WEIGHTS = re.compile(
     r"|adapter_config\.json|quantize_config\.json|quant_config\.json|hf_quant_config\.json",
     re.IGNORECASE,
 )
-OURS = {"config.json", "README.md", "recipe.yaml", "metrics.json", "run.json"}  # in the top folder, written anew
+OURS = {
+    "config.json",
+    "README.md",
+    "recipe.yaml",
+    "metrics.json",
+    "run.json",
+    MANIFEST,
+}  # in the top folder, written anew
 HIDDEN = {".gitattributes", ".gitignore"}  # the only files and folders with a leading dot that come along
 WASTE = re.compile(r"__pycache__|.*\.(pyc|partial|incomplete|lock|tmp)")
 CODE = re.compile(r".*\.(py|jinja|jinja2)", re.IGNORECASE)

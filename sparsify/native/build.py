@@ -35,6 +35,7 @@ from sparsify.progress import duration, say
 from sparsify.threads import usable_cores
 
 DISABLE = "SPARSIFY_NATIVE"  # set to 0: no native code is built or loaded
+AHEAD = "SPARSIFY_KERNELS"  # a folder with builds made ahead of time, which is only read: an image has one
 FOLDERS = ("cpu", "cuda")  # of kernels/; in the second, C++ files that call the CUDA kernels
 COMPILERS = ("c++", "g++", "clang++")
 # --as-needed: of two libraries that offer OpenMP's symbols only the first, torch's own, becomes a dependency.
@@ -116,6 +117,7 @@ def torch_flags(source: Path) -> list[str]:
 def build(name: str) -> Path:
     """The shared library of a kernel, compiled now unless the cache has it. Safe in many processes at once.
 
+    A build of the present sources that was made ahead of time serves whatever compiler is here.
     Raises MissingDependency without a compiler, NativeBuildError with the compiler's output.
     """
     source = kernels_directory() / f"{name}.cpp"
@@ -123,6 +125,8 @@ def build(name: str) -> Path:
         raise SparsifyError(f"unknown kernel {name!r}; known kernels: {', '.join(known_kernels())}")
     openmp = openmp_library()
     stem = f"{build_stem(name)}-{_source_key(source, openmp)}"
+    if ahead := ahead_of_time(f"{stem}-*.so"):
+        return ahead[0]
     folder = build_folder()
     compiler = find_compiler()
     if compiler is None:
@@ -139,6 +143,12 @@ def build(name: str) -> Path:
 def build_folder() -> Path:
     """Where builds are kept."""
     return cache_directory() / "native"
+
+
+def ahead_of_time(pattern: str) -> list[Path]:
+    """Builds with such names in the folder that SPARSIFY_KERNELS names; none where it is not set."""
+    folder = os.environ.get(AHEAD)
+    return sorted(Path(folder).glob(pattern)) if folder else []
 
 
 def compile_once(

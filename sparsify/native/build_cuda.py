@@ -15,7 +15,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,18 +111,21 @@ def build(name: str, archs: Sequence[int]) -> Path:
     """The shared library of a kernel for all of `archs`, compiled now unless the cache has it.
 
     A ready build that holds more architectures than asked for serves too, and so does one by another nvcc where this
-    machine has none. Raises MissingDependency without nvcc, NativeBuildError with the compiler's output.
+    machine has none, or where the build was made ahead of time. Raises MissingDependency without nvcc, NativeBuildError
+    with the compiler's output.
     """
     source = cxx.kernels_directory() / f"{name}.cu"
     if not source.is_file():
         known = ", ".join(known_kernels()) or "none in this installation"
         raise SparsifyError(f"unknown CUDA kernel {name!r}; known CUDA kernels: {known}")
-    ready = ready_builds(name)
+    ahead = _fewest_first(cxx.ahead_of_time(_builds_of(source)))
+    if found := _serving(_has, ahead, archs):
+        return found
+    ready = _fewest_first([*ready_builds(name), *ahead])
     nvcc = find_nvcc()
     if nvcc is None:
-        for serves in (_has, _runs):
-            if found := [path for path in ready if all(serves(_archs_of(path), arch) for arch in archs)]:
-                return found[0]
+        if found := _serving(_has, ready, archs) or _serving(_runs, ready, archs):
+            return found
         wanted = ", ".join(f"sm_{arch}" for arch in archs)
         raise MissingDependency(f"no CUDA compiler found to build {name} for {wanted}: {GET_NVCC}")
     made_by = cxx.digest(nvcc.version)
@@ -139,8 +142,21 @@ def build(name: str, archs: Sequence[int]) -> Path:
 def ready_builds(name: str) -> list[Path]:
     """Builds of the present sources in the cache, those for the fewest architectures first."""
     source = cxx.kernels_directory() / f"{name}.cu"
-    pattern = f"{cxx.build_stem(name)}-{source_key(source)}-sm_*-*.so"
-    return sorted(cxx.build_folder().glob(pattern), key=lambda path: (len(_archs_of(path)), path.name))
+    return _fewest_first(cxx.build_folder().glob(_builds_of(source)))
+
+
+def _builds_of(source: Path) -> str:
+    """What the files of all builds of a CUDA source as it is now are called."""
+    return f"{cxx.build_stem(f'cuda/{source.stem}')}-{source_key(source)}-sm_*-*.so"
+
+
+def _fewest_first(builds: Iterable[Path]) -> list[Path]:
+    return sorted(builds, key=lambda path: (len(_archs_of(path)), path.name))
+
+
+def _serving(serves: Callable[[Sequence[int], int], bool], builds: Sequence[Path], archs: Sequence[int]) -> Path | None:
+    """The first of `builds` that serves all of `archs`, in the sense of `_has` or `_runs`."""
+    return next((path for path in builds if all(serves(_archs_of(path), arch) for arch in archs)), None)
 
 
 def source_key(source: Path) -> str:

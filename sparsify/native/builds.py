@@ -93,6 +93,7 @@ def _source(name: str) -> str:
 def _newest(name: str) -> str | None:
     # STEM-SOURCES-COMPILER.so, of CUDA STEM-SOURCES-ARCHITECTURES-COMPILER.so: no part holds a dash
     dashes = 3 if name in build_cuda.known_kernels() else 2
-    files = cxx.build_folder().glob(f"{cxx.build_stem(name)}-*-*.so")
+    pattern = f"{cxx.build_stem(name)}-*-*.so"
+    files = [*cxx.ahead_of_time(pattern), *cxx.build_folder().glob(pattern)]
     builds = [file for file in files if file.stem.count("-") == dashes]
     return str(max(builds, key=lambda file: file.stat().st_mtime)) if builds else None

@@ -21,6 +21,7 @@ from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import AGAIN
 from sparsify.formats.sparse24 import Sparse24Config, tensor_layout
+from sparsify.manifest import refuse_changed, verifies_on_loading
 from sparsify.runtime.module import Sparse24Linear
 
 METHOD = "sparse24"
@@ -47,6 +48,8 @@ class Sparse24Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
+        if verifies_on_loading():
+            refuse_changed(Path(next(iter(checkpoint_files or ()), "the model")).parent)
         self._wanted = _wanted_dtypes(model)
         header = _read_headers(checkpoint_files)
         shapes = {name: info.shape for name, info in header.items()}

@@ -8,6 +8,7 @@ end.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -31,10 +32,12 @@ from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import AGAIN, FLOATS, INPUT_MULTIPLE, Label, scheme_problem
 from sparsify.formats.sparse24 import Sparse24Config as ConfigOnDisk
 from sparsify.formats.sparse24 import all_zero, checked_tensors, tensor_layout
+from sparsify.manifest import refuse_changed, verifies_on_loading
 from sparsify.runtime.backends import announce, announce_zero_points, choose_backend, get_backend
 from sparsify.runtime.dequantized import DequantizedWeight
 from sparsify.runtime.legacy import LegacyConfig, LegacyShard, legacy_config, legacy_format
 from sparsify.runtime.op import sparse24_linear
+from sparsify.runtime.vllm_metrics import LOADING, SKIPPED, VLLMS, Served, share
 from sparsify.runtime.zero_points import without_zero_points
 
 METHOD = "sparse24"
@@ -51,6 +54,7 @@ def register() -> None:
     for method in (Sparse24LinearMethod, LegacyMethod):
         if method.__name__ not in WEIGHT_LOADER_V2_SUPPORTED:
             WEIGHT_LOADER_V2_SUPPORTED.append(method.__name__)
+    share()
 
 
 class Sparse24Config(QuantizationConfig):
@@ -89,6 +93,11 @@ class Sparse24Config(QuantizationConfig):
             return cls(legacy_config(config), format)
         return cls(ConfigOnDisk.from_dict(config))
 
+    def maybe_update_config(self, model_name: str, *known: Any, **more: Any) -> None:
+        """vLLM says here, once and before it starts its workers, where the checkpoint lies."""
+        if verifies_on_loading():
+            refuse_changed(model_name)
+
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename modules as vLLM's model class does."""
         if not isinstance(self.on_disk, ConfigOnDisk):
@@ -104,11 +113,16 @@ class Sparse24Config(QuantizationConfig):
         prefix = prefix.removeprefix(DRAFT)
         if isinstance(layer, LinearBase):
             label = self._label(prefix, layer.input_size)
-            return UnquantizedLinearMethod() if label is None else self._method(label, prefix)
+            if label is not None:
+                return self._method(label, prefix)
+            _count_dense(layer, prefix)
+            return UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding) and prefix in self.on_disk.modules:
             if not isinstance(layer, ParallelLMHead):
                 raise CheckpointError(f"{prefix}: compressed embeddings cannot be served; add {prefix} to ignore")
             return self._method(self.on_disk.modules[prefix], prefix)
+        if isinstance(layer, ParallelLMHead):
+            _count_dense(layer, prefix)
         return None  # attention, experts, embeddings: as in the dense model
 
     def _method(self, label: Label, prefix: str) -> "Sparse24LinearMethod":
@@ -164,6 +178,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.merged = len(output_partition_sizes)
         config = get_current_vllm_config_or_none()
         self.dummy = config is not None and config.load_config.load_format == "dummy"
+        LOADING.begin(config and config.parallel_config)
         scales_per_channel = whole.bits < 16 and whole.group_size == input_size
         for suffix, (shape, dtype) in tensor_layout(self.scheme, FLOATS[0]).items():
             arguments = {
@@ -204,6 +219,18 @@ class Sparse24LinearMethod(LinearMethodBase):
         return checked
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
+        began = time.monotonic()
+        self._prepare(layer)
+        LOADING.add(self, self._served(layer), time.monotonic() - began)
+
+    def _served(self, layer: nn.Module) -> Served:
+        """What /metrics says of this linear."""
+        scheme = self.scheme if self.zero else self.held
+        nbytes = sum(getattr(layer, name).nbytes for name in self.buffers)
+        return Served(_last(self.prefix), scheme.pattern, scheme.bits, self.backend or SKIPPED, nbytes)
+
+    def _prepare(self, layer: nn.Module) -> None:
+        """Check the weights that have arrived and let a back end put them into its own layout."""
         tensors = {suffix: getattr(layer, suffix).data for suffix in tensor_layout(self.scheme, FLOATS[0])}
         if self.dummy and not self.loaded:
             _fill_with_noise(tensors)
@@ -316,6 +343,16 @@ class LegacyMethod(Sparse24LinearMethod):
         self.aside.clear()
         self.parts.clear()
         super().process_weights_after_loading(layer)
+
+
+def _last(prefix: str) -> str:
+    return prefix.rpartition(".")[2]
+
+
+def _count_dense(layer: nn.Module, prefix: str) -> None:
+    """Let /metrics count a linear that is not compressed."""
+    bits = torch.finfo(torch.get_default_dtype()).bits  # vLLM makes a model in the type that it computes in
+    LOADING.add(layer, Served(_last(prefix), "dense", bits, VLLMS))
 
 
 def _shard(prefix: str, whole: ModuleScheme, n: int, k: int) -> ModuleScheme:

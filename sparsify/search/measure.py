@@ -21,7 +21,8 @@ from sparsify.compiler.calibrate import KERNELS, kept_rows
 from sparsify.compiler.checkpoint_names import part_name
 from sparsify.compiler.plan import Plan
 from sparsify.distributed import device
-from sparsify.files import as_written, read_json, write_json
+from sparsify.files import as_written, read_json
+from sparsify.manifest import keep_json
 from sparsify.model.decoder import open_blocks
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sequential import GroupVisit, Walk
@@ -77,7 +78,7 @@ def measure(
                 solver.replay(index)
             else:
                 solved, errors = solver.solve(index, bar)
-                write_json(files[index], _measured(index, block, units, solved, errors, dense, bar))
+                keep_json(files[index], _measured(index, block, units, solved, errors, dense, bar))
             dense.advance()
             bar.describe(block)
             bar.advance()

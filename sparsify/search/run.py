@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsify._version import __version__
 from sparsify.compiler.apply import resumable
 from sparsify.compiler.arithmetic import announced, begin
+from sparsify.compiler.calibrate import CALIBRATION
 from sparsify.compiler.checkpoint_names import exported_name, refuse_unstorable
 from sparsify.compiler.plan import Plan, keep_zeros, make_plan
 from sparsify.distributed import processes
@@ -25,6 +26,7 @@ from sparsify.errors import CheckpointError, RecipeError, SparsifyError
 from sparsify.files import as_written, atomic_write, publish, read_json, write_json
 from sparsify.formats.writer import partial_directory
 from sparsify.lock import only_run
+from sparsify.manifest import MANIFEST, refuse_damaged, seal, unsound
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Recipe, dump_recipe
 from sparsify.search.budget import Budget
@@ -33,10 +35,11 @@ from sparsify.search.measure import Measured, measure
 from sparsify.search.overrides import recipe_with
 from sparsify.search.selection import Point, Selection, selection_of
 from sparsify.search.speed import How, seconds_of
-from sparsify.search.text import held_out_rows
+from sparsify.search.text import HELD_OUT, held_out_rows
 from sparsify.search.verify import Verified, verify
 
 VERSION = 1
+VERIFIED = "verified"  # folder of the models that were really compressed
 RESULT = "search.json"
 RECORD = "record.json"
 SAMPLES = 8
@@ -228,6 +231,7 @@ def search(
             _write(one, place)
         result = Searched(output, model, selection, found, own, front, described)
         write_json(place / RESULT, _with_earlier(result.to_json(), place / RESULT))
+        seal(place, sealed=[file.parent for file in (place / VERIFIED).glob(f"*/{MANIFEST}")])
         if place == work:
             publish(work, output)
         return result
@@ -293,6 +297,10 @@ def _record(place: Path, plan: Plan, output: Path, settings: Settings, resume: b
             raise CheckpointError(
                 f"{place} was measured with another {changed[0]}; search with the same one, or into another output"
             )
+        refuse_damaged(place, (CALIBRATION, HELD_OUT))
+        for block in unsound(place, "block-*.json"):
+            say(f"{block} is damaged; it is measured again")
+            block.unlink()
         return
     if place.exists() and any(place.iterdir()):
         raise CheckpointError(f"{place} is no work directory of a search; choose another output or remove it first")
@@ -342,7 +350,7 @@ def _verified(
         return found
     name = found.file.stem if found.file is not None else f"front-{found.point.bits:.4f}"
     linears = [exported_name(plan, module) for module in selection.linears()]
-    directory = place / "verified" / name
+    directory = place / VERIFIED / name
     model = str(plan.checkpoint.spec)
     measured = verify(found.recipe, model, directory, held_out, linears, selection.weights, quiet)
     return replace(found, verified=measured)

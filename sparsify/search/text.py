@@ -13,6 +13,7 @@ from sparsify.data.fitting import refuse_beyond, vocabulary_of
 from sparsify.data.given import read_tokens, token_file
 from sparsify.errors import CalibrationError
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
+from sparsify.manifest import keep
 from sparsify.model.checkpoint import read_header
 from sparsify.recipe import Calibration
 from sparsify.recipe.sources import SELF, same_text
@@ -44,8 +45,7 @@ def held_out_rows(plan: Plan, text: str | None, samples: int, length: int | None
     except CalibrationError as error:
         raise CalibrationError(f"the text that choices are measured on: {error}; --text names another") from None
     aside = file.with_suffix(".partial")
-    write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {})
-    aside.replace(file)
+    keep(aside, file, write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {}))
     return tokens
 
 

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparsify.distributed import is_main
 from sparsify.errors import CheckpointError
-from sparsify.files import publish
-from sparsify.progress import progress
+from sparsify.manifest import keep, unsound
+from sparsify.progress import progress, say
 from sparsify.training.losses import IGNORED, Given, Projected, TopK
 from sparsify.training.student import Teacher, TeacherOutputs
 
@@ -90,6 +91,9 @@ class CachedTeacher:
 def cache_teacher(teacher: Teacher, tokens: Tensor, k: int, directory: Path, quiet: bool = False) -> CachedTeacher:
     """Run the teacher once over all rows. tokens: int64 [N, T]. Files that are there already are kept."""
     directory.mkdir(parents=True, exist_ok=True)
+    for file in unsound(directory, "*.safetensors") if is_main() else ():
+        say(f"{file} is damaged; it is made again")
+        file.unlink()
     cached = CachedTeacher(directory, len(tokens))
     device = next(teacher.parameters()).device
     for file, rows in progress(
@@ -101,7 +105,7 @@ def cache_teacher(teacher: Teacher, tokens: Tensor, k: int, directory: Path, qui
         values, indices, log_sum = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         aside = file.with_suffix(".partial")
         save_file({"values": values.bfloat16(), "indices": indices.int(), "log_sum": log_sum}, aside)
-        publish(aside, file)
+        keep(aside, file)
     return cached
 
 

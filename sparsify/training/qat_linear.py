@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.model.linear import CODE_RANGE, LinearWeights
+from sparsify.training import native_grid
 
 PIECE = 1 << 16  # weights rounded at once on a CPU, so that what lies between two operations stays in the cache
 
@@ -24,12 +25,20 @@ def _bounds(zero: Tensor | None, rows: slice, low: int, high: int) -> tuple[Any,
 
 
 def round_to_grid(
-    W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int, zero: Tensor | None = None
+    W: Tensor,
+    scale: Tensor,
+    mask: Tensor | None,
+    low: int,
+    high: int,
+    zero: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """scale * clamp(round(W / scale)) inside the mask.
+    """scale * clamp(round(W / scale)) inside the mask, in `dtype`.
 
     W: [N, K] float32; scale: [N, K/G] float32; mask: bool [N, K] or None; low, high: of codes; zero: int8 [N, K/G] or None
     """
+    if native_grid.available(W, dtype):
+        return native_grid.round_to_grid(W, scale, mask, low, high, zero, dtype)
     rounded = torch.empty_like(W)
     for rows in _pieces(W):
         steps = scale[rows, :, None]
@@ -37,7 +46,7 @@ def round_to_grid(
         _groups(rounded[rows], scale).round_().clamp_(*_bounds(zero, rows, low, high)).mul_(steps)
         if mask is not None:
             rounded[rows].mul_(mask[rows])
-    return rounded
+    return rounded.to(dtype)
 
 
 def grid_gradient(
@@ -50,10 +59,13 @@ def grid_gradient(
     zero: Tensor | None = None,
     through: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """From the gradient of `round_to_grid`'s result those of W: [N, K] and of scale: [N, K/G].
+    """From the gradient of `round_to_grid`'s result those of W: [N, K] and of scale: [N, K/G], float32.
 
-    through: W's passes straight through the mask too
+    gradient: [N, K], float32 or bfloat16; through: W's passes straight through the mask too
     """
+    if native_grid.available(W, gradient.dtype):
+        return native_grid.grid_gradient(gradient, W, scale, mask, low, high, zero, through)
+    gradient = gradient.float()
     d_weight, d_scale = torch.empty_like(W), torch.empty_like(scale)
     for rows in _pieces(W):
         ratio = _groups(W[rows], scale) / scale[rows, :, None]
@@ -182,7 +194,7 @@ class TrainableLinear(nn.Module):
     def in_loop(self) -> Tensor:
         """The weight that the forward pass multiplies with, [N, K] float32: `effective()`, or before rounding if so asked; with
         the dropped weights while these are pulled to zero ("cast")."""
-        mask: Tensor | None = None if self.moving == "cast" else self.mask  # type: ignore[assignment]
+        mask = self._mask_in_loop
         if self.quantize_in_loop or self.scale is None:
             return self._rounded(mask)
         return self.weight if mask is None else self.weight * mask
@@ -203,20 +215,22 @@ class TrainableLinear(nn.Module):
 
         exported: as it will be written, whether or not rounding is in the loop
         """
-        weight = self.effective() if exported else self.in_loop()
-        self._held = weight.to(dtype, copy=True).requires_grad_(self.weight.requires_grad)
+        if self.scale is not None and (exported or self.quantize_in_loop):
+            mask: Tensor | None = self.mask if exported else self._mask_in_loop  # type: ignore[assignment]
+            scale, zero = self._stored_scale(), self._zero_point
+            held = round_to_grid(self.weight, scale, mask, *CODE_RANGE[self.bits], zero, dtype)
+        else:
+            held = (self.effective() if exported else self.in_loop()).to(dtype, copy=True)
+        self._held = held.requires_grad_(self.weight.requires_grad)
         if self._held.requires_grad:
             self._held.register_post_accumulate_grad_hook(self._collect)
 
     @torch.no_grad()
     def _collect(self, held: Tensor) -> None:
-        """Sum the micro-batches' gradients in float32: bfloat16 would swallow the small ones."""
+        """Sum the micro-batches' gradients in float32: bfloat16 would swallow the small ones. A single one stays as it is."""
         gradient, held.grad = held.grad, None
         assert gradient is not None
-        if self._collected is None:
-            self._collected = gradient.float()
-        else:
-            self._collected.add_(gradient)
+        self._collected = gradient if self._collected is None else self._collected.float().add_(gradient)
 
     @torch.no_grad()
     def release(self) -> None:
@@ -224,14 +238,13 @@ class TrainableLinear(nn.Module):
         gradient, self._collected, self._held = self._collected, None, None
         if gradient is None:
             return
-        mask: Tensor | None = None if self.moving == "cast" else self.mask  # type: ignore[assignment]
-        through = self.moving is not None
+        mask, through = self._mask_in_loop, self.moving is not None
         if self.scale is None or not self.quantize_in_loop:
+            gradient = gradient.float()
             self.weight.grad = gradient if mask is None or through else gradient.mul_(mask)
             return
-        scale = self._positive_scale().to(self.store).float()
         d_weight, d_scale = grid_gradient(
-            gradient, self.weight, scale, mask, *CODE_RANGE[self.bits], self._zero_point, through
+            gradient, self.weight, self._stored_scale(), mask, *CODE_RANGE[self.bits], self._zero_point, through
         )
         self.weight.grad = d_weight
         if self.scale.requires_grad:
@@ -240,6 +253,14 @@ class TrainableLinear(nn.Module):
     @property
     def _zero_point(self) -> Tensor | None:
         return self.zero_point  # type: ignore[return-value]
+
+    @property
+    def _mask_in_loop(self) -> Tensor | None:
+        """None while dropped weights still count."""
+        return None if self.moving == "cast" else self.mask  # type: ignore[return-value]
+
+    def _stored_scale(self) -> Tensor:
+        return self._positive_scale().to(self.store).float()
 
     def _positive_scale(self) -> Tensor:
         assert self.scale is not None

@@ -23,10 +23,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging as transformers_logging
 
 from sparsify.data.mixture import draw
-from sparsify.distributed import processes
+from sparsify.distributed import is_main, main_first, processes
 from sparsify.errors import CheckpointError, MissingDependency, NumericalError
 from sparsify.files import as_written, publish, read_json, write_json
-from sparsify.progress import Task, progress_bar
+from sparsify.manifest import damage, seal
+from sparsify.progress import Task, progress_bar, say
 from sparsify.recipe import Distill, Finetune
 from sparsify.training.averaging import WeightAverage, first_averaged
 from sparsify.training.distill import TextRows
@@ -103,7 +104,9 @@ def train(
     teacher: called with a batch, gives the TeacherOutputs; held_out: what else is measured, which may end training early.
     Leaves the student at the state that is to be written: the best on held-out text, or the mean of the last, or the last.
     """
-    discard_unfinished(directory)
+    with main_first():
+        if is_main():
+            discard_unfinished(directory)
     last = last_checkpoint(directory)
     done = 0 if last is None else step_of(last)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows]) if isinstance(rows, list) else None
@@ -317,6 +320,7 @@ class DistillTrainer(Trainer):
         if self.args.should_save:
             write_json(aside / name / WATCH, self.watch.to_json())
             self._save_states(aside / name)
+            seal(aside / name)
             publish(aside / name, self.directory / name)
             for old in checkpoints(self.directory)[:-KEPT]:
                 shutil.rmtree(old)
@@ -549,8 +553,12 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def discard_unfinished(directory: Path) -> None:
-    """What a killed run was writing."""
+    """What a killed run was writing, and checkpoints that are not any more what was written."""
     shutil.rmtree(directory / "saving", ignore_errors=True)
+    for checkpoint in checkpoints(directory):
+        if problem := damage(checkpoint):
+            say(f"{checkpoint} is left out: {problem}; training goes on from the one before")
+            shutil.rmtree(checkpoint)
 
 
 def load_parameters(model: nn.Module, checkpoint: Path) -> None:

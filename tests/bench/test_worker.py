@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +114,29 @@ def test_real_vllm_measures_the_embedded_model():
         3 * row.throughput.output_tokens_per_second, rel=0.01
     )
     assert set(row.ratios.values()) == {1.0}
+
+
+def test_an_engine_ends_with_the_command_that_started_it(tmp_path):
+    """Also with one that is killed, which cannot end it any more."""
+    child = (
+        "import os, pathlib, sys, time; from sparsify.bench.worker import end_with_parent; end_with_parent(); "
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(600)"
+    )
+    parent = (
+        "import os, pathlib, sys; from sparsify.bench.engine_process import run_logged; "
+        f"run_logged([sys.executable, '-c', {child!r}], os.environ, pathlib.Path({str(tmp_path / 'log')!r}), 600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent])
+    try:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    engine = Path("/proc") / (tmp_path / "pid").read_text()
+    for _ in range(600):
+        if not engine.exists() or "Z" in (engine / "stat").read_text().split()[2]:
+            return
+        time.sleep(0.1)
+    pytest.fail("it goes on")

@@ -216,8 +216,12 @@ def test_an_export_that_was_killed_is_begun_again(llama, compress, tmp_path, mon
     from sparsify.formats.writer import CheckpointWriter
 
     source, _ = compress(llama(), tmp_path / "source", "sparse24")
-    writer = CheckpointWriter(tmp_path / "out", "dense", open_checkpoint(source), identity="export")
+    writer = CheckpointWriter(tmp_path / "out", "dense", open_checkpoint(source), identity=f"export of {source}")
     writer.write_part("0", {}, {"stale": torch.ones(1)})
+    for other in ({"format": "sparse24"}, {"source": llama()}):
+        with pytest.raises(CheckpointError, match="of an interrupted export of another model or to another format"):
+            export(**{"source": source, "format": "dense", "output": tmp_path / "out", **other})
+    assert writer.parts() == {"0"}
     assert "stale" not in open_checkpoint(export(source, "dense", tmp_path / "out"))
     # an interrupted compression is no export: its parts are worth hours
     writer = CheckpointWriter(tmp_path / "other", "dense", open_checkpoint(source), identity="a recipe")

@@ -39,6 +39,7 @@ from sparsify.formats.inspect import inspect
 from sparsify.formats.reader import open_compressed
 from sparsify.formats.tensor_file import LazyTensor, write_tensors
 from sparsify.formats.writer import partial_directory
+from sparsify.manifest import MANIFEST, file_sha256, missing, refuse_damaged, seal, verify, write_manifest
 from sparsify.matching import pattern_problem
 from sparsify.memory import parse_size
 from sparsify.model.checkpoint import open_checkpoint, read_header
@@ -457,11 +458,12 @@ def resume(folder: Path) -> tuple[Run, list[bytes]]:
         for name, value in files.items() if isinstance(files, dict) else ():
             if name in texts:
                 (work / name).write_text(json.dumps(value))
-        for manifest in work.rglob("SHA256SUMS"):
-            manifest.unlink()  # what is changed on purpose comes with digests that fit
         part = next(iter(sorted(work.glob("parts*/*.safetensors"))))
         if metadata is not None:
             replace_metadata(part, {"sparsify": json.dumps(metadata)})
+        for sums in work.rglob(MANIFEST):  # who changes a file on purpose changes its digest too
+            files = [file for file in sums.parent.iterdir() if file.is_file() and file != sums]
+            write_manifest(sums.parent, {file.name: {file_sha256(file)} for file in files})
         apply(asked, model, folder / "out", resume=True, quiet=True)
 
     part = next(iter(sorted(kept.glob("parts*/*.safetensors"))))
@@ -476,7 +478,7 @@ def interrupted(recipe: Any, model: str, output: Path, kept: Path) -> None:
 
     finish = CheckpointWriter.finish
 
-    def copy(writer: CheckpointWriter, *_: object) -> Path:
+    def copy(writer: CheckpointWriter, *_: object, **__: object) -> Path:
         shutil.copytree(writer.work, kept)
         raise KeyboardInterrupt
 
@@ -496,6 +498,23 @@ def replace_metadata(file: Path, metadata: dict[str, str]) -> None:
     header = {**json.loads(content[8 : 8 + length]), "__metadata__": metadata}
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def manifest(folder: Path) -> tuple[Run, list[bytes]]:
+    """SHA256SUMS of a finished directory and of the folders of a run."""
+    directory = folder / "directory"
+    (directory / "inside").mkdir(parents=True)
+    for name in ("a.json", "b c.txt", "inside/d.bin"):
+        (directory / name).write_text(name)
+    seal(directory)
+
+    def accept(data: bytes) -> None:
+        (directory / MANIFEST).write_bytes(data)
+        verify(directory, quiet=True).to_json()
+        missing(directory)
+        refuse_damaged(directory)
+
+    return accept, [(directory / MANIFEST).read_bytes()]
 
 
 def measurements(folder: Path) -> tuple[Run, list[bytes]]:
@@ -662,6 +681,7 @@ TARGETS: dict[str, Target] = {
     "index": Target(index, ("metadata", "weight_map", "total_size", "model-00001-of-00002.safetensors", "../a.safetensors")),
     "report": Target(report, ("layers", "sizes", "perplexity", "units", "choices", "texts", "tasks", "failure", "models", "<b>")),
     "resume": Target(resume, ("files", "writer.json", "metadata", "packed", "plain", "hidden", "layers", "skipped", "module")),
+    "manifest": Target(manifest, ("a.json", "  ", "\\\\", "\\n", "..", "/", "inside/", "0" * 64)),
     "measurements": Target(measurements, ("kl", "error", "2:4-4")),
     "losses": Target(losses, ("window", "losses", "smoothed", "loss")),
     "text": Target(text, (".jsonl", ".parquet", "messages", "text", "role", "content", "assistant", "question", "answer", "PAR1")),

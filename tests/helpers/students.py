@@ -6,6 +6,7 @@ import pytest
 
 import sparsify.compiler.run_training as training
 from sparsify.compiler.metrics import RECORD
+from sparsify.manifest import MANIFEST
 from sparsify.training.student import Student
 
 
@@ -14,8 +15,9 @@ class Killed(BaseException):
 
 
 def bytes_of(directory: Path) -> dict[str, bytes]:
-    """Every file of an output but the one that holds times."""
-    return {file.name: file.read_bytes() for file in sorted(directory.iterdir()) if file.name != RECORD}
+    """Every file of an output but the one that holds times, and the manifest, which has its digest."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in (RECORD, MANIFEST))
+    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in files}
 
 
 def noted_students(monkeypatch: pytest.MonkeyPatch) -> list[Student]:

@@ -33,7 +33,7 @@ STAYS = [
     ".env", ".env.local", "prod.env", ".git/config", ".cache/huggingface/x.lock", ".netrc", ".ssh/id_rsa", "id_rsa",
     "id_ed25519.pub", "token", "hf_token.txt", "HF_TOKEN", "access_tokens.json", "credentials.json", "secrets.yaml",
     "secrets.py", "server.pem", "private.key", "__pycache__/modeling_mine.cpython-311.pyc", "out.partial/parts/x.json",
-    "config.json", "README.md", "recipe.yaml", "metrics.json", "run.json",
+    "config.json", "README.md", "recipe.yaml", "metrics.json", "run.json", "SHA256SUMS",
 ]  # fmt: skip
 
 

@@ -124,6 +124,27 @@ def test_without_a_compiler(
     assert library is not None and library.answer() == 42
 
 
+def test_a_build_made_ahead_serves_where_the_cache_is_empty_and_the_compiler_another(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image has its builds outside the cache, which a volume hides."""
+    made = build.build("cpu/tiny")
+    ahead = tmp_path / "ahead"
+    made.parent.rename(ahead)
+    monkeypatch.setenv("SPARSIFY_KERNELS", str(ahead))
+    compiler, log = counting_compiler(tmp_path)
+    monkeypatch.setenv(
+        "CXX", script(tmp_path / "newer-c++", f'[ "$1" = --version ] && echo newer || exec {compiler} "$@"\n')
+    )
+    assert build.build("cpu/tiny") == ahead / made.name
+    library = build.load("cpu/tiny")
+    assert library is not None and library.answer() == 42
+    assert log.read_text() == "" and not (tmp_path / "cache" / "native").exists()
+
+    (sources / "tiny.h").write_text("#define ANSWER 43\n")  # of other sources: not what was built ahead
+    assert build.build("cpu/tiny").parent == tmp_path / "cache" / "native"
+
+
 def test_cxx_may_hold_arguments_and_an_absent_one_is_passed_over(
     sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

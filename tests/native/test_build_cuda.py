@@ -112,6 +112,23 @@ def test_builds_made_ahead_serve_without_nvcc(compiled: Path, monkeypatch: pytes
     assert build_cuda.open_library("cuda/tiny", (90,)).answer() == 42
 
 
+def test_builds_of_an_image_serve_whatever_nvcc_is_there(
+    compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build_cuda.build("cuda/tiny", (80, 90))
+    ahead = tmp_path / "ahead"
+    made.parent.rename(ahead)
+    monkeypatch.setenv("SPARSIFY_KERNELS", str(ahead))
+    newer = use_nvcc(tmp_path, monkeypatch, "14.0.1")
+    assert build_cuda.build("cuda/tiny", (90,)) == ahead / made.name
+    listed = next(one for one in builds.list_all() if one.name == "cuda/tiny")
+    assert listed.library == str(ahead / made.name)
+    assert newer.read_text() == ""
+    assert build_cuda.build("cuda/tiny", (100,)).parent == tmp_path / "cache" / "native", "built for what it lacks"
+    without_nvcc(monkeypatch)
+    assert build_cuda.build("cuda/tiny", (86,)) == ahead / made.name, "sm_80 code runs on it"
+
+
 def test_older_gpus_are_not_given_newer_code(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_cuda.build("cuda/tiny", (90,))
     without_nvcc(monkeypatch)

@@ -17,6 +17,7 @@ from torch.nn import functional
 pytest.importorskip("vllm", reason="vLLM is not installed; make setup installs it")
 
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear, vocab_parallel_embedding
 from vllm.model_executor.layers.linear import (
@@ -292,6 +293,18 @@ def test_head_of_a_model_that_was_tied(rank: Rank, tmp_path: Path, bits: Literal
     exact = x.double() @ (weights.codes.double() * scale).t()
     torch.testing.assert_close(y[:, :97].double(), exact, rtol=1e-5, atol=1e-4)
     assert config.get_quant_method(VocabParallelEmbedding(97, k, prefix="m"), "model.embed_tokens") is None
+
+
+def test_files_are_verified_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the configuration that vLLM makes before it starts its workers."""
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    output = apply(parse_recipe(MAGNITUDE), str(source), tmp_path / "out", quiet=True).output
+    settings = EngineArgs(str(output), dtype="bfloat16", max_model_len=32).create_model_config()
+    monkeypatch.setenv("SPARSIFY_VERIFY", "1")
+    VllmConfig(model_config=settings)
+    (output / "generation_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="generation_config.json differs from what was written"):
+        VllmConfig(model_config=settings)
 
 
 def test_what_is_not_compressed_stays_as_it_is(rank: Rank) -> None:

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from sparsify import processor
 from sparsify.model.linear import LinearWeights, is_two_four
+from sparsify.native import build
 from sparsify.solver.grid import Grid, round_to_nearest
+from sparsify.training import native_grid, qat_linear
 from sparsify.training.qat_linear import TrainableLinear, grid_gradient, kept_positions, round_to_grid
 
 N, K, G = 12, 64, 16
@@ -21,9 +24,16 @@ def linear(bits: int = 4, seed: int = 0, bias: bool = False) -> LinearWeights:
     return LinearWeights(bits, "2:4", G, codes=codes, scale=scale, bias=shift)
 
 
-def test_rounding_in_pieces_is_the_plain_formula(monkeypatch):
-    import sparsify.training.qat_linear as trainable
+@pytest.fixture(params=["torch", "native"])
+def kernel(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native_grid, "available", lambda *_: False)
+    elif build.load(native_grid.SOURCE) is None:
+        pytest.skip("no native kernel here")
+    return request.param
 
+
+def test_rounding_in_pieces_is_the_plain_formula(kernel, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     W, gradient = (torch.randn(N, K, generator=generator) for _ in range(2))
     scale = 0.1 + torch.rand(N, K // G, generator=generator)
@@ -40,11 +50,54 @@ def test_rounding_in_pieces_is_the_plain_formula(monkeypatch):
                 d_scale[n, k // G] += float(gradient[n, k]) * (codes[n, k] - ratio if inside else codes[n, k])
     expected = codes * scale.double().repeat_interleave(G, 1) * mask
     for rows in (1, 5, 100):
-        monkeypatch.setattr(trainable, "PIECE", rows * K)
+        monkeypatch.setattr(qat_linear, "PIECE", rows * K)
         torch.testing.assert_close(round_to_grid(W, scale, mask, -8, 7).double(), expected, rtol=1e-6, atol=1e-6)
         found = grid_gradient(gradient, W, scale, mask, -8, 7)
         torch.testing.assert_close(found[0].double(), d_weight, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found[1].double(), d_scale, rtol=1e-4, atol=1e-5)
+
+
+def rounded_and_gradients(group: int, dtype: torch.dtype, masked: bool, through: bool) -> list[torch.Tensor]:
+    """Of the same random weight, with clipped codes, ties, a NaN and zero points."""
+    generator = torch.Generator().manual_seed(group)
+    W, gradient = (torch.randn(N, 6 * group, generator=generator) for _ in range(2))
+    scale = 0.1 + torch.rand(N, 6, generator=generator)
+    W[0, :6] = torch.tensor([0.5, 1.5, -0.5, -8.5, 7.5, 100.0]) * scale[0, 0]
+    W[1, 1] = torch.nan
+    mask = torch.rand(W.shape, generator=generator) < 0.5 if masked else None
+    zero = torch.randint(-8, 8, scale.shape, generator=generator).to(torch.int8)
+    rounded = round_to_grid(W, scale, mask, -8, 7, zero, dtype)
+    return [rounded, *grid_gradient(gradient.to(dtype), W, scale, mask, -8, 7, zero, through)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group, masked, through", [(16, True, False), (36, True, True), (7, False, False)])
+def test_the_native_kernel_gives_the_bits_of_pytorch(group, masked, through, dtype, monkeypatch):
+    if build.load(native_grid.SOURCE) is None:
+        pytest.skip("no native kernel here")
+    native = rounded_and_gradients(group, dtype, masked, through)
+    monkeypatch.setattr(native_grid, "available", lambda *_: False)
+    plain = rounded_and_gradients(group, dtype, masked, through)
+    for one, other in zip(native[:2], plain[:2], strict=True):
+        assert one.dtype == other.dtype and torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    torch.testing.assert_close(native[2], plain[2], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_levels_and_threads_give_the_same_bits(monkeypatch):
+    if build.load(native_grid.SOURCE) is None:
+        pytest.skip("no native kernel here")
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads, level in enumerate(processor.available_levels(), 1):
+            monkeypatch.setenv(processor.FORCE, level)
+            torch.set_num_threads(threads)
+            found.append([t.nan_to_num() for t in rounded_and_gradients(36, torch.float32, True, False)])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
