@@ -80,7 +80,7 @@ def _again(file: Path) -> str:
 
 def _lies_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and path_problem(name) is None
 
 
 def _line(name: str, digest: str) -> str:
