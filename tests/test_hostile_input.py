@@ -24,6 +24,7 @@ from sparsify.errors import CheckpointError, RecipeError, SparsifyError
 from sparsify.evaluation.text import file_chunks
 from sparsify.formats.foreign import open_dense
 from sparsify.formats.inspect import inspect, render
+from sparsify.manifest import MANIFEST, missing, refuse_damaged, verify
 from sparsify.memory import parse_size
 from sparsify.model.permissions import allowing_unknown
 from sparsify.native.build_cuda import parse_archs
@@ -438,3 +439,11 @@ def test_a_report_on_damaged_records(copy: Path, file: str, text: str, refused: 
     said = refused("report", copy, *given)
     assert "is not as sparsify writes it" in said and named in said
     assert not (copy / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000 + "b", "a\0b"])
+def test_a_manifest_with_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    (tmp_path / MANIFEST).write_text(f"{'0' * 64}  {name}\n")
+    for read in (verify, missing, refuse_damaged):
+        with pytest.raises(CheckpointError, match="damaged in line 1"):
+            read(tmp_path)
