@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sparsify.errors import CheckpointError
-from sparsify.files import PARTIAL, atomic_write, kind_problem, named, publish, written_json
+from sparsify.files import PARTIAL, atomic_write, kind_problem, named, path_problem, publish, written_json
 from sparsify.progress import progress, quietly
 from sparsify.threads import usable_cores
 
