@@ -7,6 +7,9 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 # 1: the versions of deploy/lock. 0: the newest that fit, which `make clean-venv setup LOCKED=0` makes from nothing.
 LOCKED ?= 1
+# Of `make fuzz`: seconds for each target, and their names (without any, all of them).
+FUZZ_SECONDS ?= 300
+FUZZ_TARGETS ?=
 # What `make check-install` tries: core, cpu or editable.
 KIND ?= core
 export LOCKED
@@ -14,13 +17,14 @@ BIN := $(VENV)/bin
 PARALLEL := --numprocesses $(JOBS) --dist loadfile
 READY := $(VENV)/.ready
 PEERS := .venv-peers/.ready
+FUZZ := .venv-fuzz/.ready
 OTHER_PEERS := $(patsubst %,.venv-%/.ready,gptqmodel autogptq autoawq llmcompressor013)
 # All but the table that benchmarks/tune_sparse24.py writes.
-CXX_SOURCES := $(filter-out %/sparse24_crossovers.h,$(wildcard $(foreach end,h cpp cu,kernels/*/*.$(end) tests/kernels/*.$(end) tests/runtime/*.$(end))))
+CXX_SOURCES := $(filter-out %/sparse24_crossovers.h,$(wildcard $(foreach end,h cpp cu,kernels/*/*.$(end) tests/kernels/*.$(end) tests/runtime/*.$(end) tests/fuzz/kernels/*.$(end))))
 SETUP := pyproject.toml deploy/setup.sh deploy/versions.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format types recipes doctor docs coverage build peers test-peers lock manifests check-chart check-install test-floor test-newest clean clean-venv
+.PHONY: help setup demo test test-fast lint format types recipes doctor docs coverage build peers test-peers fuzz lock manifests check-chart check-install test-floor test-newest clean clean-venv
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -74,6 +78,13 @@ peers: $(PEERS) $(OTHER_PEERS) ## Make environments of llm-compressor (two), GPT
 test-peers: $(READY) ## Run the tests that compare with those packages; `make peers` first, what is missing is skipped by name
 	$(BIN)/python -m pytest -m peers -rs tests/peers tests/recipe $(PYTEST_ARGS)
 
+fuzz: $(FUZZ) ## Feed random input to every reader and C++ kernel, FUZZ_SECONDS=300 each: out/fuzz/result.json
+	.venv-fuzz/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+
+$(FUZZ): $(READY) deploy/setup.sh deploy/versions.sh
+	@VENV=.venv-fuzz deploy/setup.sh fuzz
+	@touch $@
+
 $(OTHER_PEERS): .venv-%/.ready: deploy/setup.sh deploy/versions.sh
 	@VENV=.venv-$* deploy/setup.sh $*
 	@touch $@
@@ -107,4 +118,4 @@ clean: ## Remove what runs and tools left behind (out/, caches, dist/)
 	find sparsify tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv: ## Remove .venv and the environments beside it
-	rm -rf .venv .venv-peers $(OTHER_PEERS:/.ready=) .venv-floor .venv-newest .venv-chart
+	rm -rf .venv .venv-peers .venv-fuzz $(OTHER_PEERS:/.ready=) .venv-floor .venv-newest .venv-chart

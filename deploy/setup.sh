@@ -6,6 +6,7 @@
 #   deploy/setup.sh peers    .venv-peers: llm-compressor, whose pins exclude vLLM's
 #   deploy/setup.sh gptqmodel, autogptq   .venv-gptqmodel, .venv-autogptq: what the gptq that we write is compared with
 #   deploy/setup.sh autoawq, llmcompressor013   .venv-autoawq, .venv-llmcompressor013: AutoAWQ; the last llm-compressor with actorder: group
+#   deploy/setup.sh fuzz     .venv-fuzz: atheris beside the packages of .venv, which has to be there (make fuzz)
 #   deploy/setup.sh torch    .venv: the CPU build of torch alone, for `pip install .` to find (deploy/check_install.sh)
 #   deploy/setup.sh floor    .venv-floor: the lowest versions that pyproject.toml allows, and the tests' tools
 #   deploy/setup.sh newest   .venv-newest: the newest versions that it allows (without vLLM, whose pins hold them back)
@@ -39,8 +40,8 @@ die() { printf '[set-up] error: %s\n' "$*" >&2; exit 1; }
 
 case "$KIND" in
   main | serve | torch) VENV=${VENV:-.venv} ;;
-  peers | gptqmodel | autogptq | autoawq | llmcompressor013 | floor | newest) VENV=${VENV:-.venv-$KIND} ;;
-  *) die "unknown environment '$KIND'; say nothing (the main one), 'serve', 'peers', 'gptqmodel', 'autogptq', 'autoawq', 'llmcompressor013', 'torch', 'floor' or 'newest'" ;;
+  peers | gptqmodel | autogptq | autoawq | llmcompressor013 | floor | newest | fuzz) VENV=${VENV:-.venv-$KIND} ;;
+  *) die "unknown environment '$KIND'; say nothing (the main one), 'serve', 'peers', 'gptqmodel', 'autogptq', 'autoawq', 'llmcompressor013', 'fuzz', 'torch', 'floor' or 'newest'" ;;
 esac
 case "$LOCKED" in 0 | 1) ;; *) die "LOCKED is '$LOCKED'; it can be 1 (the versions of deploy/lock) or 0 (the newest that fit)" ;; esac
 
@@ -119,10 +120,14 @@ PYTHON
 }
 
 started=$SECONDS
+if [ "$KIND" = fuzz ]; then # the same Python, whose packages it sees
+  [ -x .venv/bin/python ] || die "there is no .venv; run make setup first"
+  PYTHON=$PWD/.venv/bin/python
+fi
 make_venv
 # The floor has a torch of its own in its lock; what `newest` and GPTQModel, which wants 2.14.1, get is for pip to say.
 case "$KIND-$SPARSIFY_DEVICE" in
-  floor-* | newest-* | gptqmodel-*) ;;
+  floor-* | newest-* | gptqmodel-* | fuzz-*) ;;
   torch-* | *-cpu) install_cpu_torch ;;
 esac
 modules=(torch transformers)
@@ -179,6 +184,13 @@ case "$KIND-$LOCKED" in
     pip_install "${LLMCOMPRESSOR013[@]}"
     modules+=(llmcompressor)
     ;;
+  fuzz-*)
+    say "$ATHERIS (not locked), beside the packages of .venv"
+    pip_install --no-deps "$ATHERIS"
+    beside=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "import site; site.addsitedir('$beside')" > "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+    modules+=(atheris)
+    ;;
   torch-*) modules=() ;;
   floor-*)
     say "the lowest versions (torch among them as a CUDA build, several GB)"
@@ -193,7 +205,7 @@ case "$KIND-$LOCKED" in
     modules+=(sparsify)
     ;;
 esac
-[ "$SPARSIFY_DEVICE" = cuda ] || remove_trap
+[ "$SPARSIFY_DEVICE" = cuda ] || [ "$KIND" = fuzz ] || remove_trap
 [ "${#modules[@]}" = 0 ] || check "${modules[@]}"
 [ "$KIND" != torch ] || exit 0
 # torch.compile, inside vLLM, and our native kernels are built with the machine's own compiler.

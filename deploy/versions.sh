@@ -13,4 +13,5 @@ LLMCOMPRESSOR013=("llmcompressor==0.13.0")  # .venv-llmcompressor013: the last o
 CHART_TOOLS=(                               # .venv-chart: Helm as a package, the schemas of Kubernetes, security rules
   "helm-python-sdk==0.2.2" "kubernetes-validate==1.37.0" "checkov==3.3.30" "pyyaml>=6"
 )
+ATHERIS=atheris==3.0.0                      # of `make fuzz`, in .venv-fuzz
 UV=uv==0.13.9                               # resolves the locks; nothing else uses it

@@ -16,6 +16,7 @@ from sparsify.errors import CheckpointError, SparsifyError
 
 PACKAGE = Path(__file__).resolve().parent  # the directory of the `sparsify` package
 PARTIAL = ".partial"
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes, as Linux has them
 KINDS = (
     (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
@@ -99,8 +100,32 @@ def atomic_directory(final: str | Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def path_problem(path: str | Path) -> str | None:
+    """`has a name that is too long` and the like for what no file system takes as a path, where looking raises; else None."""
+    text = os.fspath(path)
+    try:
+        length = len(os.fsencode(text))
+    except UnicodeEncodeError:
+        return "has a name that is no text; give the path of a file"
+    if "\0" in text:
+        return "has a name with a zero byte; give the path of a file"
+    if length >= LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in text.split("/")):
+        return "has a name that is too long; give the path of a file"
+    return None
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the home directory for `~`; as it is where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, ValueError):
+        return Path(path)
+
+
 def kind_problem(path: str | Path) -> str | None:
     """`is a pipe, which is not read; ...` for what is there and no file: reading it could wait for ever. Links are followed."""
+    if problem := path_problem(path):
+        return problem
     try:
         mode = Path(path).stat().st_mode
     except OSError:
@@ -157,6 +182,18 @@ def read_json(path: str | Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # also for an integer with more digits than Python converts
         raise CheckpointError(f"{path} is damaged ({error}); download or create it again") from None
+
+
+@contextlib.contextmanager
+def as_written(path: str | Path) -> Iterator[None]:
+    """Turn what is raised over a record that is not as sparsify writes it into one sentence."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(
+            f"{path} is not as sparsify writes it ({why}); remove the directory that it lies in, and start again"
+        ) from error
 
 
 def reserve(path: Path, nbytes: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sparsify.errors import CheckpointError
-from sparsify.files import PARTIAL, atomic_write, kind_problem, named, publish, written_json
+from sparsify.files import PARTIAL, atomic_write, kind_problem, named, path_problem, publish, written_json
 from sparsify.progress import progress, quietly
 from sparsify.threads import usable_cores
 
@@ -83,7 +83,7 @@ def _again(file: Path) -> str:
 
 def _lies_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and path_problem(name) is None
 
 
 def _line(name: str, digest: str) -> str:

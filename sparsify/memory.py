@@ -16,6 +16,7 @@ from pathlib import Path
 from sparsify.errors import SparsifyError
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+LARGEST = 2.0**63  # of the number in a size
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
 SHARE = 0.9  # of what is free, where no budget is given
 INTERVAL = 0.05  # seconds between two samples
@@ -24,8 +25,8 @@ INTERVAL = 0.05  # seconds between two samples
 def parse_size(text: str, option: str) -> int:
     """Bytes of `16GB`, `500 MB`, `16GiB`. option: what an error names."""
     found = SIZE.fullmatch(text.strip())
-    if found is None or not float(found[1]):
-        raise SparsifyError(f"{option} {text}: a size such as 16GB, 500MB or 16GiB is wanted")
+    if found is None or not 0 < float(found[1]) < LARGEST:
+        raise SparsifyError(f"{option} {text[:100]}: a size such as 16GB, 500MB or 16GiB is wanted")
     step = 1024 if found[3] else 1000
     power = "kmgt".find(found[2].lower()) + 1 if found[2] else 0
     return int(float(found[1]) * step**power)

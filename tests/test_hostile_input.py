@@ -16,12 +16,22 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from sparsify import cli
+from sparsify.bench.shapes import parse_shape
+from sparsify.compiler.checkpoint_names import part_name
+from sparsify.compiler.metrics import Notes
 from sparsify.compiler.plan import make_plan
-from sparsify.errors import RecipeError
+from sparsify.errors import CheckpointError, RecipeError, SparsifyError
 from sparsify.evaluation.text import file_chunks
+from sparsify.formats.foreign import open_dense
 from sparsify.formats.inspect import inspect, render
+from sparsify.manifest import MANIFEST, missing, refuse_damaged, verify
+from sparsify.memory import parse_size
 from sparsify.model.permissions import allowing_unknown
+from sparsify.native.build_cuda import parse_archs
 from sparsify.recipe import load_recipe, parse_recipe
+from sparsify.search.budget import parse_budget
+from sparsify.training.loss_monitor import LossWatch
+from tests.helpers.foreign import awq, compressed_tensors, gptq, quantized_checkpoint
 from tests.helpers.tiny import save_tiny, tiny_text
 
 PATIENCE = 60  # seconds, of a machine that may be busy; what is tested here took minutes, or for ever
@@ -266,3 +276,174 @@ def test_bracketed_names_are_no_markup(copy: Path, monkeypatch: pytest.MonkeyPat
         console.print(one)
     text = console.export_text()
     assert "[bold]x[/bold].y" in text and text.count("[red]model") == 2
+
+
+# ------------------------------------------------------------------------------------- what fuzzing found (tests/fuzz)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny checkpoints of three packages, by quant_method."""
+    folder = tmp_path_factory.mktemp("quantized")
+    block = compressed_tensors("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[32, 32])
+    made = {
+        "compressed-tensors": block,
+        "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}, gptq()),
+        "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, awq()),
+    }
+    for name, (config, write) in made.items():
+        quantized_checkpoint(folder / name, config, write, num_hidden_layers=1)
+    return {name: folder / name for name in made}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "value"),
+    [
+        ("awq", "quant_method", ["awq"]),
+        ("awq", "modules_to_not_convert", 3),
+        ("gptq", "quant_method", {"awq": 1}),
+        ("gptq", "bits", 4.0),
+        ("gptq", "checkpoint_format", ["gptq"]),
+        ("gptq", "dynamic", {".*": ["a"]}),
+        ("compressed-tensors", "format", ["float-quantized"]),
+        ("compressed-tensors", "sparsity_config", {"format": []}),
+        ("compressed-tensors", "config_groups.group_0.weights.strategy", ["block"]),
+        ("compressed-tensors", "config_groups.group_0.weights.group_size", "32"),
+        ("compressed-tensors", "config_groups.group_0.weights.block_structure", None),
+    ],
+)
+def test_settings_of_another_kind_in_a_quantization_config(
+    quantized: dict[str, Path], method: str, path: str, value: object
+) -> None:
+    file = quantized[method] / "config.json"
+    kept = file.read_text()
+    config = json.loads(kept)
+    where, *keys = config["quantization_config"], *path.split(".")
+    for key in keys[:-1]:
+        where = where[key]
+    where[keys[-1]] = value
+    file.write_text(json.dumps(config))
+    try:
+        with pytest.raises(CheckpointError):
+            open_dense(quantized[method])
+    finally:
+        file.write_text(kept)
+
+
+@pytest.mark.parametrize("change", [{"dtype": []}, {"rope_parameters": [1]}, {"quantization_config": 3}])
+def test_a_config_that_transformers_stumbles_over(
+    copy: Path, change: dict[str, object], refused: Callable[..., str]
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **change}))
+    assert str(copy) in refused("plan", "magnitude-rtn", "--model", copy)
+
+
+def test_a_damaged_tokenizer(copy: Path, refused: Callable[..., str]) -> None:
+    """The library of fast tokenizers raises no narrower class than Exception."""
+    (copy / "tokenizer.json").write_text('{"model": 3}')
+    settings = ["--set", f"calibration.source=file:{tiny_text(copy.parent / 't.txt')}"]
+    assert "tokenizer" in refused("apply", "2of4", "--model", copy, "--output", copy.parent / "out", *settings)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 300, "a/" * 3000])
+def test_names_that_no_file_can_have(model: Path, name: str, refused: Callable[..., str]) -> None:
+    assert "has a name" in refused("plan", name, "--model", model)
+    assert "has a name" in refused("plan", "magnitude-rtn", "--model", name)
+    assert "has a name" in refused("eval", model, "--text", name)
+    assert "has a name" in refused("eval", model, "--tasks", name)
+    settings = ["--set", f'calibration.source="file:{name}"'.replace("\0", "\\0")]
+    assert "has a name" in refused("plan", "2of4", "--model", model, *settings)
+
+
+def test_the_home_of_nobody(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "~nobody-here/a" in refused("plan", "~nobody-here/a", "--model", model)
+    assert "~nobody-here/a" in refused("eval", model, "--text", "~nobody-here/a")
+    settings = ["--set", "calibration.source=file:~nobody-here/a"]
+    assert "~nobody-here/a" in refused("apply", "2of4", "--model", model, "--output", tmp_path / "out", *settings)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 9000, "²", "1" + "0" * 30])
+def test_numbers_that_are_none_or_beyond_all_bounds(text: str) -> None:
+    asked: list[tuple[Callable[[str], object], str]] = [
+        (parse_archs, text), (parse_shape, f"{text}x4"), (parse_budget, f"speed={text}y"),
+        (lambda size: parse_size(size, "--memory"), text),
+    ]  # fmt: skip
+    for read, written in asked:
+        with pytest.raises(SparsifyError) as caught:
+            read(written)
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda note: [],
+        lambda note: {**note, "layers": 3},
+        lambda note: {**note, "skipped": []},
+        lambda note: {**note, "layers": [{**note["layers"][0], "shape": [64]}]},
+        lambda note: {**note, "layers": [{**note["layers"][0], "module": ["a"]}]},
+        lambda note: {**note, "layers": [{**note["layers"][0], "sparsity": float("inf")}]},
+    ],
+)  # fmt: skip
+def test_a_damaged_note_of_a_block(damage: Callable[[dict], object], tmp_path: Path) -> None:
+    layer = {
+        "module": "model.layers.0.mlp.up_proj", "block": 0, "shape": [64, 32], "bits": 4, "pattern": "2:4", "group_size": 32,
+        "symmetric": True, "sparsity": 0.5, "relative_error": None,
+    }  # fmt: skip
+    notes = Notes(tmp_path / "notes")
+    notes.write(0, [layer], {"lm_head": "ignored"})
+    file = tmp_path / "notes" / f"{part_name(0)}.json"
+    note = notes.read(0)
+    assert note == {"layers": [layer], "skipped": {"lm_head": "ignored"}, "tuning": None}
+    file.write_text(json.dumps(damage(note)))
+    with pytest.raises(CheckpointError, match="is damaged; remove"):
+        notes.read(0)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        [],
+        {"window": 2, "losses": "losses", "smoothed": 2.0},
+        {"window": 2, "losses": [{"kl": 1.0}], "smoothed": 2.0},
+        {"window": 2, "losses": [{"loss": 1.0}, {"loss": 1.0, "kl": 1.0}], "smoothed": 2.0},
+        {"window": "a", "losses": [{"loss": 1.0}], "smoothed": 2.0},
+    ],
+)
+def test_damaged_losses_of_a_training_run(saved: dict) -> None:
+    with pytest.raises(CheckpointError, match="damaged"):
+        LossWatch.from_json(saved)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("metrics.json", "[]"),
+        ("metrics.json", '{"layers": [{}], "base_model": "a", "sizes": {}}'),
+        ("run.json", '{"seconds": [1]}'),
+        ("evaluation.json", '[{"texts": 3}]'),
+        ("bench.json", '{"models": [1]}'),
+        ("search.json", '{"units": 1, "recipe_as_given": 2, "found": 3, "held_out": 4}'),
+    ],
+)
+def test_a_report_on_damaged_records(copy: Path, file: str, text: str, refused: Callable[..., str]) -> None:
+    metrics = {"base_model": str(copy), "layers": [], "sizes": {"dense_bytes": 2, "compressed_bytes": 1}, "recipe": {}}
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+    assert cli.main(["report", str(copy)]) == 0
+    (copy / "report.html").unlink()
+    (copy / file).write_text(text)
+    option = file.partition(".")[0]
+    given = [] if option in ("metrics", "run") else [f"--{option}", copy / file]
+    named = {"evaluation": "the evaluation", "bench": "the benchmark"}.get(option, file)
+    said = refused("report", copy, *given)
+    assert "is not as sparsify writes it" in said and named in said
+    assert not (copy / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000 + "b", "a\0b"])
+def test_a_manifest_with_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    (tmp_path / MANIFEST).write_text(f"{'0' * 64}  {name}\n")
+    for read in (verify, missing, refuse_damaged):
+        with pytest.raises(CheckpointError, match="damaged in line 1"):
+            read(tmp_path)

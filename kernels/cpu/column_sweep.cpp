@@ -71,7 +71,8 @@ INLINE void sweep_chunk(const Span& s, float* P, int64_t ldp, float* E, int64_t 
             for (int c = 0; c < n; c++) {  // code: less its zero point
                 float code = std::min(std::max(std::rint(p[c] / unit[c]), s.low - z[c]), s.high - z[c]);
                 if (stays) code = stays[c] ? code : 0.0f;
-                q[c] = static_cast<int8_t>(code + z[c]);
+                const float stands = code + z[c];  // NaN, which no int8 stands for, becomes 0
+                q[c] = static_cast<int8_t>(stands == stands ? stands : 0.0f);
                 stored[c] = code * unit[c];
             }
         } else {

@@ -23,7 +23,7 @@ from sparsify.errors import SparsifyError
 from sparsify.evaluation import EvaluationResult, TaskScore, TextScore, check_inputs, evaluate_all
 from sparsify.evaluation.result import number, share, task_caption
 from sparsify.failure import Failure, failure_of, foot
-from sparsify.files import read_json, write_json
+from sparsify.files import as_written, read_json, write_json
 from sparsify.lock import only_run
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import say
@@ -221,7 +221,9 @@ def _make(entry: Contender, quiet: bool) -> None:
         made = entry.output / "recipe.yaml"
         if not made.is_file() or made.read_text(encoding="utf-8") != dump_recipe(entry.recipe):
             raise SparsifyError(f"{entry.output} was made by another recipe; remove it or choose another --output")
-        if read_json(entry.output / "run.json").get("source") != open_checkpoint(entry.recipe.model).fingerprint():
+        with as_written(entry.output / "run.json"):
+            source = read_json(entry.output / "run.json").get("source")
+        if source != open_checkpoint(entry.recipe.model).fingerprint():
             raise SparsifyError(
                 f"{entry.output} was made from other weights of {entry.recipe.model}; remove it or choose another --output"
             )
@@ -262,11 +264,12 @@ def _run(command: Sequence[str]) -> tuple[int, str]:
 
 def _result(entry: Contender, scored: EvaluationResult) -> RecipeResult:
     metrics, run = read_json(entry.output / "metrics.json"), read_json(entry.output / "run.json")
-    sizes = metrics["sizes"]
-    return RecipeResult(
-        entry.label, str(entry.output), sizes["compressed_bytes"], sizes["bits_per_weight"],
-        run["seconds"], run["peak_memory_bytes"], scored, None, _shown(entry),
-    )  # fmt: skip
+    with as_written(f"metrics.json or run.json of {entry.output}"):
+        sizes = metrics["sizes"]
+        return RecipeResult(
+            entry.label, str(entry.output), sizes["compressed_bytes"], sizes["bits_per_weight"],
+            run["seconds"], run["peak_memory_bytes"], scored, None, _shown(entry),
+        )  # fmt: skip
 
 
 def tables(results: Sequence[RecipeResult]) -> list[Table]:

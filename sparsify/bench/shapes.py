@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,8 @@ def model_shape(spec: str) -> ModelShape:
 
 def shape_of_config(spec: str, config: Mapping[str, Any]) -> ModelShape:
     """Read a config.json; SparsifyError names the key that is missing."""
-    config = {**config, **(config.get("text_config") or {})}
+    text = config.get("text_config")
+    config = {**config, **(text if isinstance(text, dict) else {})}
 
     def number(key: str, default: int | None = None) -> int:
         value = config.get(key)
@@ -109,8 +111,8 @@ def shape_of_config(spec: str, config: Mapping[str, Any]) -> ModelShape:
 def parse_shape(text: str) -> Linear:
     """`NxK`, for instance 14336x4096: N outputs, K inputs."""
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-        raise SparsifyError(f"{text!r} is no shape: write outputs x inputs, as in 14336x4096")
+    if len(parts) != 2 or not all(re.fullmatch("[0-9]{1,9}", part) and int(part) for part in parts):
+        raise SparsifyError(f"{text[:100]!r} is no shape: write outputs x inputs, as in 14336x4096")
     return Linear("linear", int(parts[0]), int(parts[1]))
 
 

@@ -69,7 +69,10 @@ def model_name(spec: str | Path) -> str:
 def check_fits(target: Target, latency: LatencyWorkload | None, throughput: ThroughputWorkload | None) -> None:
     """SparsifyError where a request is longer than the model reads, or its vocabulary too small for vLLM's prompts."""
     config = read_json(target.directory / "config.json")
-    config = {**config, **(config.get("text_config") or {})}
+    if not isinstance(config, dict):
+        raise SparsifyError(f"{target.directory / 'config.json'} must hold a JSON object")
+    text = config.get("text_config")
+    config = {**config, **(text if isinstance(text, dict) else {})}
     limit, longest = config.get("max_position_embeddings"), longest_request(latency, throughput)
     if isinstance(limit, int) and longest + 32 > limit:
         raise SparsifyError(

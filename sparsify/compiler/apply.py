@@ -44,7 +44,7 @@ from sparsify.compiler.shorten import shorten
 from sparsify.compiler.training_text import HELD_OUT, ROWS, read_ahead
 from sparsify.distributed import is_main, join, main_first, processes, wait_for_all
 from sparsify.errors import CheckpointError, SparsifyError
-from sparsify.files import read_json
+from sparsify.files import as_written, read_json
 from sparsify.formats.writer import RECORD as WRITER
 from sparsify.formats.writer import CheckpointWriter, is_published, partial_directory
 from sparsify.lock import only_run
@@ -317,10 +317,11 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, l
         if not compressed.exists():
             own = before.model_copy(update={"export": before.export.model_copy(update={"format": "sparse24"})})
             apply(own, model, compressed, resume=resume, quiet=quiet, limits=limits, served=False)
-        metrics = read_json(compressed / METRICS)
-        errors = {layer["module"]: layer["relative_error"] for layer in metrics["layers"]}
-        head = metrics["head"]
-        kept = dict.fromkeys(metrics["kept_zeros"], 0.0)
+        with as_written(compressed / METRICS):
+            metrics = read_json(compressed / METRICS)
+            errors = {layer["module"]: layer["relative_error"] for layer in metrics["layers"]}
+            head = metrics["head"]
+            kept = dict.fromkeys(metrics["kept_zeros"], 0.0)
     with main_first():
         if is_main():
             _discard_damaged(short, writer, DEPTH_NOTE)
@@ -329,14 +330,15 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, l
             seed = plan.recipe.calibration.seed
             with phases.phase("depth", whole=True):
                 keep_json(writer.work / DEPTH_NOTE, shorten(depth, spec, tokens, short, seed, quiet))
-    note = read_json(writer.work / DEPTH_NOTE)
+    with as_written(writer.work / DEPTH_NOTE):
+        note = {**read_json(writer.work / DEPTH_NOTE)}
+        whole = Shortened(note["layers_before"], tuple(note["teacher_blocks"]))
     passes_left = [
         step.model_copy(update={"teacher": model})
         if isinstance(step, Distill) and step.needs_teacher and step.teacher is None
         else step
         for step in after.passes
     ]
-    whole = Shortened(note["layers_before"], tuple(note["teacher_blocks"]))
     rest = keep_zeros(make_plan(after.model_copy(update={"passes": passes_left}), str(short), whole))
     zeros = tuple(_renamed(plan, rest, note["layers"], kept))
     return rest, Before(plan, note, _renamed(plan, rest, note["layers"], errors), head, zeros)
@@ -362,7 +364,8 @@ def rebased(plan: Plan, before: Before, writer: CheckpointWriter, quiet: bool) -
     layers = len(plan.model.blocks)
     whole = Shortened(layers, tuple(range(layers)))
     rest = keep_zeros(make_plan(recipe.after_basis(), str(directory), whole))
-    return rest, replace(before, basis={**read_json(file), "model": model})
+    with as_written(file):
+        return rest, replace(before, basis={**read_json(file), "model": model})
 
 
 def refuse_other_run(work: Path, resume: bool) -> None:

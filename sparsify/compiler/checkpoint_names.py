@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.compiler.plan import Plan
-from sparsify.errors import NumericalError
+from sparsify.errors import CheckpointError, NumericalError
 from sparsify.model.checkpoint import DTYPES
 from sparsify.model.linear import CODE_RANGE, LinearWeights
 
@@ -83,7 +83,13 @@ def in_store(plan: Plan, module: str, linear: LinearWeights) -> LinearWeights:
 
 
 def exported_name(plan: Plan, module: str) -> str:
-    """The name of a linear in the checkpoint, which is not always its name in transformers."""
+    """The name of a linear in the checkpoint, which is not always its name in transformers. CheckpointError for none of the
+    model's, which can only come from a record."""
+    if module not in plan.linears:
+        raise CheckpointError(
+            f"a record of the run names {module}, which is no linear of the model; remove the directory that the run was "
+            "interrupted in, and start again"
+        )
     return plan.linears[module].source.removesuffix(".weight")
 
 

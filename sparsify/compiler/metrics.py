@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from sparsify.compiler.checkpoint_names import OUTSIDE, exported_name, part_name
 from sparsify.compiler.plan import Plan
+from sparsify.errors import CheckpointError
 from sparsify.files import read_json
 from sparsify.formats.foreign import DequantizedCheckpoint
 from sparsify.formats.writer import CheckpointWriter
@@ -23,6 +25,7 @@ RECORD = "run.json"
 CARD = "README.md"
 RECIPE = "recipe.yaml"
 LLMCOMPRESSOR = "llm-compressor.json"  # in the work directory, written last: what llm-compressor has made, and of what
+LAYER = {"module": str, "block": int, "shape": list, "bits": int, "pattern": str, "group_size": int}  # of a note
 ADAPTER = "adapter"  # folder of an adapter that was trained beside the weights
 
 
@@ -64,7 +67,18 @@ class Notes:
         keep_json(self.directory / f"{part_name(index)}.json", {**self.read(index), "layers": layers})
 
     def read(self, index: int) -> dict[str, Any]:
-        return read_json(self.directory / f"{part_name(index)}.json")
+        """The note of a block. CheckpointError where it is not as `write` leaves it."""
+        file = self.directory / f"{part_name(index)}.json"
+        note = read_json(file)
+        layers = note.get("layers") if isinstance(note, dict) else None
+        if not isinstance(layers, list) or not isinstance(note.get("skipped"), dict):
+            raise self._damaged(file)
+        if not all(_is_layer(layer) for layer in layers):
+            raise self._damaged(file)
+        return {"tuning": None, **note}
+
+    def _damaged(self, file: Path) -> CheckpointError:
+        return CheckpointError(f"{file} is damaged; remove {self.directory.parent} and start again")
 
     def write_head(self, note: dict[str, Any]) -> None:
         keep_json(self.directory / f"{OUTSIDE}.json", note)
@@ -73,10 +87,29 @@ class Notes:
         keep_json(self.directory / f"training-{number}.json", note)
 
     def read_training(self, number: int) -> dict[str, Any]:
-        return read_json(self.directory / f"training-{number}.json")
+        return self._read_object(self.directory / f"training-{number}.json")
 
     def read_head(self) -> dict[str, Any]:
-        return read_json(self.directory / f"{OUTSIDE}.json")
+        head = self._read_object(self.directory / f"{OUTSIDE}.json")
+        if not isinstance(head.get("module"), str):
+            raise self._damaged(self.directory / f"{OUTSIDE}.json")
+        return head
+
+    def _read_object(self, file: Path) -> dict[str, Any]:
+        found = read_json(file)
+        if not isinstance(found, dict):
+            raise self._damaged(file)
+        return found
+
+
+def _is_layer(layer: Any) -> bool:
+    """Whether this is an entry of `layer_notes`, as far as what is read of it again."""
+    if not isinstance(layer, dict) or not all(isinstance(layer.get(key), kind) for key, kind in LAYER.items()):
+        return False
+    error = layer.get("relative_error")
+    finite = all(math.isfinite(value) for value in layer.values() if isinstance(value, float))
+    sizes = len(layer["shape"]) == 2 and all(isinstance(size, int) for size in layer["shape"])
+    return sizes and finite and (error is None or isinstance(error, int | float))
 
 
 def layer_notes(
@@ -137,7 +170,12 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
     by_module = writer.linear_bytes() | _saved_bytes(plan)
     layers = [layer for note in found for layer in note["layers"]]
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
-    linear_bytes = sum(by_module[exported_name(plan, layer["module"])] for layer in layers)
+    names = [exported_name(plan, layer["module"]) for layer in layers]
+    if lacking := [name for name in [*names, *([head["module"]] if head is not None else [])] if name not in by_module]:
+        raise CheckpointError(
+            f"{writer.work} holds no {lacking[0]}, which its notes say is compressed; remove it and start again"
+        )
+    linear_bytes = sum(by_module[name] for name in names)
     dense = (
         whole if before.basis is not None and before.depth is None else plan
     )  # a basis pass may have given the head weights of its own

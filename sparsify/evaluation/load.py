@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsify.data.fitting import vocabulary_of
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.formats.belonging import check_tensors
 from sparsify.formats.foreign import dequantized, described, is_native, reads_foreign
 from sparsify.model import pretrained
@@ -89,7 +89,9 @@ def load_vocabulary(spec: str | Path) -> int | None:
     checkpoint = open_checkpoint(spec)
     try:
         return vocabulary_of(pretrained.load_config(checkpoint.directory, str(spec)))
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
+    except SparsifyError:
+        raise
+    except Exception:
         return None  # loading the model says what is wrong
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from sparsify.data.fitting import refuse_surrogates
 from sparsify.errors import SparsifyError
-from sparsify.files import atomic_write, encoding_problem, kind_problem
+from sparsify.files import atomic_write, encoding_problem, expanded, kind_problem, path_problem
 
 SUFFIX = ".jsonl"
 FORMS = (("question", "choices"), ("context", "endings"))
@@ -87,7 +87,9 @@ def read_tasks(place: str | Path, limit: int | None = None) -> list[TaskFile]:
     """
     if limit is not None and limit < 1:
         raise SparsifyError(f"--limit {limit} leaves no items; give at least 1")
-    place = Path(str(place).removeprefix("file:")).expanduser()
+    place = expanded(str(place).removeprefix("file:"))
+    if problem := path_problem(place):
+        raise SparsifyError(f"{str(place)[:100]!r} {problem}")
     if place.is_dir():
         files = sorted(place.glob(f"*{SUFFIX}"))
         if not files:

@@ -14,7 +14,7 @@ from sparsify.data.calibration import calibration_tokens
 from sparsify.data.fitting import refuse_beyond, vocabulary_of
 from sparsify.errors import SparsifyError
 from sparsify.evaluation.score import chunked
-from sparsify.files import encoding_problem, kind_problem
+from sparsify.files import encoding_problem, expanded, kind_problem
 from sparsify.recipe.schema import Calibration
 
 SELF = "self"
@@ -70,9 +70,9 @@ def file_chunks(
 
     vocabulary: how many tokens the model has an embedding for; a token beyond is refused by name.
     """
-    path = Path(str(path).removeprefix("file:")).expanduser()
+    path = expanded(str(path).removeprefix("file:"))
     if problem := kind_problem(path):
-        raise SparsifyError(f"{path}: the evaluation text {problem}")
+        raise SparsifyError(f"{str(path)[:200]}: the evaluation text {problem}")
     try:
         text = path.read_text(encoding="utf-8-sig")
         problem = encoding_problem(path) if "\0" in text else None

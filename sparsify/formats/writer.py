@@ -65,14 +65,29 @@ class _Record:
         try:
             record = json.loads(metadata["sparsify"])
             for key in ("packed", "plain"):
-                record[key] = {
-                    module: ModuleScheme(**{**scheme, "shape": tuple(scheme["shape"])})
-                    for module, scheme in record[key].items()
-                }
-            return cls(**record)
+                record[key] = {module: _scheme(scheme) for module, scheme in record[key].items()}
+            whole = cls(**record)
+            if not (
+                isinstance(whole.hidden, list) and isinstance(whole.reasons, dict) and isinstance(whole.format, str)
+            ):
+                raise TypeError
+            if not all(isinstance(text, str) for text in (*whole.hidden, *whole.reasons.values())):
+                raise TypeError
+            return whole
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             work = file.parent.parent
             raise CheckpointError(f"{file} is no part of a sparsify run; remove {work} and start again") from None
+
+
+def _scheme(given: Mapping[str, Any]) -> ModuleScheme:
+    """A scheme as `to_metadata` wrote it. Raises TypeError or ValueError for anything else."""
+    outputs, inputs = given["shape"]
+    scheme = ModuleScheme(**{**given, "shape": (outputs, inputs)})
+    if not all(isinstance(number, int) for number in (scheme.bits, scheme.group_size, outputs, inputs)):
+        raise TypeError
+    if not isinstance(scheme.pattern, str) or not isinstance(scheme.symmetric, bool):
+        raise TypeError
+    return scheme
 
 
 class CheckpointWriter:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparsify.errors import CheckpointError, MissingDependency
-from sparsify.files import atomic_directory, cache_directory, kind_problem, read_json
+from sparsify.files import atomic_directory, cache_directory, kind_problem, path_problem, read_json
 from sparsify.fingerprint import combined, file_digest, file_digests
 from sparsify.model.belonging import refuse_badly_loaded
 from sparsify.model.pretrained import refuse_foreign_code
@@ -252,6 +252,8 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
     Raises CheckpointError when it is missing or damaged, MissingDependency when a package is needed to read it.
     """
     text = str(spec)
+    if problem := path_problem(text):
+        raise CheckpointError(f"the model {text[:100]!r} {problem}")
     if text.startswith("embedded:"):
         checkpoint = Checkpoint(text, _from_gguf(_embedded_file(text.removeprefix("embedded:"))))
     elif text.endswith(".gguf"):

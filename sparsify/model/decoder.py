@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import compute
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.model.belonging import carried_over, differences, refuse
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.experts import (
@@ -243,9 +243,9 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, 
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model: nn.Module = causal_lm_of(config, checkpoint.directory, checkpoint.spec, dtype=dtype)
-    except (
-        ValueError, KeyError, TypeError, AttributeError, OSError, ArithmeticError, AssertionError, RuntimeError, MemoryError,
-    ) as error:  # fmt: skip
+    except SparsifyError:
+        raise
+    except Exception as error:  # a config decides what of transformers runs, and what it runs into
         told = (str(error).splitlines() or [""])[0][:LONGEST]
         raise CheckpointError(
             f"{checkpoint.spec}: transformers cannot build this model from config.json: {told or type(error).__name__}"
@@ -260,7 +260,8 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None, separa
     separate: take the experts of a mixture apart into linears, where that is possible (`BlockModel.fused`)
     """
     if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "an unknown method")
+        said = checkpoint.config["quantization_config"]
+        method = said.get("quant_method", "an unknown method") if isinstance(said, dict) else "an unknown method"
         raise CheckpointError(
             f"{checkpoint.spec} is compressed already ({method}); give the dense model it was made from"
         )

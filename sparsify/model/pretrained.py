@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sparsify.errors import CheckpointError
+from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.files import read_json
 from sparsify.model.belonging import refuse_badly_loaded
 from sparsify.model.permissions import trusts_remote_code
@@ -37,11 +37,23 @@ def load_config(directory: str | Path, spec: str | None = None) -> Any:
 
 
 def load_tokenizer(directory: str | Path, spec: str | None = None, **settings: Any) -> Any:
-    """The tokenizer of a model. settings: of `AutoTokenizer.from_pretrained`."""
+    """The tokenizer of a model. settings: of `AutoTokenizer.from_pretrained`.
+
+    OSError, ValueError, KeyError or ImportError of transformers where it has none; CheckpointError where it is damaged.
+    """
     from transformers import AutoTokenizer
 
-    with _named(directory, spec):
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trusts_remote_code(), **settings)
+    try:
+        with _named(directory, spec):
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=trusts_remote_code(), **settings)
+    except (SparsifyError, OSError, ValueError, KeyError, ImportError):
+        raise
+    except Exception as error:  # the library of fast tokenizers raises this very class
+        told = " ".join(str(error).split())[:LONGEST] or type(error).__name__
+        raise CheckpointError(
+            f"{spec or directory}: its tokenizer cannot be read ({told}); copy tokenizer.json and tokenizer_config.json from "
+            "the dense model"
+        ) from None
 
 
 def load_causal_lm(directory: str | Path, spec: str | None = None, **settings: Any) -> Any:

@@ -80,9 +80,9 @@ def parse_archs(text: str) -> tuple[int, ...]:
     archs = set()
     for part in text.split(","):
         number = part.strip().lower().removeprefix("sm_").replace(".", "")
-        if not number.isdigit() or int(number) < OLDEST:
+        if not re.fullmatch("[0-9]{2,4}", number) or int(number) < OLDEST:
             raise SparsifyError(
-                f"--arch {part.strip()!r} is no GPU architecture that has 2:4 tensor cores: write numbers from 80, as in "
+                f"--arch {part.strip()[:100]!r} is no GPU architecture that has 2:4 tensor cores: write numbers from 80, as in "
                 "80,86,89,90,100,120"
             )
         archs.add(int(number))

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sparsify.errors import RecipeError
-from sparsify.files import encoding_problem, kind_problem
+from sparsify.files import encoding_problem, expanded, kind_problem, path_problem
 from sparsify.recipe import llmcompressor
 from sparsify.recipe.builtin import ready_recipes
 from sparsify.recipe.document import Document, dump, parse
@@ -159,7 +159,9 @@ def _validated(document: Document, overrides: Sequence[str], model: str | None) 
 
 def find_recipe(source: str | Path) -> Path:
     """The file meant by a path or by the name of a ready recipe. A file wins over a name, a directory does not."""
-    path = Path(source).expanduser()
+    if problem := path_problem(source):
+        raise RecipeError(f"'{str(source)[:100]}' {problem}")
+    path = expanded(source)
     ready = ready_recipes()
     if path.is_file():
         return path

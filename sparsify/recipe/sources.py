@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sparsify.files import expanded, path_problem
+
 SELF = "self"
 
 
@@ -28,9 +30,11 @@ def source_problem(text: str) -> str | None:
         return None
     scheme, colon, rest = text.partition(":")
     if not colon or scheme not in ("file", "hub"):
-        if Path(text).expanduser().is_file():
+        if path_problem(text) is None and expanded(text).is_file():
             return f"source '{text}' is a file: write file:{text}"
         return f"source '{text}' is not one of {forms}"
+    if scheme == "file" and (problem := path_problem(rest)):
+        return f"source '{text[:100]}' {problem}"
     if not rest:
         return f"source '{text}' names nothing after the colon; write {forms}"
     if scheme == "hub":
@@ -46,7 +50,7 @@ def parse_source(text: str) -> Source:
         return Source("self")
     scheme, _, rest = text.partition(":")
     if scheme == "file":
-        return Source("file", path=Path(rest).expanduser())
+        return Source("file", path=expanded(rest))
     dataset, config, split = (rest.split(":") + ["", ""])[:3]
     return Source("hub", dataset=dataset, config=config or None, split=split or "train")
 

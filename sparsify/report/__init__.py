@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
 
 from sparsify.errors import CheckpointError
 from sparsify.files import atomic_write, read_json
@@ -35,8 +38,11 @@ def write_report(
     search:     search.json of `sparsify search`
     """
     path = Path(path)
+    given = {"run.json": run, "the evaluation": evaluation, "the benchmark": bench, "search.json": search}
+    with _drawing(["metrics.json", *(name for name, record in given.items() if record)]):
+        page = render_page({**_facts(run or {}), **metrics}, evaluation, bench, search).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, render_page({**_facts(run or {}), **metrics}, evaluation, bench, search))
+    atomic_write(path, page)
     return path
 
 
@@ -59,17 +65,32 @@ def report_on(
     directory = Path(directory)
     metrics = read_json(directory / "metrics.json")
     run = read_json(directory / "run.json") if (directory / "run.json").is_file() else None
-    modules = [layer["module"] for layer in metrics["layers"]]
-    head = (metrics.get("head") or {}).get("module")
-    parts = {"compressed": size_parts(open_checkpoint(directory), modules, head)}
+    with _drawing([str(directory / "metrics.json")]):
+        modules = [layer["module"] for layer in metrics["layers"]]
+        head = (metrics.get("head") or {}).get("module")
+        base, sizes = str(metrics["base_model"]), {**metrics["sizes"]}
+        parts = {"compressed": size_parts(open_checkpoint(directory), modules, head)}
     try:
-        parts["dense"] = size_parts(open_dense(dense or metrics["base_model"]), modules, head)
+        parts["dense"] = size_parts(open_dense(dense or base), modules, head)
     except CheckpointError:
         if dense is not None:
             raise  # asked for by name; the base model of an old run may well be gone
     if "dense" in parts:
-        metrics["sizes"] = {**metrics["sizes"], "parts": parts}
+        metrics["sizes"] = {**sizes, "parts": parts}
     return write_report(path or directory / "report.html", metrics, evaluation, bench, run, search)
+
+
+@contextmanager
+def _drawing(records: Sequence[str]) -> Iterator[None]:
+    """Turn what is raised over a record that is not as sparsify writes it into one sentence."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
+        files = " or ".join(records)
+        raise CheckpointError(
+            f"the report cannot be drawn, since {files} is not as sparsify writes it ({type(error).__name__}: {str(error)[:200]}); "
+            "run the command that wrote it again"
+        ) from error
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,11 +36,11 @@ def parse_budget(text: str) -> Budget:
     kind, equals, value = (part.strip() for part in text.partition("="))
     if not equals or kind not in KINDS:
         raise RecipeError(
-            f"--budget {text}: write one of {', '.join(f'{k}=... ({said})' for k, said in KINDS.items())}"
+            f"--budget {text[:100]}: write one of {', '.join(f'{k}=... ({said})' for k, said in KINDS.items())}"
         )
     units = {"bytes": UNITS, "speed": {"": 1, "x": 1}}.get(kind, {"": 1})
     found = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)", value)
     number = float(found[1]) * units[found[2]] if found and found[2] in units else math.nan
     if not (math.isfinite(number) and number > 0):
-        raise RecipeError(f"--budget {text}: '{value}' is no positive number; it means {KINDS[kind]}")
+        raise RecipeError(f"--budget {text[:100]}: '{value[:100]}' is no positive number; it means {KINDS[kind]}")
     return Budget(kind, number, f"{kind}={value.replace(' ', '')}")

@@ -54,7 +54,7 @@ def choice_named(name: str) -> Choice:
         if found and choice.name == found[1] and (found[2] is None or choice.bits < 16):
             return replace(choice, group_size=GROUP_SIZES[found[2]] if found[2] else None)
     raise RecipeError(
-        f"choice '{name}' is unknown; choose from {', '.join(choice.name for choice in CHOICES)}; 8 and 4 bits may name "
+        f"choice '{name[:100]}' is unknown; choose from {', '.join(choice.name for choice in CHOICES)}; 8 and 4 bits may name "
         f"their group size, as in 2:4-4-channel ({', '.join(GROUP_SIZES)})"
     )
 

@@ -21,7 +21,7 @@ from sparsify.compiler.calibrate import KERNELS, kept_rows
 from sparsify.compiler.checkpoint_names import part_name
 from sparsify.compiler.plan import Plan
 from sparsify.distributed import device
-from sparsify.files import read_json
+from sparsify.files import as_written, read_json
 from sparsify.manifest import keep_json
 from sparsify.model.decoder import open_blocks
 from sparsify.model.linear import LinearWeights
@@ -131,11 +131,17 @@ def _complete(unit: Unit, solved: Solved) -> bool:
 
 
 def _read(files: Sequence[Path]) -> Measurements:
-    return {
-        unit: {choice: Measured(**values) for choice, values in choices.items()}
-        for file in files
-        for unit, choices in read_json(file).items()
-    }
+    found: Measurements = {}
+    for file in files:
+        with as_written(file):
+            for unit, choices in read_json(file).items():
+                found[unit] = {choice: _one(**values) for choice, values in choices.items()}
+    return found
+
+
+def _one(kl: float, error: float | None) -> Measured:
+    """A measurement as `Measured.to_json` gave it."""
+    return Measured(float(kl), None if error is None else float(error))
 
 
 def _fits(plan: Plan, precision: torch.dtype) -> bool:

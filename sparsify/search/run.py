@@ -23,7 +23,7 @@ from sparsify.compiler.checkpoint_names import exported_name, refuse_unstorable
 from sparsify.compiler.plan import Plan, keep_zeros, make_plan
 from sparsify.distributed import processes
 from sparsify.errors import CheckpointError, RecipeError, SparsifyError
-from sparsify.files import atomic_write, publish, read_json, write_json
+from sparsify.files import as_written, atomic_write, publish, read_json, write_json
 from sparsify.formats.writer import partial_directory
 from sparsify.lock import only_run
 from sparsify.manifest import MANIFEST, refuse_damaged, seal, unsound
@@ -296,8 +296,10 @@ def _record(place: Path, plan: Plan, output: Path, settings: Settings, resume: b
             raise CheckpointError(
                 f"{place} holds the beginning of an interrupted search; go on with --resume, or remove that directory"
             )
-        before = read_json(file)
-        if changed := [RECORDED[key] for key in record if before.get(key) != record[key]]:
+        with as_written(file):
+            before = read_json(file)
+            changed = [RECORDED[key] for key in record if before.get(key) != record[key]]
+        if changed:
             raise CheckpointError(
                 f"{place} was measured with another {changed[0]}; search with the same one, or into another output"
             )

@@ -13,7 +13,7 @@ from sparsify.compiler.apply import apply
 from sparsify.compiler.metrics import METRICS, RECIPE
 from sparsify.errors import CheckpointError
 from sparsify.evaluation import load_model, score_models
-from sparsify.files import read_json
+from sparsify.files import as_written, read_json
 from sparsify.formats.writer import partial_directory
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.progress import progress
@@ -65,7 +65,8 @@ def verify(
     if isinstance(score, Exception):
         raise score
     assert reference is not None
-    nbytes = read_json(directory / METRICS)["sizes"]["compressed_bytes"]
+    with as_written(directory / METRICS):
+        nbytes = int(read_json(directory / METRICS)["sizes"]["compressed_bytes"])
     bits = 8 * linear_bytes(directory, linears) / weights
     return Verified(score.mean_kl, score.perplexity, reference.perplexity, bits, nbytes)
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sparsify.errors import CheckpointError
+
 WINDOW = 10  # steps, at most, that the loss at the start is the mean of
 RISE = 1.5  # the smoothed loss above so many times its start means divergence: batches differ, but not by half
 GOOD = 1.25  # above this no state is saved over an earlier, better one
@@ -66,7 +68,17 @@ class LossWatch:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> LossWatch:
-        return cls(int(saved["window"]), list(saved["losses"]), float(saved["smoothed"]))
+        """What `to_json` gave. CheckpointError for anything else."""
+        try:
+            losses = [{key: float(value) for key, value in step.items()} for step in saved["losses"]]
+            if not losses or any("loss" not in step or step.keys() != losses[0].keys() for step in losses):
+                raise ValueError("no loss of every step")
+            return cls(max(1, int(saved["window"])), losses, float(saved["smoothed"]))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the losses kept in a checkpoint of the training are damaged ({error}); remove that checkpoint, and resume "
+                "from the one before"
+            ) from None
 
 
 def _mean(steps: list[dict[str, float]], key: str) -> float:

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from sparsify.data.mixture import draw
 from sparsify.distributed import is_main, main_first, processes
 from sparsify.errors import CheckpointError, MissingDependency, NumericalError
-from sparsify.files import publish, read_json, write_json
+from sparsify.files import as_written, publish, read_json, write_json
 from sparsify.manifest import damage, seal
 from sparsify.progress import Task, progress_bar, say
 from sparsify.recipe import Distill, Finetune
@@ -353,7 +353,8 @@ class DistillTrainer(Trainer):
             self.remember_masks()
         if self.measured is not None:
             self.best = load_file(directory / BEST, str(device))
-            self.measured.found = [(int(step), float(found)) for step, found in read_json(directory / MEASURED)]
+            with as_written(directory / MEASURED):
+                self.measured.found = [(int(step), float(found)) for step, found in read_json(directory / MEASURED)]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:

@@ -19,7 +19,7 @@ from sparsify.formats.foreign.fp8 import Fp8
 from sparsify.formats.foreign.gptq import Gptq
 from sparsify.formats.foreign.own import find_own
 from sparsify.formats.foreign.scheme import Found, Infos, Scheme
-from sparsify.formats.scheme import FLOATS
+from sparsify.formats.scheme import AGAIN, FLOATS
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint
 
 __all__ = [
@@ -38,6 +38,7 @@ BESIDE = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
 }  # of AutoGPTQ and AutoAWQ, where config.json says nothing
+WORDS = ("quant_method", "format", "checkpoint_format", "strategy", "type")  # keys whose values are text
 GENERIC = {"weight", "meta", "shape", "compressed", "scales"}  # last components that an ordinary tensor may have
 READ_BY = {
     "aqlm": "transformers with aqlm", "bitnet": "transformers", "bitsandbytes": "transformers with bitsandbytes",
@@ -114,6 +115,7 @@ def described(checkpoint: Checkpoint) -> dict[str, Any] | None:
             if (config := level.get(key)) is not None:
                 if not isinstance(config, dict):
                     raise CheckpointError(f"{checkpoint.spec}: {key} in config.json must be an object")
+                _refuse_other_kinds(checkpoint, config)
                 _refuse_transforms(checkpoint, config)
                 return config
     marks = {mark for scheme in SCHEMES for mark in scheme.marks}
@@ -125,11 +127,27 @@ def described(checkpoint: Checkpoint) -> dict[str, Any] | None:
         if (checkpoint.directory / name).is_file():
             config = read_json(checkpoint.directory / name)
             if isinstance(config, dict):
+                _refuse_other_kinds(checkpoint, config)
                 return {"quant_method": method, **config}
     raise CheckpointError(
         f"{checkpoint.spec} holds {odd}, a tensor of a quantized weight, but its config.json has no quantization_config that "
         "says how; get the config.json that belongs to these files"
     )
+
+
+def _refuse_other_kinds(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """CheckpointError where what every scheme compares with words is no word."""
+    groups = config.get("config_groups")
+    levels = [config, config.get("sparsity_config"), *(groups.values() if isinstance(groups, dict) else ())]
+    levels += [level.get("weights") for level in levels[2:] if isinstance(level, dict)]
+    for level in levels:
+        for key in WORDS:
+            value = level.get(key) if isinstance(level, dict) else None
+            if value is not None and not isinstance(value, str):
+                raise CheckpointError(
+                    f"{checkpoint.spec}: {key} in what its config says of the quantization must be text, not "
+                    f"{str(value)[:100]}; {AGAIN}"
+                )
 
 
 def _refuse_transforms(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
+from sparsify.formats.config_groups import names_in
 from sparsify.formats.foreign.scheme import (
     HALVES,
     Found,
@@ -55,7 +56,7 @@ class Awq:
             raise CheckpointError(f"quantization_config: AWQ with {bits!r} bits is not read, only 4")
         if not isinstance(size, int) or size == 0 or size < -1:
             raise CheckpointError(f"quantization_config: group_size must be positive or -1, found {size!r}; {NOT_OWN}")
-        kept = config.get("modules_to_not_convert") or []
+        kept = names_in(config, "modules_to_not_convert")
         modules = {}
         for module in names_ending(infos, "qweight"):
             if any(module == name or module.startswith(f"{name}.") for name in kept):

@@ -160,12 +160,13 @@ def _targets(config: Mapping[str, Any]) -> dict[str, _Group]:
 def _group(name: str, weights: Mapping[str, Any], group: Mapping[str, Any], config: Mapping[str, Any]) -> _Group:
     format = group.get("format") or config.get("format")
     bits, size, kind = weights.get("num_bits", 8), weights.get("group_size"), weights.get("type", "int")
-    inferred = "tensor" if size is None else "group" if size > 0 else "channel"
+    inferred = "tensor" if size is None else "group" if isinstance(size, int) and size > 0 else "channel"
     strategy = weights.get("strategy") or inferred
     known = (
         format in FORMATS
         and kind in ("int", "float")
         and strategy in ("tensor", "channel", "group", "block", "tensor_group")
+        and (size is None or isinstance(size, int))
     )
     grouped = strategy not in ("group", "tensor_group") or (isinstance(size, int) and size > 0)
     if not known or not grouped or not isinstance(bits, int) or not 1 <= bits <= 8:
@@ -174,6 +175,8 @@ def _group(name: str, weights: Mapping[str, Any], group: Mapping[str, Any], conf
             f"format {format!r} are not read; start from the dense model, or decompress with compressed-tensors"
         )
     block = block_size(weights.get("block_structure")) if strategy == "block" else None
+    if strategy == "block" and block is None:
+        raise CheckpointError(f"quantization_config, {name}: the strategy block needs a block_structure; {AGAIN}")
     symmetric = bool(weights.get("symmetric", True))
     activations = group.get("input_activations") is not None or group.get("output_activations") is not None
     return _Group(str(format), bits, kind == "float", symmetric, strategy, size, block, activations)

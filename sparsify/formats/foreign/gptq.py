@@ -91,13 +91,13 @@ def _settings(config: Mapping[str, Any], override: Mapping[str, Any]) -> _Settin
     format = merged.get("checkpoint_format") or merged.get("format") or "gptq"
     if merged.get("is_marlin_format"):
         format = "marlin"
-    if format not in VERSIONS:
+    if not isinstance(format, str) or format not in VERSIONS:
         raise CheckpointError(
             f"quantization_config: GPTQ in the checkpoint format {format!r} is not read, only gptq and gptq_v2; load it with "
             "GPTQModel and save it as gptq, or take the model's gptq version"
         )
     bits, size = merged.get("bits"), merged.get("group_size", -1)
-    if bits not in BITS:
+    if not isinstance(bits, int) or bits not in BITS:
         raise CheckpointError(f"quantization_config: GPTQ with {bits!r} bits is not read, only 2, 3, 4 and 8")
     if not isinstance(size, int) or size == 0 or size < -1:
         raise CheckpointError(f"quantization_config: group_size must be positive or -1, found {size!r}; {NOT_OWN}")
@@ -120,6 +120,8 @@ def _override(dynamic: Mapping[str, Any], module: str) -> Mapping[str, Any] | No
             raise CheckpointError(
                 f"quantization_config: dynamic {pattern[:100]!r} is no regular expression ({error})"
             ) from None
+        if override is not None and not isinstance(override, dict):
+            raise CheckpointError(f"quantization_config: dynamic {pattern[:100]!r} must name an object; {NOT_OWN}")
         return None if pattern.startswith("-:") else override or {}
     return {}
 
