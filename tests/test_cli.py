@@ -191,6 +191,16 @@ def test_exit_status_of_the_outcome(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             1,
             "error: Input/output error; finished blocks are kept",
         ),
+        (
+            RuntimeError("unable to mmap 117112 bytes from file </o/a.safetensors>: Input/output error (5)"),
+            1,
+            "error: Input/output error (/o/a.safetensors); finished blocks are kept",
+        ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 46336 vs 46224"),
+            1,
+            "error: Input/output",
+        ),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), 1, "error: Input/output error; finished"),
         (
             MemoryError(),

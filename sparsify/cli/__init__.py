@@ -36,9 +36,10 @@ INTERRUPTED = 130  # exit status, as shells have it: 128 + SIGINT
 NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars of libraries, where none can be drawn
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_MEMORY = re.compile(r"can't allocate memory|[Oo]ut of memory|std::bad_alloc|Cannot allocate memory")
-RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers
+# How safetensors and tokenizers, and torch where it maps a file, pass on a number of the operating system
+PASSED_ON = re.compile(r"\(os error (\d+)\)|unable to (?:mmap|open|stat|resize)\b.* file <.*>.*\((\d+)\)", re.DOTALL)
 LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|TCPStore")  # of torch.distributed
-TORCH_WRITER = "PytorchStreamWriter failed"  # what torch.save says of a file that it could not write
+TORCH_WRITER = ("PytorchStreamWriter failed", "inline_container.cc")  # torch.save, of a file that it could not write
 PIPE_WIDTH = 160  # columns of a table that is not printed on a terminal
 
 
@@ -156,14 +157,15 @@ def system_error(error: BaseException) -> int | None:
         return errno.ENOMEM
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    if (told := RUST.search(str(error))) is not None:
-        return int(told[1])
+    if (told := PASSED_ON.search(str(error))) is not None:
+        return int(told[1] or told[2])
     if "No space left on device" in str(error):
         return errno.ENOSPC
-    return errno.EIO if TORCH_WRITER in str(error) else None
+    return errno.EIO if any(words in str(error) for words in TORCH_WRITER) else None
 
 
 def at_file(error: BaseException) -> str:
     """The file that an error names, in brackets behind a space, or nothing."""
-    name = getattr(error, "filename", None)
+    mapped = re.search(r"file <(.+?)>", str(error))
+    name = getattr(error, "filename", None) or (mapped and mapped[1])
     return f" ({name})" if name else ""
