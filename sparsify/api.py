@@ -70,7 +70,7 @@ class Result:
         """The summary that the command line shows."""
         from sparsify.compiler.summary import summary
 
-        return summary(self.metrics, str(self.output or "in memory"))
+        return summary(self.metrics, str(self.output or "in memory"), self.record)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: the output directory, the metrics, and under `run` the record."""

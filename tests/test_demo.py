@@ -19,7 +19,7 @@ from tests.bench.conftest import fake_vllm, write_checkpoint
 
 __all__ = ["fake_vllm"]
 
-OPERATIONS = {"walk": 30 * 10**12, "sweep": 10 * 10**12}
+OPERATIONS = {"forward": 30 * 10**12, "sweep": 10 * 10**12}
 CONFIG = {"max_position_embeddings": 2048, "vocab_size": 49152}
 
 
@@ -106,7 +106,7 @@ def test_cost_is_held_against_the_peak():
     assert cost.ratio == pytest.approx(300 / (40e12 / (0.8 * 200e9))) == pytest.approx(1.2)
     assert "300 s for 40 TFLOP in float32, 1.20 times as long as at 80% of the 200 GFLOP/s" in cost.sentence()
     mixed = demo.CompileCost(
-        3, {"walk": 8 * 10**12, "sweep": 10**12}, "bfloat16", 2, {"bfloat16": 8e12, "float32": 1e12}
+        3, {"forward": 8 * 10**12, "sweep": 10**12}, "bfloat16", 2, {"bfloat16": 8e12, "float32": 1e12}
     )
     assert mixed.ratio == pytest.approx(3 * 0.8 / 2), "the solver is held against the float32 peak"
     assert "8 TFLOP in bfloat16 and 1 TFLOP in float32" in mixed.sentence()

@@ -21,7 +21,7 @@ from sparsify.cli.parser import command_parser
 # A module may import from those above it, never from those below.
 ORDER = (
     "_version", "errors", "failure", "matching", "files", "units", "processor", "threads", "distributed", "memory", "compute",
-    "progress", "lock", "manifest", "native", "fingerprint", "recipe", "model", "data", "formats", "solver", "training",
+    "phases", "progress", "lock", "manifest", "native", "fingerprint", "recipe", "model", "data", "formats", "solver", "training",
     "depth", "basis", "compiler", "runtime", "evaluation", "bench", "search", "report", "api", "demo", "doctor", "cli", "__main__",
 )  # fmt: skip
 

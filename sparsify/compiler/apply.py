@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sparsify import phases
 from sparsify._version import __version__
 from sparsify.compiler.arithmetic import Arithmetic, announced, begin, computed
 from sparsify.compiler.calibrate import CALIBRATION, calibration_rows, compress_on_data, own_rows
@@ -38,6 +39,7 @@ from sparsify.compiler.plan import Plan, keep_zeros, make_plan, saved_plan
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.rebase import rebase
 from sparsify.compiler.run import Run
+from sparsify.compiler.run_phases import phases_of
 from sparsify.compiler.shorten import shorten
 from sparsify.compiler.training_text import HELD_OUT, ROWS, read_ahead
 from sparsify.distributed import is_main, join, main_first, processes, wait_for_all
@@ -91,7 +93,7 @@ def apply(
     Raises SparsifyError for anything a user can mend. Nothing appears under `output` before it is complete.
     """
     join()
-    with only_run(Path(output)), peak_anonymous() as peak:
+    with only_run(Path(output)), peak_anonymous() as peak, phases.measured():
         if resume and processes() == 1 and (done := _published(recipe, Path(output))) is not None:
             return done
         carry_out = partial(_carry_out, evaluate=evaluate, called=called)
@@ -255,7 +257,7 @@ def _replaced(value: Any, old: str, new: str) -> Any:
 
 def _record(run: Run, seconds: float, training_seconds: float) -> dict[str, Any]:
     """What run.json says: versions, machine and times, none of which the model depends on."""
-    whole = run.before.plan
+    plan, whole = run.plan, run.before.plan
     return {
         "sparsify": __version__,
         "llmcompressor": read_json(note)["llmcompressor"]
@@ -268,6 +270,7 @@ def _record(run: Run, seconds: float, training_seconds: float) -> dict[str, Any]
         "processes": processes(),
         "seconds": round(seconds, 1),
         "training_seconds": round(training_seconds, 1),
+        "phases": phases_of(plan, resumed=bool(run.finished)),
         "peak_anonymous_bytes": run.peak.sample(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "resumed_after_blocks": len(run.finished - {OUTSIDE}),
@@ -324,7 +327,8 @@ def shortened(plan: Plan, writer: CheckpointWriter, resume: bool, quiet: bool, l
         if not (writer.work / DEPTH_NOTE).exists():  # written last: the directory was compared with the old model
             _discard(short)
             seed = plan.recipe.calibration.seed
-            keep_json(writer.work / DEPTH_NOTE, shorten(depth, spec, tokens, short, seed, quiet))
+            with phases.phase("depth", whole=True):
+                keep_json(writer.work / DEPTH_NOTE, shorten(depth, spec, tokens, short, seed, quiet))
     note = read_json(writer.work / DEPTH_NOTE)
     passes_left = [
         step.model_copy(update={"teacher": model})
@@ -350,7 +354,8 @@ def rebased(plan: Plan, before: Before, writer: CheckpointWriter, quiet: bool) -
     if not file.exists():  # written last
         if is_main():
             _discard(directory)
-        note = rebase(recipe.basis, plan, tokens, directory, quiet)
+        with phases.phase("basis", whole=True):
+            note = rebase(recipe.basis, plan, tokens, directory, quiet)
         if is_main():
             keep_json(file, note)
     wait_for_all()

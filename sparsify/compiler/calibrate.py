@@ -31,6 +31,7 @@ from sparsify.model.linear import LinearWeights
 from sparsify.model.pretrained import load_tokenizer
 from sparsify.model.sequential import BlockVisit, GroupVisit, Walk
 from sparsify.native.build import build_ahead
+from sparsify.phases import phase
 from sparsify.progress import Task, progress_bar, say, stage
 from sparsify.recipe import Calibration
 from sparsify.solver.hessian import accumulated
@@ -80,15 +81,16 @@ def text_rows(plan: Plan, calibration: Calibration, quiet: bool) -> Tensor:
             f"{plan.checkpoint.spec} has no tokenizer, which calibration text needs ({str(error).splitlines()[0]}); "
             "give it one (in Python tokenizer=...), or calibrate on token ids"
         ) from None
-    return calibration_tokens(
-        calibration,
-        tokenizer,
-        lambda: open_writer(plan.checkpoint.loadable_directory(), dtype),
-        cache_dir=cache_directory() / "calibration",
-        key=lambda: writer_key(plan.checkpoint, dtype),
-        quiet=quiet,
-        vocabulary=_embedding_rows(plan),
-    )
+    with phase("calibration text", whole=True):
+        return calibration_tokens(
+            calibration,
+            tokenizer,
+            lambda: open_writer(plan.checkpoint.loadable_directory(), dtype),
+            cache_dir=cache_directory() / "calibration",
+            key=lambda: writer_key(plan.checkpoint, dtype),
+            quiet=quiet,
+            vocabulary=_embedding_rows(plan),
+        )
 
 
 def compress_on_data(run: Run) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.basis.residual import SAMPLED
 from sparsify.compiler.shorten import SEARCHED_ROWS
+from sparsify.model.sequential import DENSE_FORWARD, FORWARD
 from sparsify.recipe.methods import needs_of
 from sparsify.recipe.schema import Basis, SelfText
 from sparsify.recipe.sources import SELF
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sparsify.compiler.shorten import PlannedDepth
 
 SOLVER = (
+    "factors",
     "masks",
     "sweep",
     "coordinate descent",
@@ -52,11 +54,13 @@ class Group:
 
 
 def count_operations(plan: Plan) -> dict[str, int]:
-    """Operations of every part of a run up to its training passes; parts that a recipe does not have are left out.
+    """Operations of every part of a run up to its training passes; parts that a recipe does not have are left out. Parts have
+    the names of the phases that `sparsify.phases` times.
 
     "self-written text": what the model computes to write its calibration text, where that is not in the cache yet
-    "walk": both streams through the blocks; "statistics": X'X and Xd'X of every group, and X'X of the head
-    "masks", "sweep", "coordinate descent", "errors": the solver, linears and head together; "tune": the training of blocks
+    "forward", "dense forward": both streams through the blocks; "statistics": X'X and Xd'X of every group, and X'X of the head
+    "factors", "masks", "sweep", "coordinate descent", "errors": the solver, linears and head together; "tune": the training of
+    blocks
     "basis": the forward pass and statistics that a basis is chosen by, and the steps of the residual stream's rotation
     "depth": the scores of a depth pass
     """
@@ -68,7 +72,9 @@ def count_operations(plan: Plan) -> dict[str, int]:
     walk = 0.0
     if plan.needs_data:
         walk = _forward(plan, tokens)
-        parts["walk"] = share * walk * (2 if plan.needs_dense_reference else 1)
+        parts[FORWARD] = share * walk
+        if plan.needs_dense_reference:
+            parts[DENSE_FORWARD] = share * walk
     for group in groups_of(plan):
         schemes = [scheme for _, scheme in group.members]
         if any(scheme.needs_data for scheme in schemes):
@@ -101,14 +107,14 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
     if scheme.sweeps or scheme.error_propagation > 0:
         # Cholesky K^3/3 and the inverse of a triangle K^3/3; once more in the order of the activations, or after a mask
         times = 2 if scheme.sweeps and (scheme.activation_order or scheme.prune == "alps") else 1
-        parts["sweep"] = times * 2 * cube / 3
+        parts["factors"] = times * 2 * cube / 3
     if scheme.error_propagation > 0:
-        parts["sweep"] += 4 * weights * k  # one product, and two with a triangle
+        parts["factors"] += 4 * weights * k  # one product, and two with a triangle
     if scheme.prune == "alps":
         # the eigenvectors, W H, and two products with them in every iteration
         parts["masks"] = EIGEN * cube + (2 + 4 * ITERATIONS) * weights * k
     if scheme.sweeps:
-        parts["sweep"] += weights * k  # every input is repaired by the K/2 after it, on average
+        parts["sweep"] = weights * k  # every input is repaired by the K/2 after it, on average
     if (grid := scheme.grid(k)) is not None:
         ratios = len(SHRINK) if grid.search else 1
         parts["sweep"] = parts.get("sweep", 0) + TRY_SCALE * ratios * weights

@@ -26,6 +26,7 @@ from sparsify.formats.reader import CompressedCheckpoint
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.memory import Peak
 from sparsify.model.linear import LinearWeights
+from sparsify.phases import phase
 from sparsify.progress import progress, progress_bar
 from sparsify.recipe.llmcompressor.whole import SAVED
 from sparsify.solver.head_quantization import SolvedHead, solve_head
@@ -117,7 +118,10 @@ class Run:
                     notes.write_layers(index, layer_notes(index, mine, errors))
                 notes.write_training(number, summary)
 
-            train_stage(number, planned, plan.checkpoint, plan.recipe.calibration, self.writer, conclude, self.quiet)
+            with phase(planned.settings.kind, whole=True):
+                train_stage(
+                    number, planned, plan.checkpoint, plan.recipe.calibration, self.writer, conclude, self.quiet
+                )
 
     def compress_without_data(self) -> None:
         """Each weight is read, rewritten and stored; the model never runs."""

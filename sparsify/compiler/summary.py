@@ -18,12 +18,13 @@ from sparsify.compiler.model_card import (
     training_in_words,
 )
 from sparsify.compiler.plan import carried_in_words, kinds_in_words
+from sparsify.compiler.run_phases import phases_in_words
 from sparsify.compiler.shorten import describe_note
 from sparsify.formats.foreign import source_in_words
 
 
-def summary(metrics: Mapping[str, Any], title: str) -> Table:
-    """What metrics.json holds, as the table that a person reads at the end of a run."""
+def summary(metrics: Mapping[str, Any], title: str, record: Mapping[str, Any] | None = None) -> Table:
+    """What metrics.json and run.json (`record`) hold, as the table that a person reads at the end of a run."""
     sizes, layers = metrics["sizes"], metrics["layers"]
     table = Table(title=escape(title), show_header=False)
 
@@ -67,4 +68,6 @@ def summary(metrics: Mapping[str, Any], title: str) -> Table:
     if evaluation := metrics.get("evaluation"):
         for name, value in evaluation_in_words(evaluation):
             add_row(name, value)
+    for name, value in phases_in_words(record) if record else ():
+        add_row(name, value)
     return table

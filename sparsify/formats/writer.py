@@ -30,6 +30,7 @@ from sparsify.manifest import UNSEALED, keep, missing, refuse_damaged, seal, uns
 from sparsify.model.checkpoint import Checkpoint, TensorInfo, read_header
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sidecars import secrets
+from sparsify.phases import phase
 from sparsify.progress import say, stage
 
 RECORD = "writer.json"
@@ -202,7 +203,8 @@ class CheckpointWriter:
         linears: compressed linears by module name; tensors: all other tensors of the part by full name.
         A linear that the format cannot hold is written dense and listed in `dense_modules`.
         """
-        self._write(self._parts, part, linears, tensors)
+        with phase("writing"):
+            self._write(self._parts, part, linears, tensors)
 
     def _write(
         self, directory: Path, part: str, linears: Mapping[str, LinearWeights], tensors: Mapping[str, Tensor]

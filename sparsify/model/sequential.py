@@ -32,8 +32,10 @@ from sparsify.model.decoder import BlockModel
 from sparsify.model.footprint import Footprint, footprint
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups
+from sparsify.phases import phase
 
 TOKENS_PER_MICRO_BATCH = 4096
+FORWARD, DENSE_FORWARD = "forward", "dense forward"  # phases: the compressed model, and the dense one beside it
 
 
 @dataclass
@@ -156,6 +158,7 @@ class _InStep:
     room:  for those that wait; one that finds none is given up and computed anew when it is to go on
     waiting: bytes that one micro-batch holds at every stop; unknown where there is room for everything
     alone: the block writes into what it is given, so every forward needs its own copy
+    phase: that its time counts for
     """
 
     def __init__(
@@ -168,12 +171,13 @@ class _InStep:
         room: Room,
         waiting: Sequence[int],
         alone: bool,
+        phase: str,
     ):
         self.main = getcurrent()
         self.modes = _modes()
         self.block, self.hidden, self.calls, self.index = block, hidden, calls, index
         self.hooks = [stop.register_forward_pre_hook(self._wait) for stop in stops]
-        self.room, self.waiting, self.alone = room, waiting, alone
+        self.room, self.waiting, self.alone, self.phase = room, waiting, alone, phase
         self.passed = 0  # linears where every micro-batch has been
         self.kept: dict[int, tuple[greenlet, int]] = {}
 
@@ -188,10 +192,11 @@ class _InStep:
         None and the output [B, T, d] when it has left the block."""
         run, held = self.kept.pop(i, (None, 0))
         self.room.used -= held
-        if run is None:
-            run, arrived = self._begun(i)
-        else:
-            arrived = run.switch()
+        with phase(self.phase):
+            if run is None:
+                run, arrived = self._begun(i)
+            else:
+                arrived = run.switch()
         if not isinstance(arrived, tuple):
             return None, arrived
         module, x = arrived
@@ -313,8 +318,8 @@ class Walk:
         ]
         dense: _InStep | None = None
         if self.dense is not None:  # first: a block with the hooks of a walk cannot be copied
-            dense = self._step(copy.deepcopy(block), groups, self.dense, index, alone)
-        compressed = self._step(block, groups, self.hidden, index, alone)
+            dense = self._step(copy.deepcopy(block), groups, self.dense, index, alone, DENSE_FORWARD)
+        compressed = self._step(block, groups, self.hidden, index, alone, FORWARD)
         done: dict[str, LinearWeights] = {}
         others: dict[str, Tensor] = {}
         try:
@@ -343,7 +348,8 @@ class Walk:
             else:
                 del x  # it is about to change
                 compressed.close()
-                others = self._tune(index, block, done, tune)
+                with phase("tune", whole=True):
+                    others = self._tune(index, block, done, tune)
         finally:
             compressed.close()
             if dense is not None:
@@ -384,11 +390,13 @@ class Walk:
     ) -> None:
         """Take the hidden states through a block that an earlier run finished with these weights, by full name."""
         block = self._enter(index)
-        for i in range(len(self.dense) if self.dense is not None else 0):
-            self.dense[i] = run_block(block, self.dense[i], self.calls[i][index])  # type: ignore[index]
+        with phase(DENSE_FORWARD):
+            for i in range(len(self.dense) if self.dense is not None else 0):
+                self.dense[i] = run_block(block, self.dense[i], self.calls[i][index])  # type: ignore[index]
         self._place(index, block, linears, others or {})
-        for i in range(len(self.hidden)):
-            self.hidden[i] = run_block(block, self.hidden[i], self.calls[i][index])
+        with phase(FORWARD):
+            for i in range(len(self.hidden)):
+                self.hidden[i] = run_block(block, self.hidden[i], self.calls[i][index])
         self._leave(index)
 
     def head_inputs(self) -> Iterator[Tensor]:
@@ -400,8 +408,9 @@ class Walk:
             yield head_inputs(self.model, part, self.hidden[i])
 
     def _enter(self, index: int) -> nn.Module:
-        self.model.load(index)
-        return self.model.block(index).to(self.device)
+        with phase("reading"):
+            self.model.load(index)
+            return self.model.block(index).to(self.device)
 
     def _leave(self, index: int) -> None:
         self.model.unload(index)
@@ -413,7 +422,7 @@ class Walk:
                 )
 
     def _step(
-        self, block: nn.Module, groups: Sequence[LinearGroup], hidden: Activations, index: int, alone: bool
+        self, block: nn.Module, groups: Sequence[LinearGroup], hidden: Activations, index: int, alone: bool, phase: str
     ) -> _InStep:
         stops: Any = [block.get_submodule(g.names[0]) for g in groups]
         waiting: Sequence[int] = ()
@@ -423,7 +432,7 @@ class Walk:
                 self.footprints[kind] = footprint(block, stops, self.hidden[0].clone(), self.calls[0][index])
             own = self.hidden[0].nbytes if alone else 0
             waiting = [nbytes + own for nbytes in self.footprints[kind].waiting]
-        return _InStep(block, stops, hidden, self.calls, index, self.room, waiting, alone)
+        return _InStep(block, stops, hidden, self.calls, index, self.room, waiting, alone, phase)
 
 
 def rows_of_micro_batch(length: int) -> int:

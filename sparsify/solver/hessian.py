@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsify.distributed import gathered, sum_over_all
 from sparsify.errors import NumericalError
+from sparsify.phases import phase
 from sparsify.solver.gram import cross, gram
 
 RETRIES = 3  # each with ten times the damping
@@ -67,10 +68,11 @@ def accumulated(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Statistics:
     """Statistics of micro-batches as a walk gives them: what linears read in the compressed model and in the dense one,
     [tokens, K] each, None where C is not wanted."""
     sums = HessianAccumulator()
-    for inputs, dense_inputs in batches:
-        sums.add(inputs, dense_inputs)
-        del inputs, dense_inputs  # before the next one is computed
-    return sums.mean()
+    with phase("statistics"):
+        for inputs, dense_inputs in batches:
+            sums.add(inputs, dense_inputs)
+            del inputs, dense_inputs  # before the next one is computed
+        return sums.mean()
 
 
 @dataclass(frozen=True)

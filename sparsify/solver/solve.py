@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsify.distributed import gathered, processes, share
 from sparsify.errors import NumericalError
 from sparsify.model.linear import LinearWeights
+from sparsify.phases import phase
 from sparsify.recipe.methods import KEEP, NOTHING, PRUNE, needs_of
 from sparsify.solver import masks
 from sparsify.solver.column_sweep import column_sweep
@@ -118,7 +119,8 @@ def solve_layer(
             zero_point=_outputs(solved.zero_point, outputs),
         ).validate(name)
         if statistics is not None and measure:
-            errors[name] = relative_error(W[outputs], linears[name].dense(torch.float32), statistics.H)
+            with phase("errors"):
+                errors[name] = relative_error(W[outputs], linears[name].dense(torch.float32), statistics.H)
         start = outputs.stop
     return linears, errors
 
@@ -141,9 +143,10 @@ def _solve(
     diagonal: Tensor | None = None  # of the damped Hessian
     U: Tensor | None = None
     if statistics is not None and (scheme.sweeps or scheme.error_propagation > 0):
-        factors = factor(statistics.H, scheme.damping, name)
-        if statistics.C is not None and scheme.error_propagation > 0:
-            W = propagated_target(W, statistics.C, factors, scheme.error_propagation)
+        with phase("factors"):
+            factors = factor(statistics.H, scheme.damping, name)
+            if statistics.C is not None and scheme.error_propagation > 0:
+                W = propagated_target(W, statistics.C, factors, scheme.error_propagation)
         if factors.dead.any():
             W = W.masked_fill(factors.dead, 0)
         diagonal, U = factors.diagonal, None if scheme.activation_order else factors.inverse_cholesky
@@ -154,17 +157,20 @@ def _solve(
             U = None  # made anew after the mask, for which it would be in the way
         # error propagation moves what is zero; the mask to keep is that of the weights as they were given
         source = given if scheme.prune == KEEP else W
-        mask = _mask(source, H, diagonal if needs.hessian else None, scheme.prune, masks_found)
+        with phase("masks"):
+            mask = _mask(source, H, diagonal if needs.hessian else None, scheme.prune, masks_found)
     if scheme.sweeps:
         assert H is not None and diagonal is not None
         select = masks.METHODS[scheme.prune].select if scheme.prune else None
         swept_to = grid if scheme.quantize == "gptq" else None
         order = activation_order(H, 4 if select else 1) if scheme.activation_order else None
         if U is None:
-            U = factor(H, scheme.damping, name, order).inverse_cholesky
-        solved = column_sweep(W, U, swept_to, mask, select, order, scheme.dtype)
+            with phase("factors"):
+                U = factor(H, scheme.damping, name, order).inverse_cholesky
+        with phase("sweep"):
+            solved = column_sweep(W, U, swept_to, mask, select, order, scheme.dtype)
         del U
-        with damped_in_place(H, diagonal):
+        with damped_in_place(H, diagonal), phase("coordinate descent"):
             solved = coordinate_descent(
                 solved, W, H, scheme.coordinate_descent,
                 grid=swept_to, mask=mask, two_four=needs.sweep, store=scheme.dtype,
@@ -184,7 +190,8 @@ def _solve(
         W = W * mask
     if grid is None:
         return LinearWeights(16, pattern, k, values=W.to(scheme.dtype).contiguous())
-    codes, scale, zero_point = round_to_nearest(W, grid)
+    with phase("sweep"):
+        codes, scale, zero_point = round_to_nearest(W, grid)
     return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale, zero_point=zero_point)
 
 

@@ -63,8 +63,10 @@ def test_a_forward_pass_and_the_writing_of_text(tmp_path):
     products, attention = found["mm"], found["bmm"] * (length + 1) / (2 * length)  # the pairs that the mask leaves
     operations = plan.estimate().operations
     head = 2 * length * plan.model.head_weights()
-    assert operations["walk"] == pytest.approx(
-        2 * 8 * (products - head + attention), rel=1e-3
+    assert (
+        operations["forward"]
+        == operations["dense forward"]
+        == pytest.approx(8 * (products - head + attention), rel=1e-3)
     )  # the angles are a product to PyTorch
     rows = 9  # 8 rows kept of 1.125 times as many; the last token of a row is never read
     per_token = products / length + attention / length
@@ -80,8 +82,8 @@ def test_products_of_the_solver(problem, monkeypatch):
     assert solving(N, K, scheme())["errors"] == sum(errors.values())
     monkeypatch.setattr(hessian, "PANEL", 1)  # larger ones multiply some of the zeros beside a triangle
     propagated = counted(lambda: propagated_target(W, H, factors, 0.5))
-    more = solving(N, K, scheme(error_propagation=0.5))["sweep"] - solving(N, K, scheme())["sweep"]
-    assert more == sum(propagated.values()) - 2 * N * K  # the diagonal of both triangles
+    more = solving(N, K, scheme(error_propagation=0.5))["factors"] - solving(N, K, scheme())["factors"]
+    assert more == pytest.approx(sum(propagated.values()) - 2 * N * K)  # the diagonal of both triangles
     monkeypatch.setattr(refine_pass, "visit_block", lambda *arguments: None)
     monkeypatch.setenv(refine_pass.FORCE, "torch")
     grid = Grid(4, G)
@@ -93,9 +95,9 @@ def test_products_of_the_solver(problem, monkeypatch):
 def test_what_a_scheme_does_not_do_is_not_counted():
     assert set(solving(N, K, Scheme("magnitude", "rtn", 4, G))) == {"sweep"}  # the search for scales
     assert not solving(N, K, Scheme("magnitude", None))
-    assert set(solving(N, K, scheme(prune="sparsegpt", coordinate_descent=0))) == {"sweep", "errors"}
+    assert set(solving(N, K, scheme(prune="sparsegpt", coordinate_descent=0))) == {"factors", "sweep", "errors"}
     swept = scheme(prune="sparsegpt")
-    ordered = solving(N, K, replace(swept, activation_order=True))["sweep"] - solving(N, K, swept)["sweep"]
+    ordered = solving(N, K, replace(swept, activation_order=True))["factors"] - solving(N, K, swept)["factors"]
     assert ordered == pytest.approx(2 * K**3 / 3)
 
 
