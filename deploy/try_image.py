@@ -286,7 +286,11 @@ def serve(arguments: argparse.Namespace) -> None:
             fail(f"no line of {arguments.log} says which back end serves")
     finally:
         server.send_signal(signal.SIGTERM)
-        say(f"after SIGTERM the server ended with {server.wait(120)}")
+        try:
+            say(f"after SIGTERM the server ended with {server.wait(120)}")
+        except subprocess.TimeoutExpired:
+            server.kill()
+            say("the server did not end within 120 s of SIGTERM and was killed")
 
 
 def wait_for_health(
