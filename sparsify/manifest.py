@@ -171,7 +171,9 @@ def refuse_damaged(folder: Path, names: Collection[str] | None = None) -> None:
     there = [name for name in asked if (folder / name).exists()]
     for name, digest in zip(there, _hashed([folder / name for name in there]), strict=True):
         if digest not in digests[name]:
-            raise CheckpointError(f"{folder / name} is damaged: it is not what the run has written; {_again(folder / name)}")
+            raise CheckpointError(
+                f"{folder / name} is damaged: it is not what the run has written; {_again(folder / name)}"
+            )
 
 
 def _hashed(files: list[Path]) -> Iterator[str | None]:
