@@ -170,11 +170,13 @@ def refuse_damaged(folder: Path, names: Collection[str] | None = None) -> None:
     names: the files to look at; default all of them
     """
     digests = read_manifest(folder)
-    files = [folder / name for name in sorted(digests if names is None else digests.keys() & names)]
-    files = [file for file in files if file.exists()]
-    for file, digest in zip(files, _hashed(files), strict=True):
-        if digest not in digests[file.name]:
-            raise CheckpointError(f"{file} is damaged: it is not what the run has written; {_again(file)}")
+    asked = sorted(digests if names is None else digests.keys() & names)
+    there = [name for name in asked if (folder / name).exists()]
+    for name, digest in zip(there, _hashed([folder / name for name in there]), strict=True):
+        if digest not in digests[name]:
+            raise CheckpointError(
+                f"{folder / name} is damaged: it is not what the run has written; {_again(folder / name)}"
+            )
 
 
 def _hashed(files: list[Path]) -> Iterator[str | None]:

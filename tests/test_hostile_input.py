@@ -24,7 +24,7 @@ from sparsify.errors import CheckpointError, RecipeError, SparsifyError
 from sparsify.evaluation.text import file_chunks
 from sparsify.formats.foreign import open_dense
 from sparsify.formats.inspect import inspect, render
-from sparsify.manifest import MANIFEST, missing, refuse_damaged, verify
+from sparsify.manifest import MANIFEST, missing, refuse_damaged, seal, verify
 from sparsify.memory import parse_size
 from sparsify.model.permissions import allowing_unknown
 from sparsify.native.build_cuda import parse_archs
@@ -439,6 +439,16 @@ def test_a_report_on_damaged_records(copy: Path, file: str, text: str, refused: 
     said = refused("report", copy, *given)
     assert "is not as sparsify writes it" in said and named in said
     assert not (copy / "report.html").exists()
+
+
+def test_a_manifest_of_a_run_with_a_file_further_inside(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "a.json").write_text("{}")
+    seal(tmp_path)
+    refuse_damaged(tmp_path)
+    (tmp_path / "inside" / "a.json").write_text("{ }")
+    with pytest.raises(CheckpointError, match="inside/a.json is damaged"):
+        refuse_damaged(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000 + "b", "a\0b"])

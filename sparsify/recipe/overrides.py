@@ -7,6 +7,7 @@ from typing import Any
 from sparsify.errors import RecipeError
 from sparsify.recipe.document import Document, KeyPath, parse
 from sparsify.recipe.explain import model_at, unknown_key
+from sparsify.recipe.wording import shortened
 
 
 def override(document: Document, assignments: Sequence[str]) -> Document:
@@ -14,7 +15,7 @@ def override(document: Document, assignments: Sequence[str]) -> Document:
     `passes.0.prune.method=wanda` and `passes.prune.method=wanda` are the same."""
     data, origins = deepcopy(document.data), dict(document.origins)
     for assignment in assignments:
-        place = f"--set {assignment}"
+        place = f"--set {shortened(assignment)}"
         dotted, equals, text = assignment.partition("=")
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
