@@ -119,7 +119,8 @@ def compress_on_data(run: Run) -> None:
             if part_name(index) in finished:
                 bar.describe(f"resuming through {block}")
                 linears, tensors = writer.read_part(part_name(index))
-                walk.replay(index, by_module(plan, linears), block_parameters(plan, index, tensors))
+                tuned = block_parameters(plan, index, tensors) if plan.recipe.tune is not None else {}
+                walk.replay(index, by_module(plan, linears), tuned)  # else as they were, not as they are stored
                 bar.advance()
                 continue
             rewriting = _Rewriting(plan, bar)
