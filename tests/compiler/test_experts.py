@@ -293,7 +293,9 @@ def test_a_missing_or_other_expert_is_refused_by_name(family, made, tmp_path):
 
 
 def test_training_what_holds_compressed_experts_is_refused(made, recipe):
-    passes = parse_recipe("version: 1\npasses: [distill: {tokens: 1k, sequence_length: 16, text: 'file:x'}]\n").passes
+    teacher = made("gpt_oss")[0]
+    distill = f"distill: {{tokens: 512, sequence_length: 32, batch_size: 2, teacher: {teacher}}}"
+    passes = parse_recipe(f"version: 1\npasses: [{distill}]\n").passes
     with pytest.raises(CheckpointError, match=r"experts\.\d+\.\w+ compressed.*cannot be trained"):
         make_plan(recipe().model_copy(update={"passes": passes}), str(made("gpt_oss")[1]))
 
