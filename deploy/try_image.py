@@ -245,10 +245,10 @@ def ask(path: str, body: dict[str, object] | None = None) -> str:
         return reply.read().decode()
 
 
-def check_rights(pid: int, user: str) -> None:
-    """What the kernel says of the server: its user, no capabilities, no new privileges."""
+def check_rights(proc: Path, pid: int, user: str) -> None:
+    """What the kernel says of the server: its user, no capabilities. proc: that of the server's own processes."""
     status = dict(
-        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+        line.split(":\t", 1) for line in (proc / str(pid) / "status").read_text().splitlines() if ":\t" in line
     )
     rights = {name: status.get(name, "").strip() for name in ("Uid", "CapEff", "CapBnd", "NoNewPrivs")}
     say(f"the server: {rights}")
@@ -273,7 +273,7 @@ def serve(arguments: argparse.Namespace) -> None:
     try:
         wait_for_health(server, image, rights, arguments)
         say(f"healthy after {time.monotonic() - started:.0f} s")
-        check_rights(server.pid, image.user)
+        check_rights(image.root / "proc", server.pid, image.user)
         body = {"model": "model", "prompt": arguments.prompt, "max_tokens": 8, "temperature": 0}
         say(f"completion: {json.loads(ask('/v1/completions', body))['choices'][0]['text']!r}")
         for line in ask("/metrics").splitlines():

@@ -189,7 +189,7 @@ def test_compose_names_what_exists() -> None:
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
-    """vLLM's names were read from a running server (docs/deployment.md); ours are those of the plugin."""
+    """Ours are those of the plugin; vLLM's are asked of a server by deploy/monitoring/check_dashboard.py."""
     metrics = pytest.importorskip(
         "sparsify.runtime.vllm_metrics", reason="vLLM is not installed; make setup installs it"
     )
