@@ -26,7 +26,7 @@ ORDER = (
 )  # fmt: skip
 
 # The runtime is loaded by every vLLM worker and by transformers: it may know the format and nothing of the compiler.
-RUNTIME_MAY_IMPORT = ("errors", "processor", "files", "native", "model.linear", "formats", "runtime")
+RUNTIME_MAY_IMPORT = ("errors", "processor", "files", "native", "model.linear", "model.experts", "formats", "runtime")
 
 # What must be importable without the heavy packages, and why.
 HEAVY = ("torch", "transformers", "vllm", "numpy", "pydantic", "rich")
