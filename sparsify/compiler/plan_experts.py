@@ -12,7 +12,8 @@ from sparsify.errors import RecipeError
 from sparsify.formats.reader import CompressedCheckpoint
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import BlockModel, meta_model
-from sparsify.model.experts import SeparatedCheckpoint, SeparateExperts, experts_of, is_expert, stored_fused
+from sparsify.model.experts import SeparateExperts, experts_of, is_expert, stored_fused
+from sparsify.model.separated import SeparatedCheckpoint
 from sparsify.recipe import Recipe
 
 if TYPE_CHECKING:

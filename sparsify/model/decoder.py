@@ -22,7 +22,6 @@ from sparsify.model.belonging import carried_over, differences, refuse
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.experts import (
     FusedTensor,
-    SeparatedCheckpoint,
     conversion_rules,
     fused_experts,
     fused_tensors,
@@ -30,6 +29,7 @@ from sparsify.model.experts import (
     take_apart,
 )
 from sparsify.model.pretrained import LONGEST, causal_lm_of, load_config
+from sparsify.model.separated import SeparatedCheckpoint
 from sparsify.progress import without_bars
 
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # of a mixture of experts

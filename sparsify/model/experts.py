@@ -12,16 +12,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-
-from sparsify.errors import CheckpointError
-from sparsify.model.checkpoint import Checkpoint, TensorInfo
 
 LEAVES = ("gate_proj", "up_proj", "down_proj")
 NAME = re.compile(r"(?:.*\.)?experts\.\d+\.\w+")  # of one expert's linear, in the model and in the files
@@ -260,7 +255,7 @@ def assembled_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) ->
     for name, fused in stored_fused(model).items():
         members = fused.names()
         if name not in found and all(
-            found.get(one) == _shape_of(fused, outputs) for one, (_, outputs) in members.items()
+            found.get(one) == shape_of(fused, outputs) for one, (_, outputs) in members.items()
         ):
             for one in members:
                 del found[one]
@@ -268,50 +263,7 @@ def assembled_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) ->
     return found
 
 
-def _shape_of(fused: FusedTensor, outputs: slice) -> tuple[int, ...]:
+def shape_of(fused: FusedTensor, outputs: slice) -> tuple[int, ...]:
     """Of one linear's tensor."""
     sizes = fused.shape[:0:-1] if fused.transposed else fused.shape[1:]
     return (len(range(sizes[0])[outputs]), *sizes[1:])
-
-
-@dataclass(frozen=True)
-class SeparatedCheckpoint(Checkpoint):
-    """A checkpoint whose files hold fused experts, read as if each linear of an expert had tensors of its own.
-
-    fused: by the name in the files
-    """
-
-    fused: Mapping[str, FusedTensor]
-
-    @cached_property
-    def _parts(self) -> dict[str, tuple[str, int, slice]]:
-        return {
-            name: (stored, number, outputs)
-            for stored, fused in self.fused.items()
-            for name, (number, outputs) in fused.names().items()
-        }
-
-    @cached_property
-    def infos(self) -> dict[str, TensorInfo]:
-        stored = Checkpoint(self.spec, self.directory).infos
-        found = {name: info for name, info in stored.items() if name not in self.fused}
-        for name, (whole, _, outputs) in self._parts.items():
-            info, shape = stored[whole], _shape_of(self.fused[whole], outputs)
-            count = torch.Size(shape).numel()
-            found[name] = TensorInfo(info.file, shape, info.dtype, count * info.dtype.itemsize)
-        return found
-
-    def tensor(self, name: str) -> Tensor:
-        if name not in self._parts:
-            return super().tensor(name)
-        whole, number, outputs = self._parts[name]
-        info = self.info(name)
-        try:
-            with safe_open(info.file, framework="pt") as file:
-                one = file.get_slice(whole)[number]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{info.file}: cannot read {whole} ({error}); download or create it again") from None
-        return self.fused[whole].of_expert(one, outputs)
-
-    def first_rows(self, name: str, rows: int) -> Tensor:
-        return self.tensor(name)[:rows] if name in self._parts else super().first_rows(name, rows)
