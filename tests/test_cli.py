@@ -341,7 +341,7 @@ def test_images_and_manifests_say_where_they_listen(repository: Path) -> None:
         if line.startswith("CMD [")
     ]
     for document in yaml.safe_load_all((repository / "deploy" / "kubernetes.yaml").read_text()):
-        for container in document["spec"].get("template", {"spec": {}})["spec"].get("containers", ()):
+        for container in document.get("spec", {}).get("template", {"spec": {}})["spec"].get("containers", ()):
             commands.append(container["args"])
     assert len(commands) == 2
     for command in commands:
