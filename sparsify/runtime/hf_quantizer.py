@@ -90,8 +90,8 @@ class Sparse24Quantizer(HfQuantizer):
         # Compressed weights have no gradient; the rest is frozen beside them until somebody asks for it
         return model.requires_grad_(False)
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Experts that are taken apart are not put together."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+        """Experts that are taken apart are not put together. model: given by newer releases of transformers"""
         return without_assembling(weight_conversions) if self._separate else weight_conversions
 
     def is_serializable(self, **kwargs: Any) -> bool:
