@@ -36,6 +36,7 @@ from sparsify.compiler.metrics import (
 )
 from sparsify.compiler.model_card import model_card
 from sparsify.compiler.plan import Plan, keep_zeros, make_plan, saved_plan
+from sparsify.compiler.plan_experts import experts_in_words
 from sparsify.compiler.plan_training import Shortened
 from sparsify.compiler.rebase import rebase
 from sparsify.compiler.run import Run
@@ -153,7 +154,7 @@ def _apply(
 
 
 def _say_left_dense(plan: Plan, quiet: bool) -> None:
-    for said in some_not_held(plan.recipe.export.format, plan.written_dense()):
+    for said in (*some_not_held(plan.recipe.export.format, plan.written_dense()), *experts_in_words(plan)):
         say(said, quiet)
 
 

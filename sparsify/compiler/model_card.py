@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -9,6 +10,7 @@ import yaml
 from sparsify.compiler.plan_training import short
 from sparsify.formats import ModuleScheme
 from sparsify.formats.foreign import source_in_words
+from sparsify.model.experts import is_expert
 from sparsify.model.output_head import OutputHead
 from sparsify.recipe import Recipe, dump_recipe
 from sparsify.recipe.sources import sources_in_words
@@ -31,7 +33,7 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     metadata: dict[str, Any] = {
         "library_name": "sparsify",
         "pipeline_tag": "text-generation",
-        "tags": ["sparsify", *_kinds(metrics), "vllm", metrics["format"]],
+        "tags": ["sparsify", *_kinds(metrics), *["vllm"] * (not _has_experts(metrics)), metrics["format"]],
     }
     if hub_id:
         metadata |= {"base_model": hub_id, "base_model_relation": "quantized" if metrics["layers"] else "finetune"}
@@ -86,7 +88,13 @@ def made_in_words(made: dict[str, Any]) -> str:
 def _usage(metrics: dict[str, Any]) -> str:
     if metrics.get("depth") and not metrics["layers"] and metrics["format"] == "dense":
         return "It runs everywhere: the architecture is that of the original, with fewer layers."
+    if metrics["format"] == "sparse24" and _has_experts(metrics):
+        return "transformers runs it after `import sparsify`; vLLM does not serve compressed experts yet."
     return USAGE[metrics["format"]]
+
+
+def _has_experts(metrics: Mapping[str, Any]) -> bool:
+    return any(is_expert(layer["module"]) for layer in metrics["layers"])
 
 
 def head_note(head: OutputHead, solved: SolvedHead) -> dict[str, Any]:

@@ -72,6 +72,12 @@ def refuse_unlike(recipe: Recipe, linears: Mapping[str, Planned]) -> None:
         )
 
 
+NOT_IN_VLLM = (
+    "transformers runs compressed experts of sparse24 (after import sparsify), vLLM does not yet; with ignore: "
+    "['*.experts.*'] in the recipe they stay dense, and vLLM serves the model"
+)
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The experts of a layer: how many there are, and how many are chosen for a token (0: the config does not say)."""
@@ -122,5 +128,5 @@ def experts_in_words(plan: Plan) -> list[str]:
             f"{tokens}; with fewer than twice its inputs (up to {inputs}) on a Hessian shrunk toward the layer's"
         )
     if plan.recipe.export.format == "sparse24":
-        said.append("transformers runs compressed experts of sparse24 (after import sparsify), vLLM does not yet")
+        said.append(NOT_IN_VLLM)
     return said

@@ -216,6 +216,16 @@ def test_stock_transformers_reads_the_experts_of_pack_quantized(tmp_path, made, 
     assert torch.isfinite(logits(load_model(tmp_path / "packed", "cpu").model)).all()  # in float32, as it is scored
 
 
+def test_the_run_and_its_card_say_that_vllm_does_not_serve_it(tmp_path, made, recipe, capfd):
+    source, out, _ = made("granitemoe")
+    assert "vLLM does not serve compressed experts yet" in (out / "README.md").read_text()
+    apply(recipe(), str(source), tmp_path / "out")
+    assert "vLLM does not yet; with ignore: ['*.experts.*']" in " ".join(capfd.readouterr().err.split())
+    apply(recipe(more="ignore: ['*.experts.*']"), str(source), tmp_path / "dense")
+    assert "vLLM serves it" in (tmp_path / "dense" / "README.md").read_text()
+    assert "vLLM does not" not in capfd.readouterr().err
+
+
 def test_the_plan_says_what_becomes_of_experts_and_what_does_not(made, recipe):
     source, granite = str(made("mixtral")[0]), str(made("granitemoe")[0])
     said = rendered(make_plan(recipe(), source).table())
