@@ -180,7 +180,7 @@ def test_a_resumed_run_says_what_it_goes_on_in(tmp_path, source, recipe, environ
     for computed in ("float32", "bfloat16"):
         environment(computed)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "_carry_out", lambda *arguments: None)
+            patch.setattr(run, "_carry_out", lambda *arguments, **named: None)
             apply(recipe(SOLVED), str(source), tmp_path / "out", resume=True)
         lines += capsys.readouterr().err.splitlines()
     assert lines == [
@@ -189,7 +189,7 @@ def test_a_resumed_run_says_what_it_goes_on_in(tmp_path, source, recipe, environ
     ]
     environment("bfloat16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_carry_out", lambda *arguments: None)
+        patch.setattr(run, "_carry_out", lambda *arguments, **named: None)
         apply(recipe(SOLVED), str(source), tmp_path / "new")
     assert capsys.readouterr().err.splitlines() == ["computes in bfloat16: SPARSIFY_COMPUTE asks for it"]
 

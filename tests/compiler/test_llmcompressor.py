@@ -120,7 +120,7 @@ def test_the_passes_go_on_from_the_model_that_comes_back(stand_in: Path, model: 
 def test_a_resumed_run_finds_the_stage_done_and_another_run_does_it_again(
     stand_in: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **named: object) -> None:
         raise KeyboardInterrupt
 
     text = stand_in / "text.txt"
@@ -309,7 +309,9 @@ def test_a_whole_recipe_is_resumed_behind_llm_compressor(
         }
     }
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("sparsify.compiler.apply._carry_out", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "sparsify.compiler.apply._carry_out", lambda *_, **named: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         api.apply(whole(rounding), model, stand_in / "out", quiet=True)
     api.apply(whole(rounding), model, stand_in / "out", resume=True, quiet=True)
     assert (stand_in / "runs").read_text() == "x" and len(open_compressed(stand_in / "out").modules) == 21
