@@ -60,7 +60,8 @@ def report_on(
     run when it is at hand
     search: search.json of `sparsify search`, whose measurements are drawn
     """
-    if search is not None and not {"units", "recipe_as_given", "found", "held_out"} <= set(search):
+    asked = {"units", "recipe_as_given", "found", "held_out"}
+    if search is not None and not (isinstance(search, Mapping) and asked <= set(search)):
         raise CheckpointError("--search takes the search.json that `sparsify search` wrote; this file is another")
     directory = Path(directory)
     metrics = read_json(directory / "metrics.json")

@@ -173,6 +173,12 @@ def test_a_search_is_drawn():
     assert "How sensitive" not in Document(render_page(sample_metrics())).text
 
 
+@pytest.mark.parametrize("other", [0.5, [], {"units": []}])
+def test_what_is_no_search_is_refused(tmp_path, other):
+    with pytest.raises(CheckpointError, match="takes the search.json"):
+        report_on(tmp_path, search=other)
+
+
 def test_names_in_a_search_are_escaped():
     text = json.dumps(sample_search(2)).replace("down_proj", "<script>alert(1)</script>")
     document = Document(render_page(sample_metrics(), None, None, json.loads(text.replace("bits=3.5", "<b>x</b>"))))
