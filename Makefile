@@ -9,6 +9,7 @@ JOBS ?= 2
 LOCKED ?= 1
 # Of `make fuzz`: seconds for each target, and their names (without any, all of them).
 FUZZ_SECONDS ?= 300
+FUZZ_ARGS ?=
 FUZZ_TARGETS ?=
 # What `make check-install` tries: core, cpu or editable.
 KIND ?= core
@@ -79,7 +80,7 @@ test-peers: $(READY) ## Run the tests that compare with those packages; `make pe
 	$(BIN)/python -m pytest -m peers -rs tests/peers tests/recipe $(PYTEST_ARGS)
 
 fuzz: $(FUZZ) ## Feed random input to every reader and C++ kernel, FUZZ_SECONDS=300 each: out/fuzz/result.json
-	.venv-fuzz/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_TARGETS)
+	.venv-fuzz/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS) $(FUZZ_TARGETS)
 
 $(FUZZ): $(READY) deploy/setup.sh deploy/versions.sh
 	@VENV=.venv-fuzz deploy/setup.sh fuzz

@@ -67,13 +67,14 @@ def built(name: str, clang: str, folder: Path) -> Path:
     return program
 
 
-def fuzz(name: str, seconds: int, runs: int, output: Path, clang: str | None) -> dict[str, Any]:
+def fuzz(name: str, seconds: int, runs: int, seed: int, output: Path, clang: str | None) -> dict[str, Any]:
     """Run one target; executions, inputs that reach new code, findings, seconds."""
     folder = (output / name.replace("/", "-")).resolve()
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
     bounds = [
         f"-max_total_time={seconds}",
         *([f"-runs={runs}"] if runs else []),
+        f"-seed={seed}",
         f"-artifact_prefix={folder}/crash-",
         *LIMITS,
     ]
@@ -85,7 +86,7 @@ def fuzz(name: str, seconds: int, runs: int, output: Path, clang: str | None) ->
         command = [str(program), str(folder / "corpus"), "-max_len=600", *bounds]
     else:
         command = [sys.executable, "-m", "tests.fuzz.one", name, str(folder), "-max_len=200000", *bounds]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **SANITIZERS}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", **SANITIZERS}
     started = time.monotonic()
     with (folder / "log").open("wb") as log:
         ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -114,6 +115,7 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=int, default=300, help="for each target (default 300)")
     parser.add_argument("--runs", type=int, default=0, help="executions of each target at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the random input; 0: another one each time")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "fuzz")
     args = parser.parse_args()
     known = [*reader_targets(), *kernel_targets()]
@@ -129,7 +131,7 @@ def main() -> int:
         names = [name for name in names if name not in left]
     result, file = {}, args.output / "result.json"
     for name in names:
-        result[name] = fuzz(name, args.seconds, args.runs, args.output, clang)
+        result[name] = fuzz(name, args.seconds, args.runs, args.seed, args.output, clang)
         one = result[name]
         say(
             f"{name}: {one['executions']} executions, {one['findings']} findings in {one['seconds']} s {' '.join(one['where'])}"
