@@ -22,8 +22,8 @@ LEAST = 0.005  # of the time of a run: what takes less is shown with the rest
 
 def phases_of(plan: Plan, resumed: bool) -> dict[str, dict[str, float]]:
     """The phases of the run that is measured, longest first: `seconds`, and where the operations are known those of this
-    process, as many `per_second`, and how many were `possible_per_second`: the speed of matrix products that was measured on
-    this processor, times the threads.
+    process, as many `per_second`, and how many were `possible_per_second`: the speed of torch's matrix products that was once
+    measured on this processor, times the threads. Products of our own can be faster.
 
     resumed: parts were there before, so that it is not known how much of the work was done now
     """
@@ -62,4 +62,4 @@ def _speed(part: Mapping[str, float]) -> str:
         return ""
     said = f", {part['per_second'] / 1e9:.0f} GFLOP/s"
     possible = part.get("possible_per_second")
-    return f"{said} ({part['per_second'] / possible:.0%} of what matrix products reach)" if possible else said
+    return f"{said}, {part['per_second'] / possible:.2f} times the speed of torch's products" if possible else said
