@@ -44,16 +44,16 @@ def phases_of(plan: Plan, resumed: bool) -> dict[str, dict[str, float]]:
 def phases_in_words(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The phases that run.json holds as rows of a table, each with a bar for its share of the whole time."""
     whole, parts = record["seconds"], record.get("phases") or {}
-    shown = {name: part for name, part in parts.items() if part["seconds"] >= LEAST * whole}
-    rest = whole - sum(part["seconds"] for part in shown.values())
-    if not shown or whole <= 0:
+    rows = [(name, part["seconds"], _speed(part)) for name, part in parts.items() if part["seconds"] >= LEAST * whole]
+    if not rows or whole <= 0:
         return []
-    longest = max(rest, *(part["seconds"] for part in shown.values()))
-    rows = [(name, part["seconds"], _speed(part)) for name, part in shown.items()] + [(OTHER, rest, "")]
+    rest = whole - sum(seconds for _, seconds, _ in rows)
+    if rest >= LEAST * whole:
+        rows.append((OTHER, rest, ""))
+    longest = max(seconds for _, seconds, _ in rows)
     return [
         (f"time: {name}", f"{'█' * max(1, round(BAR * seconds / longest)):<{BAR}} {seconds:.0f} s{speed}")
         for name, seconds, speed in rows
-        if seconds >= LEAST * whole
     ]
 
 

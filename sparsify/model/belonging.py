@@ -85,7 +85,7 @@ def differences(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], known: 
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    from sparsify.model.experts import assembled_shapes, conversion_rules  # which reads checkpoints, as this does not
+    from sparsify.model.experts import assembled_shapes, conversion_rules
 
     skeleton: Any = copy.deepcopy(model)
     shapes = assembled_shapes(model, shapes)

@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from sparsify.native import build
+from sparsify.native.arguments import loaded, pointer
 from sparsify.processor import kernel_level
 from sparsify.solver.grid import SHRINK, Grid, Scales
 
@@ -27,11 +27,11 @@ def sweep_block(
     mask = mask.contiguous() if mask is not None else None
     scale, zero = (t.contiguous() if t is not None else None for t in (scale, zero))
     assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, errors, U, codes) if t is not None)
-    _library("cpu/column_sweep").sparsify_sweep_block(
-        _pointer(W), _int64(W.stride(0)), _pointer(errors), _int64(errors.stride(0)),
-        _pointer(U), _int64(U.stride(0)), W.shape[0], first, last, _int64(W.shape[1]),
-        _pointer(scale), _pointer(zero), _int64(0 if scale is None or scale.shape[0] == 1 else scale.stride(0)),
-        *_range(grid), _pointer(codes), _stride(codes), _pointer(mask), _stride(mask),
+    loaded("cpu/column_sweep").sparsify_sweep_block(
+        pointer(W), _int64(W.stride(0)), pointer(errors), _int64(errors.stride(0)),
+        pointer(U), _int64(U.stride(0)), W.shape[0], first, last, _int64(W.shape[1]),
+        pointer(scale), pointer(zero), _int64(0 if scale is None or scale.shape[0] == 1 else scale.stride(0)),
+        *_range(grid), pointer(codes), _stride(codes), pointer(mask), _stride(mask),
         int(select), int(store == torch.bfloat16), torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
 
@@ -43,10 +43,10 @@ def search_scale(W: Tensor, d: Tensor, grid: Grid, mask: Tensor | None, select: 
     mask, d = mask.contiguous() if mask is not None else None, d.contiguous()
     weight, scale = d**-2, torch.empty(W.shape[1])
     zero = None if grid.symmetric else torch.empty(W.shape[1])
-    _library("cpu/column_sweep").sparsify_search_scale(
-        _pointer(W), _int64(W.stride(0)), W.shape[0], _int64(W.shape[1]), _pointer(d), _pointer(weight),
-        _pointer(ratios), len(ratios), *_range(grid), DROPPED_BITS[grid.dtype], _float(stored.tiny), _float(stored.max),
-        _pointer(mask), _stride(mask), int(select), _pointer(scale), _pointer(zero), torch.get_num_threads(), kernel_level(),
+    loaded("cpu/column_sweep").sparsify_search_scale(
+        pointer(W), _int64(W.stride(0)), W.shape[0], _int64(W.shape[1]), pointer(d), pointer(weight),
+        pointer(ratios), len(ratios), *_range(grid), DROPPED_BITS[grid.dtype], _float(stored.tiny), _float(stored.max),
+        pointer(mask), _stride(mask), int(select), pointer(scale), pointer(zero), torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
     return scale, zero
 
@@ -58,9 +58,9 @@ def visit_block(
     """As `coordinate_descent.visit_block`."""
     assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, G, H, mask) if t is not None)
     assert all(t.is_contiguous() for t in (scale, zero) if t is not None)
-    _library("cpu/coordinate_descent").sparsify_visit_block(
-        _pointer(W), _int64(W.stride(0)), _pointer(G), _int64(G.stride(0)), _pointer(H), _int64(H.stride(0)),
-        W.shape[0], _int64(W.shape[1]), _pointer(scale), _pointer(zero), *_range(grid), _pointer(mask), _stride(mask),
+    loaded("cpu/coordinate_descent").sparsify_visit_block(
+        pointer(W), _int64(W.stride(0)), pointer(G), _int64(G.stride(0)), pointer(H), _int64(H.stride(0)),
+        W.shape[0], _int64(W.shape[1]), pointer(scale), pointer(zero), *_range(grid), pointer(mask), _stride(mask),
         int(two_four), int(store == torch.bfloat16), torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
 
@@ -69,17 +69,11 @@ def refit_scale(W: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> No
     """As `coordinate_descent.refit_scale`, for at most 128 columns."""
     assert all(t.stride(1) == 1 or t.shape[1] == 1 for t in (W, G, H)) and unit.is_contiguous()
     stored = torch.finfo(grid.dtype)
-    _library("cpu/coordinate_descent").sparsify_refit_scale(
-        _pointer(W), _int64(W.stride(0)), _pointer(G), _int64(G.stride(0)), _pointer(H), _int64(H.stride(0)),
-        W.shape[0], _int64(W.shape[1]), _pointer(unit), DROPPED_BITS[grid.dtype], _float(stored.tiny), _float(stored.max),
+    loaded("cpu/coordinate_descent").sparsify_refit_scale(
+        pointer(W), _int64(W.stride(0)), pointer(G), _int64(G.stride(0)), pointer(H), _int64(H.stride(0)),
+        W.shape[0], _int64(W.shape[1]), pointer(unit), DROPPED_BITS[grid.dtype], _float(stored.tiny), _float(stored.max),
         torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
-
-
-def _library(name: str) -> ctypes.CDLL:
-    library = build.load(name)
-    assert library is not None, "dispatch.kernel_for has loaded it"
-    return library
 
 
 def _range(grid: Grid | None) -> tuple[ctypes.c_float, ctypes.c_float]:
@@ -88,7 +82,3 @@ def _range(grid: Grid | None) -> tuple[ctypes.c_float, ctypes.c_float]:
 
 def _stride(tensor: Tensor | None) -> ctypes.c_int64:
     return _int64(0 if tensor is None else tensor.stride(0))
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsify.native import build
+from sparsify.native.arguments import loaded, pointer
 from sparsify.processor import kernel_level
 
 SOURCE = "cpu/grid_rounding"
@@ -29,8 +30,8 @@ def round_to_grid(
 ) -> Tensor:
     rounded = torch.empty(W.shape, dtype=dtype)
     W, scale, mask, zero = (t if t is None else t.contiguous() for t in (W, scale, mask, zero))  # type: ignore[assignment]
-    _library().sparsify_round_to_grid(
-        *_weight(W, scale, mask, zero), _float(low), _float(high), _pointer(rounded), int(dtype == torch.bfloat16),
+    loaded(SOURCE).sparsify_round_to_grid(
+        *_weight(W, scale, mask, zero), _float(low), _float(high), pointer(rounded), int(dtype == torch.bfloat16),
         torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
     return rounded
@@ -41,9 +42,9 @@ def grid_gradient(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gradient, W, scale, mask, zero = (t if t is None else t.contiguous() for t in (gradient, W, scale, mask, zero))  # type: ignore[assignment]
     d_weight, d_scale = torch.empty(W.shape), torch.empty(scale.shape)
-    _library().sparsify_grid_gradient(
-        _pointer(gradient), int(gradient.dtype == torch.bfloat16), *_weight(W, scale, mask, zero), _float(low), _float(high),
-        int(through), _pointer(d_weight), _pointer(d_scale), torch.get_num_threads(), kernel_level(),
+    loaded(SOURCE).sparsify_grid_gradient(
+        pointer(gradient), int(gradient.dtype == torch.bfloat16), *_weight(W, scale, mask, zero), _float(low), _float(high),
+        int(through), pointer(d_weight), pointer(d_scale), torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
     return d_weight, d_scale
 
@@ -53,15 +54,5 @@ def _weight(W: Tensor, scale: Tensor, mask: Tensor | None, zero: Tensor | None) 
     assert W.dtype == scale.dtype == torch.float32 and (mask is None or mask.dtype == torch.bool)
     assert zero is None or zero.dtype == torch.int8
     return (
-        _pointer(W), _pointer(scale), _pointer(mask), _pointer(zero), _int64(n), _int64(k), _int64(k // scale.shape[1])
+        pointer(W), pointer(scale), pointer(mask), pointer(zero), _int64(n), _int64(k), _int64(k // scale.shape[1])
     )  # fmt: skip
-
-
-def _library() -> ctypes.CDLL:
-    library = build.load(SOURCE)
-    assert library is not None, "`available` has loaded it"
-    return library
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
