@@ -55,8 +55,11 @@ def line_chart(lines: Sequence[Line], width: float, label: str, write: Callable[
     for tick in columns:
         drawing.text(at(tick, 0)[0], HEIGHT - BOTTOM + 18, f"{tick:g}", "tick", "middle")
     drawing.text(width - RIGHT, HEIGHT - 6, "requests per second asked", "tick", "end")
-    for number, line in enumerate(lines):
-        _draw(drawing, line, at, write, number)
+    for line in lines:
+        _draw(drawing, line, at, write)
+    for x in sorted({x for line in lines for x in line.crosses}):
+        for place, line in enumerate([line for line in lines if x in line.crosses]):
+            _cross(drawing, at(x, 0)[0] - 13 * place, line.css, f"{line.name}, {x:.3g} per second: saturated")
     return drawing.render()
 
 
@@ -65,7 +68,6 @@ def _draw(
     line: Line,
     at: Callable[[float, float], tuple[float, float]],
     write: Callable[[float], str],
-    number: int,
 ) -> None:
     style = f"{line.css}{' dashed' if line.dashed else ''}"
     for level in line.levels:
@@ -78,9 +80,11 @@ def _draw(
         if mark.greatest > mark.least:
             drawing.line(x, at(mark.x, mark.least)[1], x, at(mark.x, mark.greatest)[1], f"line {line.css}")
         drawing.circle(x, y, 3.5, f"mark {line.css}", f"{line.name}, {mark.x:.3g} per second: {write(mark.y)}")
-    for x in line.crosses:
-        middle, size = at(x, 0)[0], 4
-        y = 6 + 3 * (number % 4)  # models that are saturated at the same rate do not hide each other
-        drawing.line(middle - size, y - size, middle + size, y + size, f"line {line.css}")
-        drawing.line(middle - size, y + size, middle + size, y - size, f"line {line.css}")
-        drawing.circle(middle, y, 6, "unseen", f"{line.name}, {x:.3g} per second: saturated")
+
+
+def _cross(drawing: Drawing, x: float, css: str, title: str) -> None:
+    """Above everything that has a value, since this has none."""
+    y, size = 8, 4
+    drawing.line(x - size, y - size, x + size, y + size, f"line {css}")
+    drawing.line(x - size, y + size, x + size, y - size, f"line {css}")
+    drawing.circle(x, y, 6, "unseen", title)

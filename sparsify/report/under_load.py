@@ -47,7 +47,7 @@ def under_load(runs: Sequence[Run]) -> dict[str, Any] | None:
         "failures": [(m["failure"]["reason"], m["failure"].get("lines") or []) for m in models if m["failure"]],
         "notes": [note for run in runs for note in run.get("notes") or []],
         "methods": [(run["name"], method_facts(run), run.get("commands") or []) for run in runs],
-        "gpus": any((run.get("machine") or {}).get("gpus") for run in runs),
+        "no_gpu": all(run.get("machine") and not run["machine"].get("gpus") for run in runs),
         "one_round": any(run.get("repeats", 1) == 1 for run in runs),
     }
 
@@ -128,7 +128,9 @@ def load_table(series: Sequence[Series]) -> Table:
     rows: list[list[str | Cell]] = []
     for one in series:
         for point in one.points:
-            row: list[str | Cell] = [one.name, _asked(point)]
+            ratios = point.get("ratios") or {}
+            ratio = ratios.get("e2el", ratios.get("throughput"))
+            row: list[str | Cell] = [one.name, _asked(point), units.ratio(ratio)]
             for metric in ("ttft", "tpot", "e2el"):
                 for p in (50, 99):
                     found = point["figures"].get(f"p{p}_{metric}_ms")

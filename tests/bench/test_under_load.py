@@ -81,6 +81,15 @@ def test_rates_are_shares_of_the_capacity_of_the_first_model(models, fake, tmp_p
         "requests_running": {"median": 5, "least": 5, "greatest": 5, "values": [5, 5]},
         "requests_waiting": {"median": 1, "least": 1, "greatest": 1, "values": [1, 1]},
     }
+    # half as long a request where both keep up; twice the tokens where dense does not
+    every = dict.fromkeys(("throughput", "ttft", "tpot", "e2el"), 1)
+    assert [p["ratios"] for p in dense["points"]] == [{"throughput": 1}, every, {"throughput": 1}]
+    at_once, half, twice = (p["ratios"] for p in small["points"])
+    assert at_once == {"throughput": pytest.approx(2)} and half["e2el"] == half["ttft"] == half[
+        "tpot"
+    ] == pytest.approx(2)
+    assert set(twice) == {"throughput"} and twice["throughput"] == pytest.approx((20 / 8) / (19 / 16 + 1 / 16))
+    assert "2.00x" in shown(result)
     facts = dense["server"]
     assert (facts["compile_seconds"]["median"], facts["weights_seconds"]["median"]) == (2.5, 1.25)
     assert facts["kv_cache_tokens"]["values"] == [12345, 12345] and facts["weights_gib"] is None

@@ -3,7 +3,7 @@
 import math
 import random
 
-from sparsify.bench.under_load.result import point, servers
+from sparsify.bench.under_load.result import add_ratios, point, servers
 
 KINDS = {
     "self_attn.q_proj": (576, 576, 0.10),
@@ -220,6 +220,7 @@ def sample_load(names=("dense", "sparse24"), rounds=3):
             "model": name, "format": name, "nbytes": int(2.7e8 / speed), "points": points, "failure": None,
             "server": servers([facts] * rounds),
         })  # fmt: skip
+    add_ratios(models)
     return {
         "benchmark": "serve", "complete": True, "repeats": rounds, "goodput": {"ttft": 500.0}, "models": models,
         "settings": {"dataset": "random:128/64", "requests": 100},

@@ -63,11 +63,12 @@ def test_the_table_is_what_was_measured():
     asked = [row[1] if isinstance(row[1], str) else f"{row[1].text} {row[1].sub}" for row in table.rows[:5]]
     assert asked == ["all at once", "1/s 25%", "2/s 50%", "3/s 75%", "6/s 150%"]
     saturated, at_once, first = table.rows[4], table.rows[0], table.rows[1]
-    assert set(saturated[2:8]) == {"saturated"} and set(at_once[2:8]) == {"–"}
+    assert set(saturated[3:9]) == {"saturated"} and set(at_once[3:9]) == {"–"}
     found = load["models"][0]["points"][1]["figures"]["p99_tpot_ms"]
-    assert first[5].text == f"{found['median']:.3g} ms"
-    assert first[5].sub == f"{found['least']:.3g} ms to {found['greatest']:.3g} ms"
-    assert (saturated[8].text, saturated[9].text, saturated[11].text) == ("256", "4", "3.6")
+    assert first[2] == "1.00×" and table.rows[9][2] == "1.50×"  # 6 of 4 requests per second, saturated by the other
+    assert first[6].text == f"{found['median']:.3g} ms"
+    assert first[6].sub == f"{found['least']:.3g} ms to {found['greatest']:.3g} ms"
+    assert (saturated[9].text, saturated[10].text, saturated[12].text) == ("256", "4", "3.6")
 
 
 def test_models_of_two_runs_are_told_apart():

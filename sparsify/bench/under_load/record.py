@@ -20,7 +20,7 @@ from sparsify._version import __version__
 from sparsify.bench.dummy_model import is_dummy
 from sparsify.bench.machine import describe_machine, installed_versions, recorded_environment
 from sparsify.bench.targets import Target
-from sparsify.bench.under_load.result import point, servers
+from sparsify.bench.under_load.result import add_ratios, point, servers
 from sparsify.bench.under_load.workload import Step, UnderLoad, server_arguments
 from sparsify.errors import CheckpointError
 from sparsify.files import as_written, read_json, write_json
@@ -132,6 +132,7 @@ class Record:
             "commands": list(commands),
             "models": [self._row(target, load) for target in targets],
         }
+        add_ratios(result["models"])
         result["complete"] = all(self._complete(row, load) for row in result["models"])
         write_json(self.directory / RESULT, result)
         return result

@@ -54,6 +54,35 @@ def point(load: float | None, measurements: Sequence[Mapping[str, Any]]) -> dict
     }
 
 
+def add_ratios(models: Sequence[dict[str, Any]]) -> None:
+    """Gives every point its `ratios` to the first model at the same rate: how many times faster, medians of medians.
+
+    Latencies only where both models keep up with the rate; `throughput` is that of output tokens.
+    """
+    first = {(found["load"], found["rate"]): found for found in models[0]["points"]}
+    for model in models:
+        for found in model["points"]:
+            base = first.get((found["load"], found["rate"]))
+            found["ratios"] = ratios(found, base) if base else {}
+
+
+def ratios(mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
+    """Of two points of the same rate; more than 1 is better."""
+
+    def value(which: Mapping[str, Any], name: str) -> float:
+        found = which["figures"][name]
+        return found["median"] if found else 0.0
+
+    found = {}
+    if base_rate := value(base, "output_throughput"):
+        found["throughput"] = value(mine, "output_throughput") / base_rate
+    if not mine["saturated"] and not base["saturated"]:
+        for metric in ("ttft", "tpot", "e2el"):
+            if time := value(mine, f"p50_{metric}_ms"):
+                found[metric] = value(base, f"p50_{metric}_ms") / time
+    return found
+
+
 def servers(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What starting took and the memory, over all starts of one model's server."""
     names = list(dict.fromkeys(name for one in facts for name in one))
@@ -71,7 +100,7 @@ def load_table(result: Mapping[str, Any]) -> Table:
         title="Servers under load", caption=escape(_caption(result)), title_justify="left", caption_justify="left"
     )
     view.add_column("model", overflow="fold")
-    heads = ["asked", "first token", "per token", "request", "tokens/s", "requests/s", "KV cache"]
+    heads = ["asked", "faster", "first token", "per token", "request", "tokens/s", "requests/s", "KV cache"]
     heads += ["good/s"] if result["goodput"] else []
     for head in heads:
         view.add_column(head, justify="right", no_wrap=True)
@@ -87,7 +116,8 @@ def _cells(row: Mapping[str, Any], with_goodput: bool) -> list[Text]:
     figures, saturated = row["figures"], row["saturated"]
     asked = "all at once" if row["rate"] is None else f"{row['rate']:.3g}/s"
     share = f"{row['load']:.0%}" if row["load"] is not None else SATURATED if saturated and row["rate"] else ""
-    cells = [_two(asked, share)]
+    ratio = row["ratios"].get("e2el", row["ratios"].get("throughput"))
+    cells = [_two(asked, share), Text("–" if ratio is None else f"{ratio:.2f}x", "bold")]
     for metric in ("ttft", "tpot", "e2el"):
         fast, slow = (figures[f"p{p}_{metric}_ms"] for p in (50, 99))
         if saturated or not fast:
@@ -146,6 +176,9 @@ def _caption(result: Mapping[str, Any]) -> str:
     settings, machine = result["settings"], result["machine"]
     parts = [f"{settings['dataset']}, {settings['requests']} requests a rate, arriving at random (Poisson)"]
     parts.append(f"medians of {result['repeats']} interleaved rounds" if result["repeats"] > 1 else "one round")
+    parts.append(
+        f"faster: than {result['models'][0]['model']} at that rate, in requests or, where one is saturated, in tokens/s"
+    )
     if capacity := result["capacity"]:
         parts.append(f"shares of {capacity['requests_per_second']:.3g}/s, the capacity of {capacity['model']}")
     if goodput := result["goodput"]:

@@ -31,7 +31,7 @@ LOGGED: Mapping[str, tuple[re.Pattern[str], Callable[[str], float]]] = {
     "weights_gib": (re.compile(r"Model loading took ([\d.]+) GiB"), float),
     "weights_seconds": (re.compile(r"Loading weights took ([\d.]+) seconds"), float),
     "engine_seconds": (re.compile(r"init engine \(.*?\) took ([\d.]+) s"), float),
-    "compile_seconds": (re.compile(r"torch\.compile took ([\d.]+) s"), float),
+    "compile_seconds": (re.compile(r"(?:torch\.compile took|\(compilation:) ([\d.]+) s"), float),
     "kv_cache_tokens": (re.compile(r"KV cache size: ([\d,]+) tokens"), lambda found: float(found.replace(",", ""))),
 }
 # Gauges of vLLM's /metrics of which the highest value during a measurement is kept.
