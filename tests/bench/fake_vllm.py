@@ -1,8 +1,8 @@
 """Stands in for vLLM's command line: `serve DIR ...` is a small HTTP server, `bench serve ...` a queue worked out on paper.
 
 FAKE_LOG collects what ran. FAKE_MODELS maps a model's directory name to {"capacity": requests per second} and, to fail,
-"mode" with "at", the request rate at which it does: dies, hangs, refuses, or breaks (the driver does). Without "at" a server
-dies or hangs when it starts.
+"mode" with "at", the request rate at which it does: dies, hangs, refuses, drops one request; or the driver breaks, or forgets
+a figure. Without "at" a server dies or hangs when it starts.
 """
 
 import contextlib
@@ -99,6 +99,10 @@ def bench():
     for metric, share in (("ttft", 0.5), ("tpot", 0.01), ("itl", 0.01), ("e2el", 1.0)):
         for p, factor in ((50, 1.0), (90, 1.5), (99, 2.0)):
             result[f"p{p}_{metric}_ms"] = middle * share * factor * seed  # so that rounds differ
+    result["rtfx"] = float("nan")
+    if fails == "forgets":
+        print("INFO done", flush=True)
+        del result["latencies"]
     (Path(option("--result-dir")) / option("--result-filename")).write_text(json.dumps(result))
 
 

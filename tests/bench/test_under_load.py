@@ -125,6 +125,7 @@ FAILURES = {
     "refuses": ({"mode": "refuses", "at": "4"}, "refused or dropped 20 of 20 requests: Bad Request: too long"),
     "drops one": ({"mode": "drops", "at": "4"}, "refused or dropped 1 of 20 requests: Bad Request: too long"),
     "driver": ({"mode": "breaks", "at": "4"}, "vllm bench serve failed with exit status 1: ValueError: no tokenizer"),
+    "result": ({"mode": "forgets", "at": "4"}, "a result that is not as vLLM 0.32 writes it (KeyError: 'latencies')"),
 }
 
 

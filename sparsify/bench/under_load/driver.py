@@ -51,16 +51,31 @@ def drive(
         if status != 0 or not output.exists():
             what = how_it_ended(status) if status else "wrote no result"
             raise ModelFailed(explain_failure(f"{label}: vllm bench serve {what}", log), log)
-        result = json.loads(output.read_text(encoding="utf-8"))
-    refuse_failures(server, result)
-    figures = {name: value for name, value in result.items() if name not in LEFT_OUT}
+        text = output.read_text(encoding="utf-8")
+    try:
+        result = json.loads(text)
+        refuse_failures(server, result)
+        return measurement(result, rate, repeat, server.peaks)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"wrote a result that is not as vLLM 0.32 writes it ({type(error).__name__}: {str(error)[:100]})"
+        raise ModelFailed(explain_failure(f"{label}: vllm bench serve {what}", log), log) from error
+
+
+def measurement(result: Mapping[str, Any], rate: float, repeat: int, peaks: Mapping[str, float]) -> dict[str, Any]:
+    """What is kept of vLLM's JSON, without what it has per token, beside what was seen of the server meanwhile."""
+    ended = completion_rate(result["start_times"], result["latencies"])
     return {
         "rate": None if math.isinf(rate) else rate,
         "repeat": repeat,
-        "completion_rate": completion_rate(result["start_times"], result["latencies"]) or result["request_throughput"],
-        "server": dict(server.peaks),
-        "vllm": figures,
+        "completion_rate": ended if ended is not None else result["request_throughput"],
+        "server": dict(peaks),
+        "vllm": {name: _as_json(value) for name, value in result.items() if name not in LEFT_OUT},
     }
+
+
+def _as_json(value: Any) -> Any:
+    """NaN and infinities as None: vLLM writes them, and JSON has none."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def driver_command(server: Server, load: UnderLoad, rate: float, repeat: int, output: Path) -> list[str]:
