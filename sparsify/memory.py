@@ -47,6 +47,19 @@ def anonymous() -> int | None:
     return _fields("/proc/self/status", ("RssAnon", "RssShmem"))
 
 
+def anonymous_of_session(session: int) -> int | None:
+    """The same of all processes of a session together; None where the system does not say. What they share counts each time."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if len(fields) > 3 and fields[3] == str(session):
+            found.append(_fields(str(status.with_name("status")), ("RssAnon", "RssShmem")))
+    return sum(nbytes or 0 for nbytes in found) if found else None
+
+
 def free() -> int | None:
     """Bytes that the machine, or the container around this process, can still give; None where the system does not say."""
     found = (_fields("/proc/meminfo", ("MemAvailable",)), _left_in_container())

@@ -30,6 +30,7 @@ LONGEST = (
     "compiler/test_output_head.py",
     "kernels/test_emulated_sparse24.py",
     "bench/test_worker.py",
+    "bench/test_under_load.py",
     "end_to_end/test_depth_serving.py",
     "formats/test_writer_and_reader.py",
     "runtime/test_op.py",

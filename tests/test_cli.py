@@ -39,6 +39,7 @@ COMMANDS = [
 NESTED = [
     ["bench", "latency"],
     ["bench", "throughput"],
+    ["bench", "serve"],
     ["bench", "kernels"],
     ["kernels", "build"],
     ["kernels", "list"],

@@ -120,6 +120,7 @@ VLLM = ("cpu", "cuda")
 COMMAND_NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "bench": (VLLM,),
     "bench_depth": (VLLM,),
+    "bench_serve": (VLLM,),
     "serve": (VLLM,),
     "demo": (VLLM, ("demo",)),
 }

@@ -136,18 +136,32 @@ def run_logged(
 
 
 def describe_failure(label: str, status: int | None, log: Path) -> str:
-    """One clear sentence, the cause when the log shows one, and the end of the log."""
-    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """One clear sentence, the cause when the log shows one, and the end of the log. status: None took too long."""
+    what = "ended without writing its result" if status == 0 else how_it_ended(status)
+    return explain_failure(f"{label}: vLLM {what}", log)
+
+
+def how_it_ended(status: int | None) -> str:
+    """What an exit status says, for a sentence; None is that of a process that took too long."""
     if status is None:
-        happened = "took longer than the time limit"
-    elif status < 0:
-        happened = f"was killed by signal {signal.Signals(-status).name}"
-        happened += " (too little memory?)" if -status == signal.SIGKILL else ""
-    elif status == 0:
-        happened = "ended without writing its result"
-    else:
-        happened = f"failed with exit status {status}"
+        return "took longer than the time limit"
+    if status < 0:
+        return f"was killed by signal {signal.Signals(-status).name}" + (
+            " (too little memory?)" if -status == signal.SIGKILL else ""
+        )
+    return f"failed with exit status {status}" if status else "ended by itself"
+
+
+def explain_failure(sentence: str, log: Path) -> str:
+    """The sentence with the cause behind it when the log shows one, and the end of the log."""
+    lines = last_lines(log, None)
     causes = [match for match in map(CAUSE.search, lines) if match and CONSEQUENCE not in match[2]]
     cause = f": {causes[0][1]}: {causes[0][2]}" if causes else ""
     tail = "\n".join(f"  {line}" for line in lines[-TAIL_LINES:]) or "  (empty)"
-    return f"{label}: vLLM {happened}{cause}\nlast lines of its log ({log}):\n{tail}"
+    return f"{sentence}{cause}\nlast lines of its log ({log}):\n{tail}"
+
+
+def last_lines(log: Path, count: int | None = TAIL_LINES) -> list[str]:
+    """The last lines of a log that are not empty; None for all of them."""
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines if count is None else lines[-count:]

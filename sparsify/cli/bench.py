@@ -2,7 +2,8 @@
 
 import argparse
 
-from sparsify.cli import bench_kernels, bench_recipes
+from sparsify.cli import bench_kernels, bench_recipes, bench_serve
+from sparsify.cli.bench_serve import EAGER_HELP, MODELS_HELP
 from sparsify.cli.command import (
     ALLOWS_UNKNOWN,
     FAILED,
@@ -27,11 +28,6 @@ WORKLOAD_HELP = {
     "warmup": "repetitions before measuring",
     "prompts": "requests handed over at once",
 }
-MODELS_HELP = (
-    "checkpoint directories; NAME=DIR names one; shape:NAME@FORMAT measures the speed of a model that is not there "
-    "(NAME: smollm2-135m, llama-3.2-1b, llama-3.1-8b; FORMAT: dense, sparse24, pack-quantized; then +bits8, +group128, "
-    "+head8 for an 8-bit output head, +layers4, +tied, +untied)"
-)
 
 
 def bench(args: argparse.Namespace) -> Outcome:
@@ -63,12 +59,13 @@ def add_bench(commands: Commands) -> None:
     """Register `bench` and its benchmarks."""
     benchmarks = commands.add_parser(
         "bench",
-        help="measure latency or throughput in vLLM, several models in one run; or single linears",
-        description="latency and throughput run vLLM's own benchmarks and compare with the first model; kernels measures "
+        help="measure latency, throughput or a server under load in vLLM, several models in one run; or single linears",
+        description="latency, throughput and serve run vLLM's own benchmarks and compare with the first model; kernels measures "
         "one linear at a time, without vLLM's engine.",
     ).add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     add_in_vllm(benchmarks, "latency", LATENCY, "time of one batch of requests: first token, each further token")
     add_in_vllm(benchmarks, "throughput", THROUGHPUT, "tokens per second of many requests together")
+    bench_serve.add_bench_serve(benchmarks)
     bench_kernels.add_bench_kernels(benchmarks)
     bench_kernels.add_bench_roofline(benchmarks)
     bench_recipes.add_bench_recipes(benchmarks)
@@ -94,7 +91,7 @@ def add_in_vllm(benchmarks: Commands, name: str, workload: dict[str, int], about
             option, type=int, default=value, metavar="N", help=f"{WORKLOAD_HELP[setting]} (default {value})"
         )
     command.add_argument("--repeats", type=int, default=1, metavar="N", help="rounds over all models (default 1)")
-    command.add_argument("--eager", action="store_true", help="without torch.compile: starts faster, runs slower")
+    command.add_argument("--eager", action="store_true", help=EAGER_HELP)
     command.add_argument(
         "--greedy", action="store_true", help="take the best token; vLLM's benchmarks draw one at temperature 1"
     )

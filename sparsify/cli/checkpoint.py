@@ -172,30 +172,62 @@ def add_evaluate(commands: Commands) -> None:
 
 def report(args: argparse.Namespace) -> Outcome:
     """Run `report`."""
+    from sparsify.errors import SparsifyError
     from sparsify.files import read_json
-    from sparsify.report import report_on
+    from sparsify.report import is_load_run, report_on, report_on_load
 
-    files = (args.evaluation, args.bench, args.search)
-    evaluation, bench, search = (read_json(file) if file else None for file in files)
-    page = report_on(Path(args.directory), args.output, evaluation, bench, dense=args.dense, search=search)
+    runs = [directory for directory in args.directories if is_load_run(directory)]
+    checkpoints = [directory for directory in args.directories if directory not in runs]
+    if len(checkpoints) > 1:
+        raise SparsifyError(
+            f"a page is about one checkpoint, and {checkpoints[0]} and {checkpoints[1]} are two; further directories must be runs of "
+            "`sparsify bench serve`"
+        )
+    if checkpoints:
+        files = (args.evaluation, args.bench, args.search)
+        evaluation, bench, search = (read_json(file) if file else None for file in files)
+        page = report_on(
+            Path(checkpoints[0]), args.output, evaluation, bench,
+            dense=args.dense, search=search, runs=runs, guidellm=args.guidellm,
+        )  # fmt: skip
+    else:
+        given = ("evaluation", "bench", "search", "dense")
+        if option := next((name for name in given if getattr(args, name) is not None), None):
+            raise SparsifyError(f"--{option} belongs to a checkpoint; name its directory too")
+        page = report_on_load(runs, args.output, args.guidellm)
     return Outcome({"report": str(page)}, [f"report: {page}"])
 
 
 def add_report(commands: Commands) -> None:
     """Register `report`."""
     command = add_command(
-        commands, "report", report, "draw a self-contained HTML page about a checkpoint: layers, sizes, accuracy, speed",
+        commands, "report", report, "draw a self-contained HTML page: layers, sizes, accuracy and speed of a checkpoint, or servers "
+        "under load",
         IS_QUIET, SHOWS_JSON,
         shown=(
             "sparsify report out/smollm2",
             "sparsify report out/smollm2 --evaluation eval.json --bench bench.json   what eval --json and bench --json printed",
+            "sparsify report out/smollm2 out/serve                                   with the run of bench serve in out/serve",
+            "sparsify report out/serve --guidellm benchmarks.json                    servers under load, without a checkpoint",
         ),
     )  # fmt: skip
-    command.add_argument("directory", metavar="DIR", help="checkpoint directory that `sparsify apply` wrote")
+    command.add_argument(
+        "directories", metavar="DIR", nargs="*",
+        help="checkpoint directory that `sparsify apply` wrote, and directories of `sparsify bench serve`",
+    )  # fmt: skip
     command.add_argument("--evaluation", metavar="FILE", help="output of `sparsify eval --json`")
     command.add_argument("--bench", metavar="FILE", help="output of `sparsify bench --json`")
     command.add_argument(
         "--search", metavar="FILE", help="search.json of `sparsify search`: how sensitive each linear is"
     )
     command.add_argument("--dense", metavar="M", help="the dense model, to split its size into linears and the rest")
-    command.add_argument("--output", "-o", metavar="FILE", help="where to write (default DIR/report.html)")
+    command.add_argument(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="where to write (default report.html in the checkpoint, else in the first run)",
+    )
+    command.add_argument(
+        "--guidellm", action="append", default=[], metavar="FILE",
+        help="benchmarks.json of GuideLLM, drawn as latency under load; repeatable",
+    )  # fmt: skip

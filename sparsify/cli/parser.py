@@ -56,7 +56,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         own, extra = own[:at], own[at + 1 :]
     parser = command_parser()
     args = parser.parse_args(own)
-    takes_engine_arguments = args.command == "serve" or getattr(args, "benchmark", None) in ("latency", "throughput")
+    in_vllm = getattr(args, "benchmark", None) in ("latency", "throughput", "serve")
+    takes_engine_arguments = args.command == "serve" or in_vllm
     if extra and not takes_engine_arguments:
         parser.error(f"{args.command} takes no arguments after --")
     args.vllm_args = extra

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from sparsify.report import compressed, header, measured, search
+from sparsify.report import compressed, header, measured, search, svg
 from sparsify.report.figures import as_list, read_layers
+from sparsify.report.under_load import under_load
 
 
 @cache
@@ -27,9 +28,10 @@ def render_page(
     evaluations: Any = None,
     bench: Mapping[str, Any] | None = None,
     searched: Mapping[str, Any] | None = None,
+    runs: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The whole document. metrics: metrics.json; evaluations, bench: what `eval --json` and `bench --json` printed; searched:
-    search.json of `sparsify search`."""
+    search.json of `sparsify search`; runs: of `sparsify bench serve` or GuideLLM."""
     evaluated = without_dense(as_list(evaluations or metrics.get("evaluation")))
     layers = read_layers(metrics)
     return (
@@ -40,6 +42,7 @@ def render_page(
             accuracy=measured.accuracy(metrics, evaluated),
             size=measured.size(metrics),
             speed=measured.speed(bench or {}),
+            load=under_load(runs),
             answers=measured.answers(bench or {}),
             depth=compressed.depth(metrics),
             training=compressed.training(metrics),
@@ -50,6 +53,15 @@ def render_page(
             method=measured.method(metrics, evaluated, bench or {}),
         )
     )
+
+
+def render_load_page(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The document of runs under load alone, without a checkpoint."""
+    names = list(dict.fromkeys(str(model["model"]) for run in runs for model in run["models"]))
+    rates = len({point["rate"] for run in runs for model in run["models"] for point in model["points"]})
+    lead = f"{', '.join(names)}: latency and throughput at {rates} rates of requests"
+    top = {"name": "Servers under load", "emblem": svg.emblem(), "lead": lead}
+    return environment().get_template("serving.html.j2").render(header=top, load=under_load(runs))
 
 
 def without_dense(evaluated: list[dict[str, Any]]) -> list[dict[str, Any]]:

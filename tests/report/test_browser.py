@@ -1,11 +1,21 @@
 """The page in a real browser: what is visible, at what width, in which colours, and that nothing is fetched."""
 
+import json
+
 import pytest
 
-from sparsify.report import write_report
+from sparsify.report import report_on_load, write_report
 
 from .browser import Browser, find_browser
-from .sample import sample_bench, sample_evaluations, sample_metrics, sample_search, sample_tasks
+from .sample import (
+    sample_bench,
+    sample_evaluations,
+    sample_guidellm,
+    sample_load,
+    sample_metrics,
+    sample_search,
+    sample_tasks,
+)
 
 PROGRAM = find_browser()
 pytestmark = pytest.mark.skipif(
@@ -152,3 +162,30 @@ def test_long_and_hostile_names(browser, tmp_path):
         assert browser.evaluate(CLIPPED) == []
     assert browser.evaluate("document.scripts.length") == 0
     assert browser.complaints() == []
+
+
+@pytest.fixture(scope="module")
+def load_report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("load")
+    (folder / "run").mkdir()
+    (folder / "run" / "serve.json").write_text(json.dumps(sample_load(("dense", "a-model-of-a-long-name-" * 4))))
+    (folder / "benchmarks.json").write_text(json.dumps(sample_guidellm()))
+    return report_on_load([folder / "run"], folder / "report.html", [folder / "benchmarks.json"])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_servers_under_load_fit_the_window(browser, load_report, width):
+    browser.open(load_report, width)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(STICKING_OUT) == []
+    assert browser.evaluate(CLIPPED) == []
+    assert browser.complaints() == [] and browser.requests() == [load_report.resolve().as_uri()]
+    visible = "[...document.querySelectorAll('.charts svg')].filter(s => s.getClientRects().length)"
+    assert browser.evaluate(f"{visible}.length") == 4
+    # one line of each model is drawn in its own colour, in both schemes
+    for scheme in ("light", "dark"):
+        browser.open(load_report, width, scheme=scheme)
+        colours = browser.evaluate(
+            f"new Set({visible}.flatMap(s => [...s.querySelectorAll('.mark')]).map(m => getComputedStyle(m).stroke)).size"
+        )
+        assert colours == 3
