@@ -302,7 +302,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             backend = get_backend(stack.backend) if stack.backend else choose_backend(stack.held, device, dtype)
             stack.backend = backend.name
             prepared = [_strided(tensor) for tensor in backend.prepare(one, stack.held, dtype)]
-            stacked = stacked or [_aligned(self.moe.num_local_experts, tensor) for tensor in prepared]
+            stacked = stacked or [room(self.moe.num_local_experts, tensor) for tensor in prepared]
             for whole, tensor in zip(stacked, prepared, strict=True):
                 whole[number].copy_(tensor)
         for suffix in stack.suffixes:
@@ -352,7 +352,7 @@ def _strided(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
-def _aligned(experts: int, tensor: Tensor) -> Tensor:
+def room(experts: int, tensor: Tensor) -> Tensor:
     """Room for what a back end prepared of so many experts, [E, *shape of tensor], each at the start of a cache line."""
     line = CACHE_LINE // tensor.itemsize
     step = -(-max(tensor.numel(), 1) // line) * line

@@ -42,7 +42,9 @@ from sparsify.runtime.vllm_shards import FIRST_TWO_OF_FOUR, fill_with_noise, sha
 from sparsify.runtime.zero_points import without_zero_points
 
 try:
-    from sparsify.runtime.vllm_experts import RoutedExperts, Sparse24MoEMethod, unserved
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    from sparsify.runtime.vllm_experts import Sparse24MoEMethod, unserved
 except ImportError:  # the class of experts has moved, which other models need not be concerned with
     RoutedExperts = None
 
