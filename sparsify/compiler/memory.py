@@ -8,7 +8,7 @@ computed anew where that is too little. Neither changes a bit of the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from sparsify.model.capture import BlockCall, capture_calls, without_numbers
 from sparsify.model.decoder import BlockModel
 from sparsify.model.experts import experts_of, is_expert
 from sparsify.model.footprint import Footprint, footprint
-from sparsify.model.linear_groups import stops_of
+from sparsify.model.linear_groups import kind_of, stops_of
 from sparsify.model.sequential import rows_of_micro_batch
 from sparsify.solver.hessian import PANEL
 from sparsify.solver.masks.alps import ROWS
@@ -205,10 +205,10 @@ def _micro_batch(plan: Plan, rows: int) -> Footprint:
 
 def _of_every_kind(hollow: BlockModel, hidden: torch.Tensor, calls: list[BlockCall]) -> list[Footprint]:
     """The footprint of every block that differs from those before it."""
-    found: dict[tuple[Any, ...], Footprint] = {}
+    found: dict[Hashable, Footprint] = {}
     for index, call in enumerate(calls):
         block = hollow.block(index)
-        kind = (type(block), *((name, parameter.shape) for name, parameter in block.named_parameters()))
+        kind = kind_of(block)
         if kind not in found:
             found[kind] = footprint(block, [*stops_of(block).values()], hidden, call)
     return [*found.values()]

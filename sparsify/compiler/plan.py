@@ -28,7 +28,7 @@ from sparsify.compiler.zeros import two_four_sources
 from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme, get_format
-from sparsify.formats.foreign import DequantizedCheckpoint, open_dense, source_in_words
+from sparsify.formats.foreign import DequantizedCheckpoint, open_dense, open_described_dense, source_in_words
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import partial_directory
@@ -236,6 +236,8 @@ class Plan:
 
     def left_behind(self) -> list[str]:
         """Files of the model that do not come along: what looks like a credential, and an adapter, which is not merged."""
+        if not self.checkpoint.has_weights:
+            return []
         adapter = [ADAPTER] if (self.checkpoint.directory / ADAPTER).exists() else []
         return [*adapter, *secrets(self.checkpoint.directory)]
 
@@ -281,8 +283,13 @@ class Plan:
         found = {name: scheme for name, scheme in inside.items() if scheme is not None}
         return found if self.head is None else {**found, self.head.head.module: self.head.stored()}
 
-    def estimate(self) -> Estimate:
+    @cached_property
+    def cost(self) -> Estimate:
         """What it will cost."""
+        return estimate(self)
+
+    def estimate(self) -> Estimate:
+        """`cost`, looked at anew: what is free changes."""
         return estimate(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -312,7 +319,7 @@ class Plan:
             "repeated_text": self._repeats,
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.reads_text else None,
             "compute": self.compute.to_json() if self.computes else None,
-            "estimate": None if self.recipe.whole else self.estimate().to_json(),
+            "estimate": None if self.recipe.whole else self.cost.to_json(),
         }
 
     @property
@@ -335,7 +342,7 @@ class Plan:
         """One row per kind of linear and one for the output head, costs below."""
         if self.recipe.whole:
             return self._whole_table()
-        cost = self.estimate()
+        cost = self.cost
         ratio = cost.dense_bytes / max(cost.output_bytes, 1)
         table = Table(title=escape(f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks"), caption_justify="left")
         for column in ("linear", "shape", "blocks", "becomes"):
@@ -460,15 +467,23 @@ def describe(scheme: Scheme) -> str:
     return " + ".join(parts) + (f", error propagation {scheme.error_propagation:g}" if scheme.error_propagation else "")
 
 
-def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, served: bool = True) -> Plan:
+def make_plan(
+    recipe: Recipe, model: str, shortened: Shortened | None = None, served: bool = True, config_only: bool = False
+) -> Plan:
     """Bind a recipe to a model. Raises RecipeError or CheckpointError when the two do not fit; runs nothing.
 
     shortened: what a depth pass left; the recipe is then what follows it
     served: the result is what is exported, and vLLM has to load it
+    config_only: `model` is a config.json alone, or its directory (`open_described_dense`); such a plan cannot be run
     """
+    if config_only and not recipe.compresses:
+        raise RecipeError(
+            "--config-only plans a recipe with prune or quantize: what this one does depends on the linears that the files "
+            "hold compressed; plan it with them, without --config-only"
+        )
     if recipe.whole:
         return _whole_plan(recipe, model)
-    plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None, served)
+    plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None, served, config_only)
     plan.checkpoint.sidecar_files()  # a link out of the directory is better known now
     plan = keep_zeros(without_skipped(plan), whole=False)
     format = recipe.export.format
@@ -543,7 +558,10 @@ def keep_zeros(plan: Plan, whole: bool = True) -> Plan:
     """
     asked = {p.module: p for p in plan.linears.values() if p.asked is not None and p.reason is None}
     sources = {p.source for p in asked.values()}
-    found = two_four_sources(plan.checkpoint, sources, whole) if sources else set()
+    if plan.checkpoint.has_weights:
+        found = two_four_sources(plan.checkpoint, sources, whole) if sources else set()
+    else:  # no zeros are seen: the recipe is believed
+        found = {p.source for p in asked.values() if p.asked is not None and p.asked.prune == KEEP}
     kept = {module for module, planned in asked.items() if planned.source in found}
     linears = dict(plan.linears)
     for module, planned in asked.items():
@@ -579,11 +597,13 @@ def _kept(scheme: Scheme, module: str, kept: set[str], plan: Plan) -> Scheme:
     )
 
 
-def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None, served: bool) -> Plan:
+def _plan_linears(
+    recipe: Recipe, model: str, shortened: Shortened | None, served: bool, config_only: bool = False
+) -> Plan:
     """The plan without the depth pass: every linear of the model as it is."""
     if not recipe.compresses:
         return _training_plan(recipe, model, shortened)
-    checkpoint = open_dense(model)
+    checkpoint = open_described_dense(model) if config_only else open_dense(model)
     store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
     opened, linears, other = _open_linears(recipe, checkpoint, store, served and shortened is None)
     checkpoint = opened.checkpoint
