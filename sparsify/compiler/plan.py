@@ -16,10 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sparsify.compiler.estimate import Estimate, estimate, time_in_words, training_in_words
+from sparsify.compiler.estimate import Estimate, bits_per_weight, estimate, time_in_words, training_in_words
 from sparsify.compiler.left_dense import none_held
 from sparsify.compiler.memory import FREE, Limits, in_words
 from sparsify.compiler.merged import merged_with, merging_problem
+from sparsify.compiler.plan_described import described_in_words, described_json
 from sparsify.compiler.plan_experts import experts_in_words, refuse_unlike, why_dense, why_not_compressed
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
 from sparsify.compiler.shorten import PlannedDepth, plan_depth
@@ -288,6 +289,11 @@ class Plan:
         """What it will cost."""
         return estimate(self)
 
+    @property
+    def parameters(self) -> int:
+        """Of the dense model; what is tied counts once."""
+        return sum(parameter.numel() for parameter in self.model.model.parameters())
+
     def estimate(self) -> Estimate:
         """`cost`, looked at anew: what is free changes."""
         return estimate(self)
@@ -319,6 +325,9 @@ class Plan:
             "repeated_text": self._repeats,
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.reads_text else None,
             "compute": self.compute.to_json() if self.computes else None,
+            "parameters": self.parameters,
+            "bits_per_weight": None if self.recipe.whole else round(bits_per_weight(self), 4),
+            "config_only": described_json(self),
             "estimate": None if self.recipe.whole else self.cost.to_json(),
         }
 
@@ -378,7 +387,8 @@ class Plan:
             text = f", on {sources_in_words(calibration)}" if self.reads_text else ""
             how = f"first, in llm-compressor{text}: {', '.join(names_of(self.recipe.llm_compressor))}\n{how}"
         table.caption = escape(
-            f"{how}; {cost.dense_bytes / 1e6:.0f} MB become {cost.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
+            f"{how}; {cost.dense_bytes / 1e6:.0f} MB become {cost.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller), "
+            f"the linears {bits_per_weight(self):.3g} bits per weight\n"
             f"memory about {cost.memory_bytes / 1e9:.1f} GB"
             + (f", {time_in_words(cost.operations, self.compute.dtype)}" if cost.operations else "")
             + _memory_in_words(cost)
@@ -391,7 +401,7 @@ class Plan:
                 if (behind := self.left_behind())
                 else ""
             )
-            + "".join(f"\n{said}" for said in experts_in_words(self))
+            + "".join(f"\n{said}" for said in (*described_in_words(self), *experts_in_words(self)))
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
             + "".join(f"\n{said}" for said in self._repeats)
         )
@@ -400,6 +410,8 @@ class Plan:
     @cached_property
     def _repeats(self) -> list[str]:
         """Of the training passes, the texts that are too short for the steps. Reads those texts."""
+        if not self.checkpoint.has_weights:  # no tokenizer either
+            return []
         return [
             said
             for planned in self.training
@@ -432,6 +444,11 @@ def _memory_in_words(cost: Estimate) -> str:
     lines += [f"of the GPU {size(sum(walk.gpu.values()))}: {in_words(walk.gpu)}"] if walk.gpu else []
     lines += [f"{walk.describe()}; disk: {in_words(walk.disk)}"]
     lines += [f"does not fit: {problem}"] if (problem := walk.problem()) else []
+    if walk.budget is not None and cost.writing_bytes > walk.budget:
+        lines.append(
+            f"does not fit: the whole model writes the calibration text, {size(cost.writing_bytes)} of memory; "
+            "with --set calibration.source=file:TEXT it is read instead"
+        )
     return "".join(f"\n{line}" for line in lines)
 
 
@@ -476,7 +493,7 @@ def make_plan(
     served: the result is what is exported, and vLLM has to load it
     config_only: `model` is a config.json alone, or its directory (`open_described_dense`); such a plan cannot be run
     """
-    if config_only and not recipe.compresses:
+    if config_only and (recipe.whole or not recipe.compresses):
         raise RecipeError(
             "--config-only plans a recipe with prune or quantize: what this one does depends on the linears that the files "
             "hold compressed; plan it with them, without --config-only"

@@ -318,8 +318,14 @@ def refuse_many_layers(checkpoint: Checkpoint, tensors: Collection[str]) -> None
     for settings in (checkpoint.config, *(value for value in checkpoint.config.values() if isinstance(value, dict))):
         for key, value in settings.items():
             if LAYERS.fullmatch(key) and isinstance(value, int | float) and value > most:
-                held = f"its files hold {len(tensors)} tensors; is it complete and" if tensors else "no model has as many; is it"
-                raise CheckpointError(f"{checkpoint.spec}: config.json has {key} {str(value)[:20]}, and {held} with its own config.json?")
+                held = (
+                    f"its files hold {len(tensors)} tensors; is it complete and"
+                    if tensors
+                    else "no model has as many; is it"
+                )
+                raise CheckpointError(
+                    f"{checkpoint.spec}: config.json has {key} {str(value)[:20]}, and {held} with its own config.json?"
+                )
 
 
 def _embedded_file(name: str) -> Path:

@@ -67,13 +67,17 @@ class DescribedCheckpoint(Checkpoint):
     @cached_property
     def other_parts(self) -> list[str]:
         """Parts that the config describes and the model for text does not have, such as `vision_config`."""
-        return [key for key, value in self.config.items() if key.endswith("_config") and key not in TEXT and is_part(value)]
+        return [
+            key for key, value in self.config.items() if key.endswith("_config") and key not in TEXT and is_part(value)
+        ]
 
     def sidecar_files(self, apart_from: Collection[Path] = ()) -> dict[str, Path]:
         return {}
 
     def tensor(self, name: str) -> NoReturn:
-        raise CheckpointError(f"{self.spec} is a config.json alone, and {name} cannot be read from it; give the whole model")
+        raise CheckpointError(
+            f"{self.spec} is a config.json alone, and {name} cannot be read from it; give the whole model"
+        )
 
     def first_rows(self, name: str, rows: int) -> NoReturn:
         self.tensor(name)
@@ -109,7 +113,9 @@ def open_described(spec: str | Path) -> DescribedCheckpoint:
     for level in levels_of(checkpoint.config):
         for key in EXPERT_COUNTS:
             if isinstance(count := level.get(key), int) and count > MOST_EXPERTS:
-                raise CheckpointError(f"{text}: config.json has {key} {str(count)[:20]}, and no model has as many experts")
+                raise CheckpointError(
+                    f"{text}: config.json has {key} {str(count)[:20]}, and no model has as many experts"
+                )
     return checkpoint
 
 
@@ -130,5 +136,5 @@ def written_tensors(model: nn.Module) -> dict[str, Tensor]:
         if name not in left_out:
             is_wide = tensor.is_floating_point() and wide is not None and wide.search(name)
             state[name] = tensor.to("meta", torch.float32 if is_wide else None)
-    written: dict[str, Tensor] = revert_weight_conversion(model, state)  # type: ignore[arg-type]
+    written: dict[str, Tensor] = revert_weight_conversion(model, state)
     return written

@@ -48,7 +48,8 @@ def refuse_unlike_counts(config: Mapping[str, Any], spec: str) -> None:
         for (key, count), (name, number) in itertools.product(counts.items(), chosen.items()):
             if number > count > 0:
                 raise CheckpointError(
-                    f"{spec}: config.json chooses {str(number)[:20]} experts for a token ({name}) of {str(count)[:20]} ({key}); correct it"
+                    f"{spec}: config.json chooses {str(number)[:20]} experts for a token ({name}) of {str(count)[:20]} "
+                    f"({key}); correct it"
                 )
 
 

@@ -106,7 +106,9 @@ def kind_of(block: nn.Module) -> Hashable:
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:
     own = vars(module).items()
-    return [(key, value) for key, value in own if isinstance(value, bool | int | float | str) and not NUMBER.search(key)]
+    return [
+        (key, value) for key, value in own if isinstance(value, bool | int | float | str) and not NUMBER.search(key)
+    ]
 
 
 @torch.no_grad()

@@ -137,7 +137,9 @@ def _described(group: _Group, shape: tuple[int, int]) -> Described:
             "weight_scale": (torch.bfloat16, scale),
             "weight_shape": (torch.int64, (2,)),
         }
-        return found if group.symmetric else {**found, "weight_zero_point": (torch.int32, (-(-n // per_word), scale[1]))}
+        return (
+            found if group.symmetric else {**found, "weight_zero_point": (torch.int32, (-(-n // per_word), scale[1]))}
+        )
     narrow = {"weight": (torch.float8_e4m3fn if group.floating else torch.int8, shape)}
     scales = {"weight_scale": (torch.uint8 if group.format == MXFP8 else torch.bfloat16, scale)}
     return {**narrow, **scales} if group.symmetric else {**narrow, **scales, "weight_zero_point": (torch.int8, scale)}
