@@ -85,7 +85,7 @@ class Fp8:
         if block is not None:
             return {"weight": weight, SCALES[0]: (torch.float32, (-(-n // block[0]), -(-k // block[1])))}
         per_output = config["quant_method"] == "fbgemm_fp8"
-        return {"weight": weight, SCALES[1]: (torch.float32, (n, 1) if per_output else ())}
+        return {"weight": weight, SCALES[1]: (torch.float32, (n, 1) if per_output else (1,))}
 
 
 def block_size(given: object) -> tuple[int, int] | None:
