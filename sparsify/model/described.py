@@ -100,7 +100,8 @@ def open_described(spec: str | Path) -> DescribedCheckpoint:
     if problem := path_problem(text):
         raise CheckpointError(f"the model {text[:100]!r} {problem}")
     place = Path(text)
-    if not place.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")) and not place.suffix:
+    named = text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith(".json")
+    if named and not place.exists():
         place = from_hub(text, [CONFIG])
     file = place / CONFIG if place.is_dir() else place
     if not file.exists():

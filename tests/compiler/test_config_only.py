@@ -244,6 +244,16 @@ def test_files_that_are_no_config_are_one_sentence(content, said, tmp_path, caps
     refused(capsys, str(tmp_path / "described.json"), said)
 
 
+def test_a_hub_id_is_looked_up(capsys):
+    refused(capsys, "org/Model2.5-7B", r"org/Model2\.5-7B is not in the local cache and the Hub is out of reach")
+
+
+def test_code_of_a_model_that_transformers_knows_is_not_needed(tmp_path):
+    """As in the config.json of DeepSeek-V3."""
+    made = make_plan(parse_recipe(PLAIN), described(tmp_path, auto_map=AUTO_MAP), config_only=True)
+    assert type(made.model.model).__name__ == "LlamaForCausalLM" and len(made.schemes) == 21
+
+
 def refused(capsys, model: str, said: str) -> None:
     assert main(["plan", "2of4-w4a16", "--model", model, "--config-only"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
