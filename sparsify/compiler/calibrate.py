@@ -40,7 +40,8 @@ from sparsify.solver.solve import Scheme, solve_layer
 from sparsify.training.block_tuning import BlockTuning, Sample, tune_block
 
 CALIBRATION = "calibration.safetensors"
-KERNELS = ("cpu/gram", "cpu/column_sweep", "cpu/coordinate_descent")  # what compressing on data computes with
+# what compressing on data computes with
+KERNELS = ("cpu/gram", "cpu/alps", "cpu/column_sweep", "cpu/coordinate_descent")
 
 
 def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:

@@ -27,7 +27,7 @@ from sparsify.model.footprint import Footprint, footprint
 from sparsify.model.linear_groups import kind_of, stops_of
 from sparsify.model.sequential import rows_of_micro_batch
 from sparsify.solver.hessian import PANEL
-from sparsify.solver.masks.alps import ROWS
+from sparsify.solver.masks.alps import rows_together
 from sparsify.solver.solve import Scheme
 from sparsify.units import size
 
@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 
 LATER = 250_000_000  # what libraries take once they compute: buffers of their products, kernels, tables
 PACKED_ROWS = 2048  # of a micro-batch, which the kernel of X'X copies into its own order
-SORTED = (
-    44  # bytes per weight that ALPS holds of the outputs it solves together: six matrices and a sort of groups of four
-)
+TOGETHER = 24  # bytes per weight that ALPS holds of the outputs it solves together: five matrices, or the first mask's
 
 
 @dataclass(frozen=True)
@@ -323,29 +321,30 @@ def _solving(group: Group, matrices: int) -> list[dict[str, int]]:
     found = []
     for scheme in dict.fromkeys(scheme for _, scheme in group.members):
         weights = group.inputs * sum(n for (n, _), own in group.members if own == scheme)
-        for inside, per_weight, rows in _steps(scheme):
-            outputs = min(rows, weights // group.inputs) * group.inputs
+        for inside, per_weight, together in _steps(scheme):
+            outputs = weights // group.inputs
+            rows = min(rows_together(outputs, group.inputs), outputs) if together else 0
             found.append(
                 {
                     "statistics and factors": 4 * group.inputs * ((matrices + inside) * group.inputs + 2 * PANEL),
-                    "weights that are solved": round(per_weight * weights) + SORTED * outputs,
+                    "weights that are solved": round(per_weight * weights) + TOGETHER * rows * group.inputs,
                 }
             )
     return found
 
 
-def _steps(scheme: Scheme) -> list[tuple[int, float, int]]:
-    """Steps of the solver: [K, K] matrices beside the statistics, bytes per weight, outputs that ALPS takes together.
+def _steps(scheme: Scheme) -> list[tuple[int, float, bool]]:
+    """Steps of the solver: [K, K] matrices beside the statistics, bytes per weight, whether ALPS takes outputs together.
 
     Weights in float32: as given, the target, and what becomes of them; 8 bits for each code and each entry of a mask.
     """
     target = 4 if scheme.error_propagation > 0 else 0
     mask = 2 if scheme.prune not in (None, "sparsegpt") else 0
-    steps: list[tuple[int, float, int]] = [(1 if scheme.sweeps or target else 0, 4 + target, 0)]
+    steps: list[tuple[int, float, bool]] = [(1 if scheme.sweeps or target else 0, 4 + target, False)]
     if scheme.prune == "alps":
-        steps.append((4, 4 + target + 8, ROWS))  # Q, and what LAPACK needs to find it
+        steps.append((4, 4 + target + 8, True))  # Q, and what LAPACK needs to find it
     if scheme.sweeps:
-        steps.append((1, 4 + target + 4 + 2 + mask, 0))
+        steps.append((1, 4 + target + 4 + 2 + mask, False))
         if scheme.coordinate_descent:
-            steps.append((0, 4 + target + 12 + 2 + mask, 0))
+            steps.append((0, 4 + target + 12 + 2 + mask, False))
     return steps

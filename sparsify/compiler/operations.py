@@ -26,7 +26,7 @@ from sparsify.recipe.sources import SELF
 from sparsify.solver.coordinate_descent import BLOCKSIZE
 from sparsify.solver.grid import SHRINK
 from sparsify.solver.head_quantization import ROWS
-from sparsify.solver.masks.alps import ITERATIONS
+from sparsify.solver.masks.alps import ITERATIONS, rows_together
 from sparsify.solver.solve import Scheme
 
 if TYPE_CHECKING:
@@ -123,8 +123,10 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
     if scheme.error_propagation > 0:
         parts["factors"] += 4 * weights * k  # one product, and two with a triangle
     if scheme.prune == "alps":
-        # the eigenvectors, W H, and two products with them in every iteration
-        parts["masks"] = EIGEN * cube + (2 + 4 * ITERATIONS) * weights * k
+        # the eigenvectors, W H, and in every iteration two products with them, or one and their own
+        together = min(n, rows_together(n, k))
+        each = 4 * weights * k if together <= k else 2 * weights * k + 2 * cube * (n / together)
+        parts["masks"] = EIGEN * cube + 2 * weights * k + ITERATIONS * each
     if scheme.sweeps:
         parts["sweep"] = weights * k  # every input is repaired by the K/2 after it, on average
     if (grid := scheme.grid(k)) is not None:

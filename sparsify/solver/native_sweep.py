@@ -1,4 +1,4 @@
-"""The inner loops of the column sweep and of coordinate descent in C++: `kernels/cpu/{column_sweep,coordinate_descent}.cpp`.
+"""The inner loops of ALPS, column sweep and coordinate descent in C++: `kernels/cpu/{alps,column_sweep,coordinate_descent}.cpp`.
 
 Each function takes what its PyTorch counterpart takes. The kernels give the same bits with any number of threads and at
 every level of SPARSIFY_CPU_LEVEL.
@@ -74,6 +74,17 @@ def refit_scale(W: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> No
         W.shape[0], _int64(W.shape[1]), pointer(unit), DROPPED_BITS[grid.dtype], _float(stored.tiny), _float(stored.max),
         torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
+
+
+def alps_round(W: Tensor, pull: Tensor, penalty: float, V: Tensor, right: Tensor) -> Tensor:
+    """As `masks.alps.next_round`."""
+    kept = torch.empty(W.shape, dtype=torch.bool)
+    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in (W, pull, V, right))
+    loaded("cpu/alps").sparsify_alps_round(
+        pointer(W), pointer(pull), _float(penalty), pointer(V), pointer(right), pointer(kept),
+        _int64(W.shape[0]), _int64(W.shape[1]), torch.get_num_threads(), kernel_level(),
+    )  # fmt: skip
+    return kept
 
 
 def _range(grid: Grid | None) -> tuple[ctypes.c_float, ctypes.c_float]:

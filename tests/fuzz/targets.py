@@ -8,7 +8,6 @@ that sparsify itself writes, from which fuzzing starts.
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +60,7 @@ from tests.report.sample import sample_bench, sample_evaluations, sample_metrics
 SECONDS = 10.0  # of computing for one input
 NBYTES = 400_000_000  # by which one input may raise the memory of the process
 LONGEST_MESSAGE = 8000  # characters; a recipe's problems are told on up to 21 lines
+PEAK = Path("/proc/self/clear_refs")  # 5 written to it starts the peak of memory anew (proc(5))
 CORPUS = Path(__file__).with_name("corpus")
 RECIPE = "version: 1\npasses:\n  - prune: {method: magnitude}\n  - quantize: {method: rtn, bits: 4, group_size: 32}\n"
 
@@ -84,7 +84,8 @@ class Broken(AssertionError):
 
 def run(function: Run, data: bytes) -> bool:
     """Whether one input is accepted. Raises Broken, or what should not have been raised."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, started = _memory("VmRSS"), time.process_time()
+    PEAK.write_text("5")
     accepted = True
     try:
         function(data)
@@ -93,10 +94,16 @@ def run(function: Run, data: bytes) -> bool:
         if not 0 < len(str(error).strip()) <= LONGEST_MESSAGE:
             raise Broken(f"a message of {len(str(error))} characters: {str(error)[:300]}") from None
     took = time.process_time() - started
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    grown = _memory("VmHWM") - before
     if took > SECONDS or grown > NBYTES:
         raise Broken(f"it took {took:.1f} s and {grown / 1e6:.0f} MB")
     return accepted
+
+
+def _memory(name: str) -> int:
+    """Bytes that this process holds (VmRSS), or held at most since PEAK was written (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
 
 
 def corpus(name: str) -> list[bytes]:

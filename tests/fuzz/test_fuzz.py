@@ -54,8 +54,9 @@ def test_what_does_not_hold_is_found() -> None:
         targets.run(nothing, b" ")
     with pytest.raises(targets.Broken, match="a message of 9000 characters"):
         targets.run(nothing, b"a" * 9000)
-    with pytest.raises(targets.Broken, match="MB"):
-        targets.run(lambda _: b"a" * 2 * targets.NBYTES, b"")
+    for _ in range(2):  # what the process held before hides nothing
+        with pytest.raises(targets.Broken, match="MB"):
+            targets.run(lambda _: b"a" * 2 * targets.NBYTES, b"")
     with pytest.raises(ZeroDivisionError):
         targets.run(lambda data: 1 // len(data), b"")
 

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from sparsify import processor
 from sparsify.model.linear import is_two_four
+from sparsify.native import build
 from sparsify.solver.column_sweep import column_sweep
 from sparsify.solver.hessian import Statistics, factor
-from sparsify.solver.masks.alps import alps_mask
-from sparsify.solver.masks.magnitude import magnitude_mask
+from sparsify.solver.masks.alps import GROWTH, ITERATIONS, PENALTY, alps_mask, next_round
+from sparsify.solver.masks.magnitude import keep_two_of_four, magnitude_mask
 from sparsify.solver.masks.sparsegpt import sparsegpt_select
 from sparsify.solver.masks.wanda import wanda_mask
 from sparsify.solver.solve import Scheme, solve_layer
@@ -69,6 +71,60 @@ def test_alps_compresses_better_than_sparsegpt(problem, quantize):
         assert is_two_four(stored)
         errors[method] = found["a"]
     assert errors["alps"] < errors["sparsegpt"], errors
+
+
+@pytest.fixture(params=["torch", "native"])
+def way(request, monkeypatch):
+    if request.param == "native" and build.load("cpu/alps") is None:
+        pytest.skip("no native kernel here")
+    monkeypatch.setenv("SPARSIFY_ALPS", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("outputs", [N, 3 * K])
+def test_alps_is_the_paper_s_iteration(problem, way, outputs):
+    """Section 3.1 in fp64, each system solved as it stands; more outputs than inputs go through its inverse."""
+    W, factors = problem
+    W = W.repeat(outputs // N + 1, 1)[:outputs] + 0.01 * torch.arange(outputs)[:, None]
+    size = factors.damped.double().diagonal().sqrt()
+    H, T = factors.damped.double() / size / size[:, None], W.double() * size
+    D, V, rho = T * keep_two_of_four(T.abs()), torch.zeros_like(T), PENALTY
+    for _ in range(ITERATIONS):
+        free = torch.linalg.solve(H + rho * torch.eye(K), (T @ H + rho * (D - V)).t()).t()
+        kept = keep_two_of_four((free + V).abs())
+        D, V = (free + V) * kept, (free + V) * ~kept
+        rho *= GROWTH
+    assert (alps_mask(W, factors.damped) != kept).float().mean() < 0.01  # rounding may decide a tie
+
+
+@pytest.mark.parametrize("quads", [1, 15, 16, 37])
+def test_a_round_of_alps_at_every_level(quads, monkeypatch):
+    """Ties too: of equal sizes the first stays, as in `keep_two_of_four`."""
+    if build.load("cpu/alps") is None:
+        pytest.skip("no native kernel here")
+    generator = torch.Generator().manual_seed(quads)
+    W, pull, V = (torch.randint(-3, 4, (5, 4 * quads), generator=generator).float() for _ in range(3))
+    results = {}
+    for level in ("torch", *processor.available_levels()):
+        monkeypatch.setenv("SPARSIFY_ALPS", "torch" if level == "torch" else "native")
+        if level != "torch":
+            monkeypatch.setenv(processor.FORCE, level)
+        after, right = V.clone(), torch.full_like(V, torch.nan)
+        results[level] = (next_round(W, pull, 0.25, after, right), after, right)
+    for level, result in results.items():
+        assert all(torch.equal(a, b) for a, b in zip(result, results["torch"], strict=True)), level
+    kept, after, right = results["torch"]
+    assert torch.equal(kept, keep_two_of_four((V + W).abs())) and not after[kept].any()
+    assert torch.equal(right, pull + 0.25 * torch.where(kept, V + W, -(V + W)))
+
+
+def test_two_of_four_are_kept_whatever_the_numbers():
+    """Against a stable sort; NaN counts as the largest, so a mask is 2:4 even of what is no number."""
+    values = torch.tensor([-torch.inf, -1.0, 0.0, 0.0, 1.0, 1.0, 2.0, torch.inf, torch.nan, torch.nan])
+    quads = values[torch.randint(len(values), (4000, 4), generator=torch.Generator().manual_seed(3))]
+    first_two = quads.nan_to_num(torch.inf, torch.inf, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :2]
+    wanted = torch.zeros_like(quads, dtype=torch.bool).scatter_(1, first_two, True)
+    assert torch.equal(keep_two_of_four(quads.reshape(200, 80)), wanted.reshape(200, 80))
 
 
 def test_alps_takes_outputs_in_pieces_that_give_what_the_whole_gives(problem, monkeypatch):

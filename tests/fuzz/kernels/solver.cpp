@@ -1,5 +1,6 @@
-// libFuzzer on kernels/cpu/{column_sweep,coordinate_descent}.cpp: any numbers, NaN and infinities too, in every way that the
+// libFuzzer on kernels/cpu/{alps,column_sweep,coordinate_descent}.cpp: any numbers, NaN and infinities too, in every way that the
 // solver calls them (sparsify/solver/native_sweep.py).
+#include "../../../kernels/cpu/alps.cpp"
 #include "../../../kernels/cpu/column_sweep.cpp"
 #include "../../../kernels/cpu/coordinate_descent.cpp"
 
@@ -44,7 +45,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Memory keep(guarded, size_t(panel * outputs)), codes(guarded, size_t(panel * outputs));
     in.fill(keep.data(), keep.bytes());
     for (size_t i = 0; i < keep.bytes(); ++i) keep.data()[i] &= 1;
-    switch (kind / 2 % 4) {
+    switch (kind / 2 % 5) {
         case 0: {
             const int first = select ? int(4 * in.number(0, quads - 1)) : int(in.number(0, panel - 1));
             const int last =
@@ -79,6 +80,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                                  grid ? scale.data() : nullptr, grid && zeros ? zero.data() : nullptr, low, high,
                                  mask ? keep.data() : nullptr, mask ? outputs : 0, select, in.yes(), threads, level);
             break;
+        case 3: {
+            const int64_t inputs = 4 * quads, bytes = outputs * inputs * 4;
+            Memory W(guarded, size_t(bytes)), pull(guarded, size_t(bytes)), V(guarded, size_t(bytes)),
+                next(guarded, size_t(bytes)), kept(guarded, size_t(outputs * inputs));
+            for (Memory* one : {&W, &pull, &V}) in.numbers(one->data(), one->bytes(), 4, 0x3e);
+            if (any) in.fill(W.data(), W.bytes());
+            sparsify_alps_round(W.floats(), pull.floats(), 0.1f, V.floats(), next.floats(),
+                                in.yes() ? kept.data() : nullptr, outputs, inputs, threads, level);
+            break;
+        }
         default:
             sparsify_refit_scale(P.data(), P.stride, E.data(), E.stride, square.data(), square.stride, panel, outputs,
                                  scale.data(), kDropped[type], kTiny, kLargest[type], threads, level);
