@@ -171,12 +171,14 @@ def plan(
     spill: bool = False,
     memory: str | None = None,
     gpu_memory: str | None = None,
+    config_only: bool = False,
     trust_remote_code: bool = False,
     allow_unknown_tensors: bool = False,
 ) -> Plan:
     """What a recipe will do to every linear of a model, and what it costs; computes nothing. `print` its `.table()` with rich.
 
     spill, memory, gpu_memory: as for `apply`
+    config_only: the model is a config.json alone, or its directory, or a Hub id, of which only that file is fetched
     """
     from sparsify.compiler.memory import Limits
     from sparsify.compiler.plan import make_plan
@@ -186,7 +188,7 @@ def plan(
     try:
         spec = stack.enter_context(_on_disk(_named(asked, model), None, dense=True))
         with _allowing(trust_remote_code, allow_unknown_tensors):
-            made = make_plan(asked.model_copy(update={"model": spec}), spec)
+            made = make_plan(asked.model_copy(update={"model": spec}), spec, config_only=config_only)
             made = replace(made, limits=Limits(memory, gpu_memory, spill))
     except BaseException:
         stack.close()

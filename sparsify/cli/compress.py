@@ -51,20 +51,28 @@ def plan(args: argparse.Namespace) -> Outcome:
     from sparsify.recipe import load_recipe
 
     asked = load_recipe(args.recipe, args.set, args.model)
-    result = api.plan(asked, spill=args.spill, memory=args.memory, gpu_memory=args.gpu_memory)
+    result = api.plan(
+        asked, spill=args.spill, memory=args.memory, gpu_memory=args.gpu_memory, config_only=args.config_only
+    )
     return Outcome(result.to_json(), [result.table()])
 
 
 def add_plan(commands: Commands) -> None:
     """Register `plan`."""
-    add_command(
+    command = add_command(
         commands, "plan", plan, "show what a recipe will do to a model, without doing it",
         TAKES_RECIPE, TAKES_LIMITS, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             "sparsify plan 2of4-w4a16 --model embedded:smollm2-135m-instruct",
             "sparsify plan 2of4-w4a16 --model ./llama --memory 16GB     what fits into so much, and what does not",
+            "sparsify plan 2of4-w4a16 --model ./llama/config.json --config-only     before its weights are here",
         ),
     )  # fmt: skip
+    command.add_argument(
+        "--config-only",
+        action="store_true",
+        help="plan from a config.json alone: M is that file, its directory or a Hub id; no weights and no tokenizer are read",
+    )
 
 
 def recipes(args: argparse.Namespace) -> Outcome:

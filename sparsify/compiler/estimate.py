@@ -23,7 +23,7 @@ from sparsify.recipe.sources import SELF
 from sparsify.solver.solve import Scheme
 
 if TYPE_CHECKING:
-    from sparsify.compiler.plan import Plan
+    from sparsify.compiler.plan import Plan, Planned
     from sparsify.compiler.plan_training import PlannedTraining
 
 OVERHEAD = 2.5  # a walk takes so many times as long as its products alone would
@@ -35,6 +35,8 @@ class Estimate:
 
     operations: by part, as `operations.count_operations` counts them; a multiply-add is two
     memory: of the walk by item; None where there is none
+    seconds: that the operations take here, an estimate; None where the speed of this machine is not known
+    writing_bytes: of the memory, of a model that writes its own calibration text
     """
 
     dense_bytes: int
@@ -42,6 +44,8 @@ class Estimate:
     memory_bytes: int
     operations: dict[str, int]
     memory: WalkMemory | None = None
+    seconds: float | None = None
+    writing_bytes: int = 0
 
     @property
     def multiply_adds(self) -> int:
@@ -58,7 +62,40 @@ def estimate(plan: Plan) -> Estimate:
     nbytes, output = _memory_bytes(plan, walk), _output_bytes(plan)
     if walk is not None:  # the parts are there until the output is whole
         walk = replace(walk, disk={"finished parts": output, "output": output, **walk.disk})
-    return Estimate(plan.checkpoint.nbytes(), output, nbytes, count_operations(plan), walk)
+    operations = count_operations(plan)
+    seconds = seconds_of(operations, plan.compute.dtype)
+    writing = writing_bytes(plan) if walk is not None else 0
+    return Estimate(plan.checkpoint.nbytes(), output, nbytes, operations, walk, seconds, writing)
+
+
+def bits_per_weight(plan: Plan) -> float:
+    """Mean bits per weight of the matrices of the blocks as they are written, with scales and zero points, dense ones too:
+    linears, routers, and experts that are not taken apart. 0 where there are none."""
+    unheld = plan.written_dense()
+    kinds = Counter(
+        (None if name in unheld else planned.scheme, planned.shape, _dense_bytes_of(plan, planned, name in unheld))
+        for name, planned in plan.linears.items()
+    )
+    nbytes = weights = 0
+    for (scheme, shape, as_dense), count in kinds.items():
+        weights += count * shape[0] * shape[1]
+        nbytes += count * (as_dense if scheme is None else stored_bytes(scheme, shape, plan))
+    for index, block in enumerate(plan.model.blocks):
+        for name in plan.model.other_parameters(index):
+            parameter = plan.model.model.get_parameter(f"{block}.{name}")
+            source = plan.model.source_of(f"{block}.{name}")
+            weights += parameter.numel()
+            nbytes += parameter.numel() * (plan.store if source is None else plan.stored_dtype(source)).itemsize
+    return 8 * nbytes / weights if weights else 0.0
+
+
+def _dense_bytes_of(plan: Plan, planned: Planned, unheld: bool) -> int:
+    """Of a linear that no pass compresses, as it is written: packed where it was before, and the format holds it."""
+    if planned.given is not None and plan.compressed is not None and not unheld and planned.given.bits < 16:
+        return plan.compressed.nbytes(planned.source.removesuffix(".weight"))
+    return (
+        planned.weights * plan.stored_dtype(planned.source).itemsize if planned.given is None else 2 * planned.weights
+    )
 
 
 def _output_bytes(plan: Plan) -> int:
@@ -197,21 +234,30 @@ def training_in_words(plan: Plan, planned: PlannedTraining) -> str:
 
 
 def time_in_words(operations: Mapping[str, int], dtype: torch.dtype) -> str:
-    """How long so much arithmetic takes at the speed of matrix products that was once measured here, with the overhead that a
-    walk was seen to have. Measures nothing: where no speed is known yet, the operations themselves are shown.
+    """How long so much arithmetic takes, in words; where no speed is known yet, the operations themselves are shown.
 
-    operations: by part; the solver's are in float32, all others in `dtype`
+    operations, dtype: as for `seconds_of`
     """
     count = in_words(sum(operations.values()))
     if device() != "cpu":
         return f"{count} on the GPU"
-    measured = rates()
-    if measured is None:
+    seconds = seconds_of(operations, dtype)
+    if seconds is None:
         return f"{count} (how long that takes is known after the first `apply` or `sparsify doctor` on this machine)"
-    seconds = (
-        sum(work / measured.of(torch.float32 if part in SOLVER else dtype) for part, work in operations.items())
-        / torch.get_num_threads()
-    )
-    minutes = OVERHEAD * seconds / 60
-    time = f"{minutes:.0f} minutes" if minutes >= 2 else f"{max(1, round(minutes * 60))} seconds"
-    return f"{count}, about {time} on this machine"
+    for step, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * step:
+            return f"{count}, about {seconds / step:.0f} {unit} on this machine (estimate)"
+    return f"{count}, about {max(1, round(seconds))} seconds on this machine (estimate)"
+
+
+def seconds_of(operations: Mapping[str, int], dtype: torch.dtype) -> float | None:
+    """How long so much arithmetic takes at the speed of matrix products that was once measured here, with the overhead that a
+    walk was seen to have. Measures nothing: None where no speed is known yet, and on a GPU.
+
+    operations: by part; the solver's are in float32, all others in `dtype`
+    """
+    measured = rates() if device() == "cpu" else None
+    if measured is None:
+        return None
+    seconds = sum(work / measured.of(torch.float32 if part in SOLVER else dtype) for part, work in operations.items())
+    return OVERHEAD * seconds / torch.get_num_threads()

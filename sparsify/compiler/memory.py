@@ -8,9 +8,9 @@ computed anew where that is too little. Neither changes a bit of the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from sparsify.model.capture import BlockCall, capture_calls, without_numbers
 from sparsify.model.decoder import BlockModel
 from sparsify.model.experts import experts_of, is_expert
 from sparsify.model.footprint import Footprint, footprint
-from sparsify.model.linear_groups import stops_of
+from sparsify.model.linear_groups import kind_of, stops_of
 from sparsify.model.sequential import rows_of_micro_batch
 from sparsify.solver.hessian import PANEL
 from sparsify.solver.masks.alps import rows_together
@@ -61,6 +61,7 @@ class WalkMemory:
     budget, gpu_budget: None where the system does not say what is free
     spills: hidden states are in a file; place: else the device in whose memory they are
     room: for suspended forwards; None where all of them fit
+    instead: where the smallest budget is too large: settings with which a smaller one works, as `--set` takes them, and that one
     """
 
     host: dict[str, int]
@@ -73,6 +74,7 @@ class WalkMemory:
     spills: bool
     place: str
     room: int | None
+    instead: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -83,13 +85,19 @@ class WalkMemory:
         """What does not fit and what would, as a sentence; None where everything does."""
         if self.budget is not None and self.least > self.budget:
             items = in_words({name: nbytes for name, nbytes in self.host.items() if name not in GROWING})
-            return f"one block does not fit into {size(self.budget)} of memory: --memory {_up(self.least)} is the least ({items})"
+            least = f"--memory {_up(self.least)} is the least ({items})"
+            return f"one block does not fit into {size(self.budget)} of memory: {least}{self._or('--memory')}"
         if self.gpu_budget is not None and self.least_gpu > self.gpu_budget:
             return (
                 f"one block does not fit into {size(self.gpu_budget)} of the GPU's memory: --gpu-memory "
-                f"{_up(self.least_gpu)} is the least; CUDA_VISIBLE_DEVICES= computes on the CPU"
+                f"{_up(self.least_gpu)} is the least{self._or('--gpu-memory')}; CUDA_VISIBLE_DEVICES= computes on the CPU"
             )
         return None
+
+    def _or(self, option: str) -> str:
+        """The settings that need less."""
+        said = [f"{option} {_up(least)} with --set {name}" for name, least in self.instead.items()]
+        return f", or {', or '.join(said)}" if said else ""
 
     def describe(self) -> str:
         """One line on what the budget led to."""
@@ -129,7 +137,8 @@ def walk_memory(plan: Plan, limits: Limits) -> WalkMemory:
     hidden = _streams_kept(plan, streams) * samples * calibration.sequence_length * hidden_size(plan) * itemsize
     suspended = streams * math.ceil(samples / rows) * one.most_waiting
     base = {"interpreter and libraries": (memory.anonymous() or 0) + LATER}
-    steps, outside = _steps_of_walk(plan, one), {OUTSIDE: _outside_bytes(plan)}
+    groups = [*dict.fromkeys(groups_of(plan))]
+    steps, outside = _steps_of_walk(plan, one, groups, streams), {OUTSIDE: _outside_bytes(plan)}
     work = max(steps, key=_sum)
     budget, gpu_budget = memory.budget(limits.memory), memory.gpu_budget(limits.gpu_memory)
     on_gpu = device() != "cpu"
@@ -154,7 +163,50 @@ def walk_memory(plan: Plan, limits: Limits) -> WalkMemory:
     gpu |= _growing(hidden - here, kept) if on_gpu else {}
     disk = {HIDDEN: hidden} if spills else {}
     most = max(inside, host, key=_sum)
-    return WalkMemory(most, gpu, disk, least, least_gpu, budget, gpu_budget, spills, place, room)
+    instead: dict[str, int] = {}
+    if on_gpu and gpu_budget is not None and least_gpu > gpu_budget:
+        instead = _with_other_settings(plan, one, groups, {}, least_gpu, gpu_budget)
+    elif not on_gpu and budget is not None and max(_sum(base | outside), budget) < least:
+        instead = _with_other_settings(plan, one, groups, base, least, budget)
+    return WalkMemory(most, gpu, disk, least, least_gpu, budget, gpu_budget, spills, place, room, instead)
+
+
+def _with_other_settings(
+    plan: Plan, one: Footprint, groups: Sequence[Group], beside: Mapping[str, int], least: int, budget: int
+) -> dict[str, int]:
+    """Settings of the recipe with which a walk takes less than `least`, as `--set` takes them, and how much; the least first.
+
+    beside: what is there whatever the settings are. Where none of them fits the budget, all of them at once are looked at too.
+    """
+
+    def needed(changes: Sequence[str]) -> int:
+        other = list(groups)
+        for name in changes:
+            other = [
+                replace(group, members=tuple((shape, SMALLER[name](scheme)) for shape, scheme in group.members))
+                for group in other
+            ]
+        propagates = any(scheme.error_propagation > 0 for group in other for _, scheme in group.members)
+        streams = 2 if propagates or plan.recipe.tune is not None else 1
+        return max(_sum({**beside, **step}) for step in _steps_of_walk(plan, one, other, streams))
+
+    found = {name: needed([name]) for name in SMALLER}
+    found = {name: nbytes for name, nbytes in found.items() if nbytes < LESS * least}
+    if len(found) > 1 and min(found.values()) > budget:
+        found[" --set ".join(found)] = needed([*found])
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _without_alps(scheme: Scheme) -> Scheme:
+    return replace(scheme, prune="sparsegpt") if scheme.prune == "alps" else scheme
+
+
+SMALLER: dict[str, Callable[[Scheme], Scheme]] = {  # settings that a walk takes less memory with
+    "solver.error_propagation=0": lambda scheme: replace(scheme, error_propagation=0.0),
+    "solver.coordinate_descent=0": lambda scheme: replace(scheme, coordinate_descent=0),
+    "passes.prune.method=sparsegpt": _without_alps,
+}
+LESS = 0.97  # of the least: what saves less is not named
 
 
 def _sum(items: Mapping[str, int]) -> int:
@@ -203,23 +255,25 @@ def _micro_batch(plan: Plan, rows: int) -> Footprint:
 
 def _of_every_kind(hollow: BlockModel, hidden: torch.Tensor, calls: list[BlockCall]) -> list[Footprint]:
     """The footprint of every block that differs from those before it."""
-    found: dict[tuple[Any, ...], Footprint] = {}
+    found: dict[Hashable, Footprint] = {}
     for index, call in enumerate(calls):
         block = hollow.block(index)
-        kind = (type(block), *((name, parameter.shape) for name, parameter in block.named_parameters()))
+        kind = kind_of(block)
         if kind not in found:
             found[kind] = footprint(block, [*stops_of(block).values()], hidden, call)
     return [*found.values()]
 
 
-def _steps_of_walk(plan: Plan, one: Footprint) -> list[dict[str, int]]:
-    """What the walk holds in each step of its work on each group of linears, without what grows with the tokens."""
-    streams, itemsize = 2 if plan.needs_dense_reference else 1, plan.model.dtype.itemsize
-    calibration = plan.recipe.calibration
+def _steps_of_walk(plan: Plan, one: Footprint, groups: Iterable[Group], streams: int) -> list[dict[str, int]]:
+    """What the walk holds in each step of its work on each group of linears, without what grows with the tokens.
+
+    groups: those that differ; streams: 2 where the dense model is followed
+    """
+    calibration, itemsize = plan.recipe.calibration, plan.model.dtype.itemsize
     tokens = min(rows_of_micro_batch(calibration.sequence_length), calibration.samples) * calibration.sequence_length
     codes = max(_weights_of_block(plan))
     found: list[dict[str, int]] = []
-    for group in dict.fromkeys(groups_of(plan)):
+    for group in groups:
         k = group.inputs
         propagates = any(scheme.error_propagation > 0 for _, scheme in group.members)
         matrices = (1 + propagates) * (2 if group.expert else 1)  # those of the layer are there while they are combined

@@ -16,10 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sparsify.compiler.estimate import Estimate, estimate, time_in_words, training_in_words
+from sparsify.compiler.estimate import Estimate, bits_per_weight, estimate, time_in_words, training_in_words
 from sparsify.compiler.left_dense import none_held
 from sparsify.compiler.memory import FREE, Limits, in_words
 from sparsify.compiler.merged import merged_with, merging_problem
+from sparsify.compiler.plan_described import described_in_words, described_json
 from sparsify.compiler.plan_experts import experts_in_words, refuse_unlike, why_dense, why_not_compressed
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
 from sparsify.compiler.shorten import PlannedDepth, plan_depth
@@ -28,7 +29,7 @@ from sparsify.compiler.zeros import two_four_sources
 from sparsify.compute import Choice, for_model
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats import ModuleScheme, get_format
-from sparsify.formats.foreign import DequantizedCheckpoint, open_dense, source_in_words
+from sparsify.formats.foreign import DequantizedCheckpoint, open_dense, open_described_dense, source_in_words
 from sparsify.formats.reader import CompressedCheckpoint, open_compressed
 from sparsify.formats.scheme import FLOATS, in_block
 from sparsify.formats.writer import partial_directory
@@ -236,6 +237,8 @@ class Plan:
 
     def left_behind(self) -> list[str]:
         """Files of the model that do not come along: what looks like a credential, and an adapter, which is not merged."""
+        if not self.checkpoint.has_weights:
+            return []
         adapter = [ADAPTER] if (self.checkpoint.directory / ADAPTER).exists() else []
         return [*adapter, *secrets(self.checkpoint.directory)]
 
@@ -281,8 +284,18 @@ class Plan:
         found = {name: scheme for name, scheme in inside.items() if scheme is not None}
         return found if self.head is None else {**found, self.head.head.module: self.head.stored()}
 
-    def estimate(self) -> Estimate:
+    @cached_property
+    def cost(self) -> Estimate:
         """What it will cost."""
+        return estimate(self)
+
+    @property
+    def parameters(self) -> int:
+        """Of the dense model; what is tied counts once."""
+        return sum(parameter.numel() for parameter in self.model.model.parameters())
+
+    def estimate(self) -> Estimate:
+        """`cost`, looked at anew: what is free changes."""
         return estimate(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -312,7 +325,10 @@ class Plan:
             "repeated_text": self._repeats,
             "calibration": self.recipe.calibration.model_dump(mode="json") if self.reads_text else None,
             "compute": self.compute.to_json() if self.computes else None,
-            "estimate": None if self.recipe.whole else self.estimate().to_json(),
+            "parameters": self.parameters,
+            "bits_per_weight": None if self.recipe.whole else round(bits_per_weight(self), 4),
+            "config_only": described_json(self),
+            "estimate": None if self.recipe.whole else self.cost.to_json(),
         }
 
     @property
@@ -335,7 +351,7 @@ class Plan:
         """One row per kind of linear and one for the output head, costs below."""
         if self.recipe.whole:
             return self._whole_table()
-        cost = self.estimate()
+        cost = self.cost
         ratio = cost.dense_bytes / max(cost.output_bytes, 1)
         table = Table(title=escape(f"{self.checkpoint.spec}: {len(self.model.blocks)} blocks"), caption_justify="left")
         for column in ("linear", "shape", "blocks", "becomes"):
@@ -371,7 +387,8 @@ class Plan:
             text = f", on {sources_in_words(calibration)}" if self.reads_text else ""
             how = f"first, in llm-compressor{text}: {', '.join(names_of(self.recipe.llm_compressor))}\n{how}"
         table.caption = escape(
-            f"{how}; {cost.dense_bytes / 1e6:.0f} MB become {cost.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller)\n"
+            f"{how}; {cost.dense_bytes / 1e6:.0f} MB become {cost.output_bytes / 1e6:.0f} MB ({ratio:.2f} times smaller), "
+            f"the linears {bits_per_weight(self):.3g} bits per weight\n"
             f"memory about {cost.memory_bytes / 1e9:.1f} GB"
             + (f", {time_in_words(cost.operations, self.compute.dtype)}" if cost.operations else "")
             + _memory_in_words(cost)
@@ -384,7 +401,7 @@ class Plan:
                 if (behind := self.left_behind())
                 else ""
             )
-            + "".join(f"\n{said}" for said in experts_in_words(self))
+            + "".join(f"\n{said}" for said in (*described_in_words(self), *experts_in_words(self)))
             + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
             + "".join(f"\n{said}" for said in self._repeats)
         )
@@ -393,6 +410,8 @@ class Plan:
     @cached_property
     def _repeats(self) -> list[str]:
         """Of the training passes, the texts that are too short for the steps. Reads those texts."""
+        if not self.checkpoint.has_weights:  # no tokenizer either
+            return []
         return [
             said
             for planned in self.training
@@ -425,6 +444,11 @@ def _memory_in_words(cost: Estimate) -> str:
     lines += [f"of the GPU {size(sum(walk.gpu.values()))}: {in_words(walk.gpu)}"] if walk.gpu else []
     lines += [f"{walk.describe()}; disk: {in_words(walk.disk)}"]
     lines += [f"does not fit: {problem}"] if (problem := walk.problem()) else []
+    if walk.budget is not None and cost.writing_bytes > walk.budget:
+        lines.append(
+            f"does not fit: the whole model writes the calibration text, {size(cost.writing_bytes)} of memory; "
+            "with --set calibration.source=file:TEXT it is read instead"
+        )
     return "".join(f"\n{line}" for line in lines)
 
 
@@ -460,15 +484,23 @@ def describe(scheme: Scheme) -> str:
     return " + ".join(parts) + (f", error propagation {scheme.error_propagation:g}" if scheme.error_propagation else "")
 
 
-def make_plan(recipe: Recipe, model: str, shortened: Shortened | None = None, served: bool = True) -> Plan:
+def make_plan(
+    recipe: Recipe, model: str, shortened: Shortened | None = None, served: bool = True, config_only: bool = False
+) -> Plan:
     """Bind a recipe to a model. Raises RecipeError or CheckpointError when the two do not fit; runs nothing.
 
     shortened: what a depth pass left; the recipe is then what follows it
     served: the result is what is exported, and vLLM has to load it
+    config_only: `model` is a config.json alone, or its directory (`open_described_dense`); such a plan cannot be run
     """
+    if config_only and (recipe.whole or not recipe.compresses):
+        raise RecipeError(
+            "--config-only plans a recipe with prune or quantize: what this one does depends on the linears that the files "
+            "hold compressed; plan it with them, without --config-only"
+        )
     if recipe.whole:
         return _whole_plan(recipe, model)
-    plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None, served)
+    plan = _plan_linears(recipe, model, shortened if recipe.depth is None else None, served, config_only)
     plan.checkpoint.sidecar_files()  # a link out of the directory is better known now
     plan = keep_zeros(without_skipped(plan), whole=False)
     format = recipe.export.format
@@ -543,7 +575,10 @@ def keep_zeros(plan: Plan, whole: bool = True) -> Plan:
     """
     asked = {p.module: p for p in plan.linears.values() if p.asked is not None and p.reason is None}
     sources = {p.source for p in asked.values()}
-    found = two_four_sources(plan.checkpoint, sources, whole) if sources else set()
+    if plan.checkpoint.has_weights:
+        found = two_four_sources(plan.checkpoint, sources, whole) if sources else set()
+    else:  # no zeros are seen: the recipe is believed
+        found = {p.source for p in asked.values() if p.asked is not None and p.asked.prune == KEEP}
     kept = {module for module, planned in asked.items() if planned.source in found}
     linears = dict(plan.linears)
     for module, planned in asked.items():
@@ -579,11 +614,13 @@ def _kept(scheme: Scheme, module: str, kept: set[str], plan: Plan) -> Scheme:
     )
 
 
-def _plan_linears(recipe: Recipe, model: str, shortened: Shortened | None, served: bool) -> Plan:
+def _plan_linears(
+    recipe: Recipe, model: str, shortened: Shortened | None, served: bool, config_only: bool = False
+) -> Plan:
     """The plan without the depth pass: every linear of the model as it is."""
     if not recipe.compresses:
         return _training_plan(recipe, model, shortened)
-    checkpoint = open_dense(model)
+    checkpoint = open_described_dense(model) if config_only else open_dense(model)
     store = DTYPES.get(recipe.export.dtype) or _storage_type(checkpoint)
     opened, linears, other = _open_linears(recipe, checkpoint, store, served and shortened is None)
     checkpoint = opened.checkpoint

@@ -13,7 +13,7 @@ from sparsify.errors import RecipeError
 from sparsify.formats.reader import CompressedCheckpoint
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import BlockModel, meta_model
-from sparsify.model.experts import SeparateExperts, experts_of, is_expert, stored_fused
+from sparsify.model.experts import CHOSEN, SeparateExperts, experts_of, is_expert, stored_fused
 from sparsify.model.separated import SeparatedCheckpoint
 from sparsify.recipe import Recipe
 
@@ -106,15 +106,6 @@ class Mixture:
     def share(self) -> float:
         """Of the tokens, how many an expert is given on average; all of them where that is not known."""
         return min(1.0, self.chosen / self.experts) if self.chosen else 1.0
-
-
-CHOSEN = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "experts_per_token",
-    "moe_topk",
-    "top_k_experts",
-)  # in configs
 
 
 def mixture_of(model: BlockModel) -> Mixture | None:

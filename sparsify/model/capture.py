@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import CheckpointError
 from sparsify.model.decoder import BlockModel
+from sparsify.model.experts import experts_of
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,14 @@ def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[Block
 
 @contextmanager
 def without_numbers(model: BlockModel) -> Iterator[BlockModel]:
-    """A copy of the model on torch's fake tensors, which have shapes and types but no numbers: no weight is read.
+    """A copy of the model on torch's fake tensors, which have shapes and types but no numbers: no weight is read. Experts that
+    are taken apart are one, under all their names.
 
     A module whose code looks at numbers raises there, whatever it likes; warnings and what torch logs of that are not shown.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    whole = copy.deepcopy(model.model).to("meta")
+    whole = _with_one_expert(model.model).to("meta")
     with _silent("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True):
         for module in whole.modules():
             for tensors in (module._parameters, module._buffers):
@@ -130,6 +132,15 @@ def without_numbers(model: BlockModel) -> Iterator[BlockModel]:
                     if tensor is not None:
                         tensors[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
         yield replace(model, model=whole)
+
+
+def _with_one_expert(model: nn.Module) -> nn.Module:
+    """A copy in which all experts of a layer are the first one: without numbers no other is computed."""
+    copied: dict[int, Any] = {}
+    for experts in experts_of(model).values():
+        first = copy.deepcopy(experts.expert(0), copied)
+        copied |= {id(expert): first for expert in experts.children()}
+    return copy.deepcopy(model, copied)
 
 
 @contextmanager

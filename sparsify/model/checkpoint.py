@@ -1,10 +1,11 @@
 """Lazy reading of dense checkpoints: one tensor at a time, from safetensors, GGUF, the Hub, or the embedded model."""
 
+import copy
 import json
 import os
 import re
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -36,6 +37,8 @@ DECIDING = re.compile(r"generation_config\.json|.*\.py")  # files beside the wei
 LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(encoder|decoder)_layers")
 MANY_LAYERS = 1000  # no model has as many
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "sparsity_config")  # of config.json
+MODEL_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,26 @@ def _tensor_info(file: Path, entry: dict[str, Any], available: int) -> TensorInf
     return TensorInfo(file, tuple(entry["shape"]), DTYPES[entry["dtype"]], end - begin)
 
 
+def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The type that config.json says the weights have; bfloat16 where it says none that weights are stored in."""
+    text = config.get("text_config")
+    for level in (config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if (dtype := MODEL_TYPES.get(str(level.get(key)).removeprefix("torch."))) is not None:
+                return dtype
+    return torch.bfloat16
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of config.json without what it says of the quantization."""
+    copied = copy.deepcopy(dict(config))
+    text = copied.get("text_config")
+    for level in (copied, text if isinstance(text, dict) else {}):
+        for key in QUANTIZATION_KEYS:
+            level.pop(key, None)
+    return copied
+
+
 def _is_plain_file_name(name: object) -> bool:
     return isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")
 
@@ -103,12 +126,25 @@ class Checkpoint:
     spec: str
     directory: Path
 
+    @property
+    def config_file(self) -> Path:
+        return self.directory / "config.json"
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is more than a config.json."""
+        return True
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json"""
-        config = read_json(self.directory / "config.json")
+        return self.read_config()
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json as it is in the directory."""
+        config = read_json(self.config_file)
         if not isinstance(config, dict):
-            raise CheckpointError(f"{self.directory / 'config.json'} must hold a JSON object")
+            raise CheckpointError(f"{self.config_file} must hold a JSON object")
         return config
 
     @cached_property
@@ -265,26 +301,30 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
             f"{text} is neither a checkpoint directory, a .gguf file, embedded:{'|'.join(EMBEDDED)} nor a Hub id (org/name)"
         )
     else:
-        checkpoint = Checkpoint(text, _from_hub(text))
+        checkpoint = Checkpoint(text, from_hub(text))
     if problem := kind_problem(checkpoint.directory / "config.json"):
         raise CheckpointError(f"{checkpoint.directory / 'config.json'} {problem}")
     if not (checkpoint.directory / "config.json").is_file():
         raise CheckpointError(f"{text} holds no config.json; give a Hugging Face checkpoint directory")
     refuse_foreign_code(checkpoint.directory, text)
     _ = checkpoint.config, checkpoint.infos
-    _refuse_many_layers(checkpoint)
+    refuse_many_layers(checkpoint, checkpoint.infos)
     return checkpoint
 
 
-def _refuse_many_layers(checkpoint: Checkpoint) -> None:
+def refuse_many_layers(checkpoint: Checkpoint, tensors: Collection[str]) -> None:
     """CheckpointError for more layers than there can be: transformers takes time and memory for each that is asked for."""
-    most = max(len(checkpoint.infos), MANY_LAYERS)
+    most = max(len(tensors), MANY_LAYERS)
     for settings in (checkpoint.config, *(value for value in checkpoint.config.values() if isinstance(value, dict))):
         for key, value in settings.items():
             if LAYERS.fullmatch(key) and isinstance(value, int | float) and value > most:
+                held = (
+                    f"its files hold {len(tensors)} tensors; is it complete and"
+                    if tensors
+                    else "no model has as many; is it"
+                )
                 raise CheckpointError(
-                    f"{checkpoint.spec}: config.json has {key} {str(value)[:20]}, and its files hold {len(checkpoint.infos)} tensors; "
-                    "is it complete and with its own config.json?"
+                    f"{checkpoint.spec}: config.json has {key} {str(value)[:20]}, and {held} with its own config.json?"
                 )
 
 
@@ -339,13 +379,14 @@ def _unpack(file: Path, target: Path) -> None:
             raise
 
 
-def _from_hub(repository: str) -> Path:
+def from_hub(repository: str, files: Sequence[str] = HUB_FILES) -> Path:
+    """Download files of a repository, or find them in the cache; returns their directory. files: patterns of names"""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         with stage(f"looking for {repository} in the cache and on the Hub"):
-            return Path(snapshot_download(repository, allow_patterns=HUB_FILES, ignore_patterns=NOT_FROM_HUB))
+            return Path(snapshot_download(repository, allow_patterns=list(files), ignore_patterns=NOT_FROM_HUB))
     except LocalEntryNotFoundError:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise CheckpointError(

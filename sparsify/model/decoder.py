@@ -7,6 +7,7 @@ list that holds most of its parameters.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sparsify import compute
 from sparsify.errors import CheckpointError, SparsifyError
@@ -26,6 +28,7 @@ from sparsify.model.experts import (
     fused_experts,
     fused_tensors,
     is_expert,
+    refuse_unlike_counts,
     take_apart,
 )
 from sparsify.model.pretrained import LONGEST, causal_lm_of, load_config
@@ -57,14 +60,8 @@ class BlockModel:
     @cached_property
     def kept_wide(self) -> set[str]:
         """Checkpoint tensors that the model class keeps in float32 whatever it is loaded in (`_keep_in_fp32_modules`)."""
-        from transformers.core_model_loading import build_glob_alternation
-
-        kinds = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-        patterns = sorted({pattern for kind in kinds for pattern in getattr(self.model, kind, None) or ()})
-        if not patterns:
-            return set()
-        wide = build_glob_alternation(patterns)[0]
-        return {source for source, (target, _) in self.sources.items() if wide.search(target)}
+        wide = kept_wide(self.model)
+        return {source for source, (target, _) in self.sources.items() if wide is not None and wide.search(target)}
 
     def head_weights(self) -> int:
         """Weights of the output head, whether they are tied to the embedding or not."""
@@ -161,6 +158,16 @@ class BlockModel:
         ]
 
 
+def kept_wide(model: nn.Module) -> re.Pattern[str] | None:
+    """What names of parameters a model class keeps in float32 whatever it is loaded in (`_keep_in_fp32_modules`); None: none."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    kinds = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    patterns = sorted({pattern for kind in kinds for pattern in getattr(model, kind, None) or ()})
+    found: re.Pattern[str] | None = build_glob_alternation(patterns)[0] if patterns else None
+    return found
+
+
 def load_state(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Put checkpoint tensors into a model on the meta device, as transformers would: renamed, assembled, in `dtype` but for
     what the model class keeps in float32."""
@@ -228,6 +235,22 @@ def refuse_changing_weights(model: nn.Module, spec: str) -> None:
         )
 
 
+HUGE = 2**28  # elements; only parameters have more
+
+
+class _HugeOnMeta(TorchFunctionMode):
+    """Tensors that only parameters are as large as take no memory from the beginning. accelerate puts parameters on the meta
+    device once they are made, and Llama 4 makes those of its experts of zeros: 5 GB for a layer, which were written first."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.zeros, torch.ones, torch.empty) and kwargs.get("device") is None:
+            sizes = kwargs["size"] if "size" in kwargs else args[0] if args and not isinstance(args[0], int) else args
+            if math.prod(sizes) > HUGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
 def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, Any] | None = None) -> nn.Module:
     """The model that config.json describes, its parameters on the meta device. A compressed one is built as if dense.
 
@@ -235,14 +258,16 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, 
     """
     from accelerate import init_empty_weights
 
+    file = checkpoint.config_file
+    place = file.parent if file.name == "config.json" else file
     try:
-        config = load_config(checkpoint.directory, checkpoint.spec)
+        config = load_config(place, checkpoint.spec)
         if described is not None:
             config = type(config).from_dict(described)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights(include_buffers=False):
-            model: nn.Module = causal_lm_of(config, checkpoint.directory, checkpoint.spec, dtype=dtype)
+        with init_empty_weights(include_buffers=False), _HugeOnMeta():
+            model: nn.Module = causal_lm_of(config, place, checkpoint.spec, dtype=dtype)
     except SparsifyError:
         raise
     except Exception as error:  # a config decides what of transformers runs, and what it runs into
@@ -267,11 +292,13 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None, separa
         )
     if dtype is None:
         dtype = compute.for_model(checkpoint.dtypes()).dtype
+    refuse_unlike_counts(checkpoint.config, checkpoint.spec)
     model = meta_model(checkpoint, dtype)
     refuse_changing_weights(model, checkpoint.spec)
     opened = BlockModel(checkpoint, model, find_blocks(model), source_map(model, checkpoint), dtype)
     _refuse_shared_weights(opened)
-    refuse_other_tensors(model, checkpoint)
+    if checkpoint.has_weights:
+        refuse_other_tensors(model, checkpoint)
     return _taken_apart(opened) if separate and fused_experts(model) else opened
 
 
@@ -282,10 +309,10 @@ def _taken_apart(opened: BlockModel) -> BlockModel:
     for name, fused in fused_tensors(opened.model).items():
         if (source := opened.source_of(name)) is not None:
             stored[source] = fused
-    if stored and type(checkpoint) is not Checkpoint:
+    if stored and checkpoint.quantization is not None:
         return replace(opened, fused="fused experts of a quantized source stay as they are")
     if stored:
-        checkpoint = SeparatedCheckpoint(checkpoint.spec, checkpoint.directory, stored)
+        checkpoint = SeparatedCheckpoint(checkpoint.spec, checkpoint.directory, stored, checkpoint)
     model = take_apart(copy.deepcopy(opened.model))
     separate = BlockModel(checkpoint, model, opened.blocks, source_map(model, checkpoint), opened.dtype)
     if any(

@@ -9,6 +9,7 @@ known by what `use_experts_implementation` says of it, not by its name.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from sparsify.errors import CheckpointError
 
 LEAVES = ("gate_proj", "up_proj", "down_proj")
 NAME = re.compile(r"(?:.*\.)?experts\.\d+\.\w+")  # of one expert's linear, in the model and in the files
@@ -28,6 +31,26 @@ LAYOUT = (
     "is_transposed",
     "is_concatenated",
 )  # set by transformers' `use_experts_implementation`
+
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # what configs call them
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts")
+
+
+def refuse_unlike_counts(config: Mapping[str, Any], spec: str) -> None:
+    """CheckpointError for a config that says two numbers of experts, or that more are chosen for a token than there are."""
+    for level in (config, *(value for value in config.values() if isinstance(value, dict))):
+        counts = {key: level[key] for key in EXPERT_COUNTS if isinstance(level.get(key), int)}
+        chosen = {key: level[key] for key in CHOSEN if isinstance(level.get(key), int)}
+        if len(set(counts.values())) > 1:
+            said = " and ".join(f"{key} {str(count)[:20]}" for key, count in counts.items())
+            raise CheckpointError(f"{spec}: config.json has {said}, and a layer has one number of experts; correct it")
+        for (key, count), (name, number) in itertools.product(counts.items(), chosen.items()):
+            if number > count > 0:
+                raise CheckpointError(
+                    f"{spec}: config.json chooses {str(number)[:20]} experts for a token ({name}) of {str(count)[:20]} "
+                    f"({key}); correct it"
+                )
 
 
 def is_expert(module: str) -> bool:
@@ -47,7 +70,18 @@ class Expert(nn.Module):
         super().__init__()
         for leaf in LEAVES if gated else LEAVES[1:]:
             n, k = (inputs, width) if leaf == "down_proj" else (width, inputs)
-            self.add_module(leaf, nn.Linear(k, n, bias, device=device, dtype=dtype))
+            self.add_module(leaf, _linear(k, n, bias, dtype, device))
+
+
+def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    """As `nn.Linear` makes it, without drawing its first weights: of tens of thousands of experts that takes long, on the meta
+    device too."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = inputs, outputs
+    linear.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
+    linear.register_parameter("bias", nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None)
+    return linear
 
 
 class SeparateExperts(nn.Module):
@@ -141,7 +175,13 @@ def take_apart(model: nn.Module) -> nn.Module:
 
 def experts_of(module: nn.Module) -> dict[str, SeparateExperts]:
     """The experts in a module that are taken apart, by path."""
-    return {path: m for path, m in module.named_modules() if isinstance(m, SeparateExperts)}
+    if isinstance(module, SeparateExperts):
+        return {"": module}
+    return {
+        f"{name}.{path}" if path else name: experts
+        for name, child in module.named_children()
+        for path, experts in experts_of(child).items()
+    }
 
 
 def conversion_rules(model: Any) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +13,10 @@ from torch import Tensor, nn
 
 from sparsify.model.capture import BlockCall, fake_calls, run_block, without_numbers
 from sparsify.model.decoder import ROUTER, ROUTES, BlockModel
-from sparsify.model.experts import SeparateExperts, experts_of
+from sparsify.model.experts import SeparateExperts, experts_of, is_expert
 
 PROBE_TOKENS = 16
+NUMBER = re.compile(r"layer_(idx|id|index|number)$|^block_idx$")  # attributes of a block and of its modules
 NOT_CALLED = "not called in a forward pass"
 
 
@@ -95,18 +98,41 @@ def _linears_of(path: str, experts: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}.{name}" for name, module in experts.named_modules() if type(module) is nn.Linear)
 
 
+def kind_of(block: nn.Module) -> Hashable:
+    """What blocks that are made alike have in common: modules, shapes, and settings but for the number of the block."""
+    parts = tuple((path, type(module), *_settings(module)) for path, module in block.named_modules())
+    return parts, tuple((name, parameter.shape) for name, parameter in block.named_parameters())
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    own = vars(module).items()
+    return [
+        (key, value) for key, value in own if isinstance(value, bool | int | float | str) and not NUMBER.search(key)
+    ]
+
+
 @torch.no_grad()
 def skipped_by_shape(model: BlockModel) -> dict[str, str]:
     """The linears that `find_groups` will skip, by full name, and why: found on tensors of shapes only, without a weight.
 
-    A block is left out that cannot run so, because its code looks at numbers; so is what such numbers decide.
+    A block is left out that cannot run so, because its code looks at numbers; so is what such numbers decide. Of blocks that are
+    made alike (`kind_of`) the first one is looked at.
     """
     found: dict[str, str] = {}
+    kinds: dict[Hashable, dict[str, str]] = {}
     with without_numbers(model) as hollow:
         entering = fake_calls(hollow)
         for index, block in enumerate(hollow.blocks if entering is not None else ()):
             assert entering is not None
-            with suppress(Exception):  # whatever the model's own code raises on tensors without numbers
-                skipped = find_groups(hollow.block(index), entering[0], entering[1][index])[1]
-                found |= {f"{block}.{name}": why for name, why in skipped.items() if why != NOT_CALLED}
+            kind = kind_of(hollow.block(index))
+            if kind not in kinds:
+                kinds[kind] = {}
+                with suppress(Exception):  # whatever the model's own code raises on tensors without numbers
+                    kinds[kind] = find_groups(hollow.block(index), entering[0], entering[1][index])[1]
+            found |= {f"{block}.{name}": why for name, why in kinds[kind].items() if why != NOT_CALLED}
+    for path, experts in experts_of(model.model).items() if any(map(is_expert, found)) else ():
+        for name in _linears_of(path, experts):  # there, the first one stands for all
+            number, _, leaf = name.removeprefix(f"{path}.").partition(".")
+            first = f"{path}.0.{leaf}"
+            found |= {name: found[first]} if number != "0" and first in found else {}
     return found

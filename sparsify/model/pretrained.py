@@ -129,13 +129,15 @@ def _code(directory: Path) -> list[str]:
 
 
 def _references(directory: Path) -> Iterator[tuple[str, str]]:
-    """The classes that come with a model, `[REPOSITORY--]MODULE.CLASS`, each with the file that names it."""
-    for name in NAME_CODE:
+    """The classes that come with a model, `[REPOSITORY--]MODULE.CLASS`, each with the file that names it. directory: or a
+    config.json of another name."""
+    files = [directory] if directory.is_file() else [directory / name for name in NAME_CODE]
+    for file in files:
         try:
-            settings = read_json(directory / name)
+            settings = read_json(file)
         except (CheckpointError, OSError):
             continue
-        yield from ((name, reference) for reference in _in_auto_map(settings))
+        yield from ((file.name, reference) for reference in _in_auto_map(settings))
 
 
 def _in_auto_map(settings: Any) -> Iterator[str]:
@@ -149,11 +151,12 @@ def _in_auto_map(settings: Any) -> Iterator[str]:
 
 
 def refuse_foreign_code(directory: Path, spec: str) -> None:
-    """CheckpointError where the settings of a model name code that does not lie in its directory.
+    """CheckpointError where the settings of a model name code that does not lie in its directory. directory: or a config.json.
 
     A path out of the directory is refused always, another repository of the Hub unless remote code is trusted; then it is
     named on stderr.
     """
+    folder = directory.parent if directory.is_file() else directory
     for file, reference in _references(directory):
         repository, is_elsewhere, own = reference.rpartition("--")
         module = own.rpartition(".")[0]
@@ -163,8 +166,8 @@ def refuse_foreign_code(directory: Path, spec: str) -> None:
                 "take that entry out"
             )
         if not is_elsewhere:
-            if (directory / f"{module}.py").is_symlink():
-                inside(directory, f"{module}.py")
+            if (folder / f"{module}.py").is_symlink():
+                inside(folder, f"{module}.py")
         elif not trusts_remote_code():
             raise CheckpointError(
                 f"{spec}: {file} names Python code of another repository, {repository} (auto_map: {reference}); take that "

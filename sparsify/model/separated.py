@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,10 +21,27 @@ from sparsify.model.experts import FusedTensor, shape_of
 class SeparatedCheckpoint(Checkpoint):
     """A checkpoint whose files hold fused experts, read as if each linear of an expert had tensors of its own.
 
-    fused: by the name in the files
+    fused: by the name in the files; whole: the checkpoint as it is
     """
 
     fused: Mapping[str, FusedTensor]
+    whole: Checkpoint
+
+    @property
+    def config_file(self) -> Path:
+        return self.whole.config_file
+
+    @property
+    def has_weights(self) -> bool:
+        return self.whole.has_weights
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json"""
+        return self.whole.config
+
+    def sidecar_files(self, apart_from: Collection[Path] = ()) -> dict[str, Path]:
+        return self.whole.sidecar_files(apart_from)
 
     @cached_property
     def _parts(self) -> dict[str, tuple[str, int, slice]]:
@@ -34,7 +53,7 @@ class SeparatedCheckpoint(Checkpoint):
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
-        stored = Checkpoint(self.spec, self.directory).infos
+        stored = self.whole.infos
         found = {name: info for name, info in stored.items() if name not in self.fused}
         for name, (whole, _, outputs) in self._parts.items():
             info, shape = stored[whole], shape_of(self.fused[whole], outputs)

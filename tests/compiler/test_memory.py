@@ -1,7 +1,7 @@
 """Budgets: two of them give the same bytes, what is predicted is what the shapes say, and what is too small is refused."""
 
+import errno
 import json
-import shutil
 
 import pytest
 import torch
@@ -130,13 +130,25 @@ def test_a_run_goes_on_under_another_budget(tmp_path, recipe, monkeypatch):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_spill_directory_in_memory_is_refused(tmp_path, recipe, monkeypatch):
-    source = save_tiny(tmp_path / "source")
-    monkeypatch.setattr(calibrate, "in_memory", lambda path: True)
-    with pytest.raises(SparsifyError, match=r"activations-0 lies in memory \(tmpfs\)"):
-        apply(recipe, str(source), tmp_path / "out", quiet=True, limits=Limits(spill=True))
-    monkeypatch.undo()
-    shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_goes_on_that_could_not_spill(tmp_path, recipe, monkeypatch):
+    """A spill directory in memory, then a full disk: one sentence each, and the same bytes in the end."""
+    source, out = save_tiny(tmp_path / "source"), tmp_path / "out"
+    apply(recipe, str(source), tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "in_memory", lambda path: True)
+        with pytest.raises(SparsifyError, match=r"activations-0 lies in memory \(tmpfs\).*put --output on a disk"):
+            apply(recipe, str(source), out, quiet=True, limits=Limits(spill=True))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.posix_fallocate", full)
+        with pytest.raises(SparsifyError, match=r"hidden: no room for .*the disk is full.*go on with --resume"):
+            apply(recipe, str(source), out, quiet=True, resume=True, limits=Limits(spill=True))
+    assert not out.exists()
+    apply(recipe, str(source), out, quiet=True, resume=True, limits=Limits(spill=True))
+    assert files(out) == files(tmp_path / "whole")
 
 
 def test_the_record_has_the_peak_of_anonymous_memory(tmp_path, recipe, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsify.errors import CheckpointError
-from sparsify.formats.foreign import open_dense
+from sparsify.formats.foreign import open_dense, open_described_dense
 from sparsify.formats.reader import open_compressed
 from sparsify.formats.tensor_file import read_tensor
 from tests.helpers.foreign import (
@@ -72,11 +72,23 @@ def same_weights(directory: Any, expected: dict[str, torch.Tensor], exact: bool 
     assert opened.stored_nbytes() < opened.nbytes()
 
 
+def same_as_described(directory: Any) -> None:
+    """What config.json alone says of the files is what their writer wrote: names and shapes, and types but for those of scales,
+    which a writer may choose."""
+    stored = open_dense(directory).stored.infos
+    found = open_described_dense(directory).stored.infos
+    assert {name: info.shape for name, info in found.items()} == {name: info.shape for name, info in stored.items()}
+    for name, info in found.items():
+        assert info.dtype == stored[name].dtype or name.endswith(("scale", "scales", "scale_inv", "weight_shape")), name
+
+
 @pytest.mark.parametrize("kind", COMPRESSED_TENSORS)
 def test_compressed_tensors(kind, tmp_path):
     format, weights = COMPRESSED_TENSORS[kind]
     config, write = compressed_tensors(format, **weights)
     expected = quantized_checkpoint(tmp_path / "m", config, write)
+    if "ordered" not in kind and kind != "pack 5-bit channel":  # of these, the files say how many inputs there are
+        same_as_described(tmp_path / "m")
     # FP4 and MX formats are decompressed to bfloat16 there
     same_weights(tmp_path / "m", expected, exact=not format.startswith(("nvfp4", "mxfp")))
 
@@ -95,6 +107,7 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 )
 def test_fp8(config, write, tmp_path):
     same_weights(tmp_path / "m", quantized_checkpoint(tmp_path / "m", config, write))
+    same_as_described(tmp_path / "m")
 
 
 def test_fp8_blocks_are_what_transformers_dequantizes(tmp_path):
@@ -185,6 +198,7 @@ def test_gptq_bits_of_each_module(tmp_path):
     change_tensors(tmp_path / "m", change)
     del expected[f"{other}.weight"]
     same_weights(tmp_path / "m", {**expected, f"{one}.weight": weight})
+    same_as_described(tmp_path / "m")
     assert torch.equal(open_dense(tmp_path / "m").tensor(f"{other}.weight"), dense)
 
 
@@ -193,6 +207,7 @@ AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "ge
 
 def test_awq(tmp_path):
     same_weights(tmp_path / "m", quantized_checkpoint(tmp_path / "m", AWQ_CONFIG, awq()))
+    same_as_described(tmp_path / "m")
 
 
 def test_type_of_the_model_decides_the_rounding(tmp_path):

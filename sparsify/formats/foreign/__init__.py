@@ -5,7 +5,9 @@ A scheme that others write is one file here and one line below; the formats of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from sparsify.formats.foreign.fp8 import Fp8
 from sparsify.formats.foreign.gptq import Gptq
 from sparsify.formats.foreign.own import find_own
 from sparsify.formats.foreign.scheme import Found, Infos, Scheme
-from sparsify.formats.scheme import AGAIN, FLOATS
-from sparsify.model.checkpoint import Checkpoint, open_checkpoint
+from sparsify.formats.scheme import AGAIN, FLOATS, in_block
+from sparsify.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from sparsify.model.decoder import ROUTER
+from sparsify.model.described import open_described
 
 __all__ = [
     "DequantizedCheckpoint",
@@ -29,6 +33,7 @@ __all__ = [
     "is_native",
     "is_only_dequantized",
     "open_dense",
+    "open_described_dense",
     "reads_foreign",
     "source_in_words",
 ]
@@ -69,12 +74,41 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         raise CheckpointError(f"{checkpoint.spec}: {error}") from None
     if found is None:
         raise unread(checkpoint, config)
-    opened = DequantizedCheckpoint(checkpoint.spec, checkpoint.directory, found)
+    files = None if checkpoint.has_weights else checkpoint
+    opened = DequantizedCheckpoint(checkpoint.spec, checkpoint.directory, found, files)
     try:
         _ = opened.infos
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.spec}: {error}") from None
     return opened
+
+
+def open_described_dense(spec: str | Path) -> Checkpoint:
+    """As `open_dense`, from config.json alone (`open_described`): tensors have names, shapes and types, and no values.
+
+    What its files would hold follows from what the config says of their quantization. A scheme that nothing here reads is named
+    in `unread` of what is returned, which is then the dense model. CheckpointError for what a config alone does not tell.
+    """
+    checkpoint = open_described(spec)
+    if (config := described(checkpoint)) is None:
+        return checkpoint
+    own = next((name for name in known_formats() if get_format(name).recognises(config)), None)
+    if (scheme := _scheme(config)) is None and own is not None:
+        raise CheckpointError(
+            f"{spec} is compressed as {own}, and its config.json alone does not tell the tensors of its files; plan with the "
+            "files, without --config-only, or give the config.json of the dense model"
+        )
+    if scheme is None:
+        return replace(checkpoint, unread=f"{_unread_in_words(config)} start from the dense model")
+    found: dict[str, TensorInfo] = {}
+    for name, info in checkpoint.infos.items():
+        module, _, last = name.rpartition(".")
+        is_linear = last == "weight" and len(info.shape) == 2 and in_block(module) and not ROUTER.search(module)
+        stored = scheme.tensors(config, module, (info.shape[0], info.shape[1])) if is_linear else None
+        for suffix, (dtype, shape) in ({last: (info.dtype, info.shape)} if stored is None else stored).items():
+            nbytes = math.prod(shape) * dtype.itemsize
+            found[f"{module}.{suffix}"] = TensorInfo(info.file, shape, dtype, nbytes)
+    return dequantized(replace(checkpoint, quantized=found))
 
 
 def reads_foreign(config: Mapping[str, Any]) -> bool:
@@ -168,6 +202,11 @@ def _refuse_transforms(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Non
 
 def unread(checkpoint: Checkpoint, config: Mapping[str, Any]) -> CheckpointError:
     """The refusal of a scheme that nothing here reads, with what reads it."""
+    return CheckpointError(f"{checkpoint.spec} is {_unread_in_words(config)} start from the dense model")
+
+
+def _unread_in_words(config: Mapping[str, Any]) -> str:
+    """`quantized with mxfp4, which sparsify cannot read; ... reads it: load it there and save it dequantized, or`"""
     keys = ("quant_method", "quant_algo", "format")
     words = [str(config[key]) for key in keys if config.get(key) is not None]
     sparsity = config.get("sparsity_config")
@@ -175,6 +214,4 @@ def unread(checkpoint: Checkpoint, config: Mapping[str, Any]) -> CheckpointError
     method = " ".join(words) or "an unnamed method"
     reader = READ_BY.get(str(config.get("quant_method")))
     what = f"; {reader} reads it: load it there and save it dequantized, or" if reader else ";"
-    return CheckpointError(
-        f"{checkpoint.spec} is quantized with {method}, which sparsify cannot read{what} start from the dense model"
-    )
+    return f"quantized with {method}, which sparsify cannot read{what}"

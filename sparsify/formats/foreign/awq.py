@@ -18,11 +18,13 @@ from sparsify.errors import CheckpointError
 from sparsify.formats.config_groups import names_in
 from sparsify.formats.foreign.scheme import (
     HALVES,
+    Described,
     Found,
     Infos,
     Quantized,
     Stored,
     checked_scale,
+    is_kept,
     matrix_shape,
     names_ending,
 )
@@ -41,21 +43,7 @@ class Awq:
         return config.get("quant_method") == "awq"
 
     def find(self, config: Mapping[str, Any], infos: Infos) -> Found:
-        layout = str(config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm").lower()
-        if layout != "gemm" or config.get("backend") not in (None, "auto", "autoawq"):
-            named = layout if layout != "gemm" else config.get("backend")
-            raise CheckpointError(
-                f"quantization_config: AWQ in the layout {named!r} is not read, only gemm; AutoAWQ reads it on a GPU: take "
-                "the model's gemm version, or start from the dense model"
-            )
-        bits, size = (
-            config.get("bits", config.get("w_bit", 4)),
-            config.get("group_size", config.get("q_group_size", 128)),
-        )
-        if bits != 4:
-            raise CheckpointError(f"quantization_config: AWQ with {bits!r} bits is not read, only 4")
-        if not isinstance(size, int) or size == 0 or size < -1:
-            raise CheckpointError(f"quantization_config: group_size must be positive or -1, found {size!r}; {NOT_OWN}")
+        size = _group_size(config)
         kept = names_in(config, "modules_to_not_convert")
         modules = {}
         for module in names_ending(infos, "qweight"):
@@ -66,6 +54,37 @@ class Awq:
             raise CheckpointError(f"the config says awq, but no file holds a qweight; {NOT_OWN}")
         groups = f"groups of {size}" if size > 0 else "one scale per output"
         return Found(f"AWQ 4-bit, {groups}", modules)
+
+    def tensors(self, config: Mapping[str, Any], module: str, shape: tuple[int, int]) -> Described | None:
+        (n, k), size = shape, _group_size(config)
+        if is_kept(module, names_in(config, "modules_to_not_convert")):
+            return None
+        groups, words = k // (size if size > 0 else k), n // PER_WORD
+        return {
+            "qweight": (torch.int32, (k, words)),
+            "qzeros": (torch.int32, (groups, words)),
+            "scales": (torch.float16, (groups, n)),
+        }
+
+
+def _group_size(config: Mapping[str, Any]) -> int:
+    """Inputs per scale, -1 for one scale per output; CheckpointError for what is not read, by name."""
+    layout = str(config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm").lower()
+    if layout != "gemm" or config.get("backend") not in (None, "auto", "autoawq"):
+        named = layout if layout != "gemm" else config.get("backend")
+        raise CheckpointError(
+            f"quantization_config: AWQ in the layout {named!r} is not read, only gemm; AutoAWQ reads it on a GPU: take "
+            "the model's gemm version, or start from the dense model"
+        )
+    bits, size = (
+        config.get("bits", config.get("w_bit", 4)),
+        config.get("group_size", config.get("q_group_size", 128)),
+    )
+    if bits != 4:
+        raise CheckpointError(f"quantization_config: AWQ with {bits!r} bits is not read, only 4")
+    if not isinstance(size, int) or size == 0 or size < -1:
+        raise CheckpointError(f"quantization_config: group_size must be positive or -1, found {size!r}; {NOT_OWN}")
+    return size
 
 
 def _linear(infos: Infos, module: str, group_size: int) -> Quantized:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,22 +17,10 @@ from sparsify.errors import CheckpointError
 from sparsify.files import atomic_directory, cache_directory, write_json
 from sparsify.formats.foreign.scheme import Found, Quantized, check_stored
 from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_shards
-from sparsify.model.checkpoint import Checkpoint, TensorInfo
+from sparsify.model.checkpoint import Checkpoint, TensorInfo, model_dtype, without_quantization
 from sparsify.progress import stage
 
-KEYS = ("quantization_config", "compression_config", "sparsity_config")  # of config.json
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 CACHE_VERSION = 1  # of what `loadable_directory` writes
-
-
-def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The type that config.json says the weights have; bfloat16 where it says none that weights are stored in."""
-    text = config.get("text_config")
-    for level in (config, text if isinstance(text, dict) else {}):
-        for key in ("dtype", "torch_dtype"):
-            if (dtype := DTYPES.get(str(level.get(key)).removeprefix("torch."))) is not None:
-                return dtype
-    return torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -43,11 +30,20 @@ class DequantizedCheckpoint(Checkpoint):
     """
 
     found: Found
+    described: Checkpoint | None = None  # in place of the files, where only a config.json says what they would hold
 
     @cached_property
     def stored(self) -> Checkpoint:
         """The files as they are."""
-        return Checkpoint(self.spec, self.directory)
+        return self.described or Checkpoint(self.spec, self.directory)
+
+    @property
+    def config_file(self) -> Path:
+        return self.stored.config_file
+
+    @property
+    def has_weights(self) -> bool:
+        return self.stored.has_weights
 
     @property
     def quantization(self) -> str:
@@ -61,12 +57,7 @@ class DequantizedCheckpoint(Checkpoint):
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json without what it says of the quantization."""
-        config = copy.deepcopy(self.stored.config)
-        text = config.get("text_config")
-        for level in (config, text if isinstance(text, dict) else {}):
-            for key in KEYS:
-                level.pop(key, None)
-        return config
+        return without_quantization(self.stored.config)
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
@@ -116,6 +107,9 @@ class DequantizedCheckpoint(Checkpoint):
 
     def stored_nbytes(self) -> int:
         return self.stored.nbytes()
+
+    def sidecar_files(self, apart_from: Collection[Path] = ()) -> dict[str, Path]:
+        return self.stored.sidecar_files(apart_from)
 
     def module_nbytes(self, module: str) -> int:
         """Bytes on the disk of one quantized weight."""

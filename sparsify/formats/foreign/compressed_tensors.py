@@ -27,6 +27,7 @@ from sparsify.formats.foreign.fp8 import block_size, exponents_to_scale
 from sparsify.formats.foreign.scheme import (
     FLOAT8,
     HALVES,
+    Described,
     Found,
     Infos,
     Quantized,
@@ -109,6 +110,39 @@ class CompressedTensors:
                 )
         left_out = tuple(name for name in sorted(infos) if name.endswith(ACTIVATIONS))
         return Found(_words(config, targets), modules, left_out)
+
+    def tensors(self, config: Mapping[str, Any], module: str, shape: tuple[int, int]) -> Described | None:
+        targets = {} if _is_dense(config) else _targets(config)
+        if not targets or any(_matches(module, name) for name in _ignored(config)):
+            return None
+        group = _target_of(module, targets)
+        return None if group is None else _described(group, shape)
+
+
+def _described(group: _Group, shape: tuple[int, int]) -> Described:
+    """The tensors of a weight [N, K] by the strategy of its group."""
+    (n, k), per_word = shape, 32 // group.bits
+    size = group.group_size if group.strategy in ("group", "tensor_group") and group.group_size else k
+    scale: tuple[int, ...] = (1,) if group.strategy == "tensor" else (n, k // size)
+    if group.block is not None:
+        scale = (-(-n // group.block[0]), -(-k // group.block[1]))
+    if group.format in (NVFP4, MXFP4):
+        packed = {"weight_packed": (torch.uint8, (n, k // 2))}
+        if group.format == MXFP4:
+            return {**packed, "weight_scale": (torch.uint8, scale)}
+        return {**packed, "weight_scale": (torch.float8_e4m3fn, scale), "weight_global_scale": (torch.float32, (1,))}
+    if group.format == PACKED:
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "weight_packed": (torch.int32, (n, -(-k // per_word))),
+            "weight_scale": (torch.bfloat16, scale),
+            "weight_shape": (torch.int64, (2,)),
+        }
+        return (
+            found if group.symmetric else {**found, "weight_zero_point": (torch.int32, (-(-n // per_word), scale[1]))}
+        )
+    narrow = {"weight": (torch.float8_e4m3fn if group.floating else torch.int8, shape)}
+    scales = {"weight_scale": (torch.uint8 if group.format == MXFP8 else torch.bfloat16, scale)}
+    return {**narrow, **scales} if group.symmetric else {**narrow, **scales, "weight_zero_point": (torch.int8, scale)}
 
 
 def _words(config: Mapping[str, Any], targets: Mapping[str, _Group]) -> str:
@@ -212,13 +246,17 @@ def _matching(module: str, targets: Mapping[str, _Group], ignored: list[str]) ->
     """The exact name first, then regular expressions, then the class of the module."""
     if any(_matches(module, name) for name in ignored):
         raise CheckpointError(f"{module} is stored quantized, but the config ignores it; {NOT_OWN}")
+    if (found := _target_of(module, targets)) is not None:
+        return found
+    raise CheckpointError(f"{module} is stored quantized, but no group of the config targets it; {NOT_OWN}")
+
+
+def _target_of(module: str, targets: Mapping[str, _Group]) -> _Group | None:
     for target in sorted(targets, key=lambda target: target.startswith("re:")):
         if _matches(module, target):
             return targets[target]
     kind = "Embedding" if _EMBEDDING.search(module) else "Linear"  # what class a module has, no file says
-    if kind in targets:
-        return targets[kind]
-    raise CheckpointError(f"{module} is stored quantized, but no group of the config targets it; {NOT_OWN}")
+    return targets.get(kind)
 
 
 def _scale_of(infos: Infos, module: str, shape: tuple[int, int], group: _Group) -> Stored:

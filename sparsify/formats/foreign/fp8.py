@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
+from sparsify.formats.config_groups import names_in
 from sparsify.formats.foreign.scheme import (
     FLOAT8,
     HALVES,
+    Described,
     Found,
     Infos,
     Quantized,
@@ -25,6 +27,7 @@ from sparsify.formats.foreign.scheme import (
     checked_scale,
     checked_weight,
     info_of,
+    is_kept,
     matrix_shape,
     spread,
 )
@@ -73,6 +76,16 @@ class Fp8:
         how = f"blocks of {block[0]} x {block[1]}" if block else "one scale per output or for all"
         left_out = tuple(name for name in sorted(infos) if name.endswith(ACTIVATIONS))
         return Found(f"{METHODS[config['quant_method']]} weights, {how}", modules, left_out)
+
+    def tensors(self, config: Mapping[str, Any], module: str, shape: tuple[int, int]) -> Described | None:
+        if is_kept(module, names_in(config, "modules_to_not_convert")):
+            return None
+        (n, k), block = shape, block_size(config.get("weight_block_size"))
+        weight = (torch.float8_e4m3fn, shape)
+        if block is not None:
+            return {"weight": weight, SCALES[0]: (torch.float32, (-(-n // block[0]), -(-k // block[1])))}
+        per_output = config["quant_method"] == "fbgemm_fp8"
+        return {"weight": weight, SCALES[1]: (torch.float32, (n, 1) if per_output else (1,))}
 
 
 def block_size(given: object) -> tuple[int, int] | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from sparsify.errors import CheckpointError
 from sparsify.formats.foreign.scheme import (
     HALVES,
+    Described,
     Found,
     Infos,
     Quantized,
@@ -62,12 +63,7 @@ class Gptq:
         return config.get("quant_method") == "gptq"
 
     def find(self, config: Mapping[str, Any], infos: Infos) -> Found:
-        settings = _settings(config, {})
-        dynamic = config.get("dynamic") or {}
-        if not isinstance(dynamic, dict):
-            raise CheckpointError(f"quantization_config: dynamic must be an object; {NOT_OWN}")
-        if problem := refuse_many(f"re:{pattern[2:]}" for pattern in dynamic):
-            raise CheckpointError(f"quantization_config: dynamic: {problem}; {NOT_OWN}")
+        settings, dynamic = _settings(config, {}), _dynamic(config)
         modules = {}
         for module in names_ending(infos, "qweight"):
             override = _override(dynamic, module)
@@ -83,6 +79,31 @@ class Gptq:
         kind = "" if settings.symmetric is None else " symmetric" if settings.symmetric else " asymmetric"
         words = f"GPTQ {settings.bits}-bit{kind}, {groups}{order}, zero points of version {settings.version}"
         return Found(words, modules)
+
+    def tensors(self, config: Mapping[str, Any], module: str, shape: tuple[int, int]) -> Described | None:
+        override = _override(_dynamic(config), module)
+        inside = config.get("modules_in_block_to_quantize")
+        kinds = [name for names in inside for name in names] if isinstance(inside, list) else [module]
+        if override is None or not any(module.endswith(str(kind)) for kind in kinds):
+            return None
+        (n, k), settings = shape, _settings(config, override)
+        size = settings.group_size if settings.group_size > 0 else k
+        return {
+            "qweight": (torch.int32, (k * settings.bits // 32, n)),
+            "qzeros": (torch.int32, (-(-k // size), -(-n * settings.bits // 32))),
+            "scales": (torch.float16, (-(-k // size), n)),
+            "g_idx": (torch.int32, (k,)),
+        }
+
+
+def _dynamic(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What GPTQModel says of single modules, by pattern."""
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise CheckpointError(f"quantization_config: dynamic must be an object; {NOT_OWN}")
+    if problem := refuse_many(f"re:{pattern[2:]}" for pattern in dynamic):
+        raise CheckpointError(f"quantization_config: dynamic: {problem}; {NOT_OWN}")
+    return dynamic
 
 
 def _settings(config: Mapping[str, Any], override: Mapping[str, Any]) -> _Settings:

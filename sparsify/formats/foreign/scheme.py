@@ -1,7 +1,7 @@
 """What a foreign scheme of quantization is: which weights a checkpoint stores by it, and how each is dequantized."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from sparsify.errors import CheckpointError
 from sparsify.formats.scheme import AGAIN, NOT_OWN
+from sparsify.matching import matches
 from sparsify.model.checkpoint import TensorInfo
 
 Infos = Mapping[str, TensorInfo]
+Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 Decode = Callable[[str, Mapping[str, Tensor]], Tensor]
 
 HALVES = (torch.float16, torch.bfloat16, torch.float32)
@@ -75,10 +77,23 @@ class Scheme(Protocol):
     def find(self, config: Mapping[str, Any], infos: Infos) -> Found:
         """The quantized weights of a checkpoint; CheckpointError when config and tensors disagree."""
 
+    def tensors(self, config: Mapping[str, Any], module: str, shape: tuple[int, int]) -> Described | None:
+        """What files hold of a linear [N, K] in a block by this config: type and shape of each tensor, by what follows the name
+        of the module and a dot. None for one that it leaves dense."""
+
 
 def names_ending(infos: Infos, suffix: str) -> list[str]:
     """The modules that have a tensor `suffix`."""
     return sorted(name.removesuffix(f".{suffix}") for name in infos if name.endswith(f".{suffix}"))
+
+
+def is_kept(module: str, names: Iterable[str]) -> bool:
+    """Whether a module is one that transformers does not convert by `modules_to_not_convert`: a regular expression that matches
+    from its beginning, or how its name ends."""
+    try:
+        return any(module.endswith(name) or matches(f"(?:{name}).*", module) for name in names)
+    except ValueError as error:
+        raise CheckpointError(f"quantization_config, modules_to_not_convert: {error}; {AGAIN}") from None
 
 
 def info_of(infos: Infos, module: str, suffix: str) -> TensorInfo:
