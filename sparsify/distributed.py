@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,7 +53,7 @@ class Terminated(BaseException):
 
 def hear_the_end() -> None:
     """Let SIGTERM raise `Terminated` in a process of several, so that what it was doing is closed and the user told."""
-    if processes() > 1:
+    if processes() > 1 and threading.current_thread() is threading.main_thread():
 
         def end(number: int, frame: Any) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -63,8 +65,6 @@ def hear_the_end() -> None:
 def speaks_first() -> bool:
     """Whether this process is the first of all that asks. Of those that end with an error it tells the user: it is the one that
     met the cause, and the others would repeat it, or complain that it is gone."""
-    import sys
-
     if processes() == 1 or "torch" not in sys.modules:
         return True
     import torch.distributed as dist

@@ -131,7 +131,12 @@ def explain(error: BaseException, args: argparse.Namespace, argv: Sequence[str])
     if isinstance(error, SparsifyError):
         who = f"process {rank()}: " if rank() and not str(error).startswith("process ") else ""
         return FAILED, f"error: {who}{error}"
-    if isinstance(error, Terminated) or (processes() > 1 and LOST.search(str(error))):
+    if isinstance(error, Terminated):
+        return (
+            FAILED,
+            f"error: another process of this run has ended, or this one was ended from outside (SIGTERM){again}",
+        )
+    if processes() > 1 and LOST.search(str(error)):
         return FAILED, f"error: another process of this run has ended, and this one cannot go on alone{again}"
     number = system_error(error)
     if number in FULL:

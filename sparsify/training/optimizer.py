@@ -38,11 +38,10 @@ class HostAdamW(torch.optim.AdamW):
         if not state:
             state |= {STEP: torch.zeros(()), **{name: zeros_on_host(parameter) for name in ("exp_avg", "exp_avg_sq")}}
         held, gradient = (local(tensor.detach()).cpu() for tensor in (parameter, parameter.grad))  # type: ignore[union-attr]
-        moments = [[local(state[name])] for name in ("exp_avg", "exp_avg_sq")]
         adamw(
-            [held], [gradient], *moments, [], [state[STEP]], fused=True, amsgrad=False, maximize=False,
-            beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=group["eps"],
+            [held], [gradient], [local(state["exp_avg"])], [local(state["exp_avg_sq"])], [], [state[STEP]],
+            fused=True, amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
+            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
         local(parameter.detach()).copy_(held)
 

@@ -137,13 +137,15 @@ class Student(nn.Module):
         counted = labels.ne(-100).sum()
         loss = torch.zeros((), device=input_ids.device)
         parts: dict[str, Tensor] = {}
+        scored = self._scored
+        plain_head = self.plain_head  # found out before anything is recorded
         with self.outputs.recording() as hidden:
-            last = self._run(input_ids, self._scored)
+            last = self._run(input_ids, scored, plain_head)
         if self.weights.squarehead:
             distance = squarehead(hidden, teacher_outputs.hidden, keep)
             loss = loss + self.weights.squarehead * distance * (counted / items)
             parts["squarehead"] = distance.detach() * (counted / items)
-        if self._scored:
+        if scored:
             total, kl, cross_entropy, reverse_kl = self._next_token(
                 last.flatten(0, 1), teacher_outputs.target, labels.flatten(), self.logit_loss
             )
@@ -158,7 +160,7 @@ class Student(nn.Module):
     @torch.no_grad()
     def divergence(self, input_ids: Tensor, labels: Tensor, target: Target) -> Tensor:
         """KL(teacher || student) at temperature 1, summed over the tokens whose label counts. Arguments as of `forward`."""
-        last = self._run(input_ids, scored=True)
+        last = self._run(input_ids, True, self.plain_head)
         return self._next_token(last.flatten(0, 1), target, labels.flatten(), LogitLoss(1.0, 0.0))[1]
 
     @property
@@ -166,10 +168,10 @@ class Student(nn.Module):
         """Whether a loss of next tokens counts."""
         return self.logit_loss.divergence or bool(self.weights.cross_entropy)
 
-    def _run(self, input_ids: Tensor, scored: bool) -> Tensor:
+    def _run(self, input_ids: Tensor, scored: bool, plain_head: bool) -> Tensor:
         """The last hidden state [B, T, d], or logits [B, T, V] where those are more than a product with the head."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            if self.plain_head or not scored:
+            if plain_head or not scored:
                 return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
             return self.model(input_ids=input_ids, use_cache=False).logits
 

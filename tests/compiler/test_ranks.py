@@ -26,8 +26,8 @@ passes:
   - quantize: {{method: gptq, bits: 4, group_size: 32}}
 """
 TUNE = WALK + "  - tune: {{epochs: 2, batch_size: 2, holdout: 0.25}}\n"
-COMMON = (
-    'source: "file:{text}", tokens: 1280, samples: 40, sequence_length: 16, batch_size: 4, precision: float32, '
+COMMON = (  # SquareHead is a ratio within a micro-batch, so that these must be the same ones
+    'source: "file:{text}", tokens: 1280, samples: 40, sequence_length: 16, batch_size: 4, micro_batch_size: 2, precision: float32, '
     "teacher: {teacher}, save_every: 4, learning_rate: 0.004"
 )
 TRAIN = {

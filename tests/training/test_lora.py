@@ -56,7 +56,7 @@ def adapted(linear: LinearWeights, merge: bool = True, **settings):
     """One linear with an adapter whose B is not zero."""
     model = model_of_one()
     given = dict(rank=4, alpha=8, merge=merge, quantize_in_loop=True, seed=1) | settings
-    freeze(model, {"0": linear}, given.pop("quantized_base", True), torch.float32)
+    freeze(model, {"0": linear}, given.pop("quantized_base", True), given.pop("dtype", torch.float32))
     placed, _ = add_adapters(model, ["0"], **given)
     with torch.no_grad():
         placed["0"].lora_B["default"].weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(2))
