@@ -32,7 +32,7 @@ COMMON = (  # SquareHead is a ratio within a micro-batch, so that these must be 
 )
 TRAIN = {
     "distill": "version: 1\npasses:\n  - distill: {{" + COMMON + "}}\n",
-    "lora": "version: 1\npasses:\n  - lora: {{" + COMMON + ", rank: 4}}\n",
+    "lora": "version: 1\npasses:\n  - lora: {{" + COMMON + ", rank: 4, offload: optimizer}}\n",
 }
 
 
@@ -87,6 +87,10 @@ def losses(output):
 def same_training(one, two):
     """Sums over tokens in another order move a loss by no more than a thousandth, and few codes."""
     torch.testing.assert_close(losses(two), losses(one), rtol=0, atol=1e-3)
+    logged = [json.loads(line) for line in (two / "training.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == list(range(1, STEPS + 1))
+    torch.testing.assert_close(torch.tensor([line["loss"] for line in logged]), losses(two), rtol=0, atol=1e-6)
+    assert all(line["gradient_norm"] > 0 and line["learning_rate"] <= 0.004 for line in logged)
     one, two = open_compressed(one), open_compressed(two)
     assert one.modules == two.modules and one.modules
     for module in one.modules:
