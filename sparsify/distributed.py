@@ -7,12 +7,18 @@ and see the same directories.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+from sparsify.errors import SparsifyError
 
 T = TypeVar("T")
 
@@ -39,6 +45,55 @@ def device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if processes() > 1 else "cuda"
+
+
+class Terminated(BaseException):
+    """SIGTERM: torchrun ends all processes when one of them has ended, and so do job schedulers when the time is up."""
+
+
+def hear_the_end() -> None:
+    """Let SIGTERM raise `Terminated` in a process of several, so that what it was doing is closed and the user told."""
+    if processes() > 1 and threading.current_thread() is threading.main_thread():
+
+        def end(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise Terminated
+
+        signal.signal(signal.SIGTERM, end)
+
+
+def speaks_first() -> bool:
+    """Whether this process is the first of all that asks. Of those that end with an error it tells the user: it is the one that
+    met the cause, and the others would repeat it, or complain that it is gone."""
+    if processes() == 1 or "torch" not in sys.modules:
+        return True
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return True
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("sparsify/ended", 1) == 1)
+    except Exception:  # the process that kept the count is gone itself
+        return True
+
+
+def refuse_different(versions: Mapping[str, str], files: Mapping[str, str]) -> None:
+    """SparsifyError where a process has something else than the main one; all must ask. versions: by package; files: digests
+    of what is read, by what it is called"""
+    host = socket.gethostname()
+    (main_host, main), *others = gathered((host, {**files, **versions}))
+    for number, (other_host, other) in enumerate(others, 1):
+        for name in sorted(main.keys() | other.keys()):
+            here, there = main.get(name), other.get(name)
+            if here == there:
+                continue
+            if name in versions:
+                found = f"has {name} {there} and process 0 on {main_host} {here}"
+            else:
+                found = f"reads another {name} than process 0 on {main_host}"
+            raise SparsifyError(
+                f"process {number} on {other_host} {found}; all processes of a run need the same: make them equal, and start again"
+            )
 
 
 def join() -> None:
@@ -74,6 +129,11 @@ def gathered(value: T) -> list[T]:
     found: list[Any] = [None] * processes()
     dist.all_gather_object(found, value)
     return found
+
+
+def of_main(find: Callable[[], T]) -> T:
+    """What the main process finds; the others wait for it."""
+    return gathered(find() if is_main() else None)[0]  # type: ignore[return-value]
 
 
 def wait_for_all() -> None:

@@ -249,13 +249,16 @@ def test_a_damaged_state_of_training_is_left_out(interrupted, tmp_path, capfd):
     """And what the teacher said, where that is damaged, is computed again."""
     whole, work, go_on = copied(interrupted, "trained", tmp_path)
     last = max((work / "training-1").glob("checkpoint-*"))
-    flipped(last / "optimizer.pt", 8 * ((last / "optimizer.pt").stat().st_size // 2))
+    flipped(last / "optimizer.safetensors", 8 * ((last / "optimizer.safetensors").stat().st_size // 2))
     (teacher,) = (work / "training-1" / "teacher").glob("*.safetensors")
     flipped(teacher, 8 * teacher.stat().st_size - 1)
     shutil.rmtree(work / "parts-1")
     go_on()
     said = capfd.readouterr().err
-    assert f"{last} is left out: optimizer.pt differs" in said and f"{teacher} is damaged; it is made again" in said
+    assert (
+        f"{last} is left out: optimizer.safetensors differs" in said
+        and f"{teacher} is damaged; it is made again" in said
+    )
     assert bytes_of(tmp_path / "out") == whole
 
 

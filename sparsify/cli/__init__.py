@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.cli.command import FAILED, Outcome
 from sparsify.cli.parser import parse
-from sparsify.distributed import is_main, processes
+from sparsify.distributed import Terminated, hear_the_end, is_main, processes, rank, speaks_first
 from sparsify.errors import SparsifyError
 from sparsify.model.permissions import allowing_unknown, trusting
 from sparsify.progress import on_terminal, patiently, printable, silenced
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet = getattr(args, "quiet", False)
     # before a handler imports the libraries that read these once
     prepare(NO_BARS if (quiet or not on_terminal()) and args.command != "serve" else None)
+    hear_the_end()
     try:
         with (
             trusting(getattr(args, "trust_remote_code", False)),
@@ -62,12 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main():  # of several processes that torchrun started, one prints
             show(outcome, getattr(args, "json", False))
         return outcome.status
-    except (KeyboardInterrupt, Exception) as error:
+    except (KeyboardInterrupt, Terminated, Exception) as error:
         if args.debug or os.environ.get("SPARSIFY_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         status, sentence = explain(error, args, argv)
-        if sentence:
-            print(printable(sentence), file=sys.stderr)
+        if sentence and speaks_first():
+            print(printable(sentence), file=sys.stderr, flush=True)
         return status
 
 
@@ -128,7 +129,13 @@ def explain(error: BaseException, args: argparse.Namespace, argv: Sequence[str])
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED, ""
     if isinstance(error, SparsifyError):
-        return FAILED, f"error: {error}"
+        who = f"process {rank()}: " if rank() and not str(error).startswith("process ") else ""
+        return FAILED, f"error: {who}{error}"
+    if isinstance(error, Terminated):
+        return (
+            FAILED,
+            f"error: another process of this run has ended, or this one was ended from outside (SIGTERM){again}",
+        )
     if processes() > 1 and LOST.search(str(error)):
         return FAILED, f"error: another process of this run has ended, and this one cannot go on alone{again}"
     number = system_error(error)

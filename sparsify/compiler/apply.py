@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sparsify.compiler.metrics import (
     METRICS,
     RECIPE,
     RECORD,
+    TRAINING_LOG,
     Before,
     Notes,
     json_text,
@@ -43,7 +45,7 @@ from sparsify.compiler.run import Run
 from sparsify.compiler.run_phases import phases_of
 from sparsify.compiler.shorten import shorten
 from sparsify.compiler.training_text import HELD_OUT, ROWS, read_ahead
-from sparsify.distributed import is_main, join, main_first, processes, wait_for_all
+from sparsify.distributed import is_main, join, main_first, of_main, processes, refuse_different, wait_for_all
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.files import as_written, read_json
 from sparsify.formats.writer import RECORD as WRITER
@@ -53,6 +55,7 @@ from sparsify.manifest import damage, keep_json
 from sparsify.memory import Peak, peak_anonymous
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
+from sparsify.training.log import whole_log
 
 DEPTH_NOTE, BASIS_NOTE = "depth.json", "basis.json"
 BEFORE_DEPTH, SHORTENED = "before-depth", "depth"  # directories: the model compressed, and what is left of its layers
@@ -116,21 +119,23 @@ def _apply(
     start = time.perf_counter()
     if recipe.model != model:
         recipe = recipe.model_copy(update={"model": model})
+    refuse_different(_versions(), {"recipe": dump_recipe(resumable(recipe))})
+    arithmetic = of_main(partial(begin, partial_directory(output), resume))
+    with main_first(), arithmetic.in_force(), stage(f"reading {model}"):
+        plan = keep_zeros(make_plan(recipe, model, served=served))
+        refuse_unstorable(plan)
+        if plan.needs_data and plan.compressed is None:
+            refuse_too_small(walk_memory(plan, limits), limits)
+        _say_left_dense(plan, quiet)
+        inputs = plan.input_digests(output)
+    refuse_different({}, {f"file {name} of the model": digest for name, digest in inputs.items()})
     with main_first():
-        arithmetic = begin(partial_directory(output), resume or not is_main())  # the main process has kept it by then
-        with arithmetic.in_force(), stage(f"reading {model}"):
-            plan = keep_zeros(make_plan(recipe, model, served=served))
-            refuse_unstorable(plan)
-            if plan.needs_data and plan.compressed is None:
-                refuse_too_small(walk_memory(plan, limits), limits)
-            _say_left_dense(plan, quiet)
         refuse_other_run(partial_directory(output), resume or not is_main())
-        identity, inputs = dump_recipe(resumable(recipe)), plan.input_digests(output)
+        identity = dump_recipe(resumable(recipe))
         writer = CheckpointWriter(output, recipe.export.encoding, plan.checkpoint, resume, identity, inputs)
         finished = writer.parts()
-        if is_main():
-            arithmetic = _kept(arithmetic, plan, writer, resume)
-    wait_for_all()  # nobody writes a part before everybody knows which ones were there
+    # nobody writes a part before everybody knows which ones were there
+    arithmetic = of_main(partial(_kept, arithmetic, plan, writer, resume))
     with announced(arithmetic, plan, quiet).in_force():
         before = Before(plan)
         with main_first():
@@ -151,6 +156,12 @@ def _apply(
         notes = Notes(writer.work / "notes")
         plan = replace(plan, limits=limits)
         return carry_out(Run(plan, writer, notes, frozenset(finished), before, quiet, peak), start)
+
+
+def _versions() -> dict[str, str]:
+    """What the result depends on beside recipe and model."""
+    packages = {name: package_version(name) for name in ("torch", "transformers")}
+    return {"sparsify": __version__, "Python": ".".join(map(str, sys.version_info[:2])), **packages}
 
 
 def _say_left_dense(plan: Plan, quiet: bool) -> None:
@@ -231,6 +242,7 @@ def _carry_out(run: Run, start: float, evaluate: Evaluate | None, called: str | 
 
     with stage(f"writing {output}"):
         files: dict[str, str | bytes] = {**named(texts)}
+        files |= {TRAINING_LOG: log} if (log := whole_log(writer.work)) else {}
         files |= {f"{ADAPTER}/{file.name}": file.read_bytes() for file in adapter}
         writer.finish(plan.saved_config(), files, None if evaluate is None else measure)
     wait_for_all()
@@ -401,7 +413,7 @@ def resumable(recipe: Recipe) -> Recipe:
         if step not in recipe.training:
             return step
         fields = type(step).model_fields
-        free = ("learning_rate", "scale_learning_rate", "norm_learning_rate", "save_every", "tensorboard")
+        free = ("learning_rate", "scale_learning_rate", "norm_learning_rate", "save_every", "tensorboard", "offload")
         return step.model_copy(update={name: fields[name].default for name in free if name in fields})
 
     # the model is compared by its files, wherever they lie

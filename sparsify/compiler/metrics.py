@@ -23,6 +23,7 @@ from sparsify.recipe.methods import KEEP
 
 METRICS = "metrics.json"
 RECORD = "run.json"
+TRAINING_LOG = "training.jsonl"  # every value that was logged in training passes
 CARD = "README.md"
 RECIPE = "recipe.yaml"
 LLMCOMPRESSOR = "llm-compressor.json"  # in the work directory, written last: what llm-compressor has made, and of what

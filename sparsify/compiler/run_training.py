@@ -7,28 +7,24 @@ goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch import nn
 
 from sparsify.compiler.metrics import ADAPTER
+from sparsify.compiler.open_student import OpenedStudent, open_student, rewrite
 from sparsify.compiler.plan_training import PlannedTraining
 from sparsify.compiler.training_text import held_out_rows, reads_files, repeats_in_words, training_rows
 from sparsify.compute import for_precision
-from sparsify.distributed import device, is_main, join, main_first, processes, wait_for_all
-from sparsify.errors import CalibrationError, CheckpointError
+from sparsify.distributed import device, is_main, join, main_first, wait_for_all
+from sparsify.errors import CalibrationError
 from sparsify.files import atomic_write
-from sparsify.formats.reader import natural
-from sparsify.formats.scheme import in_block
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.model.decoder import load_state, meta_model, target_names
+from sparsify.model.decoder import find_blocks
 from sparsify.model.linear import LinearWeights
 from sparsify.model.pretrained import load_causal_lm
 from sparsify.progress import say, stage, without_bars
@@ -36,71 +32,10 @@ from sparsify.recipe import Calibration, Distill, Finetune, Lora
 from sparsify.training.averaging import first_averaged
 from sparsify.training.distill import TextRows, cache_teacher, collate, online
 from sparsify.training.held_out import HeldOutText
-from sparsify.training.qat_linear import make_trainable
+from sparsify.training.qat_linear import TrainableLinear, make_trainable
+from sparsify.training.sharding import shard
 from sparsify.training.student import Student, Teacher, trainable_parameters
-from sparsify.training.trainer import PREFIX, Trained, load_parameters, train
-
-
-@dataclass
-class OpenedStudent:
-    """The compressed model as one that can be trained.
-
-    linears:  trainable, by their name in the model; those that end with other weights than they began with
-    modules:  name of a compressed linear in the checkpoint -> its name in the model
-    tensors:  name of any other tensor in the checkpoint -> name of the parameter that it is
-    dtypes:   name of such a parameter -> its type in the checkpoint
-    adapter:  peft's settings of an adapter that is exported beside the weights
-    """
-
-    model: Any
-    linears: dict[str, Any]
-    modules: dict[str, str]
-    tensors: dict[str, str]
-    dtypes: dict[str, torch.dtype]
-    adapter: Any = None
-
-
-def open_student(writer: CheckpointWriter, checkpoint: Checkpoint) -> OpenedStudent:
-    """Build the model of `checkpoint` in float32 from the finished parts; its compressed linears in the blocks can be trained."""
-    linears: dict[str, LinearWeights] = {}
-    others: dict[str, Tensor] = {}
-    for part in sorted(writer.parts(), key=natural):
-        more, tensors = writer.read_part(part)
-        linears |= more
-        others |= tensors
-    model: Any = meta_model(checkpoint, torch.float32)
-    targets = target_names(model, [*others, *(f"{module}.weight" for module in linears)])
-    modules = {module: targets[f"{module}.weight"][0].removesuffix(".weight") for module in linears}
-    state = {name: tensor for name, tensor in others.items() if name in targets}  # the model knows no others
-    for module, linear in linears.items():
-        state[f"{module}.weight"] = linear.dense(torch.float32)
-        if linear.bias is not None:
-            state[f"{module}.bias"] = linear.bias
-    head = model.get_output_embeddings()
-    if any(model.get_submodule(name) is head for name in modules.values()):
-        _untie(model)  # it has codes of its own
-    load_state(model, state, torch.float32)
-    model.tie_weights()
-    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if lacking:
-        raise CheckpointError(
-            f"{checkpoint.spec} lacks the tensor {lacking[0]}; is it complete and of this model type?"
-        )
-    inside = {
-        modules[module]: linear  # the linears of a sublayer that was removed stay zero
-        for module, linear in linears.items()
-        if in_block(modules[module]) and not linear.is_zero()
-    }
-    placed = make_trainable(model, inside)
-    known = {name: target for name, (target, same) in targets.items() if same and name in others}
-    return OpenedStudent(model, placed, modules, known, {known[name]: others[name].dtype for name in known})
-
-
-def _untie(model: Any) -> None:
-    for config in (model.config, model.config.get_text_config(decoder=True)):
-        config.tie_word_embeddings = False
-    head = model.get_output_embeddings()
-    head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
+from sparsify.training.trainer import Trained, train
 
 
 def train_stage(
@@ -139,21 +74,15 @@ def train_stage(
     outputs_of_teacher, held_out = prepare_teacher(planned, rows, measured_on, directory, quiet)
     with stage(f"{settings.kind}: loading the student", quiet):
         opened, student, groups = prepare(settings, writer, checkpoint)
-    if processes() == 1:
-        student.to(device())  # FSDP moves its shards itself
     masked = {} if isinstance(settings, Lora) else opened.linears
     trained = train(
         student, groups, masked, rows, collate, settings, steps, directory, outputs_of_teacher, quiet, held_out
     )
     summary = training_note(planned, rows, steps, trained)
-    if is_main():
-        if processes() > 1:  # what was trained is in shards here, and whole in the last checkpoint
-            opened, student, _ = prepare(settings, writer, checkpoint)
-            load_parameters(student, directory / f"{PREFIX}{steps}")
-        if opened.adapter is not None:
-            keep_adapter(opened, writer)
-        with stage(f"{settings.kind}: writing what was trained", quiet):
-            rewrite(writer, opened, partial(conclude, summary))
+    if opened.adapter is not None:
+        keep_adapter(opened, writer)
+    with stage(f"{settings.kind}: writing what was trained", quiet):
+        rewrite(writer, opened, student, partial(conclude, summary))
     wait_for_all()
     writer.stage = number
 
@@ -161,60 +90,84 @@ def train_stage(
 def prepare(
     settings: Distill | Finetune, writer: CheckpointWriter, checkpoint: Checkpoint
 ) -> tuple[OpenedStudent, Student, dict[str, list[nn.Parameter]]]:
-    """The student as training begins, and what is trained of it, by kind."""
-    opened = open_student(writer, checkpoint)
+    """The student as training begins, shared out over the processes, and what is trained of it, by kind."""
+    names: dict[str, list[str]] = {"weights": [], "scales": [], "norms": []}
     if isinstance(settings, Lora):
-        groups = {"weights": place_adapters(opened, settings)}
-        if settings.gradient_checkpointing:
-            opened.model.gradient_checkpointing_enable()
-        return (
-            opened,
-            Student(opened.model, settings.loss, settings.temperature, for_precision(settings.precision)),
-            groups,
-        )
-    for linear in opened.linears.values():
-        linear.quantize_in_loop = settings.quantize_in_loop
-    groups = trainable_parameters(opened.model, opened.linears, settings.train, opened.dtypes)
+        opened = open_student(writer, checkpoint, partial(_frozen, settings), lambda opened, block: None)
+        place_adapters(opened, settings)
+        names["weights"] = [name for name, p in opened.model.named_parameters() if p.requires_grad]
+        for block in find_blocks(opened.model):
+            shard(opened.model.get_submodule(block))
+    else:
+        opened = open_student(writer, checkpoint, partial(_trainable, settings), partial(_ready, settings, names))
     if settings.gradient_checkpointing:
         opened.model.gradient_checkpointing_enable()
     student = Student(opened.model, settings.loss, settings.temperature, for_precision(settings.precision))
+    shard(student)
+    parameters = dict(opened.model.named_parameters())  # sharding made new ones
+    groups = {kind: [parameters[name] for name in found] for kind, found in names.items() if found}
     return opened, student, groups
 
 
-def place_adapters(opened: OpenedStudent, settings: Lora) -> list[nn.Parameter]:
-    """Freeze the student and give its compressed linears adapters. Returns what is trained."""
+def _trainable(
+    settings: Distill | Finetune, model: nn.Module, linears: Mapping[str, LinearWeights]
+) -> dict[str, TrainableLinear]:
+    placed = make_trainable(model, linears)
+    for linear in placed.values():
+        linear.quantize_in_loop = settings.quantize_in_loop
+    return placed
+
+
+def _ready(settings: Distill | Finetune, names: dict[str, list[str]], opened: OpenedStudent, block: str) -> None:
+    """Say what is trained of a block that is complete, and share it out. names: by kind, gets those of what is trained"""
+    among = opened.within(block)
+    linears = {name: linear for name, linear in opened.linears.items() if f"{name}.weight" in among}
+    found = trainable_parameters(opened.model, linears, settings.train, opened.dtypes, among)
+    called = {parameter: name for name, parameter in opened.model.named_parameters()}
+    for kind, parameters in found.items():
+        names[kind] += [called[parameter] for parameter in parameters]
+    if block:
+        shard(opened.model.get_submodule(block))
+
+
+def _frozen(settings: Lora, model: nn.Module, linears: Mapping[str, LinearWeights]) -> dict[str, Any]:
+    from sparsify.training.lora import freeze
+
+    exact = {
+        name: TrainableLinear(linear).export() for name, linear in linears.items()
+    }  # each in the type that is stored
+    return freeze(model, exact, settings.quantized_base, for_precision(settings.precision))
+
+
+def place_adapters(opened: OpenedStudent, settings: Lora) -> None:
+    """Give the compressed linears of a frozen student adapters."""
     from sparsify.training.lora import add_adapters, targeted
 
-    if processes() > 1:
-        raise CheckpointError("lora trains in one process; start it without torchrun, or distill instead")
-    everything = {name: linear.export() for name, linear in opened.linears.items()}
-    wanted = targeted(everything, settings.targets)
+    wanted = targeted(opened.linears, settings.targets)
     merge = settings.export == "merge"
     placed, config = add_adapters(
         opened.model,
-        everything,
         wanted,
         rank=settings.rank,
         alpha=settings.alpha,
         merge=merge,
-        quantized_base=settings.quantized_base,
         quantize_in_loop=settings.quantize_in_loop,
-        dtype=for_precision(settings.precision),
         seed=settings.seed,
     )
     opened.linears = placed if merge else {}
     opened.adapter = None if merge else config
-    return [parameter for parameter in opened.model.parameters() if parameter.requires_grad]
 
 
 def keep_adapter(opened: OpenedStudent, writer: CheckpointWriter) -> None:
     """Put the trained adapter into the work directory, from where it goes into the finished one."""
     from sparsify.training.lora import adapter_files
 
-    directory = writer.work / ADAPTER
-    directory.mkdir(exist_ok=True)
-    for name, content in adapter_files(opened.model, opened.adapter, writer.output.name).items():
-        atomic_write(directory / name, content)
+    files = adapter_files(opened.model, opened.adapter, writer.output.name)  # gathered from all processes
+    if is_main():
+        directory = writer.work / ADAPTER
+        directory.mkdir(exist_ok=True)
+        for name, content in files.items():
+            atomic_write(directory / name, content)
 
 
 def prepare_teacher(
@@ -274,29 +227,6 @@ def _epochs(settings: Distill | Finetune) -> int:
 def _tokens(rows: Any, seen: int) -> int:
     """Tokens of so many rows, all of them equally often."""
     return sum(len(row["input_ids"]) for row in rows) * seen // len(rows)
-
-
-@torch.no_grad()
-def rewrite(
-    writer: CheckpointWriter, opened: OpenedStudent, conclude: Callable[[dict[str, LinearWeights]], None]
-) -> None:
-    """Write all parts again with what was trained; a linear that was not, and every other tensor, stay as they were."""
-    inside: dict[str, LinearWeights] = {}
-    with writer.next_stage() as write:
-        for part in sorted(writer.parts(), key=natural):
-            linears, tensors = writer.read_part(part)
-            for module in linears:
-                trained = opened.linears.get(opened.modules[module])
-                if trained is not None:
-                    linears[module] = trained.cpu().export().validate(module)
-                if in_block(opened.modules[module]):
-                    inside[module] = linears[module]
-            for name, tensor in tensors.items():
-                owner, _, last = opened.tensors.get(name, "").rpartition(".")
-                if name in opened.tensors and is_parametrized(opened.model.get_submodule(owner), last):
-                    tensors[name] = getattr(opened.model.get_submodule(owner), last).to(tensor.dtype).cpu()
-            write(part, linears, tensors)
-        conclude(inside)
 
 
 def open_teacher(planned: PlannedTraining, device: str) -> Teacher:

@@ -54,12 +54,17 @@ def writing(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}; {hint}") from None
 
 
+def written_order(tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """The names in the order in which `write_tensors` asks for the tensors."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> str:
     """Write a safetensors file. Widest types come first, as in the library, so that every tensor is aligned.
 
     Returns the SHA-256 of what was written.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    order = written_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in order:

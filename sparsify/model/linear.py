@@ -1,6 +1,7 @@
 """One compressed linear, independent of any file format: what passes produce, formats write and kernels read."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +99,11 @@ class LinearWeights:
             return self.values.to(dtype)
         assert self.scale is not None
         return dequantize(self.codes, self.scale, dtype, self.zero_point)
+
+    def to(self, device: str) -> "LinearWeights":
+        """The same on another device."""
+        tensors: dict[str, Any] = {key: value for key, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{key: tensor.to(device) for key, tensor in tensors.items()})
 
     def validate(self, name: str) -> "LinearWeights":
         """Check types, shapes, the range of codes and zero points, finite scales and the 2:4 pattern; raises CheckpointError

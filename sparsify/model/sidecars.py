@@ -27,6 +27,7 @@ OURS = {
     "recipe.yaml",
     "metrics.json",
     "run.json",
+    "training.jsonl",
     MANIFEST,
 }  # in the top folder, written anew
 HIDDEN = {".gitattributes", ".gitignore"}  # the only files and folders with a leading dot that come along

@@ -24,6 +24,7 @@ from sparsify.model.linear import CODE_RANGE, LinearWeights
 from sparsify.recipe import ignored_by
 from sparsify.solver.grid import Grid, search_scale
 from sparsify.training.qat_linear import Stored, codes_of, kept_positions, on_grid
+from sparsify.training.sharding import whole
 
 try:
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -168,28 +169,33 @@ def merge_inside_mask(linear: LinearWeights, delta: Tensor, refit: bool) -> Line
     return LinearWeights(**common, codes=codes, scale=scale, zero_point=zero_point)
 
 
+def freeze(
+    model: nn.Module, linears: Mapping[str, LinearWeights], quantized_base: bool, dtype: torch.dtype
+) -> dict[str, FrozenLinear]:
+    """Put a FrozenLinear in place of each named submodule. Returns them by name."""
+    placed = {}
+    for name, linear in linears.items():
+        old = model.get_submodule(name)
+        device = next((t.device for t in [*old.parameters(), *old.buffers()]), torch.device("cpu"))
+        placed[name] = FrozenLinear(linear, quantized_base, dtype).to(device)
+        model.set_submodule(name, placed[name])
+    return placed
+
+
 def add_adapters(
     model: nn.Module,
-    linears: Mapping[str, LinearWeights],
     targets: Sequence[str],
     rank: int,
     alpha: float,
     merge: bool,
-    quantized_base: bool,
     quantize_in_loop: bool,
-    dtype: torch.dtype,
     seed: int,
 ) -> tuple[dict[str, PeftLinear], LoraConfig]:
-    """Freeze all of `model`, and let peft put an adapter beside each of `targets`. Returns these by name.
+    """Freeze all of `model`, and let peft put an adapter beside each of `targets`, which `freeze` has placed. Returns these by name.
 
-    linears: all that are compressed.
     B starts at zero, so the model says what it said before. seed: of A.
     """
     model.requires_grad_(False)
-    for name, linear in linears.items():
-        old = model.get_submodule(name)
-        device = next((t.device for t in [*old.parameters(), *old.buffers()]), torch.device("cpu"))
-        model.set_submodule(name, FrozenLinear(linear, quantized_base, dtype).to(device))
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=sorted(targets))  # type: ignore[arg-type]
     config._register_custom_module({FrozenLinear: InsideMask if merge else PeftLinear})
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -221,11 +227,12 @@ def targeted(linears: Iterable[str], patterns: Sequence[str] | None) -> list[str
 
 
 def adapter_files(model: nn.Module, config: LoraConfig, base: str) -> dict[str, bytes]:
-    """`adapter_config.json` and `adapter_model.safetensors`, as PeftModel.save_pretrained writes them and vLLM reads them.
+    """`adapter_config.json` and `adapter_model.safetensors`, as PeftModel.save_pretrained writes them and vLLM reads them. All
+    processes must ask for them.
 
     base: the name of the checkpoint that the adapter belongs to."""
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    tensors = {SAVED_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {SAVED_PREFIX + name: whole(tensor.detach()).cpu().contiguous() for name, tensor in state.items()}
     settings = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     settings |= {"base_model_name_or_path": base, "task_type": "CAUSAL_LM", "inference_mode": True}
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from sparsify.training.losses import (
     squarehead,
 )
 from sparsify.training.qat_linear import Stored, TrainableLinear
+from sparsify.training.sharding import is_sharded
 
 PROBE = 4  # tokens on which it is tried whether logits are hidden @ head'
 
@@ -87,7 +88,7 @@ class Teacher(nn.Module):
                 return TeacherOutputs(self._compared(hidden), Given(logits.flatten(0, 1)))
             last = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         head = self.model.get_output_embeddings().weight
-        return TeacherOutputs(self._compared(hidden), Projected(last.flatten(0, 1), whole(head)))
+        return TeacherOutputs(self._compared(hidden), Projected(last.flatten(0, 1), head))
 
     def _compared(self, hidden: list[Tensor]) -> list[Tensor]:
         if not self.feature:
@@ -108,7 +109,17 @@ class Student(nn.Module):
         self.weights, self.dtype = weights, dtype
         self.logit_loss = LogitLoss(weights.kl, weights.cross_entropy, temperature, weights.reverse_kl)
         self.outputs = BlockOutputs(model)
-        self.plain_head = has_plain_head(model)
+        # of a model that is sharded only its root may start a forward pass, so that it is found out in the first one
+        self._plain_head = None if is_sharded(model) else has_plain_head(model)
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether logits are the product with the output head, see `has_plain_head`."""
+        if self._plain_head is None:
+            training = self.model.training
+            self._plain_head = has_plain_head(self.model.eval())
+            self.model.train(training)
+        return self._plain_head
 
     def forward(
         self,
@@ -126,13 +137,15 @@ class Student(nn.Module):
         counted = labels.ne(-100).sum()
         loss = torch.zeros((), device=input_ids.device)
         parts: dict[str, Tensor] = {}
+        scored = self._scored
+        plain_head = self.plain_head  # found out before anything is recorded
         with self.outputs.recording() as hidden:
-            last = self._run(input_ids, self._scored)
+            last = self._run(input_ids, scored, plain_head)
         if self.weights.squarehead:
             distance = squarehead(hidden, teacher_outputs.hidden, keep)
             loss = loss + self.weights.squarehead * distance * (counted / items)
             parts["squarehead"] = distance.detach() * (counted / items)
-        if self._scored:
+        if scored:
             total, kl, cross_entropy, reverse_kl = self._next_token(
                 last.flatten(0, 1), teacher_outputs.target, labels.flatten(), self.logit_loss
             )
@@ -147,7 +160,7 @@ class Student(nn.Module):
     @torch.no_grad()
     def divergence(self, input_ids: Tensor, labels: Tensor, target: Target) -> Tensor:
         """KL(teacher || student) at temperature 1, summed over the tokens whose label counts. Arguments as of `forward`."""
-        last = self._run(input_ids, scored=True)
+        last = self._run(input_ids, True, self.plain_head)
         return self._next_token(last.flatten(0, 1), target, labels.flatten(), LogitLoss(1.0, 0.0))[1]
 
     @property
@@ -155,10 +168,10 @@ class Student(nn.Module):
         """Whether a loss of next tokens counts."""
         return self.logit_loss.divergence or bool(self.weights.cross_entropy)
 
-    def _run(self, input_ids: Tensor, scored: bool) -> Tensor:
+    def _run(self, input_ids: Tensor, scored: bool, plain_head: bool) -> Tensor:
         """The last hidden state [B, T, d], or logits [B, T, V] where those are more than a product with the head."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            if self.plain_head or not scored:
+            if plain_head or not scored:
                 return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
             return self.model(input_ids=input_ids, use_cache=False).logits
 
@@ -203,14 +216,12 @@ def has_plain_head(model: Any) -> bool:
     )
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter that FSDP may have sharded, gathered."""
-    gather = getattr(parameter, "full_tensor", None)
-    return parameter if gather is None else gather()
-
-
 def trainable_parameters(
-    model: nn.Module, linears: Mapping[str, TrainableLinear], train: Sequence[str], stored: Mapping[str, torch.dtype]
+    model: nn.Module,
+    linears: Mapping[str, TrainableLinear],
+    train: Sequence[str],
+    stored: Mapping[str, torch.dtype],
+    among: Collection[str] | None = None,
 ) -> dict[str, list[nn.Parameter]]:
     """Freeze all but what `train` names, and sort it by learning rate: weights, scales, norms.
 
@@ -219,22 +230,23 @@ def trainable_parameters(
     train: of "linears", "norms", "embedding". A parameter that a head and an embedding share is the embedding's; a head of
     its own stays as it is. stored: type in the checkpoint of each parameter that is a tensor there, by name; what transformers
     assembles from several could not be written back, and stays as it is too.
+    among: names of the parameters that are treated, those of `linears` included; None for all of the model
     """
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "scales": [], "norms": []}
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     plain: dict[nn.Parameter, torch.dtype] = {}
-    for parameter in model.parameters():
+    treated = {name: p for name, p in model.named_parameters() if among is None or name in among}
+    for parameter in treated.values():
         parameter.requires_grad_(False)
     if "linears" in train:
         groups["weights"] = [linear.weight for linear in linears.values()]
         groups["scales"] = [m.scale for m in linears.values() if m.scale is not None and m.quantize_in_loop]
     biases = [linear.bias for linear in linears.values() if linear.bias is not None]  # these round themselves
     if "norms" in train:
-        named = {p: name for name, p in model.named_parameters() if p.dim() == 1 and all(p is not b for b in biases)}
+        named = {p: name for name, p in treated.items() if p.dim() == 1 and all(p is not b for b in biases)}
         plain = {p: stored[name] for p, name in named.items() if name in stored}
         groups["norms"] = [*plain, *biases]
-    if "embedding" in train:
-        name = next(name for name, p in model.named_parameters() if p is embedding.weight)
+    if "embedding" in train and (name := next((n for n, p in treated.items() if p is embedding.weight), None)):
         plain |= {embedding.weight: stored[name]} if name in stored else {}
         groups["weights"] += [embedding.weight] if name in stored else []
     for module in list(model.modules()):

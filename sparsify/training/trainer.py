@@ -26,18 +26,24 @@ from sparsify.data.mixture import draw
 from sparsify.distributed import is_main, main_first, processes
 from sparsify.errors import CheckpointError, MissingDependency, NumericalError
 from sparsify.files import as_written, publish, read_json, write_json
+from sparsify.formats.tensor_file import read_tensor
 from sparsify.manifest import damage, seal
+from sparsify.model.checkpoint import read_header
 from sparsify.progress import Task, progress_bar, say
 from sparsify.recipe import Distill, Finetune
 from sparsify.training.averaging import WeightAverage, first_averaged
 from sparsify.training.distill import TextRows
 from sparsify.training.held_out import HeldOutText, Measurements, measure
 from sparsify.training.learned_masks import LearnedMasks
+from sparsify.training.log import LOG, TrainingLog
 from sparsify.training.loss_monitor import WINDOW, LossWatch
+from sparsify.training.optimizer import HostAdamW, load_states, save_gathered, states_by_name
 from sparsify.training.qat_linear import TrainableLinear
+from sparsify.training.sharding import is_sharded, kept_square_mean, share_of, whole
 from sparsify.training.student import Student
 
 PARAMETERS = "parameters.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 WATCH = "losses.json"
 AVERAGE = "average.safetensors"
 BEST = "best.safetensors"
@@ -113,7 +119,7 @@ def train(
     order = Rows(rows, steps, settings.batch_size, settings.seed, lengths)
     with hushed(), progress_bar(describe(settings, None), steps, completed=done, quiet=quiet) as bar:
         trainer = DistillTrainer(
-            student, groups, linears, order, collate, settings, steps, directory, teacher, held_out
+            student, groups, linears, order, collate, settings, steps, directory, teacher, held_out, done
         )
         trainer.show_on(bar)
         if last is None or not trainer.has_stopped(last):
@@ -148,6 +154,7 @@ class DistillTrainer(Trainer):
         directory: Path,
         teacher: Any,
         held_out: HeldOutText | None = None,
+        done: int = 0,
     ):
         self.linears, self.settings, self.directory, self.teacher = linears, settings, directory, teacher
         self.groups = groups
@@ -164,18 +171,22 @@ class DistillTrainer(Trainer):
         self.best: dict[str, Tensor] = {}
         self.sizes = {kind: [root_mean_square(p) for p in parameters] for kind, parameters in groups.items()}
         self.watch = LossWatch(max(1, min(WINDOW, math.ceil(settings.warmup * steps))))
+        self.log_file = TrainingLog(directory / LOG if is_main() else None, done)
+        self.gradient_norm: Tensor | None = None
         self.masks: dict[str, Tensor] = {}
         self.remember_masks()
         self._sums: dict[str, Tensor] = {}
         self._saving_to: Path | None = None
         super().__init__(
             model=student,
-            args=arguments(student, settings, steps, directory),
+            args=arguments(settings, steps, directory),
             data_collator=collate,
             train_dataset=rows,
             callbacks=[*board(settings.tensorboard), _EndOfStep(self)],
         )
         self.remove_callback(PrinterCallback)
+        if is_sharded(student):
+            student._is_accelerate_prepared = True  # type: ignore[assignment]  # accelerate leaves such a model as it is
         # the loss comes divided by the tokens of the whole step, so the Trainer must neither divide nor average again
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -190,7 +201,8 @@ class DistillTrainer(Trainer):
         """AdamW whose step is relative to the size of each tensor, without decay: nothing says that weights should be small."""
         created: torch.optim.Optimizer | None = getattr(self, "optimizer", None)
         if created is None:
-            created = torch.optim.AdamW(
+            offloaded = self.settings.offload == "optimizer"
+            created = (HostAdamW if offloaded else torch.optim.AdamW)(
                 [
                     {"params": [parameter], "lr": self._rate(kind) * size, "kind": kind, "size": size}
                     for kind, parameters in self.groups.items()
@@ -198,10 +210,15 @@ class DistillTrainer(Trainer):
                 ],
                 betas=BETAS,
                 weight_decay=0.0,
-                fused=True,
+                fused=not offloaded,
             )
             self.optimizer = created
         return created
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """As the Trainer's; the norm of gradients that are shared out is that over all processes."""
+        self.gradient_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm))
+        return self.gradient_norm
 
     def _rate(self, kind: str) -> float:
         rates = {"scales": self.settings.scale_learning_rate, "norms": self.settings.norm_learning_rate}
@@ -257,6 +274,17 @@ class DistillTrainer(Trainer):
             f"{self.settings.learning_rate / 3:.1g}"
         )
 
+    def log_step(self) -> None:
+        """Log what is known of the step that has just been made."""
+        step, scheduler = self.state.global_step, self.lr_scheduler
+        values = {
+            **self.watch.losses[-1],
+            "learning_rate": self.settings.learning_rate * scheduler.lr_lambdas[0](step - 1),
+        }
+        if self.gradient_norm is not None:
+            values["gradient_norm"] = float(self.gradient_norm)
+        self.log_file.add(step, values)
+
     # --------------------------------------------------------------------------------------------- what will be written
 
     def measure(self) -> None:
@@ -273,6 +301,7 @@ class DistillTrainer(Trainer):
                     f"{self.settings.kind}: the divergence from the teacher on held-out text is {divergence} at step "
                     f"{self.state.global_step}; is held_out.source text that the model can read?"
                 )
+            self.log_file.add(self.state.global_step, {"held_out": divergence})
             if self.measured.add(self.state.global_step, divergence):
                 self.best = {name: tensor.detach().clone() for name, tensor in self._state().items()}
 
@@ -326,13 +355,19 @@ class DistillTrainer(Trainer):
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Only what is trained: everything else is where training started from."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Only what is trained: everything else is where training started from. All processes take part, one writes."""
         assert output_dir is not None
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        state = self.model.state_dict() if state_dict is None else state_dict
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        save_file({name: state[name].contiguous() for name in sorted(trained)}, Path(output_dir) / PARAMETERS)
+        save_gathered(self._trained(), Path(output_dir) / PARAMETERS)
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The optimizer's states by the names of the parameters, whole, so that any number of processes can read them. The
+        schedule follows from the step."""
+        save_gathered(states_by_name(self.optimizer, self._trained()), Path(output_dir) / OPTIMIZER)
 
     def _save_states(self, directory: Path) -> None:
         if self.average is not None and self.average.count:
@@ -357,19 +392,18 @@ class DistillTrainer(Trainer):
                 self.measured.found = [(int(step), float(found)) for step, found in read_json(directory / MEASURED)]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_parameters(self.model, Path(resume_from_checkpoint))
+        load_parameters(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As saved, but at the rates of the recipe: going on with a lower one is how to get past a divergence."""
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        step = step_of(Path(checkpoint))
+        load_states(self.optimizer, self._trained(), Path(checkpoint) / OPTIMIZER, step)
         self.watch = LossWatch.from_json(read_json(Path(checkpoint) / WATCH))
         self._load_states(Path(checkpoint))
         scheduler: Any = self.lr_scheduler
+        scheduler.last_epoch, scheduler._step_count = step, step + 1
         scheduler.base_lrs = [self._rate(group["kind"]) * group["size"] for group in self.optimizer.param_groups]
         for group, base, shape in zip(
             self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
@@ -420,6 +454,7 @@ class _EndOfStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, step = self.trainer, state.global_step
+        trainer.log_step()
         if trainer.learned is not None:
             if trainer.learned.after_step(step, trainer.relative_rates()):
                 trainer.remember_masks()
@@ -464,11 +499,8 @@ def describe(
     return f"{said} ({', '.join(parts)})" if len(parts) > 1 else said
 
 
-def arguments(student: Student, settings: Distill | Finetune, steps: int, directory: Path) -> TrainingArguments:
-    """What the Trainer is told. Under torchrun with several processes FSDP2 shards parameters, gradients and optimiser.
-
-    On CPUs accelerate leaves FSDP aside and every process keeps all of them.
-    """
+def arguments(settings: Distill | Finetune, steps: int, directory: Path) -> TrainingArguments:
+    """What the Trainer is told. It knows nothing of sharding, see `sharding`: each process computes on rows of its own."""
     among = processes()
     micro = min(settings.micro_batch_size or settings.batch_size, max(1, settings.batch_size // among))
     if settings.batch_size % (micro * among):
@@ -476,19 +508,6 @@ def arguments(student: Student, settings: Distill | Finetune, steps: int, direct
             f"{settings.kind}: batch_size {settings.batch_size} does not divide into {among} processes of {micro} rows; "
             f"choose a multiple of {micro * among}"
         )
-    sharding: dict[str, Any] = {}
-    if among > 1:
-        blocks = sorted({type(block).__name__ for block in student.outputs.blocks})
-        sharding = {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "reshard_after_forward": True,
-                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "transformer_layer_cls_to_wrap": blocks,
-                "state_dict_type": "FULL_STATE_DICT",
-            },
-        }
     return TrainingArguments(
         output_dir=str(directory),
         max_steps=steps,
@@ -509,18 +528,14 @@ def arguments(student: Student, settings: Distill | Finetune, steps: int, direct
         disable_tqdm=True,
         log_level="error",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=not (settings.loss.divergence or settings.loss.cross_entropy),
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
-        **sharding,
     )
 
 
-@torch.no_grad()
 def root_mean_square(parameter: Tensor) -> float:
     """Over what is not zero: pruned weights do not count. 1 for a tensor of zeros, such as a new bias."""
-    kept = int(parameter.count_nonzero())
-    return math.sqrt(float(parameter.float().square().sum()) / kept) if kept else 1.0
+    return math.sqrt(kept_square_mean(parameter)) or 1.0
 
 
 def board(directory: str | None) -> list[TrainerCallback]:
@@ -562,16 +577,17 @@ def discard_unfinished(directory: Path) -> None:
 
 
 def load_parameters(model: nn.Module, checkpoint: Path) -> None:
-    """Put the trained parameters of a checkpoint into the student they belong to."""
-    state = load_file(checkpoint / PARAMETERS)
+    """Put the trained parameters of a checkpoint into the student they belong to, of each the share of this process."""
+    file = checkpoint / PARAMETERS
+    stored, _ = read_header(file)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if set(state) != set(trained) or any(state[name].shape != p.shape for name, p in trained.items()):
+    if set(stored) != set(trained) or any(stored[name].shape != tuple(p.shape) for name, p in trained.items()):
         raise CheckpointError(
             f"{checkpoint} belongs to another training; remove {checkpoint.parent} to train again from the start"
         )
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(state[name])
+            parameter.copy_(share_of(read_tensor(file, name), parameter))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Run by torchrun in two gloo processes: FSDP2 shards a student, and its loss and gradients are those of one process."""
+"""Run in two gloo processes: FSDP2 shards a student, and its loss and gradients are those of one process."""
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,3 @@ def main() -> None:
     if rank == 0:
         print("equal:", len(found), "gradients")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

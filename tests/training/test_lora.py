@@ -18,6 +18,7 @@ from sparsify.recipe import parse_recipe
 from sparsify.training.lora import (
     FrozenLinear,
     add_adapters,
+    freeze,
     merge_inside_mask,
     pack_codes,
     targeted,
@@ -54,10 +55,9 @@ def model_of_one() -> nn.Module:
 def adapted(linear: LinearWeights, merge: bool = True, **settings):
     """One linear with an adapter whose B is not zero."""
     model = model_of_one()
-    given = dict(
-        rank=4, alpha=8, merge=merge, quantized_base=True, quantize_in_loop=True, dtype=torch.float32, seed=1
-    ) | settings  # fmt: skip
-    placed, _ = add_adapters(model, {"0": linear}, ["0"], **given)
+    given = dict(rank=4, alpha=8, merge=merge, quantize_in_loop=True, seed=1) | settings
+    freeze(model, {"0": linear}, given.pop("quantized_base", True), given.pop("dtype", torch.float32))
+    placed, _ = add_adapters(model, ["0"], **given)
     with torch.no_grad():
         placed["0"].lora_B["default"].weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(2))
     return model, placed["0"]
@@ -156,12 +156,13 @@ def test_an_exported_adapter_is_trained_as_the_runtime_multiplies():
 
 def test_a_new_adapter_changes_nothing_and_depends_on_the_seed():
     linear = compressed(16)
-    settings = dict(rank=4, alpha=8, merge=False, quantized_base=True, quantize_in_loop=True, dtype=torch.float32)
+    settings = dict(rank=4, alpha=8, merge=False, quantize_in_loop=True)
     x = torch.randn(5, 64)
     factors = []
     for seed in (0, 0, 1):
         model = model_of_one()
-        placed, _ = add_adapters(model, {"0": linear}, ["0"], seed=seed, **settings)
+        freeze(model, {"0": linear}, True, torch.float32)
+        placed, _ = add_adapters(model, ["0"], seed=seed, **settings)
         assert torch.allclose(model(x), x @ linear.dense(torch.float32).T + linear.bias.float(), atol=1e-5)
         factors.append(placed["0"].lora_A["default"].weight)
     assert torch.equal(factors[0], factors[1]) and not torch.equal(factors[0], factors[2])

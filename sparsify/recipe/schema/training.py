@@ -129,6 +129,10 @@ class TrainingPass(PassModel):
     gradient_checkpointing: bool = Field(
         default=False, description="keep one activation per block and compute the rest again: less memory, more time"
     )
+    offload: Literal["none", "optimizer"] = Field(
+        default="none",
+        description="optimizer: its states in the memory of the host, 8 bytes per parameter less on a GPU; steps take longer",
+    )
     average: float = Field(
         default=0.0,
         ge=0,
