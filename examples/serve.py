@@ -1,6 +1,6 @@
 """Serve a compressed checkpoint with vLLM's OpenAI-compatible server, and ask it something.
 
-    python examples/serve.py out/model-2of4-w4a16
+    python examples/serve.py out/model-2of4-w4a16 ["The sea" [options of vllm serve]]
 
 Needs vLLM: pip install 'sparsify-24[cpu]', or [cuda] on a machine with an NVIDIA GPU.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 PATIENCE = 600  # seconds that the server may take to start
 
 
-def main(directory: str, prompt: str = "The sea") -> str:
+def main(directory: str, prompt: str = "The sea", *options: str) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,6 +32,7 @@ def main(directory: str, prompt: str = "The sea") -> str:
         str(port),
         "--max-model-len",
         "64",
+        *options,
     ]
     server = subprocess.Popen([sys.executable, "-m", *command], start_new_session=True)
     try:
@@ -67,4 +68,4 @@ def wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:])

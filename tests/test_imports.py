@@ -127,6 +127,7 @@ COMMAND_NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
 # Modules that import such a package as they are loaded or run: the extras of which each brings it, and who sees to it.
 NEEDS_EXTRA: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparsify.runtime.vllm_plugin": ("vllm", VLLM),  # vLLM loads it
+    "sparsify.runtime.vllm_experts": ("vllm", VLLM),  # the plugin loads it
     "sparsify.runtime.vllm_metrics": ("prometheus_client", VLLM),  # the plugin loads it
     "sparsify.bench.worker": ("vllm", VLLM),  # a process that engine_process starts
     "sparsify.bench.vllm_cli": ("vllm", VLLM),  # a process that sparsify.bench.serving becomes

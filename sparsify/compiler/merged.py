@@ -17,7 +17,7 @@ MERGED = (  # what vLLM's model classes put side by side
 )
 
 
-def _as_sparse24(scheme: Scheme | None, inputs: int) -> tuple[object, ...]:
+def as_sparse24(scheme: Scheme | None, inputs: int) -> tuple[object, ...]:
     """What the format tells apart of a linear with so many inputs."""
     if scheme is None:
         return ("dense",)
@@ -31,11 +31,11 @@ def _as_sparse24(scheme: Scheme | None, inputs: int) -> tuple[object, ...]:
 
 def _as_pack_quantized(scheme: Scheme | None, inputs: int) -> tuple[object, ...]:
     """Zeros are no pattern there, and what is not quantized is written dense."""
-    return _as_sparse24(scheme, inputs)[1:] if scheme is not None and scheme.quantize else ("dense",)
+    return as_sparse24(scheme, inputs)[1:] if scheme is not None and scheme.quantize else ("dense",)
 
 
 STORED: dict[str, Callable[[Scheme | None, int], tuple[object, ...]]] = {
-    "sparse24": _as_sparse24,
+    "sparse24": as_sparse24,
     "pack-quantized": _as_pack_quantized,
     "gptq": _as_pack_quantized,
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 from sparsify.compiler.checkpoint_names import OUTSIDE, exported_name, part_name
 from sparsify.compiler.plan import Plan
+from sparsify.compiler.plan_experts import not_in_vllm
 from sparsify.errors import CheckpointError
 from sparsify.files import read_json
 from sparsify.formats.foreign import DequantizedCheckpoint
@@ -213,6 +214,7 @@ def metrics_of(plan: Plan, notes: Notes, writer: CheckpointWriter, before: Befor
         "carried": plan.carried_json(),
         "source": whole.source_json(),
         "kept_wide": plan.kept_wide(),
+        "not_in_vllm": not_in_vllm(plan),
         "left_behind": whole.left_behind(),
         "sizes": {
             "dense_bytes": whole.dense_bytes(),

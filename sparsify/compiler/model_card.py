@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -33,7 +32,7 @@ def model_card(metrics: dict[str, Any], recipe: Recipe) -> str:
     metadata: dict[str, Any] = {
         "library_name": "sparsify",
         "pipeline_tag": "text-generation",
-        "tags": ["sparsify", *_kinds(metrics), *["vllm"] * (not _has_experts(metrics)), metrics["format"]],
+        "tags": ["sparsify", *_kinds(metrics), *["vllm"] * (not metrics.get("not_in_vllm")), metrics["format"]],
     }
     if hub_id:
         metadata |= {"base_model": hub_id, "base_model_relation": "quantized" if metrics["layers"] else "finetune"}
@@ -88,13 +87,11 @@ def made_in_words(made: dict[str, Any]) -> str:
 def _usage(metrics: dict[str, Any]) -> str:
     if metrics.get("depth") and not metrics["layers"] and metrics["format"] == "dense":
         return "It runs everywhere: the architecture is that of the original, with fewer layers."
-    if metrics["format"] == "sparse24" and _has_experts(metrics):
-        return "transformers runs it after `import sparsify`; vLLM does not serve compressed experts yet."
+    if metrics["format"] == "sparse24" and any(is_expert(layer["module"]) for layer in metrics["layers"]):
+        if why := metrics.get("not_in_vllm"):
+            return f"transformers runs it after `import sparsify`; vLLM does not serve its experts: {why}."
+        return f"{USAGE['sparse24']} Its experts were not tried on a GPU, where vLLM needs `--enforce-eager`."
     return USAGE[metrics["format"]]
-
-
-def _has_experts(metrics: Mapping[str, Any]) -> bool:
-    return any(is_expert(layer["module"]) for layer in metrics["layers"])
 
 
 def head_note(head: OutputHead, solved: SolvedHead) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsify.compiler.merged import as_sparse24
 from sparsify.errors import RecipeError
 from sparsify.formats.reader import CompressedCheckpoint
 from sparsify.model.checkpoint import Checkpoint
@@ -72,10 +73,26 @@ def refuse_unlike(recipe: Recipe, linears: Mapping[str, Planned]) -> None:
         )
 
 
-NOT_IN_VLLM = (
-    "transformers runs compressed experts of sparse24 (after import sparsify), vLLM does not yet; with ignore: "
-    "['*.experts.*'] in the recipe they stay dense, and vLLM serves the model"
-)
+IN_VLLM = "vLLM serves these experts on CPUs; on GPUs that was not tried, and needs --enforce-eager"
+
+
+def not_in_vllm(plan: Plan) -> str | None:
+    """Why vLLM does not serve the compressed experts of a plan with the format sparse24; None where it does or has none."""
+    named = {name: planned for name, planned in plan.linears.items() if is_expert(name)}
+    if plan.recipe.export.format != "sparse24" or not any(planned.scheme for planned in named.values()):
+        return None
+    for path, experts in experts_of(plan.model.model).items():
+        if experts.unusual:
+            return experts.unusual
+        first: dict[bool, tuple[str, Planned]] = {}  # of the down projections, and of the others
+        for name, planned in named.items():
+            if name.startswith(f"{path}."):
+                other, one = first.setdefault(name.endswith(".down_proj"), (name, planned))
+                if as_sparse24(planned.scheme, planned.shape[1]) != as_sparse24(one.scheme, one.shape[1]):
+                    return f"it wants all of a layer to be alike, and {name} is not as {other}"
+        if any(one.scheme is None for _, one in first.values()) and any(one.scheme for _, one in first.values()):
+            return f"some linears of {path} are dense"
+    return None
 
 
 @dataclass(frozen=True)
@@ -128,5 +145,11 @@ def experts_in_words(plan: Plan) -> list[str]:
             f"{tokens}; with fewer than twice its inputs (up to {inputs}) on a Hessian shrunk toward the layer's"
         )
     if plan.recipe.export.format == "sparse24":
-        said.append(NOT_IN_VLLM)
+        why = not_in_vllm(plan)
+        said.append(
+            f"vLLM does not serve these experts: {why}; transformers does (after import sparsify), and with ignore: "
+            "['*.experts.*'] in the recipe they stay dense, and vLLM serves the model"
+            if why
+            else IN_VLLM
+        )
     return said

@@ -71,6 +71,17 @@ class SeparateExperts(nn.Module):
         fused._parameters.clear()
         self.__dict__["fused"] = fused  # no child: it has no tensors, and none of its names
 
+    @property
+    def unusual(self) -> str | None:
+        """What they compute beside w2(act(w1 x) * w3 x), the three linears without biases; None where that is all."""
+        fused: Any = self.__dict__["fused"]
+        if fused.has_bias:
+            return "they have biases"
+        if not fused.has_gate:
+            return "they have no gate"
+        # transformers gives a class without a gate of its own this one
+        return None if type(fused)._apply_gate.__name__ == "_default_apply_gate" else "their gate is one of its own"
+
     def expert(self, number: int) -> Any:
         return self.get_submodule(str(number))
 

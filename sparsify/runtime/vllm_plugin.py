@@ -10,10 +10,10 @@ end.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
+import vllm
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
@@ -30,7 +30,7 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuant
 from sparsify import manifest
 from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme, get_format
-from sparsify.formats.scheme import AGAIN, FLOATS, INPUT_MULTIPLE, Label, scheme_problem
+from sparsify.formats.scheme import AGAIN, FLOATS, Label, scheme_problem
 from sparsify.formats.sparse24 import Sparse24Config as ConfigOnDisk
 from sparsify.formats.sparse24 import all_zero, checked_tensors, tensor_layout
 from sparsify.runtime.backends import announce, announce_zero_points, choose_backend, get_backend
@@ -38,11 +38,18 @@ from sparsify.runtime.dequantized import DequantizedWeight
 from sparsify.runtime.legacy import LegacyConfig, LegacyShard, legacy_config, legacy_format
 from sparsify.runtime.op import sparse24_linear
 from sparsify.runtime.vllm_metrics import LOADING, SKIPPED, VLLMS, Served, share
+from sparsify.runtime.vllm_shards import FIRST_TWO_OF_FOUR, fill_with_noise, shard_scheme
 from sparsify.runtime.zero_points import without_zero_points
+
+try:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    from sparsify.runtime.vllm_experts import Sparse24MoEMethod, unserved
+except ImportError:  # the class of experts has moved, which other models need not be concerned with
+    RoutedExperts = None
 
 METHOD = "sparse24"
 DRAFT = "draft_model."  # what vLLM puts before the names of a draft's modules; no checkpoint has it
-FIRST_TWO_OF_FOUR = 0x44  # a valid pair of meta nibbles: inputs 0 and 1 of both quads
 
 # vLLM prints the records of loggers below "vllm" only
 logger = logging.getLogger("vllm.sparsify")
@@ -60,9 +67,15 @@ def register() -> None:
 class Sparse24Config(QuantizationConfig):
     """Which modules are compressed, and how. vLLM pickles it by name for its workers."""
 
-    def __init__(self, on_disk: ConfigOnDisk | LegacyConfig, legacy: str | None = None) -> None:
-        """legacy: the format of compressed-tensors that the checkpoint is in, where it is not sparse24."""
+    def __init__(
+        self, on_disk: ConfigOnDisk | LegacyConfig, legacy: str | None = None, holds_experts: bool = False
+    ) -> None:
+        """legacy: the format of compressed-tensors that the checkpoint is in, where it is not sparse24.
+
+        holds_experts: it has compressed experts
+        """
         super().__init__()
+        self.holds_experts = holds_experts
         self.on_disk = on_disk
         self.legacy = legacy
         self.manifest = "none"  # what /metrics says of the checkpoint's files
@@ -92,12 +105,12 @@ class Sparse24Config(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
         if (format := legacy_format(config)) is not None:
             return cls(legacy_config(config), format)
-        if config.get("experts"):
+        if config.get("experts") and RoutedExperts is None:
             raise CheckpointError(
-                "vLLM does not run compressed experts of sparse24 yet, transformers does (after import sparsify); for vLLM write "
-                "the model dense with sparsify export, or compress it with ignore: ['*.experts.*']"
+                f"vLLM {vllm.__version__} holds experts in another way than 0.32, for which compressed ones are served; install "
+                "that, or run the checkpoint in transformers (after import sparsify)"
             )
-        return cls(ConfigOnDisk.from_dict(config))
+        return cls(ConfigOnDisk.from_dict(config), holds_experts=bool(config.get("experts")))
 
     def maybe_update_config(self, model_name: str, *known: Any, **more: Any) -> None:
         """vLLM says here, once and before it starts its workers, where the checkpoint lies."""
@@ -131,7 +144,38 @@ class Sparse24Config(QuantizationConfig):
             return self._method(self.on_disk.modules[prefix], prefix)
         if isinstance(layer, ParallelLMHead):
             _count_dense(layer, prefix)
-        return None  # attention, experts, embeddings: as in the dense model
+        if self.holds_experts and isinstance(layer, RoutedExperts):
+            return self._method_of_experts(layer, prefix)
+        return None  # attention, embeddings, dense experts: as in the dense model
+
+    def _method_of_experts(self, layer: RoutedExperts, prefix: str) -> "Sparse24MoEMethod | None":
+        """For the experts of a layer, None where they are dense; CheckpointError for those that cannot be served."""
+        moe = layer.moe_config
+        named = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
+        leaves = {shard: leaf for shard, leaf in named.items() if leaf is not None}
+        names = [
+            (f"{prefix}.{e}.{leaf}", shard) for e in range(moe.num_logical_experts) for shard, leaf in leaves.items()
+        ]
+        labels = {name: self.on_disk.label(name) for name, _ in names}
+        if not any(labels.values()):
+            return None
+        if problem := unserved(layer, moe):
+            raise CheckpointError(
+                f"{prefix}: vLLM cannot serve these compressed experts: {problem}; transformers runs them (after import "
+                "sparsify), and sparsify export writes them dense"
+            )
+        found: dict[str, Label] = {}
+        for name, shard in names:
+            stack, inputs = ("w2", moe.intermediate_size) if shard == "w2" else ("w13", moe.hidden_dim)
+            label = labels[name]
+            first = label and found.setdefault(stack, label)
+            if label is None or first is None or label.scheme((1, inputs)) != first.scheme((1, inputs)):
+                raise CheckpointError(
+                    "vLLM holds a linear of all experts of a layer as one, gate and up beside each other, so they must be "
+                    f"compressed alike; found {name}: {label or 'dense'}, another: {found.get(stack)}; transformers runs "
+                    "this checkpoint"
+                )
+        return Sparse24MoEMethod(moe, found, prefix, leaves)
 
     def _method(self, label: Label, prefix: str) -> "Sparse24LinearMethod":
         return Sparse24LinearMethod(label, prefix) if self.legacy is None else LegacyMethod(label, prefix, self.legacy)
@@ -182,7 +226,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         whole = self.label.scheme((output_size, input_size))
         if problem := scheme_problem(whole):
             raise CheckpointError(f"{self.prefix}: {problem}; config.json and the model do not belong together")
-        self.scheme = _shard(self.prefix, whole, n, k)
+        self.scheme = shard_scheme(self.prefix, whole, n, k)
         self.merged = len(output_partition_sizes)
         config = get_current_vllm_config_or_none()
         self.dummy = config is not None and config.load_config.load_format == "dummy"
@@ -241,7 +285,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Check the weights that have arrived and let a back end put them into its own layout."""
         tensors = {suffix: getattr(layer, suffix).data for suffix in tensor_layout(self.scheme, FLOATS[0])}
         if self.dummy and not self.loaded:
-            _fill_with_noise(tensors)
+            fill_with_noise(tensors)
         else:
             self._refuse_missing(tensors)
         if isinstance(layer, ParallelLMHead) and "weight_meta" in tensors:
@@ -361,34 +405,3 @@ def _count_dense(layer: nn.Module, prefix: str) -> None:
     """Let /metrics count a linear that is not compressed."""
     bits = torch.finfo(torch.get_default_dtype()).bits  # vLLM makes a model in the type that it computes in
     LOADING.add(layer, Served(_last(prefix), "dense", bits, VLLMS))
-
-
-def _shard(prefix: str, whole: ModuleScheme, n: int, k: int) -> ModuleScheme:
-    """The scheme of one rank's [n, k] of the linear `whole`."""
-    inputs = whole.shape[1]
-    if k == inputs:
-        return replace(whole, shape=(n, k))
-    if whole.bits == 16 or whole.group_size == inputs:
-        multiple, group_size = INPUT_MULTIPLE, k
-    else:
-        multiple = max(INPUT_MULTIPLE, whole.group_size)
-        group_size = whole.group_size
-    if k % multiple:
-        raise CheckpointError(
-            f"{prefix}: tensor parallel {inputs // k} gives each rank {k} of {inputs} inputs, which must be a multiple "
-            f"of {multiple} (16 and the group size); use fewer ranks, or compress with smaller groups or per channel"
-        )
-    return replace(whole, group_size=group_size, shape=(n, k))
-
-
-def _fill_with_noise(tensors: dict[str, Tensor]) -> None:
-    """`--load-format dummy`: small random weights in valid bytes, to measure the speed of a model one does not have."""
-    for suffix, tensor in tensors.items():
-        if suffix == "weight_meta":
-            tensor.fill_(FIRST_TWO_OF_FOUR)
-        elif suffix == "weight_packed":
-            tensor.random_()
-        elif suffix == "weight_zero_point":
-            tensor.zero_()
-        else:
-            tensor.uniform_(-1e-3, 1e-3)

@@ -7,7 +7,9 @@ Solved by HiGHS through `scipy.optimize.milp`. Hundreds of items with six option
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 
 from sparsify.errors import NumericalError
 
@@ -55,16 +57,17 @@ def _solved(costs: Sequence[Sequence[float]], loads: Sequence[Sequence[float]], 
     one_each = csr_array((np.ones(len(columns)), (item_of, columns)), shape=(len(costs), len(columns)))
     cost, load = (np.array([x for options in numbers for x in options], dtype=float) for numbers in (costs, loads))
     load_scale, cost_scale = (max(float(np.abs(x).max()), 1e-300) for x in (load, cost))
-    result = milp(
-        cost / cost_scale,
-        integrality=np.ones(len(columns)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint((load / load_scale)[None], -np.inf, limit / load_scale),
-        ],
-        options={"mip_rel_gap": GAP},
-    )
+    with _silent_stdout():
+        result = milp(
+            cost / cost_scale,
+            integrality=np.ones(len(columns)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint((load / load_scale)[None], -np.inf, limit / load_scale),
+            ],
+            options={"mip_rel_gap": GAP},
+        )
     if result.status == 2:
         return None
     if result.x is None:
@@ -72,3 +75,16 @@ def _solved(costs: Sequence[Sequence[float]], loads: Sequence[Sequence[float]], 
     chosen = np.round(result.x).astype(bool)
     starts = np.searchsorted(item_of, np.arange(len(costs)))
     return [int(column - starts[item_of[column]]) for column in columns[chosen]]
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """HiGHS prints a line when it finds a better selection, whatever its options say."""
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)

@@ -13,6 +13,7 @@ import sparsify.compiler.apply as run
 from sparsify.compiler.apply import apply
 from sparsify.compiler.convert import convert
 from sparsify.compiler.plan import make_plan
+from sparsify.compiler.plan_experts import not_in_vllm
 from sparsify.compiler.summary import summary
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.evaluation.load import load_model
@@ -216,21 +217,26 @@ def test_stock_transformers_reads_the_experts_of_pack_quantized(tmp_path, made, 
     assert torch.isfinite(logits(load_model(tmp_path / "packed", "cpu").model)).all()  # in float32, as it is scored
 
 
-def test_the_run_and_its_card_say_that_vllm_does_not_serve_it(tmp_path, made, recipe, capfd):
-    source, out, _ = made("granitemoe")
-    assert "vLLM does not serve compressed experts yet" in (out / "README.md").read_text()
+def test_the_run_and_its_card_say_whether_vllm_serves_it(tmp_path, made, recipe, capfd):
+    source, out, metrics = made("gpt_oss")
+    assert metrics["not_in_vllm"] == "they have biases"
+    card = (out / "README.md").read_text()
+    assert "vLLM does not serve its experts: they have biases." in card and "- vllm" not in card
     apply(recipe(), str(source), tmp_path / "out")
-    assert "vLLM does not yet; with ignore: ['*.experts.*']" in " ".join(capfd.readouterr().err.split())
+    said = " ".join(capfd.readouterr().err.split())
+    assert "vLLM does not serve these experts: they have biases" in said and "ignore: ['*.experts.*']" in said
     apply(recipe(more="ignore: ['*.experts.*']"), str(source), tmp_path / "dense")
     assert "vLLM serves it" in (tmp_path / "dense" / "README.md").read_text()
     assert "vLLM does not" not in capfd.readouterr().err
+    card = (made("granitemoe")[1] / "README.md").read_text()
+    assert "vLLM serves it" in card and "not tried on a GPU" in card and "- vllm" in card
 
 
 def test_the_plan_says_what_becomes_of_experts_and_what_does_not(made, recipe):
     source, granite = str(made("mixtral")[0]), str(made("granitemoe")[0])
     said = rendered(make_plan(recipe(), source).table())
     assert re.search(r"mlp\.experts\.\*\.down_proj.*64 x 128.*2 x 4 experts.*2:4 sparsegpt", said)
-    assert "about 96 of 192" in said and "vLLM does not yet" in said
+    assert "about 96 of 192" in said and "vLLM serves these experts on CPUs" in said
 
     def reasons(plan):
         return {why for name, why in plan.dense_modules().items() if "experts" in name}
@@ -244,7 +250,13 @@ def test_the_plan_says_what_becomes_of_experts_and_what_does_not(made, recipe):
     unlike = "overrides: [{match: '*experts.1.down_proj', quantize: {bits: 8}}]"
     with pytest.raises(RecipeError, match=r"one scheme for all experts.*experts\.1\.down_proj: .*8-bit"):
         make_plan(recipe("pack-quantized", unlike), source)
-    assert make_plan(recipe(more=unlike), source).schemes["model.layers.1.mlp.experts.1.down_proj"].bits == 8
+    plan = make_plan(recipe(more=unlike), source)
+    name, first = (f"model.layers.{place}.down_proj" for place in ("0.mlp.experts.1", "0.mlp.experts.0"))
+    assert plan.schemes[name].bits == 8
+    assert not_in_vllm(plan) == f"it wants all of a layer to be alike, and {name} is not as {first}"
+    without = make_plan(recipe(more="ignore: ['*.experts.*.down_proj']"), source)
+    assert not_in_vllm(without) == "some linears of model.layers.0.mlp.experts are dense"
+    assert not_in_vllm(ignoring) is None
 
 
 TUNED = """
@@ -314,12 +326,3 @@ def test_formats_that_hold_no_experts_are_refused_on_export(made, tmp_path):
     for family, format in (("mixtral", "gptq"), ("gpt_oss", "pack-quantized")):
         with pytest.raises(CheckpointError, match=f"{format} does not hold the compressed experts"):
             convert(made(family)[1], format, tmp_path / format, quiet=True)
-
-
-def test_vllm_is_told_what_it_cannot_run(made):
-    pytest.importorskip("vllm")
-    from sparsify.runtime.vllm_plugin import Sparse24Config
-
-    config = json.loads((made("mixtral")[1] / "config.json").read_text())["quantization_config"]
-    with pytest.raises(CheckpointError, match="vLLM does not run compressed experts"):
-        Sparse24Config.from_config(config)

@@ -26,7 +26,7 @@ def test_the_example_serves(repository: Path, tmp_path: Path, monkeypatch: pytes
     assert spec is not None and spec.loader is not None
     serve = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(serve)
-    text = serve.main(str(tmp_path / "tiny-2of4"))
+    text = serve.main(str(tmp_path / "tiny-2of4"), "The sea", "--enforce-eager")  # compiling takes another half minute
     assert isinstance(text, str) and text
     with pytest.raises(SystemExit, match="the server ended with exit code"):
         serve.main(str(tmp_path / "nowhere"))
