@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import vllm
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
@@ -40,13 +39,6 @@ from sparsify.runtime.op import sparse24_linear
 from sparsify.runtime.vllm_metrics import LOADING, SKIPPED, VLLMS, Served, share
 from sparsify.runtime.vllm_shards import FIRST_TWO_OF_FOUR, fill_with_noise, shard_scheme
 from sparsify.runtime.zero_points import without_zero_points
-
-try:
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-    from sparsify.runtime.vllm_experts import Sparse24MoEMethod, unserved
-except ImportError:  # the class of experts has moved, which other models need not be concerned with
-    RoutedExperts = None
 
 METHOD = "sparse24"
 DRAFT = "draft_model."  # what vLLM puts before the names of a draft's modules; no checkpoint has it
@@ -105,11 +97,6 @@ class Sparse24Config(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "Sparse24Config":
         if (format := legacy_format(config)) is not None:
             return cls(legacy_config(config), format)
-        if config.get("experts") and RoutedExperts is None:
-            raise CheckpointError(
-                f"vLLM {vllm.__version__} holds experts in another way than 0.32, for which compressed ones are served; install "
-                "that, or run the checkpoint in transformers (after import sparsify)"
-            )
         return cls(ConfigOnDisk.from_dict(config), holds_experts=bool(config.get("experts")))
 
     def maybe_update_config(self, model_name: str, *known: Any, **more: Any) -> None:
@@ -144,12 +131,18 @@ class Sparse24Config(QuantizationConfig):
             return self._method(self.on_disk.modules[prefix], prefix)
         if isinstance(layer, ParallelLMHead):
             _count_dense(layer, prefix)
-        if self.holds_experts and isinstance(layer, RoutedExperts):
-            return self._method_of_experts(layer, prefix)
+        if self.holds_experts:
+            # a vLLM that holds experts in another class serves all other models still
+            from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+            if isinstance(layer, RoutedExperts):
+                return self._method_of_experts(layer, prefix)
         return None  # attention, embeddings, dense experts: as in the dense model
 
-    def _method_of_experts(self, layer: RoutedExperts, prefix: str) -> "Sparse24MoEMethod | None":
+    def _method_of_experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """For the experts of a layer, None where they are dense; CheckpointError for those that cannot be served."""
+        from sparsify.runtime.vllm_experts import Sparse24MoEMethod, unserved
+
         moe = layer.moe_config
         named = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
         leaves = {shard: leaf for shard, leaf in named.items() if leaf is not None}

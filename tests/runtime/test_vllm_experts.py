@@ -284,13 +284,6 @@ def test_a_gpu_needs_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(make_layer(make_mixture(), device="cuda").quant_method, Sparse24MoEMethod)
 
 
-def test_a_vllm_that_holds_experts_otherwise_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_plugin, "RoutedExperts", None)
-    with pytest.raises(CheckpointError, match=r"vLLM .* holds experts in another way than 0\.32"):
-        config_for(make_mixture())
-    config_for({"model.layers.0.mlp.up_proj": next(iter(make_mixture().values()))})  # others are served
-
-
 def test_experts_that_are_compressed_in_other_ways_are_not_one_layer() -> None:
     mixture = make_mixture()
     name = f"{PREFIX}.1.down_proj"
