@@ -115,6 +115,7 @@ def load_table(series: Sequence[Series]) -> Table:
     head = [
         "model",
         "asked",
+        "faster",
         "first token p50",
         "p99",
         "per token p50",

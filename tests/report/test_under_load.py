@@ -59,6 +59,7 @@ def test_the_page_of_a_run(run, capsys):
 def test_the_table_is_what_was_measured():
     load = sample_load()
     table = load_table(all_series([{**load, "name": "run"}]))
+    assert all(len(row) == len(table.head) for row in table.rows)
     assert [row[0] for row in table.rows] == ["dense"] * 5 + ["sparse24"] * 5
     asked = [row[1] if isinstance(row[1], str) else f"{row[1].text} {row[1].sub}" for row in table.rows[:5]]
     assert asked == ["all at once", "1/s 25%", "2/s 50%", "3/s 75%", "6/s 150%"]
