@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kQuads = 16;  // groups that are compared at once
 
-// What a round reads and writes, from some group on. keep may be null.
+// What a round reads and writes, from some group on.
 struct Weights {
     const float* W;
     const float* pull;
@@ -19,7 +19,7 @@ struct Weights {
     float* next;
     uint8_t* keep;
     Weights from(int64_t quad) const {
-        return {W + 4 * quad, pull + 4 * quad, V + 4 * quad, next + 4 * quad, keep ? keep + 4 * quad : nullptr};
+        return {W + 4 * quad, pull + 4 * quad, V + 4 * quad, next + 4 * quad, keep + 4 * quad};
     }
 };
 
@@ -49,9 +49,9 @@ INLINE void split(const Weights& w, float rho, int n) {
             V[4 * i + k] = kept[k][i] > 0 ? 0.0f : x[k][i];
             next[4 * i + k] = pull[4 * i + k] + rho * (kept[k][i] > 0 ? x[k][i] : -x[k][i]);
         }
-    if (uint8_t* __restrict keep = w.keep)
-        for (int i = 0; i < n; i++)
-            for (int k = 0; k < 4; k++) keep[4 * i + k] = static_cast<uint8_t>(kept[k][i]);
+    uint8_t* __restrict keep = w.keep;
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < 4; k++) keep[4 * i + k] = static_cast<uint8_t>(kept[k][i]);
 }
 
 INLINE void split_all(const Weights& w, float rho, int64_t quads) {
@@ -78,7 +78,7 @@ constexpr Split kSplits[] = {portable};
 
 }  // namespace
 
-// W: the free weights; pull: T H; V: their disagreement, changed; next: T H + rho (D - V); keep: bool, D != 0, or null.
+// W: the free weights; pull: T H; V: their disagreement, changed; next: T H + rho (D - V); keep: bool, where D is kept.
 // All [outputs, inputs], inputs a multiple of 4. level: as compilation_of takes it.
 extern "C" void sparsify_alps_round(const float* W, const float* pull, float rho, float* V, float* next, uint8_t* keep,
                                     int64_t outputs, int64_t inputs, int threads, int level) {

@@ -71,7 +71,12 @@ def engine_arguments(
     longest = longest_request(latency, throughput) // 16 * 16 + 32
     if options.prompts:
         longest = max(longest, CHAT_TOKENS)
-    arguments = ["--max-model-len", str(longest), "--no-enable-prefix-caching"]
+    return ["--max-model-len", str(longest), *engine_options(options)]
+
+
+def engine_options(options: BenchOptions) -> list[str]:
+    """Those of them that do not depend on the requests. What one request has computed does not serve another."""
+    arguments = ["--no-enable-prefix-caching"]
     if options.eager:
         arguments.append("--enforce-eager")
     if trusts_remote_code():

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -129,6 +129,11 @@ class Checkpoint:
     @property
     def config_file(self) -> Path:
         return self.directory / "config.json"
+
+    @property
+    def config_place(self) -> Path:
+        """What transformers reads it from: the directory, or a file of another name."""
+        return self.config_file.parent if self.config_file.name == "config.json" else self.config_file
 
     @property
     def has_weights(self) -> bool:
@@ -312,10 +317,16 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def levels_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A config and the configs inside of it."""
+    yield config
+    yield from (value for value in config.values() if isinstance(value, dict))
+
+
 def refuse_many_layers(checkpoint: Checkpoint, tensors: Collection[str]) -> None:
     """CheckpointError for more layers than there can be: transformers takes time and memory for each that is asked for."""
     most = max(len(tensors), MANY_LAYERS)
-    for settings in (checkpoint.config, *(value for value in checkpoint.config.values() if isinstance(value, dict))):
+    for settings in levels_of(checkpoint.config):
         for key, value in settings.items():
             if LAYERS.fullmatch(key) and isinstance(value, int | float) and value > most:
                 held = (

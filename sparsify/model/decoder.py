@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from sparsify import compute
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.model.belonging import carried_over, differences, refuse
-from sparsify.model.checkpoint import Checkpoint
+from sparsify.model.checkpoint import Checkpoint, levels_of
 from sparsify.model.experts import (
     FusedTensor,
     conversion_rules,
@@ -258,8 +258,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, 
     """
     from accelerate import init_empty_weights
 
-    file = checkpoint.config_file
-    place = file.parent if file.name == "config.json" else file
+    place = checkpoint.config_place
     try:
         config = load_config(place, checkpoint.spec)
         if described is not None:
@@ -292,7 +291,7 @@ def open_blocks(checkpoint: Checkpoint, dtype: torch.dtype | None = None, separa
         )
     if dtype is None:
         dtype = compute.for_model(checkpoint.dtypes()).dtype
-    refuse_unlike_counts(checkpoint.config, checkpoint.spec)
+    refuse_unlike_counts(levels_of(checkpoint.config), checkpoint.spec)
     model = meta_model(checkpoint, dtype)
     refuse_changing_weights(model, checkpoint.spec)
     opened = BlockModel(checkpoint, model, find_blocks(model), source_map(model, checkpoint), dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from sparsify.model.checkpoint import (
     Checkpoint,
     TensorInfo,
     from_hub,
+    levels_of,
     model_dtype,
     refuse_many_layers,
     without_quantization,
@@ -108,8 +109,8 @@ def open_described(spec: str | Path) -> DescribedCheckpoint:
         raise CheckpointError(f"{text} holds no config.json; --config-only takes such a file or its directory")
     if problem := kind_problem(file):
         raise CheckpointError(f"{file} {problem}")
-    refuse_foreign_code(file if file.name != CONFIG else file.parent, text)
     checkpoint = DescribedCheckpoint(text, file.parent, file)
+    refuse_foreign_code(checkpoint.config_place, text)
     refuse_many_layers(checkpoint, {})
     for level in levels_of(checkpoint.config):
         for key in EXPERT_COUNTS:
@@ -118,12 +119,6 @@ def open_described(spec: str | Path) -> DescribedCheckpoint:
                     f"{text}: config.json has {key} {str(count)[:20]}, and no model has as many experts"
                 )
     return checkpoint
-
-
-def levels_of(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A config and the configs inside of it."""
-    yield config
-    yield from (value for value in config.values() if isinstance(value, dict))
 
 
 def written_tensors(model: nn.Module) -> dict[str, Tensor]:

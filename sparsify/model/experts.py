@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,12 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts")
 
 
-def refuse_unlike_counts(config: Mapping[str, Any], spec: str) -> None:
-    """CheckpointError for a config that says two numbers of experts, or that more are chosen for a token than there are."""
-    for level in (config, *(value for value in config.values() if isinstance(value, dict))):
+def refuse_unlike_counts(levels: Iterable[Mapping[str, Any]], spec: str) -> None:
+    """CheckpointError for a config that says two numbers of experts, or that more are chosen for a token than there are.
+
+    levels: the config and those inside of it
+    """
+    for level in levels:
         counts = {key: level[key] for key in EXPERT_COUNTS if isinstance(level.get(key), int)}
         chosen = {key: level[key] for key in CHOSEN if isinstance(level.get(key), int)}
         if len(set(counts.values())) > 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.bench.targets import Target, check_fits
-from sparsify.bench.workload import BenchOptions, ThroughputWorkload, engine_arguments
+from sparsify.bench.workload import BenchOptions, ThroughputWorkload, engine_arguments, engine_options
 from sparsify.errors import SparsifyError
 from sparsify.files import kind_problem, read_json
 from sparsify.fingerprint import file_digest
@@ -242,16 +242,10 @@ def server_arguments(load: UnderLoad) -> list[str]:
 
     No prefix is cached: each rate sends the same requests again, and their prompts would be there already.
     """
+    options = BenchOptions(eager=load.eager, engine_args=load.engine_args)
     if load.dataset.kind == "random":
-        return engine_arguments(
-            None, _random_workload(load), BenchOptions(eager=load.eager, engine_args=load.engine_args)
-        )
-    arguments = ["--no-enable-prefix-caching"]
-    if load.eager:
-        arguments.append("--enforce-eager")
-    if trusts_remote_code():
-        arguments.append("--trust-remote-code")
-    return [*arguments, *load.engine_args]
+        return engine_arguments(None, _random_workload(load), options)
+    return engine_options(options)
 
 
 def driver_arguments(load: UnderLoad, rate: float, repeat: int) -> list[str]:
