@@ -172,6 +172,7 @@ def plan(
     memory: str | None = None,
     gpu_memory: str | None = None,
     config_only: bool = False,
+    processes: int | None = None,
     trust_remote_code: bool = False,
     allow_unknown_tensors: bool = False,
 ) -> Plan:
@@ -179,17 +180,20 @@ def plan(
 
     spill, memory, gpu_memory: as for `apply`
     config_only: the model is a config.json alone, or its directory, or a Hub id, of which only that file is fetched
+    processes: how many torchrun will start, by default those that there are
     """
     from sparsify.compiler.memory import Limits
     from sparsify.compiler.plan import make_plan
 
     asked = load_recipe(recipe)
+    if processes is not None and processes < 1:
+        raise SparsifyError(f"--processes {processes}: how many processes torchrun starts, at least 1")
     stack = ExitStack()
     try:
         spec = stack.enter_context(_on_disk(_named(asked, model), None, dense=True))
         with _allowing(trust_remote_code, allow_unknown_tensors):
             made = make_plan(asked.model_copy(update={"model": spec}), spec, config_only=config_only)
-            made = replace(made, limits=Limits(memory, gpu_memory, spill))
+            made = replace(made, limits=Limits(memory, gpu_memory, spill, processes))
     except BaseException:
         stack.close()
         raise

@@ -52,8 +52,9 @@ def plan(args: argparse.Namespace) -> Outcome:
 
     asked = load_recipe(args.recipe, args.set, args.model)
     result = api.plan(
-        asked, spill=args.spill, memory=args.memory, gpu_memory=args.gpu_memory, config_only=args.config_only
-    )
+        asked, spill=args.spill, memory=args.memory, gpu_memory=args.gpu_memory, config_only=args.config_only,
+        processes=args.processes,
+    )  # fmt: skip
     return Outcome(result.to_json(), [result.table()])
 
 
@@ -72,6 +73,12 @@ def add_plan(commands: Commands) -> None:
         "--config-only",
         action="store_true",
         help="plan from a config.json alone: M is that file, its directory or a Hub id; no weights and no tokenizer are read",
+    )
+    command.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="what each of N processes takes that torchrun starts (default: those that there are)",
     )
 
 

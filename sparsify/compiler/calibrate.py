@@ -28,7 +28,7 @@ from sparsify.formats.writer import CheckpointWriter
 from sparsify.manifest import keep
 from sparsify.model.checkpoint import read_header
 from sparsify.model.linear import LinearWeights
-from sparsify.model.pretrained import load_tokenizer
+from sparsify.model.pretrained import tokenizer_for_text
 from sparsify.model.sequential import BlockVisit, GroupVisit, Walk
 from sparsify.native.build import build_ahead
 from sparsify.phases import phase
@@ -76,13 +76,7 @@ def _embedding_rows(plan: Plan) -> int:
 def text_rows(plan: Plan, calibration: Calibration, quiet: bool) -> Tensor:
     """Rows of a text for the model of a plan, int64 [samples, sequence]; CalibrationError without a tokenizer."""
     dtype = plan.compute.dtype
-    try:
-        tokenizer = load_tokenizer(plan.checkpoint.directory, plan.checkpoint.spec)
-    except (OSError, ValueError, KeyError) as error:
-        raise CalibrationError(
-            f"{plan.checkpoint.spec} has no tokenizer, which calibration text needs ({str(error).splitlines()[0]}); "
-            "give it one (in Python tokenizer=...), or calibrate on token ids"
-        ) from None
+    tokenizer = tokenizer_for_text(plan.checkpoint.directory, plan.checkpoint.spec)
     with phase("calibration text", whole=True):
         return calibration_tokens(
             calibration,

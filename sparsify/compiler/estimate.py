@@ -13,12 +13,12 @@ import torch
 from sparsify.basis.residual import SAMPLED
 from sparsify.compiler.memory import WalkMemory, walk_memory
 from sparsify.compiler.operations import SOLVER, count_operations, hidden_size, in_words
+from sparsify.compiler.training_memory import TrainingMemory, training_memory
 from sparsify.compute import for_precision, rates
 from sparsify.distributed import device
 from sparsify.formats import get_format
 from sparsify.model.linear import LinearWeights
 from sparsify.model.output_head import find_head
-from sparsify.recipe import Distill
 from sparsify.recipe.sources import SELF
 from sparsify.solver.solve import Scheme
 
@@ -35,6 +35,7 @@ class Estimate:
 
     operations: by part, as `operations.count_operations` counts them; a multiply-add is two
     memory: of the walk by item; None where there is none
+    training: memory of each training pass by item
     seconds: that the operations take here, an estimate; None where the speed of this machine is not known
     writing_bytes: of the memory, of a model that writes its own calibration text
     """
@@ -44,6 +45,7 @@ class Estimate:
     memory_bytes: int
     operations: dict[str, int]
     memory: WalkMemory | None = None
+    training: tuple[TrainingMemory, ...] = ()
     seconds: float | None = None
     writing_bytes: int = 0
 
@@ -53,19 +55,22 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         memory = None if self.memory is None else self.memory.to_json()
-        return {**vars(self), "multiply_adds": self.multiply_adds, "memory": memory}
+        training = [found.to_json() for found in self.training]
+        return {**vars(self), "multiply_adds": self.multiply_adds, "memory": memory, "training": training}
 
 
 def estimate(plan: Plan) -> Estimate:
     """Sizes are exact up to file headers, without a depth pass; memory is that of the part that needs most."""
     walk = walk_memory(plan, plan.limits) if plan.needs_data and plan.compressed is None else None
+    training = tuple(training_memory(plan, planned) for planned in plan.training)
     nbytes, output = _memory_bytes(plan, walk), _output_bytes(plan)
+    nbytes = max([nbytes, *(found.peak for found in training)])
     if walk is not None:  # the parts are there until the output is whole
         walk = replace(walk, disk={"finished parts": output, "output": output, **walk.disk})
     operations = count_operations(plan)
     seconds = seconds_of(operations, plan.compute.dtype)
     writing = writing_bytes(plan) if walk is not None else 0
-    return Estimate(plan.checkpoint.nbytes(), output, nbytes, operations, walk, seconds, writing)
+    return Estimate(plan.checkpoint.nbytes(), output, nbytes, operations, walk, training, seconds, writing)
 
 
 def bits_per_weight(plan: Plan) -> float:
@@ -175,12 +180,12 @@ def _memory_bytes(plan: Plan, walk: WalkMemory | None) -> int:
     itemsize = plan.model.dtype.itemsize
     block_bytes = max(sum(p.numel() for p in plan.model.block(i).parameters()) for i in blocks) * itemsize
     if walk is None:
-        return max(3 * block_bytes, _training_bytes(plan))
+        return 3 * block_bytes
     tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
     widest = max(p.shape[1] for p in plan.linears.values())
     outside = sum(math.prod(plan.checkpoint.shape(name)) for name in plan.model.source_names(None)) * itemsize
     activations = tokens * (3 * hidden_size(plan) + widest) * itemsize
-    return max(walk.peak, _basis_bytes(plan, outside, activations), writing_bytes(plan), _training_bytes(plan))
+    return max(walk.peak, _basis_bytes(plan, outside, activations), writing_bytes(plan))
 
 
 def _basis_bytes(plan: Plan, outside: int, activations: int) -> int:
@@ -202,35 +207,18 @@ def writing_bytes(plan: Plan) -> int:
     return sum(p.numel() for p in plan.model.model.parameters()) * plan.compute.dtype.itemsize
 
 
-def _training_bytes(plan: Plan) -> int:
-    """Weights, gradients and two moments in float32, the mean of the last weights and the best ones where they are kept, the
-    weights of the products and the teacher in their precision, and what the backward pass of one micro-batch needs of the
-    forward pass: a few dozen vectors per token and block."""
-    if not plan.training:
-        return 0
-    weights = sum(p.weights for p in plan.linears.values())
-    hidden, widest = (pick(p.shape[1] for p in plan.linears.values()) for pick in (min, max))
-    most = activations = kept = 0
-    for planned in plan.training:
-        settings = planned.settings
-        tokens = (settings.micro_batch_size or settings.batch_size) * settings.sequence_length
-        depth = 1 if settings.gradient_checkpointing else len(plan.model.blocks)
-        itemsize = for_precision(settings.precision).itemsize
-        most = max(most, itemsize)
-        held_out = isinstance(settings, Distill) and settings.held_out is not None
-        kept = max(kept, 4 * (held_out + (settings.average > 0)))
-        activations = max(activations, tokens * itemsize * (20 * hidden + 10 * widest) * depth)
-    return (16 + kept + 2 * most) * weights + (4 + 2 * most) * plan.model.head_weights() + activations
-
-
 def training_in_words(plan: Plan, planned: PlannedTraining) -> str:
     """A training pass with its arithmetic, where the amount of data is known: forward and backward of the student, forward
     of the teacher."""
     weights = sum(p.weights for p in plan.linears.values()) + plan.model.head_weights()
     teacher = 1 if planned.teacher is not None else 0
     work = 2 * weights * ((planned.tokens or 0) * (3 + teacher) + planned.measured_tokens * 2)
-    precision = for_precision(planned.settings.precision)
-    return planned.describe() + (f"; {time_in_words({planned.settings.kind: work}, precision)}" if work else "")
+    kind, precision = planned.settings.kind, for_precision(planned.settings.precision)
+    if not work:
+        return planned.describe()
+    million = seconds_of({kind: work * 1_000_000 // max(1, planned.tokens or 0)}, precision)
+    rate = "" if million is None else f", {_in_units(million)} per million tokens"
+    return f"{planned.describe()}; {time_in_words({kind: work}, precision)}{rate}"
 
 
 def time_in_words(operations: Mapping[str, int], dtype: torch.dtype) -> str:
@@ -244,10 +232,15 @@ def time_in_words(operations: Mapping[str, int], dtype: torch.dtype) -> str:
     seconds = seconds_of(operations, dtype)
     if seconds is None:
         return f"{count} (how long that takes is known after the first `apply` or `sparsify doctor` on this machine)"
+    return f"{count}, about {_in_units(seconds)} on this machine (estimate)"
+
+
+def _in_units(seconds: float) -> str:
+    """`18 minutes`"""
     for step, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * step:
-            return f"{count}, about {seconds / step:.0f} {unit} on this machine (estimate)"
-    return f"{count}, about {max(1, round(seconds))} seconds on this machine (estimate)"
+            return f"{seconds / step:.0f} {unit}"
+    return f"{max(1, round(seconds))} seconds"
 
 
 def seconds_of(operations: Mapping[str, int], dtype: torch.dtype) -> float | None:

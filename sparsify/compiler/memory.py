@@ -26,6 +26,7 @@ from sparsify.model.experts import experts_of, is_expert
 from sparsify.model.footprint import Footprint, footprint
 from sparsify.model.linear_groups import kind_of, stops_of
 from sparsify.model.sequential import rows_of_micro_batch
+from sparsify.recipe import Tune
 from sparsify.solver.hessian import PANEL
 from sparsify.solver.masks.alps import rows_together
 from sparsify.solver.solve import Scheme
@@ -42,11 +43,17 @@ TOGETHER = 24  # bytes per weight that ALPS holds of the outputs it solves toget
 @dataclass(frozen=True)
 class Limits:
     """What the user allows. memory, gpu_memory: as given (`16GB`), None for nine tenths of what is free; spill: hidden states
-    go to a file in any case."""
+    go to a file in any case; processes: how many a plan is for, None for those that there are."""
 
     memory: str | None = None
     gpu_memory: str | None = None
     spill: bool = False
+    processes: int | None = None
+
+    @property
+    def among(self) -> int:
+        """Among how many processes the work is shared out."""
+        return self.processes or processes()
 
 
 FREE = Limits()  # what is free
@@ -111,6 +118,7 @@ class WalkMemory:
 
 
 MICRO_BATCH = "micro-batch"
+TUNING = "training of the block"
 HIDDEN, SUSPENDED = "hidden states", "suspended forwards"
 OUTSIDE = "embeddings, as they are read"
 GROWING = (HIDDEN, SUSPENDED)  # with the number of tokens
@@ -132,7 +140,7 @@ def walk_memory(plan: Plan, limits: Limits) -> WalkMemory:
     calibration, itemsize = plan.recipe.calibration, plan.model.dtype.itemsize
     streams = 2 if plan.needs_dense_reference else 1
     rows = rows_of_micro_batch(calibration.sequence_length)
-    samples = math.ceil(calibration.samples / processes())
+    samples = math.ceil(calibration.samples / limits.among)
     one = _micro_batch(plan, min(rows, samples))
     hidden = _streams_kept(plan, streams) * samples * calibration.sequence_length * hidden_size(plan) * itemsize
     suspended = streams * math.ceil(samples / rows) * one.most_waiting
@@ -281,8 +289,25 @@ def _steps_of_walk(plan: Plan, one: Footprint, groups: Iterable[Group], streams:
         reading = max(one.peak + (streams - 1) * inputs, streams * inputs + packed)
         found.append({"statistics and factors": 4 * matrices * k * k, MICRO_BATCH: reading})
         found += _solving(group, matrices)
+    if plan.recipe.tune is not None:
+        found.append({TUNING: _tuning_bytes(plan, plan.recipe.tune)})
     fixed = {"block": _block_bytes(plan, streams), "codes of the block": codes}
     return [fixed | step for step in found] or [fixed]
+
+
+def _tuning_bytes(plan: Plan, tune: Tune) -> int:
+    """Of the training of one block: parameters, two moments, the best state and masks, and beside them either gradients or what the
+    backward pass needs with the weights that products are made with."""
+    from sparsify.compiler.training_memory import FLOAT, MASK, block_activations
+
+    dtype, shape = plan.compute.dtype, (tune.batch_size, plan.recipe.calibration.sequence_length)
+    per_block, _ = block_activations(plan, set(plan.schemes), True, dtype, shape)
+    most = 0
+    for index, (weights, activations) in enumerate(zip(_weights_of_block(plan), per_block, strict=True)):
+        parameters = sum(p.numel() for p in plan.model.block(index).parameters())
+        beside = max(FLOAT * parameters, activations + dtype.itemsize * weights)
+        most = max(most, 4 * FLOAT * parameters + 2 * MASK * weights + beside)
+    return most
 
 
 def _block_bytes(plan: Plan, streams: int = 1) -> int:

@@ -402,7 +402,10 @@ class Plan:
                 else ""
             )
             + "".join(f"\n{said}" for said in (*described_in_words(self), *experts_in_words(self)))
-            + "".join(f"\nthen {training_in_words(self, planned)}" for planned in self.training)
+            + "".join(
+                f"\nthen {training_in_words(self, planned)}" + "".join(f"\n{line}" for line in found.describe())
+                for planned, found in zip(self.training, cost.training, strict=True)
+            )
             + "".join(f"\n{said}" for said in self._repeats)
         )
         return table

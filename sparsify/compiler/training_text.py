@@ -14,13 +14,14 @@ from sparsify.compiler.plan_training import PlannedTraining
 from sparsify.compute import for_precision
 from sparsify.data.calibration import source_rows
 from sparsify.data.chat import conversation_rows
-from sparsify.data.fitting import vocabulary_of
+from sparsify.data.fitting import refuse_beyond, vocabulary_of
+from sparsify.data.given import read_tokens, token_file
 from sparsify.data.self_generated.generator import open_writer, writer_key
 from sparsify.errors import CalibrationError
 from sparsify.files import cache_directory
 from sparsify.manifest import keep
 from sparsify.model.checkpoint import Checkpoint
-from sparsify.model.pretrained import load_config, load_tokenizer
+from sparsify.model.pretrained import load_config, tokenizer_for_text
 from sparsify.progress import say, stage
 from sparsify.recipe import Calibration, Distill, Finetune
 from sparsify.recipe.sources import SELF, parse_source, shares
@@ -71,7 +72,7 @@ def training_rows(
         return _text_rows(file, asked, settings, planned.teacher or checkpoint, quiet, settings.samples is None)
 
     def read() -> dict[str, Tensor]:
-        tokenizer = load_tokenizer(checkpoint.directory, checkpoint.spec)
+        tokenizer = tokenizer_for_text(checkpoint.directory, checkpoint.spec)
         rows = conversation_rows(
             settings.data,
             settings.columns,
@@ -174,9 +175,13 @@ def _read(
             f"{key}tokens, or name the text to train on with {key}source"
         )
     try:
+        if (given := token_file(asked)) is not None:
+            tokens = read_tokens(given, asked.samples, asked.sequence_length, short)
+            refuse_beyond(tokens, vocabulary_of(load_config(writes.directory, writes.spec)), None, str(given))
+            return [tokens]
         return source_rows(
             asked,
-            load_tokenizer(writes.directory, writes.spec),
+            tokenizer_for_text(writes.directory, writes.spec),
             lambda: open_writer(writes.loadable_directory(), for_precision(settings.precision)),
             cache_dir=cache_directory() / "calibration",
             key=lambda: writer_key(writes, for_precision(settings.precision)),

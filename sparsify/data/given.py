@@ -50,8 +50,11 @@ def token_file(settings: Calibration) -> Path | None:
     return given[0] if given else None
 
 
-def read_tokens(file: Path, samples: int, sequence_length: int) -> Tensor:
-    """The first rows of a file of token ids. Returns int64 [samples, sequence_length]; CalibrationError names what is wrong."""
+def read_tokens(file: Path, samples: int, sequence_length: int, short: bool = False) -> Tensor:
+    """The first rows of a file of token ids. Returns int64 [samples, sequence_length]; CalibrationError names what is wrong.
+
+    short: a file of fewer rows gives those it holds
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -62,6 +65,7 @@ def read_tokens(file: Path, samples: int, sequence_length: int) -> Tensor:
     tokens = tensors.get("tokens")
     if tokens is None or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
         raise CalibrationError(f"{file} needs one tensor `tokens`, int64 [rows, length], for calibration on token ids")
+    samples = min(samples, max(1, tokens.shape[0])) if short else samples
     if tokens.shape[0] < samples or tokens.shape[1] < sequence_length:
         raise CalibrationError(
             f"{file} holds {tokens.shape[0]} rows of {tokens.shape[1]} tokens, the recipe asks for {samples} of "

@@ -125,13 +125,31 @@ def without_numbers(model: BlockModel) -> Iterator[BlockModel]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     whole = _with_one_expert(model.model).to("meta")
-    with _silent("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True):
+    with _silent("torch._subclasses.fake_tensor"), FakeTensorMode(allow_non_fake_inputs=True), _whole_rows():
         for module in whole.modules():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         tensors[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
         yield replace(model, model=whole)
+
+
+@contextmanager
+def _whole_rows() -> Iterator[None]:
+    """Each row of tokens is one text. transformers looks for several in the numbers of positions, and where it cannot, it makes
+    masks that a real forward pass of our rows does not have."""
+    from transformers import masking_utils
+
+    search = "find_packed_sequence_indices"
+    before = getattr(masking_utils, search, None)
+    if before is None:
+        yield
+        return
+    setattr(masking_utils, search, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, search, before)
 
 
 def _with_one_expert(model: nn.Module) -> nn.Module:

@@ -83,3 +83,17 @@ def footprint(block: nn.Module, stops: Sequence[nn.Module], x: Tensor, call: Blo
         for hook in hooks:
             hook.remove()
     return Footprint(tuple(waiting), counted.peak)
+
+
+def kept_for_backward(block: nn.Module, x: Tensor, call: BlockCall, dtype: torch.dtype) -> int:
+    """Bytes that the forward pass of a block leaves until its backward pass, what it returns included.
+
+    x: [B, T, d] float32, which may be fake; dtype: of the products, those of bfloat16 by autocast
+    """
+    entering = x.detach().requires_grad_(True)
+    counted = _Alive()
+    with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), counted:
+        output = run_block(block, entering, call)
+    nbytes = counted.alive()
+    del output
+    return nbytes

@@ -53,7 +53,7 @@ def find_head(
         return OutputHead(own.removesuffix(".weight"), own, shape, tied=False)
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     source = stored.get(f"{_name_of(model, embedding)}.weight")
-    if source is None or not _is_tied(model):
+    if source is None or not is_tied(model):
         raise CheckpointError(
             f"{checkpoint.spec} lacks the tensor {name}.weight; is it complete and of this model type?"
         )
@@ -65,7 +65,7 @@ def find_head(
     return OutputHead(_name_on_disk(model, name), source, shape, tied=True)
 
 
-def _is_tied(model: nn.Module) -> bool:
+def is_tied(model: nn.Module) -> bool:
     config: Any = model.config
     return bool(config.get_text_config(decoder=True).tie_word_embeddings or config.tie_word_embeddings)
 

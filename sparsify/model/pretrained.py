@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.errors import CalibrationError, CheckpointError, SparsifyError
 from sparsify.files import read_json
 from sparsify.model.belonging import refuse_badly_loaded
 from sparsify.model.permissions import trusts_remote_code
@@ -53,6 +53,17 @@ def load_tokenizer(directory: str | Path, spec: str | None = None, **settings: A
         raise CheckpointError(
             f"{spec or directory}: its tokenizer cannot be read ({told}); copy tokenizer.json and tokenizer_config.json from "
             "the dense model"
+        ) from None
+
+
+def tokenizer_for_text(directory: str | Path, spec: str) -> Any:
+    """The tokenizer of a model that reads text; CalibrationError where it has none."""
+    try:
+        return load_tokenizer(directory, spec)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CalibrationError(
+            f"{spec} has no tokenizer, which text needs ({str(error).splitlines()[0]}); copy tokenizer.json and "
+            "tokenizer_config.json into it (in Python tokenizer=...), or give token ids"
         ) from None
 
 

@@ -30,20 +30,20 @@ LOGIT_SPACING = 0.125
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory, embedded: str, shared_data: Path) -> Path:
-    """`sparsify apply 2of4-w4a16` on a quarter of its tokens of WikiText-2, with the evaluation that its recipe can ask for."""
+    """`sparsify apply 2of4-w4a16` on an eighth of its tokens of WikiText-2, with the evaluation that its recipe can ask for."""
     output = tmp_path_factory.mktemp("embedded") / "sparse24"
     arguments = ["apply", "2of4-w4a16", "--model", embedded, "--output", str(output), "--quiet"]
     arguments += ["--set", f"calibration.source=file:{shared_data / 'wikitext2-valid.txt'}"]
-    arguments += ["--set", "calibration.samples=32"]
-    arguments += ["--set", f"evaluation={{text: 'file:{shared_data / 'wikitext2-test.txt'}', chunks: 16}}"]
+    arguments += ["--set", "calibration.samples=16"]
+    arguments += ["--set", f"evaluation={{text: 'file:{shared_data / 'wikitext2-test.txt'}', chunks: 6}}"]
     assert main(arguments) == 0
     return output
 
 
 def test_perplexity_is_below_the_bound(compiled: Path) -> None:
     evaluation = json.loads((compiled / "metrics.json").read_text())["evaluation"]
-    assert evaluation["dense_perplexity"] == pytest.approx(19.88, abs=0.02)  # 21.30 on the 48 chunks of the protocol
-    assert evaluation["perplexity"] < 41  # with a quarter of the calibration text; measured: 38.7
+    assert evaluation["dense_perplexity"] == pytest.approx(23.66, abs=0.02)  # 21.30 on the 48 chunks of the protocol
+    assert evaluation["perplexity"] < 54  # with an eighth of the calibration text; measured: 50.9
 
 
 def test_every_target_linear_is_two_four(compiled: Path) -> None:
