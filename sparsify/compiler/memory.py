@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sparsify import memory
+from sparsify.compiler.activations import FLOAT, MASK, block_activations
 from sparsify.compiler.operations import Group, groups_of, hidden_size
 from sparsify.distributed import device, processes
 from sparsify.errors import SparsifyError
@@ -298,8 +299,6 @@ def _steps_of_walk(plan: Plan, one: Footprint, groups: Iterable[Group], streams:
 def _tuning_bytes(plan: Plan, tune: Tune) -> int:
     """Of the training of one block: parameters, two moments, the best state and masks, and beside them either gradients or what the
     backward pass needs with the weights that products are made with."""
-    from sparsify.compiler.training_memory import FLOAT, MASK, block_activations
-
     dtype, shape = plan.compute.dtype, (tune.batch_size, plan.recipe.calibration.sequence_length)
     per_block, _ = block_activations(plan, set(plan.schemes), True, dtype, shape)
     most = 0

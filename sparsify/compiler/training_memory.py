@@ -7,22 +7,17 @@ while the optimizer steps (gradients in float32).
 
 from __future__ import annotations
 
-import copy
 import math
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from sparsify import memory
+from sparsify.compiler.activations import FLOAT, MASK, block_activations
 from sparsify.compiler.memory import LATER, LESS, in_words
 from sparsify.compute import for_precision
 from sparsify.distributed import device
-from sparsify.model.capture import capture_calls, without_numbers
-from sparsify.model.footprint import kept_for_backward
-from sparsify.model.linear_groups import kind_of
 from sparsify.model.output_head import is_tied
 from sparsify.recipe import Distill, Lora
 from sparsify.training.losses import ENTRIES
@@ -32,8 +27,6 @@ if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan
     from sparsify.compiler.plan_training import PlannedTraining
 
-FLOAT = 4  # bytes of a parameter, and of each of its gradient and its two moments
-MASK = 1
 LOGIT = 20  # bytes per logit of a chunk: student's, teacher's and the gradient in float32, and two of them in bfloat16
 GATHERED = 3  # blocks that FSDP2 holds whole: the one that runs, the next, and one whose gradients are being summed
 
@@ -106,7 +99,9 @@ def counts_of(plan: Plan) -> Counts:
     masked = sum(weights for weights, scheme in stored if scheme.pattern == "2:4")
     scales = sum(weights // scheme.group_size for weights, scheme in stored if scheme.bits < 16)
     blocks = [sum(p.numel() for p in plan.model.block(i).parameters()) for i in range(len(plan.model.blocks))]
-    whole = sum(p.numel() for p in plan.model.model.parameters())  # a tied head may be a parameter of its own here, or not
+    whole = sum(
+        p.numel() for p in plan.model.model.parameters()
+    )  # a tied head may be a parameter of its own here, or not
     one = plan.head is None and is_tied(plan.model.model)
     embedding, head = (_weight(plan, kind) for kind in ("input", "output"))
     whole += plan.model.head_weights() * ((head is embedding) - one)
@@ -252,46 +247,3 @@ def _activations(plan: Plan, settings: Any, dtype: torch.dtype, rows: int) -> tu
     compressed = {name for name, planned in plan.linears.items() if planned.stored() is not None}
     norms = not isinstance(settings, Lora) and "norms" in settings.train
     return block_activations(plan, compressed, norms, dtype, (rows, settings.sequence_length))
-
-
-def block_activations(
-    plan: Plan, compressed: set[str], norms: bool, dtype: torch.dtype, shape: tuple[int, int]
-) -> tuple[list[int], int]:
-    """Bytes that stay of the forward pass of every block until its backward pass, and those of a hidden state, in training.
-
-    compressed: names of linears that are trained; norms: whether norms and biases are; dtype: of products; shape: rows and
-    tokens per row of a micro-batch
-    """
-    found: list[int] = []
-    known: dict[Any, int] = {}
-    wide = replace(plan.model, model=copy.deepcopy(plan.model.model).float())
-    with suppress(Exception), without_numbers(wide) as hollow:
-        hidden, calls = capture_calls(hollow, torch.zeros(shape, dtype=torch.long))
-        for index, call in enumerate(calls):
-            block = hollow.block(index)
-            kind = kind_of(block)
-            if kind not in known:
-                place = hollow.blocks[index] + "."
-                _stand_in(
-                    block, {name.removeprefix(place) for name in compressed if name.startswith(place)}, norms, dtype
-                )
-                known[kind] = kept_for_backward(block, hidden, call, dtype)
-            found.append(known[kind])
-    tokens = math.prod(shape)
-    width = min(planned.shape[1] for planned in plan.linears.values())
-    if len(found) < len(plan.model.blocks):
-        widest = max(planned.shape[1] for planned in plan.linears.values())
-        found = [tokens * dtype.itemsize * (20 * width + 10 * widest)] * len(plan.model.blocks)
-    return found, tokens * FLOAT * width
-
-
-def _stand_in(block: nn.Module, compressed: set[str], norms: bool, dtype: torch.dtype) -> None:
-    """Give a block without numbers the linears of training: weights that are there in the type of the products."""
-    for name, module in block.named_modules():
-        if name in compressed and isinstance(module, nn.Linear):
-            module.weight = nn.Parameter(module.weight.detach().to(dtype))
-    for parameter in block.parameters():
-        parameter.requires_grad_(norms and parameter.dim() == 1)
-    for name, module in block.named_modules():
-        if name in compressed and isinstance(module, nn.Linear):
-            module.weight.requires_grad_(True)

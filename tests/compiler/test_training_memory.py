@@ -9,10 +9,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from sparsify import api
 from sparsify import memory as machine
 from sparsify.compiler import training_memory as predicted
+from sparsify.compiler.activations import block_activations
 from sparsify.compiler.apply import apply
 from sparsify.compiler.memory import Limits, walk_memory
 from sparsify.compiler.plan import make_plan
-from sparsify.compiler.training_memory import block_activations, counts_of, training_memory
+from sparsify.compiler.training_memory import counts_of, training_memory
 from sparsify.errors import SparsifyError
 from sparsify.model.capture import BlockCall, capture_calls, run_block
 from sparsify.model.decoder import open_blocks
