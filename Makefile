@@ -11,6 +11,9 @@ LOCKED ?= 1
 FUZZ_SECONDS ?= 300
 FUZZ_ARGS ?=
 FUZZ_TARGETS ?=
+# Of `make versus`: the model, what it is scored and calibrated on, and further options (`--help` lists them).
+MODEL ?= embedded:smollm2-135m-instruct
+VERSUS_ARGS ?=
 # What `make check-install` tries: core, cpu or editable.
 KIND ?= core
 export LOCKED
@@ -19,13 +22,15 @@ PARALLEL := --numprocesses $(JOBS) --dist loadfile
 READY := $(VENV)/.ready
 PEERS := .venv-peers/.ready
 FUZZ := .venv-fuzz/.ready
+VERSUS := .venv-llamacpp/.ready
+VERSUS_PEERS := $(PEERS) .venv-gptqmodel/.ready $(VERSUS)
 OTHER_PEERS := $(patsubst %,.venv-%/.ready,gptqmodel autogptq autoawq llmcompressor013)
 # All but the table that benchmarks/tune_sparse24.py writes.
 CXX_SOURCES := $(filter-out %/sparse24_crossovers.h,$(wildcard $(foreach end,h cpp cu,kernels/*/*.$(end) tests/kernels/*.$(end) tests/runtime/*.$(end) tests/fuzz/kernels/*.$(end))))
 SETUP := pyproject.toml deploy/setup.sh deploy/versions.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format types recipes doctor docs coverage build peers test-peers fuzz lock manifests check-chart check-install test-floor test-newest clean clean-venv
+.PHONY: help setup demo test test-fast lint format types recipes doctor docs coverage build peers versus versus-peers test-peers fuzz lock manifests check-chart check-install test-floor test-newest clean clean-venv
 
 help: ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -76,6 +81,12 @@ build: $(READY) ## Build the wheel and the source distribution into dist/
 
 peers: $(PEERS) $(OTHER_PEERS) ## Make environments of llm-compressor (two), GPTQModel, AutoGPTQ and AutoAWQ, to compare with them
 
+versus: $(READY) ## Compress and measure a model with llm-compressor, GPTQModel, llama.cpp and ours; goes on where it was stopped
+	-@[ -n "$$SPARSIFY_PEERS" ] || $(MAKE) --no-print-directory --keep-going versus-peers
+	$(BIN)/python -m benchmarks.versus --publish --model $(MODEL) $(VERSUS_ARGS)
+
+versus-peers: $(VERSUS_PEERS) ## Make the environments of `make versus`; what cannot be made is a row that says so
+
 test-peers: $(READY) ## Run the tests that compare with those packages; `make peers` first, what is missing is skipped by name
 	$(BIN)/python -m pytest -m peers -rs tests/peers tests/recipe $(PYTEST_ARGS)
 
@@ -86,7 +97,7 @@ $(FUZZ): $(READY) deploy/setup.sh deploy/versions.sh
 	@VENV=.venv-fuzz deploy/setup.sh fuzz
 	@touch $@
 
-$(OTHER_PEERS): .venv-%/.ready: deploy/setup.sh deploy/versions.sh
+$(OTHER_PEERS) $(VERSUS): .venv-%/.ready: deploy/setup.sh deploy/versions.sh
 	@VENV=.venv-$* deploy/setup.sh $*
 	@touch $@
 
@@ -119,4 +130,4 @@ clean: ## Remove what runs and tools left behind (out/, caches, dist/)
 	find sparsify tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv: ## Remove .venv and the environments beside it
-	rm -rf .venv .venv-peers .venv-fuzz $(OTHER_PEERS:/.ready=) .venv-floor .venv-newest .venv-chart
+	rm -rf .venv .venv-peers .venv-fuzz $(OTHER_PEERS:/.ready=) $(VERSUS:/.ready=) .venv-floor .venv-newest .venv-chart

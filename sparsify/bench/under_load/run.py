@@ -26,6 +26,7 @@ from sparsify.bench.targets import Target, open_targets
 from sparsify.bench.under_load.driver import drive, told_rate
 from sparsify.bench.under_load.record import CAPACITY, FAILURE, Record, settings
 from sparsify.bench.under_load.server import SERVED, Server
+from sparsify.bench.under_load.startup import measure_startup, require_startup, startup_arguments
 from sparsify.bench.under_load.workload import (
     Step,
     UnderLoad,
@@ -53,6 +54,8 @@ def measure_under_load(
     """
     check_load(load)
     require_vllm()
+    if load.startup:
+        require_startup()
     output, environment = Path(output), _environment(load)
     with tempfile.TemporaryDirectory(prefix="sparsify-shapes-") as scratch:
         targets = open_targets(models, None, Path(scratch))
@@ -65,6 +68,7 @@ def measure_under_load(
             with silenced(load.quiet):
                 build_for(target.format for target in targets)
             _measure_all(targets, record, load, environment)
+            _measure_starts(targets, record, load, environment)
             return record.write_result(load, targets, commands(targets, load, record))
 
 
@@ -154,6 +158,26 @@ def _measure_all(targets: Sequence[Target], record: Record, load: UnderLoad, env
                 record.write_result(load, targets, commands(targets, load, record))
 
 
+def _measure_starts(targets: Sequence[Target], record: Record, load: UnderLoad, environment: Mapping[str, str]) -> None:
+    """Cold and warm starts of the models that were asked for and not measured before, but for those that have failed."""
+    wanted = [
+        target
+        for target in targets
+        if load.startup
+        and not record.startup(target.label).is_file()
+        and not (record.folders[target.label] / FAILURE).is_file()
+    ]
+    with progress_bar("starts", total=len(wanted), quiet=load.quiet) as bar:
+        for target in wanted:
+            bar.describe(f"{target.label}: cold and warm starts")
+            file = record.startup(target.label)
+            try:
+                write_json(file, measure_startup(target, load, environment, file.with_suffix(".log")))
+            except ModelFailed as error:
+                _record_failure(error, target, record, load.quiet)
+            bar.advance()
+
+
 def _record_failure(error: ModelFailed, target: Target, record: Record, quiet: bool) -> None:
     """Into failure.json, with the last lines of the log; and printed at once, because the other models may take long."""
     failure = failure_of(error, "vLLM")
@@ -177,6 +201,11 @@ def commands(targets: Sequence[Target], load: UnderLoad, record: Record) -> list
             lines.append(
                 shlex.join([*prefix, "bench", "serve", "--backend", "openai", *drive_with, *_shared(arguments)])
             )
+    if load.startup:
+        lines += [
+            shlex.join([*prefix, "bench", "startup", "--model", "MODEL", *arguments])
+            for arguments in sorted({tuple(startup_arguments(target, load)) for target in targets})
+        ]
     return lines
 
 

@@ -93,6 +93,7 @@ class UnderLoad:
     repeats:     rounds; each starts every model's server once (A B A B), so that a slow spell of the machine hits them all
     goodput:     limits of what counts as a good request, in milliseconds, by ttft, tpot and e2el
     timeout:     seconds that a server may take to start, and then each measurement
+    startup:     cold and as many warm starts of every model's engine, by `vllm bench startup`; 0 for none
     eager, engine_args, threads, one_process, int8: as in `BenchOptions`
     """
 
@@ -103,6 +104,7 @@ class UnderLoad:
     repeats: int = 3
     goodput: Mapping[str, float] = field(default_factory=dict)
     timeout: float = 3600
+    startup: int = 0
     eager: bool = False
     engine_args: Sequence[str] = ()
     threads: str | None = None
@@ -220,6 +222,7 @@ def check_load(load: UnderLoad) -> None:
         ("--requests", load.requests, 2),
         ("--repeats", load.repeats, 1),
         ("--warmup", load.warmup, 0),
+        ("--startup", load.startup, 0),
     ):
         if value < least:
             raise SparsifyError(f"{name} is {value}; it must be at least {least}")
