@@ -35,6 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 Loaded = LoadedModel | Exception  # a model, or why it cannot be loaded
+TaskScores = tuple[dict[str, TaskScore], TaskScore | None]  # by the name of the task, and the mean over tasks
 
 
 def evaluate(
@@ -108,7 +109,7 @@ def evaluate_all(
     results = []
     for place, (name, checkpoint) in enumerate(zip(names, checkpoints, strict=True)):
         found = by_task[place]
-        scores = {} if isinstance(found, Exception) else found
+        scores, mean = ({}, None) if isinstance(found, Exception) else found
         results.append(
             EvaluationResult(
                 model=name,
@@ -116,7 +117,7 @@ def evaluate_all(
                 nbytes=checkpoint.nbytes(),
                 texts={text_name: scored[place] for text_name, scored in by_text.items()},
                 tasks=scores,
-                tasks_mean=mean_score(list(scores.values())) if scores else None,
+                tasks_mean=mean,
                 tasks_failure=_failure(name, found) if isinstance(found, Exception) else None,
                 dense=None if reference is None else reference.spec,
                 dense_nbytes=None if reference is None else reference.nbytes,
@@ -210,17 +211,17 @@ def _text_scores(
 
 def _task_scores(
     tasks: list[TaskFile], loaded: Sequence[Loaded], reference: LoadedModel | None
-) -> list[dict[str, TaskScore] | Exception]:
-    """Every model on all tasks, in the order of `loaded`: its scores by task, or why there are none."""
+) -> list[TaskScores | Exception]:
+    """Every model on all tasks, in the order of `loaded`: its scores by task and their mean, or why there are none."""
     if not tasks:
-        return [{} for _ in loaded]
+        return [({}, None) for _ in loaded]
     from sparsify.evaluation.harness import requests_of
 
     ready = [item for item in loaded if isinstance(item, LoadedModel) and item is not reference]
     runs = len(ready) + (reference is not None)
     with progress_bar("tasks", runs * requests_of(tasks)) as bar:
         dense = None if reference is None else _answers(tasks, reference, bar)
-        found: list[dict[str, TaskScore] | Exception] = []
+        found: list[TaskScores | Exception] = []
         for item in loaded:
             if isinstance(item, Exception):
                 found.append(item)
@@ -232,16 +233,19 @@ def _task_scores(
                 found.append(error)
                 bar.advance(before + requests_of(tasks) - bar.done)
                 continue
-            compared: Sequence[Answers | None] = dense or [None] * len(tasks)
-            found.append(
-                {
-                    task.name: task_score(task, mine, its)
-                    for task, mine, its in zip(tasks, answers, compared, strict=True)
-                }
-            )
+            found.append(_compared(tasks, answers, dense))
     if all(isinstance(item, Exception) for item in found):
         raise next(item for item in found if isinstance(item, Exception))
     return found
+
+
+def _compared(tasks: list[TaskFile], answers: Sequence[Answers], dense: Sequence[Answers] | None) -> TaskScores:
+    """The scores of one model from its answers and the dense model's."""
+    its: Sequence[Answers | None] = dense or [None] * len(tasks)
+    scores = {
+        task.name: task_score(task, mine, one) for task, mine, one in zip(tasks, answers, its, strict=True)
+    }
+    return scores, mean_score(list(scores.values()), answers, dense)
 
 
 def _answers(tasks: list[TaskFile], item: LoadedModel, bar: Task) -> list[Answers]:

@@ -113,8 +113,8 @@ def answers_of(task: TaskFile, model: HarnessModel) -> Answers:
             metrics = harness.process_results(item, scores)
             lengths = [len(text) for text in item[task.form[1]]]
             answers.chosen.append(int(np.argmax(np.array([score for score, _ in scores]) / lengths)))
-            answers.right.append(bool(metrics["acc_norm"]))
-            answers.right_in_sum.append(bool(metrics["acc"]))
+            answers.right.append(float(metrics["acc_norm"]))
+            answers.right_in_sum.append(float(metrics["acc"]))
     return Answers(answers.chosen, answers.right, answers.right_in_sum, model.truncated)
 
 

@@ -52,6 +52,21 @@ class TaskFile:
         return form_of(self.items[0])
 
     @property
+    def count(self) -> int:
+        """Items that are scored."""
+        return len(self.items)
+
+    @property
+    def metric(self) -> str:
+        """What an item's score is, as lm-evaluation-harness calls it."""
+        return "acc_norm"
+
+    @property
+    def fewshot(self) -> int:
+        """Solved examples in the prompt."""
+        return 0
+
+    @property
     def prompt(self) -> str:
         """`doc_to_text` of lm-evaluation-harness: a template, or the field that is the prompt as it stands."""
         if self.form == FORMS[1]:
