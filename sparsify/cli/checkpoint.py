@@ -8,12 +8,17 @@ from sparsify.cli.command import (
     FAILED,
     IS_QUIET,
     SHOWS_JSON,
+    TAKES_PRESET,
     TAKES_TASKS,
     TRUSTS_CODE,
     Commands,
     Outcome,
     add_command,
+    numbers,
 )
+
+# sparsify.evaluation.ALL, repeated here because importing it to parse arguments would take seconds. A test holds them equal.
+ALL_CHUNKS = 2**31
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
@@ -118,8 +123,8 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     shown: list[str] = []
     files: list[str] = []
     if args.write_task_files:
-        if not args.tasks:
-            raise SparsifyError("--write-task-files writes the tasks of --tasks FOLDER; give that too")
+        if not args.tasks or args.preset:
+            raise SparsifyError("--write-task-files writes the tasks of --tasks FOLDER; give that too, and no --preset")
         tasks = read_tasks(args.tasks, args.limit)
         files = [str(file) for file in write_task_files(tasks, args.write_task_files)]
         command = harness_command(tasks, args.directory or "DIR", args.write_task_files, args.limit)
@@ -128,28 +133,42 @@ def evaluate(args: argparse.Namespace) -> Outcome:
         if not files:
             raise SparsifyError("nothing to evaluate: give a checkpoint directory")
         return Outcome({"task_files": files}, shown)
+    if args.backend == "vllm":
+        from sparsify.bench import prepare_engine
+
+        prepare_engine(path for path in (args.directory, args.dense) if path)
+    lengths = args.sequence_length
     result = evaluate(
         args.directory,
         args.dense,
         args.text,
-        sequence_length=args.sequence_length,
+        sequence_length=lengths[0] if lengths and len(lengths) == 1 else lengths,
         chunks=args.chunks,
         tasks=args.tasks,
         limit=args.limit,
+        preset=args.preset,
+        backend=args.backend,
         quiet=args.quiet,
     )
     return Outcome({**result.to_json(), **({"task_files": files} if files else {})}, [*tables([result]), *shown])
+
+
+def _chunks(given: str) -> int:
+    """`all`, or a number; a ValueError for anything else, which argparse reports."""
+    return ALL_CHUNKS if given == "all" else int(given)
 
 
 def add_evaluate(commands: Commands) -> None:
     """Register `eval`."""
     command = add_command(
         commands, "eval", evaluate, "measure perplexity, the distance from the dense model, and accuracy on tasks",
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN, TAKES_TASKS,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN, TAKES_TASKS, TAKES_PRESET,
         shown=(
             "sparsify eval out/smollm2 --text test.txt",
             "sparsify eval out/smollm2 --dense embedded:smollm2-135m-instruct --text test.txt --text self",
             "sparsify eval out/smollm2 --dense embedded:smollm2-135m-instruct --tasks tasks --limit 200",
+            "sparsify eval out/llama --dense ./llama --text test.txt --sequence-length 1024,2048,4096 --chunks all",
+            "sparsify eval out/llama --dense ./llama --preset openllm-v1 --tasks data --backend vllm",
         ),
     )  # fmt: skip
     command.add_argument("directory", metavar="DIR", nargs="?", help="checkpoint directory")
@@ -161,9 +180,17 @@ def add_evaluate(commands: Commands) -> None:
         help="plain text, or self: the dense model samples it; repeatable (default self, or none with --tasks)",
     )  # fmt: skip
     command.add_argument(
-        "--sequence-length", type=int, metavar="N", help="tokens per chunk (1024; 512 on sampled text)"
+        "--sequence-length",
+        type=numbers,
+        metavar="N",
+        help="tokens per chunk (1024; 512 on sampled text), or several: 1024,2048,4096",
     )
-    command.add_argument("--chunks", type=int, metavar="N", help="chunks to score (48; 16 on sampled text)")
+    command.add_argument(
+        "--chunks",
+        type=_chunks,
+        metavar="N",
+        help="chunks to score (48; 16 on sampled text), or all of a file, as papers do",
+    )
     command.add_argument(
         "--write-task-files", metavar="OUT",
         help="write the tasks into OUT as files for `lm_eval --include_path OUT`; without DIR nothing is scored",

@@ -57,6 +57,11 @@ class TaskFile:
         return len(self.items)
 
     @property
+    def requests(self) -> int:
+        """How many answers a model scores."""
+        return sum(len(item[self.form[1]]) for item in self.items)
+
+    @property
     def metric(self) -> str:
         """What an item's score is, as lm-evaluation-harness calls it."""
         return "acc_norm"
