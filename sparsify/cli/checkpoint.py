@@ -201,58 +201,85 @@ def report(args: argparse.Namespace) -> Outcome:
     """Run `report`."""
     from sparsify.errors import SparsifyError
     from sparsify.files import read_json
-    from sparsify.report import is_load_run, report_on, report_on_load
+    from sparsify.report import is_load_run, report_on, report_on_load, report_on_several
 
     runs = [directory for directory in args.directories if is_load_run(directory)]
     checkpoints = [directory for directory in args.directories if directory not in runs]
+    evaluations, bench, searches = (
+        [read_json(file) for file in files] for files in (args.evaluation, args.bench, args.search)
+    )
     if len(checkpoints) > 1:
-        raise SparsifyError(
-            f"a page is about one checkpoint, and {checkpoints[0]} and {checkpoints[1]} are two; further directories must be runs of "
-            "`sparsify bench serve`"
-        )
-    if checkpoints:
-        files = (args.evaluation, args.bench, args.search)
-        evaluation, bench, search = (read_json(file) if file else None for file in files)
+        if args.dense is not None:
+            raise SparsifyError("--dense splits the size of one checkpoint; leave it away with several")
+        rows = [row for one in evaluations for row in (one if isinstance(one, list) else [one])]
+        page = report_on_several(
+            checkpoints, args.output or "report.html", rows, bench, searches,
+            runs=runs, guidellm=args.guidellm, figures=args.figures,
+        )  # fmt: skip
+    elif checkpoints:
+        if option := next((name for name in ("bench", "search") if len(getattr(args, name)) > 1), None):
+            raise SparsifyError(f"--{option} is given twice, for one checkpoint; give one of them")
+        rows = [row for one in evaluations for row in (one if isinstance(one, list) else [one])]
         page = report_on(
-            Path(checkpoints[0]), args.output, evaluation, bench,
-            dense=args.dense, search=search, runs=runs, guidellm=args.guidellm,
+            Path(checkpoints[0]), args.output, rows, bench[0] if bench else None, dense=args.dense,
+            search=searches[0] if searches else None, runs=runs, guidellm=args.guidellm, figures=args.figures,
         )  # fmt: skip
     else:
         given = ("evaluation", "bench", "search", "dense")
-        if option := next((name for name in given if getattr(args, name) is not None), None):
+        if option := next((name for name in given if getattr(args, name)), None):
             raise SparsifyError(f"--{option} belongs to a checkpoint; name its directory too")
-        page = report_on_load(runs, args.output, args.guidellm)
-    return Outcome({"report": str(page)}, [f"report: {page}"])
+        page = report_on_load(runs, args.output, args.guidellm, args.figures)
+    written = {"report": str(page), **({"figures": args.figures} if args.figures else {})}
+    shown = [f"report: {page}"]
+    if args.figures:
+        from sparsify.report.figure_files import converter
+
+        png = "" if converter() else "; no PNG, which needs rsvg-convert or Chromium"
+        shown.append(f"figures: {args.figures} (SVG, CSV{png})" if png else f"figures: {args.figures} (SVG, CSV, PNG)")
+    return Outcome(written, shown)
 
 
 def add_report(commands: Commands) -> None:
     """Register `report`."""
     command = add_command(
-        commands, "report", report, "draw a self-contained HTML page: layers, sizes, accuracy and speed of a checkpoint, or servers "
+        commands, "report", report, "draw a self-contained HTML page: layers, sizes, accuracy and speed of checkpoints, or servers "
         "under load",
         IS_QUIET, SHOWS_JSON,
         shown=(
             "sparsify report out/smollm2",
             "sparsify report out/smollm2 --evaluation eval.json --bench bench.json   what eval --json and bench --json printed",
             "sparsify report out/smollm2 out/serve                                   with the run of bench serve in out/serve",
+            "sparsify report out/a out/b out/serve --evaluation a.json --evaluation b.json --output report.html",
+            "sparsify report out/smollm2 --figures figures                           every picture as SVG, CSV and PNG",
             "sparsify report out/serve --guidellm benchmarks.json                    servers under load, without a checkpoint",
         ),
     )  # fmt: skip
     command.add_argument(
         "directories", metavar="DIR", nargs="*",
-        help="checkpoint directory that `sparsify apply` wrote, and directories of `sparsify bench serve`",
+        help="checkpoint directories that `sparsify apply` wrote, and directories of `sparsify bench serve`",
     )  # fmt: skip
-    command.add_argument("--evaluation", metavar="FILE", help="output of `sparsify eval --json`")
-    command.add_argument("--bench", metavar="FILE", help="output of `sparsify bench --json`")
     command.add_argument(
-        "--search", metavar="FILE", help="search.json of `sparsify search`: how sensitive each linear is"
+        "--evaluation", action="append", default=[], metavar="FILE", help="output of `sparsify eval --json`; repeatable"
+    )
+    command.add_argument(
+        "--bench", action="append", default=[], metavar="FILE",
+        help="output of `sparsify bench --json`; repeatable with several checkpoints",
+    )  # fmt: skip
+    command.add_argument(
+        "--search", action="append", default=[], metavar="FILE",
+        help="search.json of `sparsify search`: how sensitive each linear is; repeatable with several checkpoints",
+    )  # fmt: skip
+    command.add_argument(
+        "--figures",
+        metavar="OUT",
+        help="write every picture into OUT too: SVG, CSV, and PNG where rsvg-convert or Chromium is there",
     )
     command.add_argument("--dense", metavar="M", help="the dense model, to split its size into linears and the rest")
     command.add_argument(
         "--output",
         "-o",
         metavar="FILE",
-        help="where to write (default report.html in the checkpoint, else in the first run)",
+        help="where to write (default report.html: in the checkpoint, or here of several, else in the first run)",
     )
     command.add_argument(
         "--guidellm", action="append", default=[], metavar="FILE",
