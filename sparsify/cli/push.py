@@ -30,9 +30,9 @@ def add_push(commands: Commands) -> None:
         ),
     )  # fmt: skip
     command.description = (
-        "Compare every file of a finished checkpoint with its SHA-256, then upload all in one commit. The model card gets the table of "
-        "`sparsify report` and the same figures as metadata (model-index). An unfinished or damaged directory is refused. The token is "
-        "that of `hf auth login` or of HF_TOKEN."
+        "Compare every file of a finished checkpoint with its SHA-256, then upload all in one commit. The model card gets the "
+        "table of `sparsify report` and the same figures as metadata (model-index). An unfinished or damaged directory is refused. "
+        "The token is that of `hf auth login` or of HF_TOKEN."
     )
     command.add_argument(
         "directory", metavar="DIR", help="checkpoint directory that `sparsify apply` or `export` wrote"

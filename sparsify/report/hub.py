@@ -176,7 +176,7 @@ def _upload(files: Mapping[str, bytes | Path], repository: str, private: bool, m
     ]
     try:
         with stage(f"pushing {len(operations)} files to {repository}"):
-            api.create_repo(repository, private=private, exist_ok=True)
+            api.create_repo(repository, private=private or None, exist_ok=True)  # None: as the organization has it
             done = api.create_commit(repository, operations, commit_message=message)
     except (LocalTokenNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sparsify.report.svg import CHARACTER, Drawing, clip, nice_ticks
 
-HEIGHT, TOP, BOTTOM, RIGHT, APART = 300, 14, 46, 18, 14
+HEIGHT, TOP, BOTTOM, APART = 300, 14, 46, 14
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,15 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, width: float) -> str:
     """The points with their names, and the front as a line. Which end of an axis is better stands beside its title."""
     columns, rows = (
         _ticks([point.x for point in points], x),
-        _ticks([end for point in points for end in (point.y, *(point.interval or ()))], y),
+        _ticks([value for point in points for value in (point.y, *(point.interval or ()))], y),
     )
     left = max(len(y.write(tick)) for tick in rows) * CHARACTER + 14
+    end = width - max(len(x.write(columns[-1])) * CHARACTER / 2, 10) - 4
 
     def at(point_x: float, point_y: float) -> tuple[float, float]:
         across = (point_x - columns[0]) / (columns[-1] - columns[0])
         up = (point_y - rows[0]) / (rows[-1] - rows[0])
-        return left + across * (width - left - RIGHT), TOP + (1 - up) * (HEIGHT - TOP - BOTTOM)
+        return left + across * (end - left), TOP + (1 - up) * (HEIGHT - TOP - BOTTOM)
 
     best = front(points, x, y)
     label = (
@@ -64,18 +65,18 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, width: float) -> str:
     drawing = Drawing(width, HEIGHT, label)
     for tick in rows:
         level = at(columns[0], tick)[1]
-        drawing.line(left, level, width - RIGHT, level, "grid")
+        drawing.line(left, level, end, level, "grid")
         drawing.text(left - 8, level + 4, y.write(tick), "tick", "end")
     for number, tick in enumerate(columns):
         if width > 400 or number % 2 == 0:
             drawing.text(at(tick, rows[0])[0], HEIGHT - BOTTOM + 18, x.write(tick), "tick", "middle")
-    drawing.text(width - RIGHT, HEIGHT - 6, f"{x.title}, {'less' if x.less else 'more'} is better", "tick", "end")
+    drawing.text(end, HEIGHT - 6, f"{x.title}, {'less' if x.less else 'more'} is better", "tick", "end")
     if len(best) > 1:
         drawing.path([at(point.x, point.y) for point in best], "line front dashed")
     for point in points:
         cx, cy = at(point.x, point.y)
         if point.interval is not None:
-            low, high = (at(point.x, end)[1] for end in point.interval)
+            low, high = (at(point.x, value)[1] for value in point.interval)
             drawing.line(cx, low, cx, high, f"line {point.css}")
         title = f"{point.name}: {x.title} {x.write(point.x)}, {y.title} {y.write(point.y)}"
         drawing.circle(cx, cy, 5, f"mark {point.css}", title)
@@ -97,7 +98,7 @@ def _names(drawing: Drawing, places: Sequence[tuple[str, float, float]], left: f
     """Names beside their points, on the side where there is room, one below the other where they would touch."""
     taken: list[tuple[float, float, float]] = []
     for name, x, y in sorted(places, key=lambda place: place[2]):
-        room = max(drawing.width - x - RIGHT, x - left)
+        room = max(drawing.width - x, x - left) - 10
         text = clip(name, room)
         extent = len(text) * CHARACTER
         right = x + 10 + extent <= drawing.width
