@@ -92,8 +92,8 @@ def worst_tokens(found: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def guesses(found: Sequence[Mapping[str, Any]]) -> str:
-    """`the 62%, a 11%`"""
-    return ", ".join(f"{visible(one['token'])} {units.percent(one['probability'], 0)}" for one in found)
+    """`the 62%` and so on, a line each."""
+    return "\n".join(f"{visible(one['token'])} {units.percent(one['probability'], 0)}" for one in found)
 
 
 def visible(token: str) -> str:

@@ -136,7 +136,7 @@ def test_worst_tokens_are_shown_with_both_distributions():
     row["texts"] = {"wikitext2-test.txt": dict(row)}
     text = Document(render_page(sample_metrics(2), row)).text
     assert "sparse24: the 2 tokens farthest from the dense model" in text
-    assert "7.25 chunk 3, 17 <b>before ␣cat after ⏎ 61%, ␣the 25% ␣the 25%, ⏎ 61%" in text
+    assert "7.25 chunk 3, 17 <b>before ␣cat after ⏎ 61% ␣the 25% ␣the 25% ⏎ 61%" in text
 
 
 @pytest.mark.parametrize(
