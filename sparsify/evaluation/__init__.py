@@ -29,7 +29,7 @@ from sparsify.evaluation.load import (
     pick_device,
     servable,
 )
-from sparsify.evaluation.presets import PRESETS, PresetTask, read_preset
+from sparsify.evaluation.presets import PRESETS, PresetTask
 from sparsify.evaluation.result import EvaluationResult, TextScore, tables
 from sparsify.evaluation.score import Score, chunked, score_logits, score_models
 from sparsify.evaluation.task_files import TaskFile, harness_command, read_tasks, write_task_files
@@ -189,7 +189,7 @@ def _read_tasks(tasks: str | Path | None, limit: int | None, preset: str | None)
     """The tasks, checked, with what scores them at hand."""
     if preset is not None:
         with stage("loading lm-evaluation-harness"):
-            import sparsify.evaluation.harness
+            from sparsify.evaluation.preset_data import read_preset
         return [*read_preset(preset, tasks, limit)]
     if tasks is None:
         if limit is not None:

@@ -77,6 +77,11 @@ class Checked:
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         limit = self.max_length - self.max_gen_toks  # type: ignore[attr-defined]
+        if limit <= 0:
+            raise SparsifyError(
+                f"{self.name} has positions for {self.max_length} tokens, and the task asks for answers of up to "  # type: ignore[attr-defined]
+                f"{self.max_gen_toks}: it cannot be scored with this model"  # type: ignore[attr-defined]
+            )
         prompts = {one.args[0] for one in requests}
         self.truncated = sum(len(self.tokenizer(prompt)["input_ids"]) > limit for prompt in prompts)  # type: ignore[attr-defined]
         return super().generate_until(requests, disable_tqdm=True)  # type: ignore[misc]

@@ -10,11 +10,17 @@ from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.evaluation.harness import Checked, Watch, quiet_harness, require_ends
 
 try:
-    from lm_eval.models.vllm_causallms import VLLM
+    import vllm  # noqa: F401
 except ImportError as error:
     raise MissingDependency(
         f"--backend vllm needs vLLM, which cannot be imported ({error}): pip install 'sparsify-24[cpu]' "
         "(on a machine with an NVIDIA GPU: pip install 'sparsify-24[cuda]')"
+    ) from error
+try:
+    from lm_eval.models.vllm_causallms import VLLM
+except ImportError as error:
+    raise MissingDependency(
+        f"lm-evaluation-harness cannot use this vLLM ({error}): pip install --upgrade 'sparsify-24[eval]'"
     ) from error
 
 

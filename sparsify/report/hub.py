@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.evaluation.presets import PRESETS
 from sparsify.files import PARTIAL, read_json
 from sparsify.manifest import LATER, MANIFEST, manifest_text, read_manifest, verify
 from sparsify.report.compare import called, comparison_table, is_dense, models_of
@@ -71,14 +72,20 @@ def model_index(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             ]
             if score.get("recovery") is not None:
                 metrics.append({"type": "recovery", "value": score["recovery"], "name": "accuracy / dense accuracy"})
-            results.append(_result("Tasks", score["task"], score["task"], metrics))
+            known = next((one for one in PRESETS.get(row.get("preset") or "", ()) if one.name == score["task"]), None)
+            kind = known.data[0] if known else score["task"]
+            place = {"config": known.data[1], "split": known.scored} if known else {}
+            results.append(_result("Tasks", kind, score["task"], metrics, place))
     return results
 
 
-def _result(task: str, kind: str, data: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+def _result(
+    task: str, kind: str, data: str, metrics: list[dict[str, Any]], place: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
+    """kind: the id of the dataset on the Hub, where it is there; place: its subset and split"""
     return {
         "task": {"type": "text-generation", "name": task},
-        "dataset": {"type": kind, "name": data},
+        "dataset": {"type": kind, "name": data, **{key: value for key, value in (place or {}).items() if value}},
         "metrics": metrics,
     }
 

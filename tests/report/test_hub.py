@@ -130,7 +130,11 @@ def test_a_checkpoint_arrives_whole(hub, finished, tmp_path, capsys):
     assert cli.main(["push", str(finished), "org/tiny", "--private", "--json"]) == 0
     done = json.loads(capsys.readouterr().out)
     assert done["commit"] == "c0ffee" and done["files"] == 6
-    assert "private" in (hub.made.get("visibility"), hub.made.get("private") and "private") and hub.made["name"] == "tiny" and hub.made["organization"] == "org"
+    assert (
+        "private" in (hub.made.get("visibility"), hub.made.get("private") and "private")
+        and hub.made["name"] == "tiny"
+        and hub.made["organization"] == "org"
+    )
     assert all(token == f"Bearer {TOKEN}" for _, token in hub.asked)
     assert set(hub.files) == {
         "README.md",
@@ -148,7 +152,7 @@ def test_a_checkpoint_arrives_whole(hub, finished, tmp_path, capsys):
     assert verify(arrived).good, "the manifest that arrived lists the card that arrived"
     assert (finished / "README.md").read_text() == CARD and verify(finished).good, "the directory is as it was"
     card = hub.files["README.md"].decode()
-    assert "| sparse24 " not in card and "| tiny | 100 MB | 41.41 | 0.6830 |" in card
+    assert "| sparse24 " not in card and "| tiny | 99.9 MB | 41.41 | 0.6830 |" in card
     digest = hashlib.sha256(hub.files["README.md"]).hexdigest()
     assert f"{digest}  README.md" in hub.files["SHA256SUMS"].decode()
 
@@ -165,6 +169,17 @@ def test_the_metadata_are_what_was_measured(finished):
         ("wikitext2-test.txt", "perplexity"): 41.41, ("wikitext2-test.txt", "kl"): 0.683, ("arc_easy", "acc_norm"): 0.4,
         ("arc_easy", "recovery"): 0.8, ("hellaswag", "acc_norm"): 0.4, ("hellaswag", "recovery"): 0.8,
     }  # fmt: skip
+    quoted = [
+        {
+            **rows[1],
+            "preset": "openllm-v1",
+            "tasks": {"gsm8k": {**sample_tasks()["tasks"]["arc_easy"], "task": "gsm8k"}},
+        }
+    ]
+    data = yaml.safe_load(card_with_figures(CARD, "sparse24", quoted).split("---")[1])["model-index"][0]["results"][-1][
+        "dataset"
+    ]
+    assert data == {"type": "openai/gsm8k", "name": "gsm8k", "config": "main", "split": "test"}
     assert once.index("## Measured") < once.index("## Recipe")
     assert "| pack | 122 MB |" in once and "| dense | 269 MB | 21.30 | 0.0000 | 50.0%" in once
     assert "80.0% (62.0 to 99.0)" in once
