@@ -109,6 +109,13 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
 def test_other_bad_input(folder, tmp_path, directories):
     with pytest.raises(SparsifyError, match=r"gone\.jsonl: cannot read the tasks"):
         read_tasks(tmp_path / "gone.jsonl")
+    with pytest.raises(
+        SparsifyError,
+        match=r"gsm8k needs data of the Hub: --preset openllm-v1 .* FOLDER/gsm8k/test.parquet \(openai/gsm8k, main, split",
+    ):
+        read_tasks("gsm8k")
+    with pytest.raises(SparsifyError, match=r"give piqa.jsonl with one JSON object a line.*lm_eval --tasks piqa"):
+        read_tasks("piqa")
     with pytest.raises(SparsifyError, match="--limit 0 leaves no items"):
         read_tasks(folder, 0)
     with pytest.raises(SparsifyError, match="give --tasks FOLDER with it"):

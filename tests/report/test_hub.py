@@ -130,11 +130,8 @@ def test_a_checkpoint_arrives_whole(hub, finished, tmp_path, capsys):
     assert cli.main(["push", str(finished), "org/tiny", "--private", "--json"]) == 0
     done = json.loads(capsys.readouterr().out)
     assert done["commit"] == "c0ffee" and done["files"] == 6
-    assert (
-        "private" in (hub.made.get("visibility"), hub.made.get("private") and "private")
-        and hub.made["name"] == "tiny"
-        and hub.made["organization"] == "org"
-    )
+    assert "private" in (hub.made.get("visibility"), hub.made.get("private") and "private")
+    assert (hub.made["organization"], hub.made["name"]) == ("org", "tiny")
     assert all(token == f"Bearer {TOKEN}" for _, token in hub.asked)
     assert set(hub.files) == {
         "README.md",
