@@ -111,7 +111,7 @@ def test_other_bad_input(folder, tmp_path, directories):
         read_tasks(tmp_path / "gone.jsonl")
     with pytest.raises(
         SparsifyError,
-        match=r"gsm8k needs data of the Hub: --preset openllm-v1 .* FOLDER/gsm8k/test.parquet \(openai/gsm8k, main, split",
+        match=r"gsm8k needs data of the Hub: --preset openllm-v1 .*FOLDER/gsm8k/test.parquet \(openai/gsm8k, main, split",
     ):
         read_tasks("gsm8k")
     with pytest.raises(SparsifyError, match=r"give piqa.jsonl with one JSON object a line.*lm_eval --tasks piqa"):
