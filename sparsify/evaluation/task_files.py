@@ -128,9 +128,8 @@ def _from_the_hub(name: str) -> str:
         for task in tasks:
             if task.name == name:
                 files = " and ".join(f"{name}/{split}.parquet ({task.hub_name(split)})" for split in task.splits)
-                return (
-                    f"the task {name} needs data of the Hub: --preset {preset} loads them, or with --tasks FOLDER reads FOLDER/{files}"
-                )
+                loaded = f"--preset {preset} loads them"
+                return f"the task {name} needs data of the Hub: {loaded}, or with --tasks FOLDER reads FOLDER/{files}"
     return (
         f"give {name}{SUFFIX} with one JSON object a line. A task of lm-evaluation-harness needs data of the Hub: "
         f"`lm_eval --tasks {name}` scores it there"
