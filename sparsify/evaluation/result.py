@@ -109,9 +109,10 @@ class EvaluationResult:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the figures of the first text among those of the model; null where there are none."""
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in SCORES}
+        first = self.first.to_json() if self.first else {one.name: None for one in fields(TextScore)}
         return {
             **own,
-            **(self.first.to_json() if self.first else {one.name: None for one in fields(TextScore)}),
+            **{name: value for name, value in first.items() if name != "worst"},
             "failure": self.failure and asdict(self.failure),
             "texts": {name: score.to_json() for name, score in self.texts.items()},
             "tasks": {name: asdict(score) for name, score in self.tasks.items()},
