@@ -67,6 +67,10 @@ class Checked:
     """
 
     name: str
+    config: Any  # this and the next three come from the harness's model
+    tokenizer: Any
+    max_length: int
+    max_gen_toks: int
     places: Sequence[str] = ()
     room = 1
     truncated = 0
@@ -76,20 +80,20 @@ class Checked:
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        limit = self.max_length - self.max_gen_toks  # type: ignore[attr-defined]
+        limit = self.max_length - self.max_gen_toks
         if limit <= 0:
             raise SparsifyError(
-                f"{self.name} has positions for {self.max_length} tokens, and the task asks for answers of up to "  # type: ignore[attr-defined]
-                f"{self.max_gen_toks}: it cannot be scored with this model"  # type: ignore[attr-defined]
+                f"{self.name} has positions for {self.max_length} tokens, and the task asks for answers of up to "
+                f"{self.max_gen_toks}: it cannot be scored with this model"
             )
         prompts = {one.args[0] for one in requests}
-        self.truncated = sum(len(self.tokenizer(prompt)["input_ids"]) > limit for prompt in prompts)  # type: ignore[attr-defined]
+        self.truncated = sum(len(self.tokenizer(prompt)["input_ids"]) > limit for prompt in prompts)
         return super().generate_until(requests, disable_tqdm=True)  # type: ignore[misc]
 
     def _check(self, requests: list[Pair]) -> int:
         """Refuse tokens and lengths that cannot be scored. Returns how many items lose their beginning."""
-        vocabulary, tokenizer = vocabulary_of(self.config), self.tokenizer  # type: ignore[attr-defined]
-        positions: int = self.max_length  # type: ignore[attr-defined]
+        vocabulary, tokenizer = vocabulary_of(self.config), self.tokenizer
+        positions = self.max_length
         cut = set()
         for number, ((prompt, answer), before, after) in enumerate(requests):
             place = self.places[number] if self.places else f"the prompt that ends in {prompt[-60:]!r}:"

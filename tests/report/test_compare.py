@@ -126,6 +126,22 @@ def test_models_of_several_records_are_one():
     assert comparison(models[:1]) is None
 
 
+def test_figures_of_two_protocols_are_not_mixed():
+    first, second = ({**row, "texts": {"t": {**row, "tokens": tokens}}, **sample_tasks()}
+                     for row, tokens in zip(sample_evaluations(), (49104, 1023), strict=True))  # fmt: skip
+    second["tasks"] = {"arc_easy": {**second["tasks"]["arc_easy"], "items": 20}}
+    second["dense"] = "another"
+    models = models_of([("a", first), ("b", second)], {}, [sample_bench(), sample_bench(), sample_bench()], [])
+    assert [model.name for model in models][:5] == ["dense", "smollm2-135m-instruct", "a", "another", "b"]
+    a, b = (dict(model.accuracy) for model in models if model.name in "ab")
+    assert not a.keys() & b.keys()
+    assert "perplexity, t, 1023 tokens in chunks of 1024" in b and "accuracy on tasks: arc_easy 20 items 0 shots" in b
+    timed = next(model for model in models if model.name == "sparse24")
+    assert list(timed.speed) == [f"tokens/s, {what}{record}" for record in ("", " (2)", " (3)")
+                                 for what in ("one request", "many requests")]  # fmt: skip
+    assert timed.nbytes and comparison(models)["table"].head[:2] == ["model", "size"]
+
+
 def test_worst_tokens_are_shown_with_both_distributions():
     guess = [{"token": "\n", "probability": 0.61}, {"token": " the", "probability": 0.25}]
     worst = {
