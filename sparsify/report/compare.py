@@ -62,7 +62,8 @@ def models_of(
     for record in (*bench, *runs):
         speeds = _speeds(record)
         taken = {name for one in found.values() for name in one.speed}
-        for title in {title for _, by_title in speeds for title in by_title} & taken:  # another record's: not to be mixed with
+        # what another record has measured under the same title is not to be mixed with
+        for title in sorted({title for _, by_title in speeds for title in by_title} & taken):
             number = 2 + sum(name.startswith(f"{title} (") for name in taken)
             speeds = [
                 (row, {f"{name} ({number})" if name == title else name: value for name, value in by_title.items()})
