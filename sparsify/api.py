@@ -245,11 +245,13 @@ def evaluate(
     model: str | Path | PreTrainedModel,
     dense: str | Path | PreTrainedModel | None = None,
     text: str | Path | Sequence[str | Path] | None = None,
-    sequence_length: int | None = None,
+    sequence_length: int | Sequence[int] | None = None,
     chunks: int | None = None,
     *,
     tasks: str | Path | None = None,
     limit: int | None = None,
+    preset: str | None = None,
+    backend: str = "transformers",
     tokenizer: PreTrainedTokenizerBase | None = None,
     quiet: bool = False,
     trust_remote_code: bool = False,
@@ -258,7 +260,10 @@ def evaluate(
     """Perplexity on texts and accuracy on tasks, and with `dense` the distance from it.
 
     text:  one or several files, or "self" for text that the dense model writes, which is also what None means without tasks
+    sequence_length: tokens of a chunk, or several lengths to read every text at
     tasks: a folder of multiple-choice tasks, or one file; limit: the first so many items of each
+    preset: a set of tasks of lm-evaluation-harness, `openllm-v1` or `zero-shot-7`, of which `tasks` is the folder of the data
+    backend: what computes tasks, `transformers` or `vllm`, which scores no text
     """
     from sparsify.evaluation import evaluate as score
 
@@ -266,7 +271,14 @@ def evaluate(
         stack.enter_context(_allowing(trust_remote_code, allow_unknown_tensors))
         specs = [None if m is None else stack.enter_context(_on_disk(m, tokenizer)) for m in (model, dense)]
         assert specs[0] is not None
-        return score(specs[0], specs[1], text, sequence_length, chunks, tasks=tasks, limit=limit, quiet=quiet)
+        if backend == "vllm":
+            from sparsify.bench import prepare_engine
+
+            prepare_engine(one for one in specs if one is not None)
+        return score(
+            specs[0], specs[1], text, sequence_length, chunks,
+            tasks=tasks, limit=limit, preset=preset, backend=backend, quiet=quiet,
+        )  # fmt: skip
 
 
 def verify(directory: str | Path, *, quiet: bool = False) -> Verification:

@@ -104,8 +104,12 @@ def _unescaped(name: str) -> str:
 
 def write_manifest(directory: Path, digests: Mapping[str, set[str]]) -> None:
     """Write the manifest of a directory, in order of name."""
-    lines = [_line(name, digest) for name in sorted(digests) for digest in sorted(digests[name])]
-    atomic_write(directory / MANIFEST, os.fsencode("".join(lines)))
+    atomic_write(directory / MANIFEST, os.fsencode(manifest_text(digests)))
+
+
+def manifest_text(digests: Mapping[str, set[str]]) -> str:
+    """A manifest, in order of name."""
+    return "".join(_line(name, digest) for name in sorted(digests) for digest in sorted(digests[name]))
 
 
 def seal(directory: Path, known: Mapping[str, str] | None = None, sealed: Iterable[Path] = ()) -> None:

@@ -145,7 +145,9 @@ ASK_FIRST: dict[str, str] = {
 # Rows of a table, which a package makes and which say why they are not there; the command does not need it.
 ROWS = {"sparsify.bench.baselines", "sparsify.bench.marlin"}
 # (who, whom): imports for names that need no package; what needs one runs in a process of its own.
-NAMES_ONLY = {(f"sparsify.bench.{who}", "sparsify.bench.vllm_cli") for who in ("machine", "run", "engine_setup")}
+NAMES_ONLY = {
+    (f"sparsify.bench.{who}", "sparsify.bench.vllm_cli") for who in ("machine", "run", "engine_setup", "under_load.run")
+}
 
 
 @dataclass(frozen=True)
@@ -427,7 +429,11 @@ def test_modules_load_with_the_dependencies_alone(repository: Path, house: dict[
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [
         "sparsify.evaluation.harness: tasks are scored by lm-evaluation-harness, which cannot be imported (No module named "
-        "'datasets'): pip install 'sparsify-24[eval]'",
+        "'lm_eval'): pip install 'sparsify-24[eval]'",
+        "sparsify.evaluation.harness_vllm: tasks are scored by lm-evaluation-harness, which cannot be imported (No module named "
+        "'lm_eval'): pip install 'sparsify-24[eval]'",
+        "sparsify.evaluation.preset_data: tasks are scored by lm-evaluation-harness, which cannot be imported (No module named "
+        "'lm_eval'): pip install 'sparsify-24[eval]'",
         "sparsify.training.lora: the lora pass needs peft: pip install 'sparsify-24[train]'",
     ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsify.bench.engine_setup import require_vllm
+from sparsify.bench.engine_setup import prepare_engine, require_vllm
 from sparsify.bench.result import BenchResult, ModelSpeed, table
 from sparsify.bench.run import measure
 from sparsify.bench.serving import serve
@@ -16,7 +16,7 @@ from sparsify.bench.workload import BenchOptions, LatencyWorkload, ThroughputWor
 
 __all__ = [
     "BenchOptions", "BenchResult", "LatencyWorkload", "ModelSpeed", "ThroughputWorkload", "latency", "measure",
-    "require_vllm", "serve", "table", "throughput",
+    "prepare_engine", "require_vllm", "serve", "table", "throughput",
 ]  # fmt: skip
 
 

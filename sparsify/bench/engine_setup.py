@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from sparsify.bench import vllm_cli
-from sparsify.bench.machine import BIND, ONE_PROCESS, thread_binding
+from sparsify.bench.machine import BIND, ONE_PROCESS, serving_environment, thread_binding
 from sparsify.bench.workload import BenchOptions
 from sparsify.errors import MissingDependency, SparsifyError
+from sparsify.model.checkpoint import open_checkpoint
 from sparsify.native.build import build_ahead
 from sparsify.runtime.backends.cpu import INT8_VARIABLE
 
@@ -26,6 +29,14 @@ def build_for(formats: Iterable[str]) -> None:
     """Build the CPU kernels that checkpoints of these formats need: here the progress is shown, inside vLLM it is not."""
     if vllm_cli.installed_as() == vllm_cli.CPU_BUILD and any(name.startswith("sparse24") for name in formats):
         build_ahead(("cpu/sparse24", "cpu/sparse24_torch"))
+
+
+def prepare_engine(models: Iterable[str | Path]) -> None:
+    """Make this process one in which vLLM starts as `sparsify serve` starts it: its environment, and the models' kernels built."""
+    require_vllm()
+    build_for([str((open_checkpoint(one).config.get("quantization_config") or {}).get("format")) for one in models])
+    os.environ.update(serving_environment())
+    vllm_cli.answer_for_the_cpu_build()
 
 
 def thread_settings(options: BenchOptions, environment: Mapping[str, str]) -> list[str]:

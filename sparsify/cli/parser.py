@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from sparsify._version import __version__
-from sparsify.cli import bench, checkpoint, compress, demo, doctor, kernels, search, serve
+from sparsify.cli import bench, checkpoint, compress, demo, doctor, kernels, push, search, serve
 from sparsify.cli.command import examples
 
 COMMANDS = (
@@ -16,6 +16,7 @@ COMMANDS = (
     checkpoint.add_export,
     checkpoint.add_evaluate,
     checkpoint.add_report,
+    push.add_push,
     bench.add_bench,
     serve.add_serve,
     kernels.add_kernels,

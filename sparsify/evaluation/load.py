@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.data.fitting import vocabulary_of
+from sparsify.data.fitting import context_of, vocabulary_of
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.formats.belonging import check_tensors
 from sparsify.formats.foreign import dequantized, described, is_native, reads_foreign
@@ -31,6 +31,23 @@ class LoadedModel:
     model: nn.Module
     nbytes: int
     format: str
+
+
+@dataclass(frozen=True)
+class Servable:
+    """A checkpoint that vLLM is to load. context: positions that its config says it has"""
+
+    spec: str
+    directory: Path
+    context: int | None
+
+
+def servable(spec: str | Path) -> Servable:
+    """A checkpoint for vLLM, opened cheaply and checked."""
+    checkpoint = open_checkpoint(spec)
+    check_tensors(checkpoint)
+    context = context_of(pretrained.load_config(checkpoint.directory, str(spec)))
+    return Servable(str(spec), checkpoint.directory, context)
 
 
 def format_name(config: dict[str, Any]) -> str:

@@ -11,16 +11,20 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.evaluation.intervals import Interval
 from sparsify.evaluation.task_score import TaskScore
+from sparsify.evaluation.worst import WorstToken
 from sparsify.failure import Failure, foot
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """Scores on one text. `kl`, `top1_agreement`, `stability` and `dense_perplexity` need the dense model.
+    """Scores on one text. `kl`, what says how far models agree, `worst` and `dense_perplexity` need the dense model.
 
     kl is KL(dense || model), mean nats per scored token. Perplexity on self-generated text says how well the model
     predicts what the dense model writes; it is no figure for a data set and `text_source` says so.
+    top5_agreement: share of the dense model's five likeliest next tokens that are among the model's five
+    worst: the tokens of largest divergence, in context
     failure: why there are no figures; the perplexity is then NaN, in JSON null.
     """
 
@@ -34,6 +38,8 @@ class TextScore:
     kl: float | None = None
     top1_agreement: float | None = None
     stability: float | None = None
+    top5_agreement: float | None = None
+    worst: list[WorstToken] = field(default_factory=list)
     failure: Failure | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -46,6 +52,7 @@ class EvaluationResult:
     """Scores of one model: on every text by its name, on every task by its name, and the mean over the tasks.
 
     tasks_failure: why there are no scores of tasks
+    backend: what computed the tasks; preset: the set that they are of
     `perplexity`, `kl`, `top1_agreement` and `stability` are those of the first text, whose figures stand at the top of the JSON too.
     """
 
@@ -59,6 +66,8 @@ class EvaluationResult:
     dense: str | None = None
     dense_nbytes: int | None = None
     seconds: float = 0.0
+    backend: str = "transformers"
+    preset: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -100,9 +109,10 @@ class EvaluationResult:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the figures of the first text among those of the model; null where there are none."""
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in SCORES}
+        first = self.first.to_json() if self.first else {one.name: None for one in fields(TextScore)}
         return {
             **own,
-            **(self.first.to_json() if self.first else {one.name: None for one in fields(TextScore)}),
+            **{name: value for name, value in first.items() if name != "worst"},
             "failure": self.failure and asdict(self.failure),
             "texts": {name: score.to_json() for name, score in self.texts.items()},
             "tasks": {name: asdict(score) for name, score in self.tasks.items()},
@@ -130,6 +140,14 @@ def share(value: float | None, error: float | None = None, sign: str = "") -> st
     if value is None:
         return "–"
     return f"{value:{sign}.1%}" + ("" if error is None else f" ± {error * 100:.1f}")
+
+
+def between(value: float | None, interval: Interval | None, sign: str = "") -> str:
+    """A share with its interval: `97.2% (94.1 to 100.3)`."""
+    if value is None or interval is None:
+        return share(value, None, sign)
+    low, high = (f"{end * 100:{sign}.1f}" for end in interval)
+    return f"{share(value, None, sign)} ({low} to {high})"
 
 
 def source_label(score: TextScore) -> str:
@@ -160,11 +178,11 @@ def text_table(results: Sequence[EvaluationResult], name: str) -> Table:
     )
     view.add_column("model")
     view.add_column("format")
-    for heading in ("perplexity", "vs dense", "KL", "top-1 agreement", "stability"):
+    for heading in ("perplexity", "vs dense", "KL", "top-1 agreement", "top-5", "stability"):
         view.add_column(heading, justify="right")
     if results[0].dense is not None:
         dense = number(first.dense_perplexity)
-        view.add_row(Text(results[0].dense), "dense", dense, "1.00x", "0", "100.0%", "100.0%", style="dim")
+        view.add_row(Text(results[0].dense), "dense", dense, "1.00x", "0", "100.0%", "100.0%", "100.0%", style="dim")
     for result, score in zip(results, scores, strict=True):
         if score.failure:
             view.add_row(Text(result.model), result.format, Text(score.failure.short, "yellow"))
@@ -177,6 +195,7 @@ def text_table(results: Sequence[EvaluationResult], name: str) -> Table:
             f"{number(score.perplexity / before)}x" if before else "–",
             number(score.kl, 4),
             share(score.top1_agreement),
+            share(score.top5_agreement),
             share(score.stability),
         )
     return view
@@ -185,12 +204,16 @@ def text_table(results: Sequence[EvaluationResult], name: str) -> Table:
 def task_table(results: Sequence[EvaluationResult]) -> Table:
     """Accuracy on tasks: a row per model and task, and the mean over the tasks of each model."""
     view = Table(
-        title="Zero-shot tasks", title_justify="left", caption_justify="left", caption=escape(task_caption(results))
+        title=tasks_title(results), title_justify="left", caption_justify="left", caption=escape(task_caption(results))
     )
     view.add_column("model")
     view.add_column("task")
     compared = results[0].dense is not None
-    for heading in ("accuracy", "chance", *(("dense", "above chance", "difference", "flips") if compared else ())):
+    for heading in (
+        "accuracy",
+        "chance",
+        *(("dense", "recovery", "above chance", "difference", "flips") if compared else ()),
+    ):
         view.add_column(heading, justify="right")
     for result in results:
         if result.tasks_failure:
@@ -200,15 +223,16 @@ def task_table(results: Sequence[EvaluationResult]) -> Table:
         for place, score in enumerate(rows):
             view.add_row(
                 Text(result.model if place == 0 else ""),
-                Text(score.task),
+                Text(f"{score.task}, {score.fewshot} shots" if result.preset and score.fewshot else score.task),
                 share(score.accuracy, score.accuracy_stderr),
                 share(score.chance),
                 *(
                     share(score.dense_accuracy),
+                    between(score.recovery, score.recovery_interval),
                     share(score.above_chance),
-                    share(score.difference, score.difference_stderr, "+"),
+                    between(score.difference, score.difference_interval, "+"),
                     share(score.flips),
-                )[: 4 * compared],
+                )[: 5 * compared],
                 end_section=place == len(rows) - 1,
             )
     return view
@@ -220,6 +244,13 @@ def rows_of(result: EvaluationResult) -> list[TaskScore]:
     return [*result.tasks.values(), *several]
 
 
+def tasks_title(results: Sequence[EvaluationResult]) -> str:
+    """What was scored, and how."""
+    first = results[0]
+    what = f"Tasks of {first.preset}" if first.preset else "Zero-shot tasks"
+    return what if first.backend == "transformers" else f"{what}, in {first.backend}"
+
+
 def task_caption(results: Sequence[EvaluationResult]) -> str:
     """What was scored, and what the columns of a table of tasks mean."""
     scored = next((result for result in results if result.tasks), None)
@@ -227,13 +258,11 @@ def task_caption(results: Sequence[EvaluationResult]) -> str:
     if scored is None:
         return failed
     counts = ", ".join(f"{name} {items_of(score)}" for name, score in scored.tasks.items())
-    lines = [
-        f"items: {counts}",
-        "accuracy by log-likelihood per character (acc_norm of lm-evaluation-harness), ± standard error",
-    ]
+    lines = [f"items: {counts}", f"accuracy: {measure_of(scored)}, ± standard error"]
     if scored.dense is not None:
         lines.append(
-            "above chance: share that is left of what the dense model has; difference to dense, paired; flips: answers that changed"
+            "recovery: accuracy as a part of the dense model's; above chance: share that is left of what it has; difference to dense; "
+            "in brackets 95% of a bootstrap over the items, paired; flips: answers that changed"
         )
     cut = {
         f"{result.model}, {name}: {score.truncated}"
@@ -244,6 +273,14 @@ def task_caption(results: Sequence[EvaluationResult]) -> str:
     if cut:
         lines.append(f"items longer than the model's context, which lost their beginning: {'; '.join(sorted(cut))}")
     return "\n".join([*lines, failed]).rstrip()
+
+
+def measure_of(result: EvaluationResult) -> str:
+    """What counts as right, in words."""
+    if result.preset is None:
+        return "by log-likelihood per character (acc_norm of lm-evaluation-harness)"
+    metrics = ", ".join(f"{score.task} {score.metric}" for score in result.tasks.values())
+    return f"of lm-evaluation-harness ({metrics})"
 
 
 def items_of(score: TaskScore) -> str:

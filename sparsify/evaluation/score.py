@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from sparsify.data.fitting import context_of
 from sparsify.errors import NumericalError, SparsifyError
+from sparsify.evaluation.worst import WorstTokens
 
 # Positions whose log-probabilities are alive at once: 256 x 128k x 4 bytes = 128 MiB for the widest vocabularies.
 ROWS = 256
 OPTIONS = 4  # the dense model's likeliest next tokens, between which stability is asked
+TOP = 5  # likeliest next tokens of both models, of which the common ones are counted
 UNLIKELY = -20.0  # log-probabilities below count as this, or one forbidden token would outweigh a whole text
 
 
@@ -32,6 +34,7 @@ class Score:
     agreements: int = 0
     stable: float = 0.0
     confidence: float = 0.0
+    common: float = 0.0
 
     def __add__(self, other: Score) -> Score:
         return Score(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -51,6 +54,11 @@ class Score:
     @property
     def agreement(self) -> float:
         return self.agreements / self.tokens
+
+    @property
+    def top_agreement(self) -> float:
+        """Share of the dense model's `TOP` likeliest next tokens that are among the model's."""
+        return self.common / self.tokens
 
     @property
     def stability(self) -> float:
@@ -86,26 +94,44 @@ def stability(log_p: Tensor, log_q: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return options.values.double().clamp(min=UNLIKELY).std(1, correction=0).exp(), before == after
 
 
-def score_logits(logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> Score:
+def top_agreement(log_p: Tensor, log_q: Tensor, top: int = TOP) -> Tensor:
+    """The share of the `top` likeliest tokens of one model that are among those of another: [S], from [S, V] each."""
+    top = min(top, log_p.shape[1])
+    mine, its = log_q.topk(top, dim=-1).indices, log_p.topk(top, dim=-1).indices
+    return (mine[:, :, None] == its[:, None, :]).sum((1, 2)) / top
+
+
+def score_logits(
+    logits: Tensor,
+    targets: Tensor,
+    reference: Tensor | None = None,
+    worst: WorstTokens | None = None,
+    chunk: int = 0,
+) -> Score:
     """logits: [S, V] before each target;  targets: [S];  reference: [S, V] logits of the dense model or None.
 
     KL is KL(reference || model) in nats: what is lost when the model codes text drawn from the reference.
     Softmax runs in float32 as the models do; sums over positions in float64.
+    worst: is shown the divergence at every position of the chunk of this number
     """
     total = Score()
     for start in range(0, targets.shape[0], ROWS):
         rows = slice(start, start + ROWS)
         log_q = torch.log_softmax(logits[rows].float(), dim=-1)
         nll = -log_q.gather(-1, targets[rows, None]).double().sum().item()
-        kl, agreements, stable, confidence = 0.0, 0, 0.0, 0.0
+        kl, agreements, stable, confidence, common = 0.0, 0, 0.0, 0.0, 0.0
         if reference is not None:
             log_p = torch.log_softmax(reference[rows].float(), dim=-1)
             # kl_div gives p * (log p - log q) and 0 where p is 0, also when log p is -inf.
-            kl = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum().item()
+            divergences = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            kl = divergences.double().sum().item()
             agreements = int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
             weights, same = stability(log_p, log_q, targets[rows])
             stable, confidence = weights[same].sum().item(), weights.sum().item()
-        total += Score(log_q.shape[0], nll, kl, agreements, stable, confidence)
+            common = top_agreement(log_p, log_q).double().sum().item()
+            if worst is not None:
+                worst.look(chunk, start, divergences, log_p, log_q)
+        total += Score(log_q.shape[0], nll, kl, agreements, stable, confidence, common)
     return total
 
 
@@ -115,17 +141,19 @@ def score_models(
     chunks: Tensor,
     dense: tuple[str, nn.Module] | None = None,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+    worst: Sequence[WorstTokens | None] | None = None,
 ) -> tuple[list[Score | Exception], Score | None]:
     """Scores named causal language models, and the dense one, on the same chunks.
 
     chunks: [C, S] token ids; the first token of a chunk is context, the other S - 1 are scored.
+    worst:  for each model, what gathers the positions at which it is farthest from the dense one
     Returns one Score per model, and the dense model's own (None without it). A model that fails has its error instead of a
     score; the error is raised when no other model is left, and when it is the dense model's.
     """
     scores = [Score() for _ in models]
     failed: dict[int, Exception] = {}
     dense_score = None if dense is None else Score()
-    for chunk in progress(chunks):
+    for number, chunk in enumerate(progress(chunks)):
         ids = chunk[None]
         targets = chunk[1:]
         reference = None
@@ -145,7 +173,9 @@ def score_models(
                         "divergence needs two models of one vocabulary; give the model it was compressed from"
                     )
                 expected = None if reference is None else reference.to(logits.device)
-                scores[i] += score_logits(logits, targets.to(logits.device), expected)
+                scores[i] += score_logits(
+                    logits, targets.to(logits.device), expected, worst[i] if worst else None, number
+                )
                 del logits
             except Exception as error:
                 failed[i] = error

@@ -17,6 +17,7 @@ import yaml
 
 from sparsify.data.fitting import refuse_surrogates
 from sparsify.errors import SparsifyError
+from sparsify.evaluation.presets import PRESETS
 from sparsify.files import atomic_write, encoding_problem, expanded, kind_problem, path_problem
 
 SUFFIX = ".jsonl"
@@ -50,6 +51,26 @@ class TaskFile:
     def form(self) -> tuple[str, str]:
         """The fields of the question and of its answers."""
         return form_of(self.items[0])
+
+    @property
+    def count(self) -> int:
+        """Items that are scored."""
+        return len(self.items)
+
+    @property
+    def requests(self) -> int:
+        """How many answers a model scores."""
+        return sum(len(item[self.form[1]]) for item in self.items)
+
+    @property
+    def metric(self) -> str:
+        """What an item's score is, as lm-evaluation-harness calls it."""
+        return "acc_norm"
+
+    @property
+    def fewshot(self) -> int:
+        """Solved examples in the prompt."""
+        return 0
 
     @property
     def prompt(self) -> str:
@@ -90,6 +111,8 @@ def read_tasks(place: str | Path, limit: int | None = None) -> list[TaskFile]:
     place = expanded(str(place).removeprefix("file:"))
     if problem := path_problem(place):
         raise SparsifyError(f"{str(place)[:100]!r} {problem}")
+    if not place.exists() and place.name == str(place) and not place.suffix:
+        raise SparsifyError(f"{place} is no folder or file of tasks; {_from_the_hub(place.name)}")
     if place.is_dir():
         files = sorted(place.glob(f"*{SUFFIX}"))
         if not files:
@@ -97,6 +120,20 @@ def read_tasks(place: str | Path, limit: int | None = None) -> list[TaskFile]:
     else:
         files = [place]
     return [_read(file, limit) for file in files]
+
+
+def _from_the_hub(name: str) -> str:
+    """What would do for a task that is named as lm-evaluation-harness names its own, whose data are on the Hub."""
+    for preset, tasks in PRESETS.items():
+        for task in tasks:
+            if task.name == name:
+                files = " and ".join(f"{name}/{split}.parquet ({task.hub_name(split)})" for split in task.splits)
+                loaded = f"--preset {preset} loads them"
+                return f"the task {name} needs data of the Hub: {loaded}, or with --tasks FOLDER reads FOLDER/{files}"
+    return (
+        f"give {name}{SUFFIX} with one JSON object a line. A task of lm-evaluation-harness needs data of the Hub: "
+        f"`lm_eval --tasks {name}` scores it there"
+    )
 
 
 def write_task_files(tasks: list[TaskFile], folder: str | Path) -> list[Path]:

@@ -26,7 +26,9 @@ SELF_SEED = 0x5EED_0E7A
 # Text of one's own has to be sampled token by token, which costs much more than scoring a file.
 FILE_SIZE = (1024, 48)
 SELF_SIZE = (512, 16)
+ALL = 2**31  # chunks: as many as a file has
 
+Lengths = int | Sequence[int] | None  # tokens of a chunk: of one size, or a text at several
 Texts = str | Path | Sequence[str | Path] | None  # one or several texts as a caller names them
 
 
@@ -45,21 +47,33 @@ class Text:
         return SELF if self.path is None else "file"
 
 
-def texts_of(asked: Texts, sequence_length: int | None = None, chunks: int | None = None) -> list[Text]:
+def texts_of(asked: Texts, sequence_length: Lengths = None, chunks: int | None = None) -> list[Text]:
     """The texts that a caller names: files (`PATH` or `file:PATH`), or `self` for what the dense model writes.
 
-    Each is called by its file's name, or by its path where two files have one name. sequence_length, chunks: instead of the
-    usual ones
+    Each is called by its file's name, or by its path where two files have one name, with the length where there are several.
+    sequence_length, chunks: instead of the usual ones; every text is read at each of several lengths
     """
     given = [str(one).removeprefix("file:") for one in ([asked] if isinstance(asked, str | Path) else asked or ())]
     if twice := next((one for one in given if given.count(one) > 1), None):
         raise SparsifyError(f"{twice} is given twice as a text; give each text once")
     bases = [Path(one).name for one in given]
     texts = []
+    lengths: list[int | None] = (
+        [sequence_length] if sequence_length is None or isinstance(sequence_length, int) else [*sequence_length]
+    )
+    if twice_long := next((length for length in lengths if lengths.count(length) > 1), None):
+        raise SparsifyError(f"the sequence length {twice_long} is given twice; give each length once")
     for one, base in zip(given, bases, strict=True):
+        if one == SELF and chunks == ALL:
+            raise SparsifyError(
+                "the text that the dense model writes has no end: give a number of --chunks with --text self"
+            )
+        name = one if bases.count(base) > 1 else base
         usual = SELF_SIZE if one == SELF else FILE_SIZE
-        length, count = sequence_length or usual[0], chunks or usual[1]
-        texts.append(Text(one if bases.count(base) > 1 else base, None if one == SELF else one, length, count))
+        for asked_length in lengths:
+            length, count = asked_length or usual[0], chunks or usual[1]
+            called = name if len(lengths) == 1 else f"{name} ({length})"
+            texts.append(Text(called, None if one == SELF else one, length, count))
     return texts
 
 

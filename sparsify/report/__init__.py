@@ -13,11 +13,15 @@ from sparsify.errors import CheckpointError
 from sparsify.files import atomic_write, read_json
 from sparsify.formats.foreign import open_dense
 from sparsify.model.checkpoint import open_checkpoint
+from sparsify.report.compare import called
+from sparsify.report.figure_files import write_figures
 from sparsify.report.figures import size_parts
 from sparsify.report.guidellm import read_guidellm
-from sparsify.report.page import render_load_page, render_page
+from sparsify.report.page import load_context, page_context, render_page, rendered, several_context
 
-__all__ = ["is_load_run", "render_page", "report_on", "report_on_load", "size_parts", "write_report"]
+__all__ = [
+    "is_load_run", "load_runs", "render_page", "report_on", "report_on_load", "report_on_several", "size_parts", "write_report",
+]  # fmt: skip
 
 LOAD_RUN = "serve.json"  # in the directory of a run of `sparsify bench serve`
 
@@ -32,6 +36,7 @@ def write_report(
     run: Mapping[str, Any] | None = None,
     search: Mapping[str, Any] | None = None,
     runs: Sequence[Mapping[str, Any]] = (),
+    figures: str | Path | None = None,
 ) -> Path:
     """Writes report.html from what was measured.
 
@@ -41,17 +46,22 @@ def write_report(
     run:        run.json of `sparsify apply`: seconds, memory, versions
     search:     search.json of `sparsify search`
     runs:       of servers under load, as `load_runs` reads them
+    figures:    a folder for every picture as SVG, CSV and, where a program for it is installed, PNG
     """
     path = Path(path)
     given = {"run.json": run, "the evaluation": evaluation, "the benchmark": bench, "search.json": search}
     drawn = ["metrics.json", *(name for name, record in given.items() if record), *(found["file"] for found in runs)]
     with _drawing(drawn):
-        page = render_page({**_facts(run or {}), **metrics}, evaluation, bench, search, runs).encode()
-    return _written(path, page)
+        context = page_context({**_facts(run or {}), **metrics}, evaluation, bench, search, runs)
+        page = rendered("page.html.j2", context)
+    return _written(path, page, context, figures)
 
 
 def report_on_load(
-    directories: Sequence[str | Path], path: str | Path | None = None, guidellm: Sequence[str | Path] = ()
+    directories: Sequence[str | Path],
+    path: str | Path | None = None,
+    guidellm: Sequence[str | Path] = (),
+    figures: str | Path | None = None,
 ) -> Path:
     """Writes the report of servers under load alone, by default as report.html in the first run's directory.
 
@@ -64,8 +74,68 @@ def report_on_load(
     runs = load_runs(directories, guidellm)
     default = Path(directories[0]) / "report.html" if directories else Path(guidellm[0]).with_suffix(".html")
     with _drawing([run["file"] for run in runs]):
-        page = render_load_page(runs).encode()
-    return _written(Path(path) if path is not None else default, page)
+        context = load_context(runs)
+        page = rendered("serving.html.j2", context)
+    return _written(Path(path) if path is not None else default, page, context, figures)
+
+
+def report_on_several(
+    directories: Sequence[str | Path],
+    path: str | Path,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    bench: Sequence[Mapping[str, Any]] = (),
+    searches: Sequence[Mapping[str, Any]] = (),
+    runs: Sequence[str | Path] = (),
+    guidellm: Sequence[str | Path] = (),
+    figures: str | Path | None = None,
+) -> Path:
+    """Writes one page about several checkpoints: accuracy against size and against speed, and what was done to each.
+
+    directories: that `sparsify apply` made; evaluations, bench, searches: the records of `report_on`, any number of each, which are
+    matched by the name of the directory
+    """
+    for one in bench:
+        _refuse_load(one)
+    for one in searches:
+        _refuse_other_search(one)
+    checkpoints = []
+    for directory, name in zip(directories, _names(directories), strict=True):
+        metrics = read_json(Path(directory) / "metrics.json")
+        run = read_json(Path(directory) / "run.json") if (Path(directory) / "run.json").is_file() else {}
+        if not isinstance(metrics, Mapping) or not isinstance(run, Mapping):
+            raise CheckpointError(
+                f"{directory}: metrics.json and run.json must hold JSON objects; apply the recipe again"
+            )
+        checkpoints.append((name, {**_facts(run), **metrics}))
+    drawn = load_runs(runs, guidellm)
+    records = [
+        *(f"{one}/metrics.json" for one in directories),
+        *(run["file"] for run in drawn),
+        "an evaluation or benchmark",
+    ]
+    with _drawing(records):
+        context = several_context(checkpoints, evaluations, bench, searches, drawn)
+        page = rendered("several.html.j2", context)
+    return _written(Path(path), page, context, figures)
+
+
+def _names(directories: Sequence[str | Path]) -> list[str]:
+    """The last part of each path, or all of it where two have one name."""
+    last = [called(Path(directory).resolve()) for directory in directories]
+    return [name if last.count(name) == 1 else str(one) for name, one in zip(last, directories, strict=True)]
+
+
+def _refuse_load(bench: Any) -> None:
+    if isinstance(bench, Mapping) and bench.get("benchmark") == "serve":
+        raise CheckpointError(
+            "--bench takes the JSON of `bench latency` or `throughput`; give the directory of a `bench serve` run"
+        )
+
+
+def _refuse_other_search(search: Any) -> None:
+    asked = {"units", "recipe_as_given", "found", "held_out"}
+    if search is not None and not (isinstance(search, Mapping) and asked <= set(search)):
+        raise CheckpointError("--search takes the search.json that `sparsify search` wrote; this file is another")
 
 
 def is_load_run(directory: str | Path) -> bool:
@@ -89,9 +159,12 @@ def load_runs(directories: Sequence[str | Path], guidellm: Sequence[str | Path] 
     return runs
 
 
-def _written(path: Path, page: bytes) -> Path:
+def _written(path: Path, page: str, context: Mapping[str, Any], figures: str | Path | None) -> Path:
+    """Write the page, and its pictures as files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, page)
+    if figures is not None:
+        write_figures(context, figures)
     return path
 
 
@@ -104,6 +177,7 @@ def report_on(
     search: Mapping[str, Any] | None = None,
     runs: Sequence[str | Path] = (),
     guidellm: Sequence[str | Path] = (),
+    figures: str | Path | None = None,
 ) -> Path:
     """Writes the report of a directory that `sparsify apply` made, by default as report.html in it.
 
@@ -111,14 +185,10 @@ def report_on(
     run when it is at hand
     search: search.json of `sparsify search`, whose measurements are drawn
     runs: directories of `sparsify bench serve`; guidellm: files of GuideLLM; both are drawn as latency under load
+    figures: a folder for every picture as a file
     """
-    if isinstance(bench, Mapping) and bench.get("benchmark") == "serve":
-        raise CheckpointError(
-            "--bench takes the JSON of `bench latency` or `throughput`; give the directory of a `bench serve` run"
-        )
-    asked = {"units", "recipe_as_given", "found", "held_out"}
-    if search is not None and not (isinstance(search, Mapping) and asked <= set(search)):
-        raise CheckpointError("--search takes the search.json that `sparsify search` wrote; this file is another")
+    _refuse_load(bench)
+    _refuse_other_search(search)
     directory = Path(directory)
     metrics = read_json(directory / "metrics.json")
     run = read_json(directory / "run.json") if (directory / "run.json").is_file() else None
@@ -135,7 +205,7 @@ def report_on(
     if "dense" in parts:
         metrics["sizes"] = {**sizes, "parts": parts}
     drawn = load_runs(runs, guidellm)
-    return write_report(path or directory / "report.html", metrics, evaluation, bench, run, search, drawn)
+    return write_report(path or directory / "report.html", metrics, evaluation, bench, run, search, drawn, figures)
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import yaml
 
 from sparsify import units
 from sparsify.report import svg
-from sparsify.report.depth import block_map, depth_facts, removal_strip
-from sparsify.report.figures import KindSummary, Layer, by_kind, head_of, short_kinds
+from sparsify.report.depth import block_map, depth_facts, removal_strip, removed_rows
+from sparsify.report.figures import KindSummary, Layer, by_kind, errors_by_block, head_of, short_kinds
 from sparsify.report.parts import HALF, Cell, Facts, Table, picture
 
 
@@ -23,16 +23,22 @@ def depth(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     context: dict[str, Any] = {
         "facts": [(name, [str(value)]) for name, value in depth_facts(note)],
         "measure": note["measure"],
-        "removed": picture(lambda w: removal_strip(note, w)),
+        "removed": picture(
+            lambda w: removal_strip(note, w), "layers-removed", ["layer", "part", "step"], removed_rows(note)
+        ),
         "cost": None,
         "map": None,
     }
     if steps := note.get("steps"):
         curve = [(number, float(step["distance"])) for number, step in enumerate(steps, 1)]
         label = f"{note['measure']} after each of {len(steps)} removals, at last {curve[-1][1]:.4g}"
-        context["cost"] = picture(partial(svg.loss_curve, curve, label=label))
+        context["cost"] = picture(
+            partial(svg.loss_curve, curve, label=label), "cost-of-removals", ["removals", note["measure"]], curve
+        )
     if note.get("matrix"):
-        context["map"] = picture(lambda w: block_map(note, w), HALF + 164)
+        cells = [(first, n, value) for first, row in enumerate(note["matrix"]) for n, value in enumerate(row, 1)]
+        head = ["first layer", "layers", note["measure"]]
+        context["map"] = picture(lambda w: block_map(note, w), "blocks-of-layers", head, cells, HALF + 164)
     return context
 
 
@@ -54,13 +60,16 @@ def training(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             if name in last:
                 facts.append((name.replace("_", " "), [f"{first[name]:.4g} → {last[name]:.4g}"]))
         label = f"Loss of {note['kind']}, from {first['loss']:.4g} to {last['loss']:.4g}"
-        drawn = picture(partial(svg.loss_curve, curve, label=label))
+        drawn = picture(partial(svg.loss_curve, curve, label=label), f"loss-{note['kind']}", ["step", "loss"], curve)
         measured = None
         if held_out := note.get("held_out"):
             facts.append((f"divergence on {held_out['source']}", [_kept_state(held_out)]))
             points = [(int(step), float(found)) for step, found in held_out["curve"]]
             measured = picture(
-                partial(svg.loss_curve, points, label=f"Divergence on held-out text: {_kept_state(held_out)}")
+                partial(svg.loss_curve, points, label=f"Divergence on held-out text: {_kept_state(held_out)}"),
+                f"divergence-{note['kind']}",
+                ["step", "divergence"],
+                points,
             )
         runs.append({"kind": note["kind"], "facts": facts, "curve": drawn, "held_out": measured})
     return runs
@@ -77,9 +86,14 @@ def by_layer(metrics: Mapping[str, Any], layers: Sequence[Layer]) -> dict[str, A
     if not layers:
         return None
     measured = any(layer.relative_error is not None for layer in layers)
+    head = ["module", "block", "kind", "outputs", "inputs", "bits", "zeros", "relative error"]
+    rows = [[one.module, one.block, one.kind, *one.shape, one.bits, one.sparsity, one.relative_error] for one in layers]
+    blocks = ["block", "least", "mean", "greatest"]
     return {
-        "heat_map": picture(lambda w: svg.heat_map(layers, w)) if measured else None,
-        "by_depth": picture(lambda w: svg.depth_chart(layers, w)) if measured else None,
+        "heat_map": picture(lambda w: svg.heat_map(layers, w), "error-of-linears", head, rows) if measured else None,
+        "by_depth": picture(lambda w: svg.depth_chart(layers, w), "error-by-depth", blocks, errors_by_block(layers))
+        if measured
+        else None,
         "kinds": kind_table(layers, head_of(metrics)),
         "all": full_table(layers),
     }

@@ -95,3 +95,11 @@ def depth_facts(depth: Mapping[str, Any]) -> list[tuple[str, str]]:
         if better := replacement.get("next_token"):
             found.append(("next-token loss", f"{better['before']:.4g} → {better['after']:.4g} on held-out sequences"))
     return found
+
+
+def removed_rows(depth: Mapping[str, Any]) -> list[list[Any]]:
+    """Layer, part and step of everything that was removed; no step where all went at once."""
+    steps = {
+        tuple(entry): number for number, step in enumerate(depth.get("steps") or [], 1) for entry in step["removed"]
+    }
+    return [[*entry, steps.get(tuple(entry))] for entry in depth["removed"]]

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsify.bench.under_load.result import keeps_up, spread
+from sparsify.bench.under_load.workload import PERCENTILES
 from sparsify.errors import CheckpointError
 from sparsify.files import read_json
 
-PERCENTILES = (50, 90, 99)
-KEEPS_UP = 0.9  # as sparsify.bench.under_load has it
 # Our name of a time in milliseconds, GuideLLM's name, and the factor. Its inter_token_latency_ms leaves out the first token, as
 # vLLM's tpot does; its time_per_output_token_ms includes it.
 TIMES = (
@@ -76,7 +76,7 @@ def _point(benchmark: Mapping[str, Any]) -> dict[str, Any]:
         "asked": closed.get(kind),
         "repeats": 1,
         "completion_rate": completed,
-        "saturated": rate is None or reached < KEEPS_UP * float(rate),
+        "saturated": rate is None or not keeps_up(reached, float(rate)),
         "figures": figures,
         "server": {},
         "notes": _failed(metrics["request_totals"], kind, rate),
@@ -93,10 +93,7 @@ def _of(metrics: Mapping[str, Any], name: str, which: str) -> float | None:
 
 
 def _one(value: float | None, factor: float) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    scaled = value * factor
-    return {"median": scaled, "least": scaled, "greatest": scaled, "values": [scaled]}
+    return spread([None if value is None else value * factor])
 
 
 def _failed(totals: Mapping[str, Any], kind: str, rate: float | None) -> list[str]:

@@ -20,17 +20,21 @@ PANELS: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
 )
 
 
-def accuracy(metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def accuracy(
+    metrics: Mapping[str, Any], evaluated: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None
+) -> dict[str, Any] | None:
     """Context of accuracy.html.j2: figures of every evaluated model, text by text, and on tasks. None without any."""
     if not evaluated:
         return None
-    labels = labels_of(evaluated)
+    labels = labels or labels_of(evaluated)
     names = dict.fromkeys(name for row in evaluated for name in row["texts"])
     failed = [{"failure": row.get("tasks_failure")} for row in evaluated]
     return {
         "texts": [accuracy_on(name, metrics, evaluated, labels) for name in names],
         "tasks": task_table(evaluated, labels),
         "tasks_note": tasks_note(evaluated),
+        "tasks_title": next((f"Tasks of {row['preset']}" for row in evaluated if row.get("preset")), "Zero-shot tasks"),
+        "tasks_metric": metrics_of(evaluated),
         "reasons": reasons([*(text for row in evaluated for text in row["texts"].values()), *failed]),
     }
 
@@ -58,12 +62,43 @@ def accuracy_on(
         "text": "text the dense model sampled itself" if own else first.get("text") or "the given text",
         "tokens": f"{int(first['tokens']):,}",
         "sequence_length": first["sequence_length"],
-        "perplexity": picture(lambda w: svg.bars(perplexities, w, "Perplexity"), HALF),
-        "agreement": picture(lambda w: svg.bars(agreements, w, "Top-1 agreement", full=1.0), HALF)
-        if agreements
-        else None,
+        "perplexity": picture(
+            lambda w: svg.bars(perplexities, w, "Perplexity"), f"perplexity-{name}", ["model", "perplexity"],
+            [*([["dense", first["dense_perplexity"]]] if first.get("dense_perplexity") else []),
+             *([label, row.get("perplexity")] for label, row in scored)], HALF,
+        ),
+        "agreement": picture(
+            lambda w: svg.bars(agreements, w, "Top-1 agreement", full=1.0), f"agreement-{name}",
+            ["model", "same likeliest token", "common among five", "KL"],
+            [[label, row.get("top1_agreement"), row.get("top5_agreement"), row.get("kl")] for label, row in scored], HALF,
+        ) if agreements else None,
         "divergences": "; ".join(divergences),
-    }
+        "worst": [(label, worst_tokens(row["worst"])) for label, row in scored if row.get("worst")],
+    }  # fmt: skip
+
+
+def worst_tokens(found: Sequence[Mapping[str, Any]]) -> Table:
+    """The tokens at which a model is farthest from the dense one, in context, with what both expected there."""
+    head = ["KL", "place", "text before", "token", "text after", "the dense model expected", "this model expected"]
+    rows: list[list[str | Cell]] = [
+        [
+            units.number(one["kl"]), f"chunk {one['chunk']}, {one['position']}", one["before"],
+            Cell(visible(one["token"]), code=True),
+            one["after"], guesses(one["dense"]), guesses(one["model"]),
+        ]
+        for one in found
+    ]  # fmt: skip
+    return Table(head, rows)
+
+
+def guesses(found: Sequence[Mapping[str, Any]]) -> str:
+    """`the 62%` and so on, a line each."""
+    return "\n".join(f"{visible(one['token'])} {units.percent(one['probability'], 0)}" for one in found)
+
+
+def visible(token: str) -> str:
+    """A token with spaces and line breaks that can be seen."""
+    return token.replace(" ", "␣").replace("\n", "⏎")
 
 
 def task_table(evaluated: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Table | None:
@@ -75,12 +110,12 @@ def task_table(evaluated: Sequence[Mapping[str, Any]], labels: Sequence[str]) ->
             rows.append(
                 [
                     label, str(score["task"]), with_error(score["accuracy"], score["accuracy_stderr"]),
-                    units.percent(score["dense_accuracy"]), units.percent(score["chance"]),
-                    units.percent(score["above_chance"]), with_error(score["difference"], score["difference_stderr"]),
-                    units.percent(score["flips"]),
+                    units.percent(score["dense_accuracy"]), between(score.get("recovery"), score.get("recovery_interval")),
+                    units.percent(score["chance"]), units.percent(score["above_chance"]),
+                    between(score["difference"], score.get("difference_interval")), units.percent(score["flips"]),
                 ]
             )  # fmt: skip
-    head = ["model", "task", "accuracy", "dense", "chance", "above chance", "difference", "flips"]
+    head = ["model", "task", "accuracy", "dense", "recovery", "chance", "above chance", "difference", "flips"]
     return Table(head, rows) if rows else None
 
 
@@ -91,6 +126,22 @@ def tasks_note(evaluated: Sequence[Mapping[str, Any]]) -> str:
         f"{name} {score['items']}"
         + (f" of {score['items_in_file']}" if score["items"] < score["items_in_file"] else "")
         for name, score in tasks.items()
+    )
+
+
+def metrics_of(evaluated: Sequence[Mapping[str, Any]]) -> str:
+    """What counts as right: acc_norm, unless a preset has others."""
+    scores = [score for row in evaluated if row.get("preset") for score in row["tasks"].values()]
+    named = dict.fromkeys(f"{score['metric']} ({score['task']})" for score in scores)
+    return ", ".join(named) or "log-likelihood per character, acc_norm"
+
+
+def between(value: float | None, interval: Sequence[float] | None) -> str | Cell:
+    """A share with its interval beside it."""
+    if value is None:
+        return "–"
+    return Cell(
+        units.percent(value), sub="" if interval is None else " to ".join(f"{100 * end:.1f}" for end in interval)
     )
 
 
@@ -149,7 +200,13 @@ def size(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     rows.append(["total", units.size(before), units.size(after), units.ratio(before / after)])
     return {
         "mostly_embeddings": EMBEDDINGS in parts and stacks[1][1][EMBEDDINGS] > after / 2,
-        "picture": picture(lambda w: svg.stacked_bars(stacks, w), HALF),
+        "picture": picture(
+            lambda w: svg.stacked_bars(stacks, w),
+            "size",
+            ["checkpoint", "part", "bytes"],
+            [[label, part, nbytes] for label, stack in stacks for part, nbytes in stack.items()],
+            HALF,
+        ),
         "parts": parts,
         "table": Table(["", *(label for label, _ in stacks), "smaller"], rows),
     }
@@ -166,7 +223,8 @@ def speed(bench: Mapping[str, Any]) -> dict[str, Any] | None:
         if any(key in model["ratios"] for model in models):
             entries = [bar(model, key, written, bar_colour(i, len(models))) for i, model in enumerate(models)]
             draw = partial(svg.labelled_bars, entries, label=f"{title}: ratios to {base['model']}", reference=1.0)
-            panels.append((title, picture(draw, THIRD)))
+            rows = [[model["model"], model["ratios"].get(key)] for model in models]
+            panels.append((title, picture(draw, f"speed-{key}", ["model", "ratio"], rows, THIRD)))
     return {
         "base": base["model"],
         "compares": not base.get("failure"),

@@ -24,8 +24,28 @@ def search(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     points = found["found"]
     return {
         "usual": " and ".join(sorted({told(choice) for choice in own.values()})),
-        "sensitivity": picture(lambda w: divergence_map(units, values, w)),
-        "chosen": [(point["for"], picture(partial(choice_map, units, point["choices"]))) for point in points],
+        "sensitivity": picture(
+            lambda w: divergence_map(units, values, w),
+            "sensitivity",
+            ["group", "block", "choice", "KL", "bytes"],
+            [
+                [unit["name"], unit["block"], name, entry["kl"], entry["bytes"]]
+                for unit in units
+                for name, entry in unit["choices"].items()
+            ],
+        ),
+        "chosen": [
+            (
+                point["for"],
+                picture(
+                    partial(choice_map, units, point["choices"]),
+                    f"chosen-for-{point['for']}",
+                    ["group", "choice"],
+                    [*point["choices"].items()],
+                ),
+            )
+            for point in points
+        ],
         "table": point_table(found["recipe_as_given"], points),
         "held_out": found["held_out"],
     }

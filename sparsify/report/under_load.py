@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from sparsify import units
+from sparsify.bench.under_load.result import STARTING
 from sparsify.report.line_chart import Line, Mark, line_chart
-from sparsify.report.parts import HALF, Cell, Facts, Table, picture
+from sparsify.report.parts import HALF, Cell, Facts, Picture, Table, picture
 
 COLOURS = 6  # s0 to s5 of style.css
 
@@ -78,7 +79,7 @@ def _marks(series: Series, name: str, keeps_up: bool) -> list[Mark]:
     return sorted(marks, key=lambda mark: mark.x)
 
 
-def latency_chart(series: Sequence[Series], metric: str, label: str) -> Any:
+def latency_chart(series: Sequence[Series], metric: str, label: str) -> Picture | None:
     """Median (solid) and 99th percentile (dashed) against the rate; a cross at the top where a rate is saturated."""
     lines = []
     for one in series:
@@ -88,10 +89,10 @@ def latency_chart(series: Sequence[Series], metric: str, label: str) -> Any:
             lines.append(Line(name, one.css, _marks(one, f"p{p}_{metric}_ms", True), dashed, crosses))
     if not any(line.marks or line.crosses for line in lines):
         return None
-    return picture(partial(line_chart, lines, label=f"{label} against the rate of requests", write=milliseconds), HALF)
+    return line_picture(lines, label, milliseconds, f"{metric}_ms")
 
 
-def throughput_chart(series: Sequence[Series], name: str, label: str) -> Any:
+def throughput_chart(series: Sequence[Series], name: str, label: str) -> Picture | None:
     """A throughput against the rate that was asked; a dotted level is what all requests at once reach."""
     lines = []
     for one in series:
@@ -99,9 +100,19 @@ def throughput_chart(series: Sequence[Series], name: str, label: str) -> Any:
         lines.append(Line(one.name, one.css, _marks(one, name, False), False, [], levels[:1]))
     if not any(line.marks or line.levels for line in lines):
         return None
-    return picture(
-        partial(line_chart, lines, label=f"{label} against the rate of requests", write="{:.3g}".format), HALF
-    )
+    return line_picture(lines, label, "{:.3g}".format, name)
+
+
+def line_picture(lines: Sequence[Line], label: str, write: Callable[[float], str], unit: str) -> Picture:
+    """Lines over the rate that was asked. unit: of the values, as the JSON calls them"""
+    rows: list[list[Any]] = []
+    for line in lines:
+        rows += [[line.name, mark.x, mark.y, mark.least, mark.greatest, ""] for mark in line.marks]
+        rows += [[line.name, rate, None, None, None, "saturated"] for rate in line.crosses]
+        rows += [[line.name, None, level, None, None, "all at once"] for level in line.levels]
+    head = ["series", "requests per second asked", unit, "least", "greatest", "note"]
+    draw = partial(line_chart, lines, label=f"{label} against the rate of requests", write=write)
+    return picture(draw, f"load-{unit}", head, rows, HALF)
 
 
 def milliseconds(value: float) -> str:
@@ -168,15 +179,11 @@ def _cell(found: Mapping[str, Any] | None, write: Any) -> str | Cell:
 def server_table(series: Sequence[Series], models: Sequence[Mapping[str, Any]]) -> Table | None:
     """What starting the servers took; None where nobody measured it."""
     rows: list[list[str | Cell]] = []
-    columns = (
-        ("start_seconds", units.span), ("compile_seconds", units.span), ("memory_bytes", units.size),
-        ("kv_cache_tokens", lambda tokens: f"{units.count(tokens)} tokens"),
-    )  # fmt: skip
     for one, model in zip(series, models, strict=True):
         if model["server"]:
-            cells = [_cell(model["server"].get(name), write) for name, write in columns]
+            cells = [_cell(model["server"].get(name), write) for _, name, write in STARTING]
             rows.append([one.name, units.size(model["nbytes"]), *cells])
-    return Table(["model", "size", "ready after", "compiling", "memory", "KV cache"], rows) if rows else None
+    return Table(["model", "size", *(title for title, _, _ in STARTING)], rows) if rows else None
 
 
 def method_facts(run: Run) -> Facts:

@@ -109,6 +109,13 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
 def test_other_bad_input(folder, tmp_path, directories):
     with pytest.raises(SparsifyError, match=r"gone\.jsonl: cannot read the tasks"):
         read_tasks(tmp_path / "gone.jsonl")
+    with pytest.raises(
+        SparsifyError,
+        match=r"gsm8k needs data of the Hub: --preset openllm-v1 .*FOLDER/gsm8k/test.parquet \(openai/gsm8k, main, split",
+    ):
+        read_tasks("gsm8k")
+    with pytest.raises(SparsifyError, match=r"give piqa.jsonl with one JSON object a line.*lm_eval --tasks piqa"):
+        read_tasks("piqa")
     with pytest.raises(SparsifyError, match="--limit 0 leaves no items"):
         read_tasks(folder, 0)
     with pytest.raises(SparsifyError, match="give --tasks FOLDER with it"):
@@ -318,12 +325,14 @@ def test_the_mean_over_tasks_and_what_is_above_chance(tmp_path):
     mine = Answers([0, 0, 0, 1], [True, True, True, False], [True] * 4)
     dense = Answers([0, 0, 0, 0], [True] * 4, [True, False, True, True])
     a = task_score(first, mine, dense)
-    b = task_score(second, Answers([2, 0], [False, True], [False] * 2), Answers([0, 3], [True, False], [True] * 2))
+    b_mine, b_dense = Answers([2, 0], [0, 1], [0, 0]), Answers([0, 3], [1, 0], [1, 1])
+    b = task_score(second, b_mine, b_dense)
     assert (a.accuracy, a.dense_accuracy, a.chance, a.above_chance, a.flips) == (0.75, 1, 0.5, 0.5, 0.25)
     assert (a.unnormalised_accuracy, a.dense_unnormalised_accuracy) == (1, 0.75)
     assert a.difference == -0.25 and a.difference_stderr == pytest.approx(0.25)  # sqrt(0.75 / 3 / 4)
     assert (b.difference, b.flips, b.above_chance) == (0, 1, 1) and b.difference_stderr == pytest.approx(1)
-    mean = mean_score([a, b])
+    mean = mean_score([a, b], [mine, b_mine], [dense, b_dense])
+    assert (a.recovery, b.recovery, mean.recovery) == (0.75, 1, pytest.approx(0.625 / 0.75))
     assert (mean.items, mean.accuracy, mean.dense_accuracy, mean.chance) == (6, 0.625, 0.75, 0.375)
     assert mean.above_chance == pytest.approx(0.25 / 0.375) and mean.difference == pytest.approx(-0.125)
     assert mean.difference_stderr == pytest.approx((0.25**2 + 1) ** 0.5 / 2) and mean.flips == 0.625

@@ -100,7 +100,8 @@ def sample_tasks(accuracy=0.4, dense=0.5):
         "items": 50, "chance": 0.25, "accuracy": accuracy, "accuracy_stderr": 0.07, "unnormalised_accuracy": 0.41,
         "unnormalised_accuracy_stderr": 0.07, "prompt": "question", "truncated": 0, "dense_accuracy": dense,
         "dense_unnormalised_accuracy": 0.5, "above_chance": 0.6, "difference": accuracy - dense, "difference_stderr": 0.052,
-        "flips": 0.34,
+        "flips": 0.34, "metric": "acc_norm", "fewshot": 0, "accuracy_interval": [0.28, 0.54], "difference_interval": [-0.2, 0.0],
+        "recovery": accuracy / dense, "recovery_interval": [0.62, 0.99], "right": None, "dense_right": None,
     }  # fmt: skip
     tasks = {
         name: {"task": name, "items_in_file": of, **figures} for name, of in (("arc_easy", 2376), ("hellaswag", 50))

@@ -1,10 +1,14 @@
 """The page in a real browser: what is visible, at what width, in which colours, and that nothing is fetched."""
 
+import csv
+import io
 import json
+import time
+import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from sparsify.report import report_on_load, write_report
+from sparsify.report import report_on_load, report_on_several, write_report
 
 from .browser import Browser, find_browser
 from .sample import (
@@ -79,6 +83,7 @@ def test_visible_content(browser, report, width):
     assert headings == [
         "Accuracy",
         "Size",
+        "Accuracy, size and speed",
         "Speed",
         "Answers",
         "Layer by layer",
@@ -160,7 +165,7 @@ def test_long_and_hostile_names(browser, tmp_path):
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
         assert browser.evaluate(STICKING_OUT) == []
         assert browser.evaluate(CLIPPED) == []
-    assert browser.evaluate("document.scripts.length") == 0
+    assert browser.evaluate("document.scripts.length") == 1, "our own"
     assert browser.complaints() == []
 
 
@@ -189,3 +194,106 @@ def test_servers_under_load_fit_the_window(browser, load_report, width):
             f"new Set({visible}.flatMap(s => [...s.querySelectorAll('.mark')]).map(m => getComputedStyle(m).stroke)).size"
         )
         assert colours == 3
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Two checkpoints with all that a page of several shows, one of a long name."""
+    folder = tmp_path_factory.mktemp("several")
+    rows = []
+    for name, row in zip(("pack", "a-checkpoint-of-a-long-name-" * 3), sample_evaluations(), strict=True):
+        (folder / name).mkdir()
+        (folder / name / "metrics.json").write_text(json.dumps(sample_metrics(12)))
+        guess = [{"token": " the", "probability": 0.5}]
+        worst = {
+            "kl": 3.5, "chunk": 0, "position": 7, "before": "the words before " * 5, "token": " cat", "after": "a line\nafter",
+            "dense": guess * 5, "model": guess * 5,
+        }  # fmt: skip
+        scored = {**row, "model": str(folder / name), **sample_tasks(), "worst": [worst] * 20}
+        rows.append({**scored, "texts": {"wikitext2-test.txt": scored}})
+    (folder / "run").mkdir()
+    (folder / "run" / "serve.json").write_text(json.dumps(sample_load()))
+    return report_on_several(
+        [folder / one["model"].rsplit("/", 1)[1] for one in rows], folder / "report.html", rows, [sample_bench()],
+        [sample_search(12)], [folder / "run"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_several_checkpoints_fit_the_window(browser, several, width):
+    browser.open(several, width)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(STICKING_OUT) == []
+    assert browser.evaluate(CLIPPED) == []
+    assert browser.complaints() == [] and browser.requests() == [several.resolve().as_uri()]
+
+
+def test_tables_are_equal_to_the_json(browser, several):
+    browser.open(several, 1280)
+    cells = "[...document.querySelectorAll('[aria-label=\"Every model\"] tr')].map(r => [...r.children].map(c => c.innerText))"
+    head, *rows = browser.evaluate(cells)
+    found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    for name, row in zip(("pack", "a-checkpoint-of-a-long-name-" * 3), sample_evaluations(), strict=True):
+        shown = found[name]
+        assert float(shown["perplexity, wikitext2-test.txt"]) == pytest.approx(row["perplexity"], abs=0.005)
+        assert float(shown["KL, wikitext2-test.txt"]) == pytest.approx(row["kl"], abs=5e-5)
+        assert shown["size"] == f"{row['nbytes'] / 1e6:.3g} MB"
+        assert shown["accuracy on tasks"].startswith("40.0%") and shown["recovery"].startswith("80.0%")
+    assert float(found["dense"]["tokens/s, one request"]) == pytest.approx(1 / 0.0139, rel=5e-3)
+    assert float(found["dense"]["tokens/s, many requests"]) == 412
+    bar = '[data-name="perplexity-wikitext2-test.txt-and-size"]'
+    points = browser.evaluate(
+        f"document.querySelector('{bar}').closest('figure').querySelectorAll('.wide svg circle title').length"
+    )
+    assert points == 3
+
+
+SAVED = """
+(async () => {
+  window.saved = [];
+  const make = URL.createObjectURL;
+  URL.createObjectURL = content => { window.saved.push(content); return make.call(URL, content); };
+  HTMLAnchorElement.prototype.click = function () { window.names = [...(window.names || []), this.download]; };
+})()
+"""
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_pictures_are_saved_with_the_keyboard(browser, report, width, scheme):
+    browser.open(report, width, scheme=scheme)
+    browser.evaluate(SAVED)
+    for kind in ("SVG", "PNG"):
+        button = f'document.querySelector(\'.save[data-name="error-of-linears"] button[aria-label$="{kind}"]\')'
+        browser.evaluate(f"{button}.focus()")
+        assert browser.evaluate(f"document.activeElement === {button}")
+        for event in ("keyDown", "keyUp"):
+            browser.call(
+                "Input.dispatchKeyEvent", type=event, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r"
+            )
+    deadline = time.monotonic() + 120
+    while browser.evaluate("(window.names || []).length") < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert browser.evaluate("window.names") == ["error-of-linears.svg", "error-of-linears.png"]
+    assert browser.evaluate("saved.map(s => s.type)") == ["image/svg+xml", "image/png"]
+    assert browser.evaluate("saved[1].size") > 2000
+    browser.evaluate("saved[0].text().then(t => window.text = t)")
+    while browser.evaluate("typeof text") == "undefined" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    root = ElementTree.fromstring(browser.evaluate("text"))
+    cells = [one for one in root.iter("{http://www.w3.org/2000/svg}rect") if "cell" in one.get("class", "")]
+    assert len(cells) == 210 and all("fill: rgb(" in one.get("style") for one in cells)
+    ground = {"light": "rgb(255, 255, 255)", "dark": "rgb(23, 28, 32)"}[scheme]
+    assert f"fill: {ground}" in next(root.iter("{http://www.w3.org/2000/svg}rect")).get("style")
+    browser.evaluate("createImageBitmap(saved[1]).then(b => window.bitmap = [b.width, b.height])")
+    while browser.evaluate("typeof bitmap") == "undefined" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert browser.evaluate("bitmap") == [2 * float(root.get("width")), 2 * float(root.get("height"))]
+    table = browser.evaluate(
+        "decodeURIComponent(document.querySelector('.save[data-name=\"error-of-linears\"] a').href.split(',').slice(1).join(','))"
+    )
+    rows = list(csv.DictReader(io.StringIO(table, newline="")))
+    assert [float(row["relative error"]) for row in rows] == [
+        one["relative_error"] for one in sample_metrics()["layers"]
+    ]
+    assert browser.complaints() == []

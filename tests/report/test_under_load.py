@@ -129,7 +129,7 @@ def test_what_cannot_be_drawn(run, tmp_path, capsys):
 
     assert "nothing to draw" in refused()
     assert "--bench belongs to a checkpoint" in refused(run, "--bench", run / "serve.json")
-    assert "a page is about one checkpoint" in refused(tmp_path / "a", tmp_path / "b")
+    assert "a/metrics.json is missing; is this a complete checkpoint" in refused(tmp_path / "a", tmp_path / "b")
     load = sample_load()
     del load["models"][0]["points"][0]["figures"]
     (run / "serve.json").write_text(json.dumps(load))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -31,6 +31,11 @@ def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
     return {"median": median(known), "least": min(known), "greatest": max(known), "values": known}
 
 
+def keeps_up(reached: float, rate: float) -> bool:
+    """Whether a server that ends `reached` requests per second keeps up with `rate`."""
+    return reached >= KEEPS_UP * rate
+
+
 def point(load: float | None, measurements: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One rate of one model over its repeats. load: as a share of the capacity, where it was given so; inf as None.
 
@@ -46,7 +51,7 @@ def point(load: float | None, measurements: Sequence[Mapping[str, Any]]) -> dict
         "rate": rate,
         "repeats": len(measurements),
         "completion_rate": completed,
-        "saturated": rate is None or completed["median"] < KEEPS_UP * rate,
+        "saturated": rate is None or not keeps_up(completed["median"], rate),
         "figures": {name: spread([m["vllm"].get(name) for m in measurements]) for name in names},
         "server": {
             name: spread([m["server"].get(name) for m in measurements])
@@ -150,11 +155,20 @@ def milliseconds(value: float) -> str:
     return units.duration(value / 1e3)
 
 
+# What starting a server took: title, name in the JSON, how it is written. Of the seconds until it answers compiling is a part.
+STARTING: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("ready after", "start_seconds", units.span),
+    ("compiling", "compile_seconds", units.span),
+    ("memory", "memory_bytes", units.size),
+    ("KV cache", "kv_cache_tokens", lambda tokens: f"{units.count(tokens)} tokens"),
+)
+
+
 def server_table(result: Mapping[str, Any]) -> Table:
     """What starting each model's server took, medians over the starts."""
     view = Table(title="Starting them", title_justify="left")
     view.add_column("model", overflow="fold")
-    for head in ("size", "ready after", "compiling", "memory", "KV cache"):
+    for head in ("size", *(title for title, _, _ in STARTING)):
         view.add_column(head, justify="right", no_wrap=True)
     for model in result["models"]:
         view.add_row(f"{model['model']}", units.size(model["nbytes"]), *server_cells(model["server"]))
@@ -162,16 +176,8 @@ def server_table(result: Mapping[str, Any]) -> Table:
 
 
 def server_cells(facts: Mapping[str, Any]) -> list[str]:
-    """Seconds until it answers, of them torch.compile, memory of its processes, tokens of the KV cache."""
-
-    def said(name: str, write: Any) -> str:
-        found = facts.get(name)
-        return write(found["median"]) if found else "–"
-
-    return [
-        said("start_seconds", units.span), said("compile_seconds", units.span), said("memory_bytes", units.size),
-        said("kv_cache_tokens", lambda tokens: f"{units.count(tokens)} tokens"),
-    ]  # fmt: skip
+    """A cell for each of STARTING; a dash for what was not measured."""
+    return [write(facts[name]["median"]) if facts.get(name) else "–" for _, name, write in STARTING]
 
 
 def startup_table(result: Mapping[str, Any]) -> Table:
