@@ -31,7 +31,7 @@ TIE = 0.02
 LENGTHS = (1, 4, 16, 64, 200)  # words of prompts
 TOKENS = (1, 8, 32, 64)  # of answers
 PROMPTS = 40
-START_SECONDS = 600
+START_SECONDS = 1800
 INTERVAL = 5.0  # seconds between two samples of memory
 WORDS = (
     "the sea of a river was and in light stone he had to that green by night with they from house where water".split()

@@ -11,15 +11,16 @@ from sparsify.bench.workload import BenchOptions
 from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.native.build import build_ahead
 from sparsify.runtime.backends.cpu import INT8_VARIABLE
+from sparsify.runtime.vllm_entry import installed_version, version_problem
 
 
 def require_vllm() -> None:
-    """Raises MissingDependency with the way to install it."""
+    """Raises MissingDependency with the way to install it, also where a version is installed that the plugin does not run in."""
+    install = "pip install 'sparsify-24[cpu]' (on a machine with an NVIDIA GPU: pip install 'sparsify-24[cuda]')"
     if find_spec("vllm") is None:
-        raise MissingDependency(
-            "this command needs vLLM, which is not installed: pip install 'sparsify-24[cpu]' "
-            "(on a machine with an NVIDIA GPU: pip install 'sparsify-24[cuda]')"
-        )
+        raise MissingDependency(f"this command needs vLLM, which is not installed: {install}")
+    if problem := version_problem(installed_version()):
+        raise MissingDependency(f"{problem}; {install}")
 
 
 def build_for(formats: Iterable[str]) -> None:
