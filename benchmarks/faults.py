@@ -43,7 +43,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LARGE = 2048  # bytes from which an allocation counts as one that may fail
 ALLOCATIONS = 100  # of them that fail, evenly spaced
 YEAR = 365 * 86400  # seconds
-RANKED = ("apply", "distill")  # recipes of the runs of two processes
+RANKED = {  # recipes of the runs of two processes, each of which takes half of a batch
+    "walk-ranks": RECIPES["tune"].replace("batch_size: 1", "batch_size: 2"),
+    "distill-ranks": RECIPES["distill"].replace("batch_size: 1", "batch_size: 2").replace("tokens: 48", "tokens: 96"),
+}
 OTHERS = {"bench": 0.2, "ranks": 0.5}  # kills at random moments, as a share of those of the other commands
 
 Tried = tuple[str, str | None]  # what was done, what was wrong
@@ -151,16 +154,18 @@ def of_bench(source: Path, folder: Path, kills: int) -> list[Callable[[], Tried]
     return [partial(one, chance.uniform(0.1, seconds)) for _ in range(kills)]
 
 
-def of_ranks(recipe: Path, source: Path, folder: Path, kills: int) -> list[Callable[[], Tried]]:
+def of_ranks(name: str, source: Path, text: Path, folder: Path, kills: int) -> list[Callable[[], Tried]]:
     """Two processes, one of which is killed; the other says so and ends, and both go on from there."""
-    output = folder / f"{recipe.stem}-ranks"
+    recipe, output = folder / f"{name}.yaml", folder / name
+    recipe.write_text(RANKED[name].format(text=text))
     argv = ["apply", str(recipe), "--model", str(source), "--output", str(output), "--quiet"]
 
     def run(*more: str, kill: tuple[int, float] | None = None) -> tuple[list[int | None], list[str]]:
         ended = in_ranks(folder, in_one_rank, [*argv, *more], kill=kill)
         return ended.codes, ended.said
 
-    run()  # the server of forks has to load everything
+    codes, said = run()  # the server of forks has to load everything
+    assert codes == [0, 0], said
     shutil.rmtree(output)
     began = time.monotonic()
     codes, said = run()
@@ -169,7 +174,7 @@ def of_ranks(recipe: Path, source: Path, folder: Path, kills: int) -> list[Calla
     shutil.rmtree(output)
 
     def one(rank: int, after: float) -> Tried:
-        what, how = f"one of two killed at random ({recipe.stem})", f"process {rank} killed after {after:.2f} s"
+        what, how = f"one of two killed at random ({name})", f"process {rank} killed after {after:.2f} s"
         try:
             codes, said = run(kill=(rank, after))
             other, sentence = codes[1 - rank], said[1 - rank]
@@ -192,7 +197,7 @@ def of_ranks(recipe: Path, source: Path, folder: Path, kills: int) -> list[Calla
             for left in folder.glob(f"{output.name}*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    chance = random.Random(recipe.stem)
+    chance = random.Random(name)
     return [partial(one, chance.randrange(2), chance.uniform(0.01, seconds)) for _ in range(kills)]
 
 
@@ -244,9 +249,8 @@ def main() -> None:
                 trials = of_bench(source, Path(place), max(1, round(OTHERS[name] * asked.kills)))
             elif name == "ranks":
                 kills = max(1, round(OTHERS[name] * asked.kills))
-                trials = [
-                    trial for one in RANKED for trial in of_ranks(folder / f"{one}.yaml", source, Path(place), kills)
-                ]
+                text = folder / "text.txt"
+                trials = [one for kind in RANKED for one in of_ranks(kind, source, text, Path(place), kills)]
             else:
                 counted, trials = of_command(name, server, made[name], asked)
             print(f"{name}: {counted}, {len(trials)} trials", flush=True)

@@ -65,9 +65,9 @@ def test_our_classes_take_what_vllm_gives(ours: type) -> None:
         mine = inspect.signature(function)
         try:
             mine.bind(*plain, **named)
-            first, *rest = plain or [None]  # the instance or the class has no name
+            bound = 0 if isinstance(member, staticmethod) else 1  # the instance or the class is given by position
             if not any(p.kind is p.VAR_POSITIONAL for p in mine.parameters.values()):
-                mine.bind(first, **{p.name: p for p in rest}, **named)
+                mine.bind(*plain[:bound], **{p.name: p for p in plain[bound:]}, **named)
         except TypeError as error:
             pytest.fail(f"{ours.__name__}.{name}{mine} does not take {inspect.signature(other)} of vLLM: {error}")
         checked += 1
