@@ -156,7 +156,7 @@ def of_bench(source: Path, folder: Path, kills: int) -> list[Callable[[], Tried]
 
 def of_ranks(name: str, source: Path, text: Path, folder: Path, kills: int) -> list[Callable[[], Tried]]:
     """Two processes, one of which is killed; the other says so and ends, and both go on from there."""
-    recipe, output = folder / f"{name}.yaml", folder / name
+    recipe, output = folder / f"recipe-of-{name}.yaml", folder / name
     recipe.write_text(RANKED[name].format(text=text))
     argv = ["apply", str(recipe), "--model", str(source), "--output", str(output), "--quiet"]
 
