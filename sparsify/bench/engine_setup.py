@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 
-from sparsify.bench import vllm_cli
 from sparsify.bench.machine import BIND, ONE_PROCESS, thread_binding
 from sparsify.bench.workload import BenchOptions
 from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.native.build import build_ahead
 from sparsify.runtime.backends.cpu import INT8_VARIABLE
-from sparsify.runtime.vllm_entry import installed_version, version_problem
+from sparsify.runtime.vllm_versions import CPU_BUILD, installed_as, installed_version, version_problem
 
 
 def require_vllm() -> None:
@@ -25,7 +24,7 @@ def require_vllm() -> None:
 
 def build_for(formats: Iterable[str]) -> None:
     """Build the CPU kernels that checkpoints of these formats need: here the progress is shown, inside vLLM it is not."""
-    if vllm_cli.installed_as() == vllm_cli.CPU_BUILD and any(name.startswith("sparse24") for name in formats):
+    if installed_as() == CPU_BUILD and any(name.startswith("sparse24") for name in formats):
         build_ahead(("cpu/sparse24", "cpu/sparse24_torch"))
 
 

@@ -1,6 +1,6 @@
 """What the plugin takes from vLLM is there and is called as the plugin expects: names, parameters, arguments of calls.
 
-A new version of vLLM that fails here is to be looked at before `VERSIONS` of sparsify/runtime/vllm_entry.py lets it in.
+A new version of vLLM that fails here is to be looked at before `VERSIONS` of sparsify/runtime/vllm_versions.py lets it in.
 """
 
 import ast

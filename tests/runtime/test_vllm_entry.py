@@ -9,7 +9,8 @@ from packaging.requirements import Requirement
 from sparsify.bench import require_vllm
 from sparsify.errors import CheckpointError, MissingDependency
 from sparsify.runtime import vllm_entry
-from sparsify.runtime.vllm_entry import VARIABLE, VERSIONS, installed_version, register, version_problem
+from sparsify.runtime.vllm_entry import register
+from sparsify.runtime.vllm_versions import VARIABLE, VERSIONS, version_problem
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,7 @@ from sparsify.runtime.vllm_entry import VARIABLE, VERSIONS, installed_version, r
         ("0.33.1.dev5+g1234567", True),
         ("0.33.0.post2", True),
         ("0.29.1", False),
+        ("0.31.0+cpu", False),
         ("0.34.0", False),
         ("0.34.0rc1", False),
         ("1.0.0", False),
@@ -51,7 +53,7 @@ def test_commands_refuse_another_version(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr("sparsify.bench.engine_setup.find_spec", lambda name: True)
     monkeypatch.setattr("sparsify.bench.engine_setup.installed_version", lambda: "0.29.0")
-    with pytest.raises(MissingDependency, match=r"^vLLM 0\.29\.0 is installed; .* pip install 'sparsify-24\[cpu\]'"):
+    with pytest.raises(MissingDependency, match=r"^vLLM 0\.29\.0 is installed, .* pip install 'sparsify-24\[cpu\]'"):
         require_vllm()
     monkeypatch.setattr("sparsify.bench.engine_setup.installed_version", lambda: "0.32.0")
     require_vllm()
@@ -71,7 +73,7 @@ def test_another_version_refuses_our_checkpoints_alone(monkeypatch: pytest.Monke
         refused.from_config({"quant_method": "sparse24"})
     assert refused.override_quantization_method({"quant_method": "fp8"}, None) is None
     assert quantization.get_quantization_config("fp8").get_name() == "fp8"
-    monkeypatch.setattr(vllm_entry, "installed_version", lambda: installed_version() and "0.32.0")
+    monkeypatch.setattr(vllm_entry, "installed_version", lambda: "0.32.0")
     register()
     from sparsify.runtime.vllm_plugin import Sparse24Config
 
