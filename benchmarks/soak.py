@@ -7,15 +7,18 @@ It starts `sparsify serve`, asks every prompt once alone, and then lets the clie
 middle of an answer, and send requests that are none. An answer that differs from the one alone is allowed where, at the first
 token that differs, the two likeliest tokens were within 0.02 of each other alone (the gap of log-probabilities is that of logits).
 It ends with status 1 where a request was answered with 5xx, an answer differs without such a tie, the server died, or its
-anonymous memory grew by more than --growth from the second tenth of the time to the last.
+anonymous memory grew by more than --growth from the second tenth of the time to the last. Ctrl-C ends the load before its time,
+and the record says how long it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import http.client
 import json
 import random
+import shlex
 import socket
 import statistics
 import subprocess
@@ -27,11 +30,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sparsify.bench.machine import describe_machine, installed_versions
+
 TIE = 0.02
 LENGTHS = (1, 4, 16, 64, 200)  # words of prompts
 TOKENS = (1, 8, 32, 64)  # of answers
 PROMPTS = 40
-START_SECONDS = 600
+START_SECONDS = 1800
 INTERVAL = 5.0  # seconds between two samples of memory
 WORDS = (
     "the sea of a river was and in light stone he had to that green by night with they from house where water".split()
@@ -138,11 +145,11 @@ def compare(question: Question, alone: Answer, found: Answer, tally: Tally) -> N
 
 
 def client(
-    port: int, seed: int, asked: list[Question], alone: dict[Question, Answer], until: float, tally: Tally
+    port: int, seed: int, asked: list[Question], alone: dict[Question, Answer], over: threading.Event, tally: Tally
 ) -> None:
     """One client: of ten requests seven are answered, two hung up, one malformed."""
     chance = random.Random(seed)
-    while time.monotonic() < until:
+    while not over.is_set():
         question, kind = chance.choice(asked), chance.random()
         try:
             if kind < 0.1:
@@ -181,10 +188,10 @@ def anonymous(process: int) -> int:
     return total
 
 
-def watch(server: subprocess.Popen[bytes], until: float, tally: Tally) -> None:
-    while time.monotonic() < until and server.poll() is None:
+def watch(server: subprocess.Popen[bytes], over: threading.Event, tally: Tally) -> None:
+    while server.poll() is None and not over.is_set():
         tally.memory.append(anonymous(server.pid))
-        time.sleep(INTERVAL)
+        over.wait(INTERVAL)
 
 
 def free_port() -> int:
@@ -221,8 +228,8 @@ def growth(memory: list[int]) -> float | None:
     return statistics.median(memory[-tenth:]) / statistics.median(memory[tenth : 2 * tenth]) - 1
 
 
-def load(args: argparse.Namespace, port: int, server: subprocess.Popen[bytes], tally: Tally) -> None:
-    """Every question alone, then all clients."""
+def load(args: argparse.Namespace, port: int, server: subprocess.Popen[bytes], tally: Tally) -> float:
+    """Every question alone, then all clients; returns the minutes for which they ran."""
     models = [Path(args.directory).resolve().name, *(["adapter"] if args.adapter else [])]
     asked = questions(models, args.seed)
     alone: dict[Question, Answer] = {}
@@ -230,16 +237,23 @@ def load(args: argparse.Namespace, port: int, server: subprocess.Popen[bytes], t
         if (found := ask(port, question, tally)) is None:
             raise SystemExit(f"{question} is not answered: {dict(tally.statuses)}")
         alone[question] = found
-    until = time.monotonic() + 60 * args.minutes
-    threads = [threading.Thread(target=watch, args=(server, until, tally))]
+    over, began = threading.Event(), time.monotonic()
+    threads = [threading.Thread(target=watch, args=(server, over, tally))]
     threads += [
-        threading.Thread(target=client, args=(port, args.seed + number, asked, alone, until, tally))
+        threading.Thread(target=client, args=(port, args.seed + number, asked, alone, over, tally))
         for number in range(1, args.clients + 1)
     ]
     for thread in threads:
         thread.start()
+    try:
+        time.sleep(60 * args.minutes)
+    except KeyboardInterrupt:
+        print("the load ends before its time", file=sys.stderr)
+    over.set()
+    minutes = (time.monotonic() - began) / 60
     for thread in threads:
         thread.join()
+    return minutes
 
 
 def main() -> int:
@@ -257,7 +271,7 @@ def main() -> int:
     port, tally = free_port(), Tally()
     server = started(args, port, args.output.with_suffix(".log"))
     try:
-        load(args, port, server, tally)
+        minutes = load(args, port, server, tally)
         alive = server.poll() is None and request(port, b"{")[0] == 400
     finally:
         server.terminate()
@@ -267,11 +281,13 @@ def main() -> int:
         count for status, count in tally.statuses.items() if status.split()[-1].startswith("5") or "failed" in status
     )
     result = {
-        "directory": args.directory, "adapter": args.adapter, "minutes": args.minutes, "clients": args.clients,
+        "date": datetime.date.today().isoformat(), "command": shlex.join(["python", "benchmarks/soak.py", *sys.argv[1:]]),
+        "machine": describe_machine(), "versions": installed_versions(),
+        "directory": args.directory, "adapter": args.adapter, "minutes": round(minutes, 1), "clients": args.clients,
         "requests": sum(tally.statuses.values()), "statuses": dict(sorted(tally.statuses.items())),
         "server_errors": failed, "alive": alive, "greedy_equal": tally.equal, "greedy_parted_at_a_tie": tally.ties,
         "greedy_different": tally.different[:50], "greedy_different_count": len(tally.different),
-        "memory_bytes": tally.memory, "memory_growth": grown,
+        "memory_before": tally.memory[0], "memory_after": tally.memory[-1], "memory_bytes": tally.memory, "memory_growth": grown,
     }  # fmt: skip
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "memory_bytes"}, indent=1))

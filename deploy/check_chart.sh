@@ -21,7 +21,7 @@ if [ ! -e "$VENV/.ready" ]; then
   "$VENV/bin/python" -m pip install -qq --disable-pip-version-check "${CHART_TOOLS[@]}"
   touch "$VENV/.ready"
 fi
-PATH=$PWD/$VENV/bin:$PATH
+PATH=$(cd "$VENV" && pwd)/bin:$PATH
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

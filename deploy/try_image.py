@@ -12,7 +12,8 @@ programs) and the user's cache, no capabilities, no way to new privileges, no ne
 for HEALTHCHECK, asks for a completion and for the metrics, and stops the server with SIGTERM.
 
 Needs root, Linux, debootstrap and util-linux; for `build` the network. Behind a mirror or a proxy: --mirror, --env
-PIP_INDEX_URL=..., and --mount FOLDER for what pip or apt are to find at the same place as here.
+PIP_INDEX_URL=..., and --mount FOLDER for what pip or apt are to find at the same place as here. A file that a package of the root
+brings along, as /etc/ssl/certs/ca-certificates.crt, cannot be one of these: copy it elsewhere and name it in PIP_CERT.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ COMMAND_NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 # Modules that import such a package as they are loaded or run: the extras of which each brings it, and who sees to it.
 NEEDS_EXTRA: dict[str, tuple[str, tuple[str, ...]]] = {
-    "sparsify.runtime.vllm_plugin": ("vllm", VLLM),  # vLLM loads it
+    "sparsify.runtime.vllm_entry": ("vllm", VLLM),  # vLLM loads it
+    "sparsify.runtime.vllm_plugin": ("vllm", VLLM),  # the entry loads it
     "sparsify.runtime.vllm_experts": ("vllm", VLLM),  # the plugin loads it
     "sparsify.runtime.vllm_metrics": ("prometheus_client", VLLM),  # the plugin loads it
     "sparsify.bench.worker": ("vllm", VLLM),  # a process that engine_process starts
@@ -145,9 +146,7 @@ ASK_FIRST: dict[str, str] = {
 # Rows of a table, which a package makes and which say why they are not there; the command does not need it.
 ROWS = {"sparsify.bench.baselines", "sparsify.bench.marlin"}
 # (who, whom): imports for names that need no package; what needs one runs in a process of its own.
-NAMES_ONLY = {
-    (f"sparsify.bench.{who}", "sparsify.bench.vllm_cli") for who in ("machine", "run", "engine_setup", "under_load.run")
-}
+NAMES_ONLY = {(f"sparsify.bench.{who}", "sparsify.bench.vllm_cli") for who in ("run", "engine_setup", "under_load.run")}
 
 
 @dataclass(frozen=True)

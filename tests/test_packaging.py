@@ -46,7 +46,7 @@ def test_wheel_has_the_command_the_plugin_and_the_licence(distributions: tuple[P
     info = next(name for name in wheel.namelist() if name.endswith("entry_points.txt")).rpartition("/")[0]
     entries = wheel.read(f"{info}/entry_points.txt").decode()
     assert "sparsify = sparsify.cli:main" in entries
-    assert "[vllm.general_plugins]\nsparse24 = sparsify.runtime.vllm_plugin:register" in entries
+    assert "[vllm.general_plugins]\nsparse24 = sparsify.runtime.vllm_entry:register" in entries
     assert "License-Expression: Apache-2.0" in wheel.read(f"{info}/METADATA").decode()
     assert "Apache License" in wheel.read(f"{info}/licenses/LICENSE").decode()
 

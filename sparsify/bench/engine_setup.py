@@ -14,20 +14,21 @@ from sparsify.errors import MissingDependency, SparsifyError
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.native.build import build_ahead
 from sparsify.runtime.backends.cpu import INT8_VARIABLE
+from sparsify.runtime.vllm_versions import CPU_BUILD, installed_as, installed_version, version_problem
 
 
 def require_vllm() -> None:
-    """Raises MissingDependency with the way to install it."""
+    """Raises MissingDependency with the way to install it, also where a version is installed that the plugin does not run in."""
+    install = "pip install 'sparsify-24[cpu]' (on a machine with an NVIDIA GPU: pip install 'sparsify-24[cuda]')"
     if find_spec("vllm") is None:
-        raise MissingDependency(
-            "this command needs vLLM, which is not installed: pip install 'sparsify-24[cpu]' "
-            "(on a machine with an NVIDIA GPU: pip install 'sparsify-24[cuda]')"
-        )
+        raise MissingDependency(f"this command needs vLLM, which is not installed: {install}")
+    if problem := version_problem(installed_version()):
+        raise MissingDependency(f"{problem}; {install}")
 
 
 def build_for(formats: Iterable[str]) -> None:
     """Build the CPU kernels that checkpoints of these formats need: here the progress is shown, inside vLLM it is not."""
-    if vllm_cli.installed_as() == vllm_cli.CPU_BUILD and any(name.startswith("sparse24") for name in formats):
+    if installed_as() == CPU_BUILD and any(name.startswith("sparse24") for name in formats):
         build_ahead(("cpu/sparse24", "cpu/sparse24_torch"))
 
 

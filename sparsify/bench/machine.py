@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sparsify.bench.vllm_cli import CPU_BUILD, installed_as
 from sparsify.errors import SparsifyError
 from sparsify.processor import cpu_name, forced_level, other_variables
+from sparsify.runtime.vllm_versions import CPU_BUILD, installed_as
 from sparsify.threads import POLICY, threads, usable_cores, users_environment, waiting
 
 # Variables that configure vLLM, our runtime or their thread pools, and therefore affect the figures.

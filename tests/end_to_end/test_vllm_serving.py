@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from sparsify.bench import BenchOptions, ThroughputWorkload, throughput
-from sparsify.bench.vllm_cli import CPU_BUILD, installed_as
 from sparsify.compiler.convert import export
 from sparsify.formats import ModuleScheme
 from sparsify.formats.reader import open_compressed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.processor import FORCE, available_levels, other_variables
+from sparsify.runtime.vllm_versions import CPU_BUILD, installed_as
 from tests.end_to_end.engine import BFLOAT16_NOISE, Answers, assert_follows, assert_same, serve
 from tests.helpers.bitmask import checkpoint
 from tests.helpers.compressed import MIXED, compress, make_dense

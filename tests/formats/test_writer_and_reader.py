@@ -197,6 +197,22 @@ def test_another_run_is_not_resumed(llama, make_linear, tmp_path, monkeypatch):
     assert resumed.parts() == {"block.0"} and not (tmp_path / "out").exists()  # what no run has written is none
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_work_directory_of_somebody_else_is_left_alone(llama, make_linear, tmp_path, resume):
+    """`finish` would remove it. What a run leaves that was killed before its record was written is taken over."""
+    source = open_checkpoint(llama())
+    (tmp_path / "out.partial" / "parts").mkdir(parents=True)
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"out.partial is no work directory of sparsify \(it holds thesis.txt\)"):
+        CheckpointWriter(tmp_path / "out", "sparse24", source, resume=resume, identity="a")
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "out.partial" / "thesis.txt").unlink()
+    writer = CheckpointWriter(tmp_path / "out", "sparse24", source, resume=resume, identity="a")
+    write(writer, source, make_linear, [0])
+    writer.finish({}, {"recipe.yaml": "a"})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_killed_process_leaves_whole_parts_only(llama, tmp_path):
     """SIGKILL while parts are written as fast as the disk takes them: every part under a final name is readable."""
     script = textwrap.dedent(

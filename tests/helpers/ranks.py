@@ -24,8 +24,13 @@ class Ended:
     said: list[str]
 
 
-def in_ranks(folder: Path, function: Callable[..., None], *args: Any, count: int = 2) -> Ended:
-    """Call `function(*args)`, which must be importable, in `count` processes. folder: for their logs"""
+def in_ranks(
+    folder: Path, function: Callable[..., None], *args: Any, count: int = 2, kill: tuple[int, float] | None = None
+) -> Ended:
+    """Call `function(*args)`, which must be importable, in `count` processes.
+
+    folder: for their logs; kill: a rank, and the seconds after which it is killed
+    """
     CONTEXT.set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -36,11 +41,16 @@ def in_ranks(folder: Path, function: Callable[..., None], *args: Any, count: int
     ]
     for process in started:
         process.start()
+    if kill is not None:
+        rank, seconds = kill
+        started[rank].join(seconds)
+        started[rank].kill()
     for process in started:
         process.join(SECONDS)
         if process.is_alive():
             process.kill()
-    return Ended([process.exitcode for process in started], [log.read_text() for log in logs])
+    said = [log.read_text(errors="replace") if log.exists() else "" for log in logs]
+    return Ended([process.exitcode for process in started], said)
 
 
 def _one(rank: int, count: int, port: int, log: Path, function: Callable[..., None], args: tuple[Any, ...]) -> None:
