@@ -143,7 +143,9 @@ class SeparateExperts(nn.Module):
             return output
         if isinstance(hidden_states, FakeTensor):  # has no numbers to choose by: as if all went to one expert
             return output + self._computed(0, hidden_states) * top_k_weights[:, :1].to(output.dtype)
-        for number, tokens, places in given(top_k_index, self.count):
+        # where experts are trained all of them get gradients, or processes would add up unlike ones
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        for number, tokens, places in given(top_k_index, self.count, every=trained):
             y = self._computed(number, hidden_states[tokens]) * top_k_weights[tokens, places, None]
             output.index_add_(0, tokens, y.to(output.dtype))
         return output
@@ -154,16 +156,17 @@ class SeparateExperts(nn.Module):
         return computed
 
 
-def given(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def given(chosen: Tensor, experts: int, every: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The tokens of each expert that has any, in their order: its number, rows of `chosen` and columns of it.
 
     chosen: integers [tokens, chosen experts]; a number beyond the experts stands for none
+    every: give those without tokens too
     """
     sorted_, order = chosen.reshape(-1).sort(stable=True)
     counts = torch.bincount(sorted_, minlength=experts).tolist()
     start = 0
     for number, count in enumerate(counts[:experts]):
-        if count:
+        if count or every:
             entries = order[start : start + count]
             yield number, entries // chosen.shape[1], entries % chosen.shape[1]
         start += count
