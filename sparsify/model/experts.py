@@ -77,13 +77,17 @@ class Expert(nn.Module):
 
 
 def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
-    """As `nn.Linear` makes it, without drawing its first weights: of tens of thousands of experts that takes long, on the meta
-    device too."""
+    """As `nn.Linear` makes it, frozen as a model that is opened, without drawing its first weights: of tens of thousands of
+    experts that takes long, on the meta device too."""
+
+    def parameter(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
     linear.in_features, linear.out_features = inputs, outputs
-    linear.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
-    linear.register_parameter("bias", nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None)
+    linear.weight = parameter(outputs, inputs)
+    linear.register_parameter("bias", parameter(outputs) if bias else None)
     return linear
 
 
