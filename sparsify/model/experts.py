@@ -108,6 +108,7 @@ class SeparateExperts(nn.Module):
             made = Expert(inputs, width, fused.has_gate, fused.has_bias, down.dtype, down.device)
             self.add_module(str(number), made)
         self.skipped = False  # they are not computed, and give zeros
+        self.every = False  # in training those without tokens get gradients too, or processes would add up unlike ones
         self.known: Callable[[], Tensor] | None = None  # what they give, where that was computed before
         fused._parameters.clear()
         self.__dict__["fused"] = fused  # no child: it has no tensors, and none of its names
@@ -147,9 +148,7 @@ class SeparateExperts(nn.Module):
             return output
         if isinstance(hidden_states, FakeTensor):  # has no numbers to choose by: as if all went to one expert
             return output + self._computed(0, hidden_states) * top_k_weights[:, :1].to(output.dtype)
-        # where experts are trained all of them get gradients, or processes would add up unlike ones
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        for number, tokens, places in given(top_k_index, self.count, every=trained):
+        for number, tokens, places in given(top_k_index, self.count, self.every and torch.is_grad_enabled()):
             y = self._computed(number, hidden_states[tokens]) * top_k_weights[tokens, places, None]
             output.index_add_(0, tokens, y.to(output.dtype))
         return output
