@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsify.compiler.arithmetic import summing
+from sparsify.compiler.balance import chosen_rows, routed
 from sparsify.compiler.checkpoint_names import OUTSIDE, block_parameters, block_tensors, by_module, part_name
 from sparsify.compiler.memory import refuse_too_small, walk_memory
 from sparsify.compiler.metrics import layer_notes
@@ -58,14 +60,25 @@ def kept_rows(plan: Plan, work: Path, quiet: bool) -> Tensor:
 
         return load_file(file)["tokens"]
     if (given := token_file(plan.recipe.calibration)) is not None:
-        settings = plan.recipe.calibration
+        settings = plan.recipe.calibration.drawn
         tokens = read_tokens(given, settings.samples, settings.sequence_length)
         refuse_beyond(tokens, _embedding_rows(plan), None, str(given))
     else:
-        tokens = text_rows(plan, plan.recipe.calibration, quiet)
+        tokens = text_rows(plan, plan.recipe.calibration.drawn, quiet)
+    if plan.recipe.calibration.experts is not None:
+        tokens = _balanced(plan, tokens, work, quiet)
     aside = file.with_suffix(".partial")
     keep(aside, file, write_tensors(aside, {"tokens": LazyTensor.of(tokens)}, {}))
     return tokens
+
+
+def _balanced(plan: Plan, tokens: Tensor, work: Path, quiet: bool) -> Tensor:
+    """Those of more rows that even out the tokens per expert; as many go through the dense model at once as are taken."""
+    samples, memory = plan.recipe.calibration.samples, walk_memory(plan, plan.limits)
+    spill = spill_directory(work) if memory.spills else None
+    with stage(f"routing {len(tokens)} rows through the dense model, of which {samples} are taken", quiet):
+        parts = [routed(plan.model, part, memory.place, memory.room, spill) for part in tokens.split(samples)]
+    return tokens[chosen_rows(torch.cat(parts), samples)]
 
 
 def _embedding_rows(plan: Plan) -> int:

@@ -22,6 +22,7 @@ from sparsify.formats.scheme import in_block
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import find_blocks, load_state, meta_model, target_names
+from sparsify.model.experts import is_expert, take_apart
 from sparsify.model.linear import LinearWeights
 from sparsify.training.sharding import gathered_inside, move
 
@@ -65,12 +66,14 @@ def _block_of(name: str, blocks: list[str]) -> str:
 def open_student(
     writer: CheckpointWriter, checkpoint: Checkpoint, place: Place, ready: Callable[[OpenedStudent, str], None]
 ) -> OpenedStudent:
-    """Build the model of `checkpoint` in float32 from the finished parts.
+    """Build the model of `checkpoint` in float32 from the finished parts, its experts as linears where one is compressed.
 
     place: makes its compressed linears in the blocks what they are in training
     ready: is called with the name of each block when all of it is there, at last with "" for what lies outside
     """
     model: Any = meta_model(checkpoint, torch.float32)
+    if any(map(is_expert, writer.linears())):
+        take_apart(model)
     opened = OpenedStudent(model)
     blocks = find_blocks(model)
     waiting = list(blocks)

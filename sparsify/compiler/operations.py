@@ -66,6 +66,7 @@ def count_operations(plan: Plan) -> dict[str, int]:
     the names of the phases that `sparsify.phases` times.
 
     "self-written text": what the model computes to write its calibration text, where that is not in the cache yet
+    "routing": the pass by which rows of text are chosen for experts
     "forward", "dense forward": both streams through the blocks; "statistics": X'X and Xd'X of every group, and X'X of the head
     "factors", "masks", "sweep", "coordinate descent", "errors": the solver, linears and head together; "tune": the training of
     blocks
@@ -79,6 +80,9 @@ def count_operations(plan: Plan) -> dict[str, int]:
         parts["self-written text"] = _writing(plan)
     walk = 0.0
     if plan.needs_data:
+        if plan.recipe.calibration.experts is not None:
+            drawn = plan.recipe.calibration.drawn
+            parts["routing"] = _forward(plan, drawn.samples * drawn.sequence_length)
         walk = _forward(plan, tokens)  # experts once more, to see what their down projections read
         walk += 2.0 * tokens * expert_share(plan) * sum(p.weights for m, p in plan.linears.items() if is_expert(m))
         parts[FORWARD] = share * walk
@@ -195,7 +199,7 @@ def _attention(plan: Plan, length: int) -> float:
 
 def _writing(plan: Plan) -> float:
     """What the model computes to write: every token of every candidate row but the last goes through all of it once."""
-    calibration = plan.recipe.calibration
+    calibration = plan.recipe.calibration.drawn
     candidates = (calibration.self or SelfText()).candidates
     own = zip(calibration.mixture, calibration.rows, strict=True)
     rows = sum(math.ceil(count * candidates) for (source, _), count in own if source == SELF)

@@ -21,7 +21,13 @@ from sparsify.compiler.left_dense import none_held
 from sparsify.compiler.memory import FREE, Limits, in_words
 from sparsify.compiler.merged import merged_with, merging_problem
 from sparsify.compiler.plan_described import described_in_words, described_json
-from sparsify.compiler.plan_experts import experts_in_words, refuse_unlike, why_dense, why_not_compressed
+from sparsify.compiler.plan_experts import (
+    experts_in_words,
+    refuse_balancing,
+    refuse_unlike,
+    why_dense,
+    why_not_compressed,
+)
 from sparsify.compiler.plan_training import PlannedTraining, Shortened, plan_training
 from sparsify.compiler.shorten import PlannedDepth, plan_depth
 from sparsify.compiler.training_text import repeats_of_files
@@ -638,6 +644,7 @@ def _plan_linears(
     if not plan.schemes:
         reasons = sorted(set(plan.dense_modules().values()))
         raise RecipeError(f"the recipe changes no linear of {model}: {'; '.join(reasons) or 'it has none'}")
+    refuse_balancing(recipe, plan)
     if plan.computes and not plan.needs_data:  # else `without_skipped` runs it so
         fake_hidden(opened)  # refuses a model that does not call its blocks one after another
     outside = {name for name in opened.source_names(None) if len(checkpoint.shape(name)) == 2}

@@ -15,7 +15,7 @@ from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import BlockModel, meta_model
 from sparsify.model.experts import CHOSEN, SeparateExperts, experts_of, is_expert, stored_fused
 from sparsify.model.separated import SeparatedCheckpoint
-from sparsify.recipe import Recipe
+from sparsify.recipe import Lora, Recipe
 
 if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan, Planned
@@ -28,7 +28,8 @@ HOLDS_EXPERTS = ("sparse24", ONE_BY_ONE, "dense")
 
 def why_not_compressed(recipe: Recipe) -> str | None:
     """Why the experts of whatever model stay dense under a recipe, as fused as they are; None where they need not."""
-    later = [*recipe.training, *(step for step in (recipe.tune, recipe.basis, recipe.depth) if step is not None)]
+    adapters = (step for step in recipe.training if isinstance(step, Lora))
+    later = [*adapters, *(step for step in (recipe.basis, recipe.depth) if step is not None)]
     if later:
         kinds = ", ".join(dict.fromkeys(step.kind for step in later))
         return f"experts are not compressed in a recipe with {kinds}"
@@ -73,7 +74,16 @@ def refuse_unlike(recipe: Recipe, linears: Mapping[str, Planned]) -> None:
         )
 
 
-IN_VLLM = "vLLM serves these experts on CPUs; on GPUs that was not tried, and needs --enforce-eager"
+def refuse_balancing(recipe: Recipe, plan: Plan) -> None:
+    """RecipeError where rows of text are to be chosen for experts, and none is solved on them."""
+    solved = any(is_expert(name) and scheme.needs_data for name, scheme in plan.schemes.items())
+    if recipe.calibration.experts is not None and not solved:
+        raise RecipeError(
+            "calibration.experts chooses rows for the experts of a mixture, and this recipe solves none on text here; remove it"
+        )
+
+
+IN_VLLM = "vLLM serves these experts on CPUs; on GPUs that was not tried"
 
 
 def not_in_vllm(plan: Plan) -> str | None:
@@ -131,9 +141,11 @@ def experts_in_words(plan: Plan) -> list[str]:
     if any(planned.scheme is not None and planned.scheme.needs_data for planned in experts.values()):
         tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
         inputs = max(planned.shape[1] for planned in experts.values())
+        drawn = plan.recipe.calibration.drawn.samples
+        chosen = f" (rows chosen among {drawn} to even that out)" if plan.recipe.calibration.experts else ""
         said.append(
             f"{mixture.experts} experts, each solved on the tokens that it is given, about {round(tokens * mixture.share)} of "
-            f"{tokens}; with fewer than twice its inputs (up to {inputs}) on a Hessian shrunk toward the layer's"
+            f"{tokens}{chosen}; with fewer than twice its inputs (up to {inputs}) on a Hessian shrunk toward the layer's"
         )
     if plan.recipe.export.format == "sparse24":
         why = not_in_vllm(plan)

@@ -31,6 +31,7 @@ from sparsify.model.experts import (
     refuse_unlike_counts,
     take_apart,
 )
+from sparsify.model.linear import is_plain_linear
 from sparsify.model.pretrained import LONGEST, causal_lm_of, load_config
 from sparsify.model.separated import SeparatedCheckpoint
 from sparsify.progress import without_bars
@@ -146,7 +147,7 @@ class BlockModel:
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Plain linears of a block by their name inside the block, in definition order."""
-        return {name: m for name, m in self.block(index).named_modules() if type(m) is nn.Linear}
+        return {name: m for name, m in self.block(index).named_modules() if is_plain_linear(m)}
 
     def other_parameters(self, index: int) -> list[str]:
         """Names inside the block of weight matrices that belong to no plain linear: fused experts, routers, convolutions."""
@@ -213,8 +214,14 @@ def target_names(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str,
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder blocks: the outermost module list that holds most parameters."""
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    """Names of the decoder blocks: the outermost module list that holds most parameters, of the text tower where a model has
+    others too."""
+    tower = _text_tower(model)
+    lists = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) and (tower is None or name.startswith(f"{tower}."))
+    }
     outer = {name: m for name, m in lists.items() if not any(name.startswith(other + ".") for other in lists)}
     if not outer:
         raise CheckpointError(
@@ -222,6 +229,14 @@ def find_blocks(model: nn.Module) -> list[str]:
         )
     best = max(outer, key=lambda name: sum(p.numel() for p in outer[name].parameters()))
     return [f"{best}.{index}" for index in range(len(outer[best]))]
+
+
+def _text_tower(model: Any) -> str | None:
+    """Path of the module that reads text, in a model whose config has a part for text; None where it has no such."""
+    if not hasattr(model, "get_decoder") or model.config.get_text_config() is model.config:
+        return None
+    tower = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is tower and name), None)
 
 
 def refuse_changing_weights(model: nn.Module, spec: str) -> None:

@@ -77,13 +77,17 @@ class Expert(nn.Module):
 
 
 def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
-    """As `nn.Linear` makes it, without drawing its first weights: of tens of thousands of experts that takes long, on the meta
-    device too."""
+    """As `nn.Linear` makes it, frozen as a model that is opened, without drawing its first weights: of tens of thousands of
+    experts that takes long, on the meta device too."""
+
+    def parameter(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
     linear.in_features, linear.out_features = inputs, outputs
-    linear.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
-    linear.register_parameter("bias", nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None)
+    linear.weight = parameter(outputs, inputs)
+    linear.register_parameter("bias", parameter(outputs) if bias else None)
     return linear
 
 
@@ -104,6 +108,7 @@ class SeparateExperts(nn.Module):
             made = Expert(inputs, width, fused.has_gate, fused.has_bias, down.dtype, down.device)
             self.add_module(str(number), made)
         self.skipped = False  # they are not computed, and give zeros
+        self.every = False  # in training those without tokens get gradients too, or processes would add up unlike ones
         self.known: Callable[[], Tensor] | None = None  # what they give, where that was computed before
         fused._parameters.clear()
         self.__dict__["fused"] = fused  # no child: it has no tensors, and none of its names
@@ -143,7 +148,7 @@ class SeparateExperts(nn.Module):
             return output
         if isinstance(hidden_states, FakeTensor):  # has no numbers to choose by: as if all went to one expert
             return output + self._computed(0, hidden_states) * top_k_weights[:, :1].to(output.dtype)
-        for number, tokens, places in given(top_k_index, self.count):
+        for number, tokens, places in given(top_k_index, self.count, self.every and torch.is_grad_enabled()):
             y = self._computed(number, hidden_states[tokens]) * top_k_weights[tokens, places, None]
             output.index_add_(0, tokens, y.to(output.dtype))
         return output
@@ -154,16 +159,17 @@ class SeparateExperts(nn.Module):
         return computed
 
 
-def given(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def given(chosen: Tensor, experts: int, every: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The tokens of each expert that has any, in their order: its number, rows of `chosen` and columns of it.
 
     chosen: integers [tokens, chosen experts]; a number beyond the experts stands for none
+    every: give those without tokens too
     """
     sorted_, order = chosen.reshape(-1).sort(stable=True)
     counts = torch.bincount(sorted_, minlength=experts).tolist()
     start = 0
     for number, count in enumerate(counts[:experts]):
-        if count:
+        if count or every:
             entries = order[start : start + count]
             yield number, entries // chosen.shape[1], entries % chosen.shape[1]
         start += count

@@ -1,15 +1,38 @@
 """One compressed linear, independent of any file format: what passes produce, formats write and kernels read."""
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.errors import CheckpointError
 
 PATTERNS = ("2:4", "dense")
 CODE_RANGE = {4: (-8, 7), 8: (-128, 127)}
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W' + b of its weight [N, K] and bias, of a class derived from torch's linear too (Falcon)."""
+    kind: Any = type(module)
+    return kind is nn.Linear or (issubclass(kind, nn.Linear) and _multiplies(kind))
+
+
+@functools.cache
+def _multiplies(kind: Any) -> bool:
+    """Whether a class derived from `nn.Linear` computes what that does, tried on numbers. Those of torch are parts of others."""
+    if kind.__module__.startswith("torch."):
+        return False
+    x = torch.linspace(-1, 1, 6).view(2, 3)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # its first weights are drawn
+        try:
+            tried = kind(3, 4)
+            found = tried(x)
+        except Exception:  # a class of whatever code
+            return False
+        expected = nn.functional.linear(x, tried.weight, tried.bias)
+    return isinstance(found, Tensor) and found.shape == expected.shape and bool(torch.allclose(found, expected))
 
 
 def is_two_four(weight: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsify.model.capture import BlockCall, fake_calls, run_block, without_numbers
 from sparsify.model.decoder import ROUTER, ROUTES, BlockModel
 from sparsify.model.experts import SeparateExperts, experts_of, is_expert
+from sparsify.model.linear import is_plain_linear
 
 PROBE_TOKENS = 16
 NUMBER = re.compile(r"layer_(idx|id|index|number)$|^block_idx$")  # attributes of a block and of its modules
@@ -41,7 +42,7 @@ def stops_of(block: nn.Module) -> dict[str, nn.Module]:
     """The plain linears of a block outside of its experts, and those experts as one module, by name inside the block."""
     mixtures = experts_of(block)
     inside = {id(linear) for experts in mixtures.values() for linear in experts.modules()}
-    linears = {name: m for name, m in block.named_modules() if type(m) is nn.Linear and id(m) not in inside}
+    linears = {name: m for name, m in block.named_modules() if is_plain_linear(m) and id(m) not in inside}
     return {**linears, **mixtures}
 
 
@@ -95,7 +96,7 @@ def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[Line
 
 
 def _linears_of(path: str, experts: nn.Module) -> tuple[str, ...]:
-    return tuple(f"{path}.{name}" for name, module in experts.named_modules() if type(module) is nn.Linear)
+    return tuple(f"{path}.{name}" for name, module in experts.named_modules() if is_plain_linear(module))
 
 
 def kind_of(block: nn.Module) -> Hashable:

@@ -23,6 +23,8 @@ NAME_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "p
 LONGEST = 300  # characters of an error of transformers that ours repeat
 ADAPTER = "adapter_config.json"
 MODULE = re.compile(r"[\w-]+([./][\w-]+)*")  # of Python code in the directory
+# Classes of transformers that load a model, in the order in which they are asked: for text, and for text with pictures.
+LOADERS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w-]*(\.[\w-]+)*")
 
 _said: set[tuple[str, str]] = set()  # foreign code that was named already
@@ -67,15 +69,31 @@ def tokenizer_for_text(directory: str | Path, spec: str) -> Any:
         ) from None
 
 
+def loader_of(config: Any, spec: str) -> Any:
+    """The class of transformers that loads the model of a config: the first of `LOADERS` that knows it.
+
+    CheckpointError for a model of an encoder and a decoder, of which no part generates text from text alone.
+    """
+    import transformers
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{spec}: {config.model_type} has an encoder and a decoder (is_encoder_decoder in config.json), and only models "
+            "of one list of blocks can be compressed"
+        )
+    loaders = [getattr(transformers, name) for name in LOADERS]
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    known = (loader for loader in loaders if type(config) in loader._model_mapping)
+    return loaders[0] if own_code else next(known, loaders[0])
+
+
 def load_causal_lm(directory: str | Path, spec: str | None = None, **settings: Any) -> Any:
-    """The causal language model of a directory. settings: of `AutoModelForCausalLM.from_pretrained`.
+    """The language model of a directory, with the tower for pictures of one that has such. settings: of `from_pretrained`.
 
     CheckpointError where tensors are missing, unknown or of another shape, which transformers at most mentions.
     """
-    from transformers import AutoModelForCausalLM
-
     with _named(directory, spec), _without_adapter(Path(directory)) as place:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader_of(load_config(place, spec), str(spec or directory)).from_pretrained(
             place,
             trust_remote_code=trusts_remote_code(),
             output_loading_info=True,
@@ -103,11 +121,11 @@ def _without_adapter(directory: Path) -> Iterator[Path]:
 
 
 def causal_lm_of(config: Any, directory: str | Path, spec: str | None = None, **settings: Any) -> Any:
-    """A causal language model without weights that a config describes. settings: of `AutoModelForCausalLM.from_config`."""
-    from transformers import AutoModelForCausalLM
-
+    """A language model without weights that a config describes. settings: of `AutoModelForCausalLM.from_config`."""
     with _named(directory, spec):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusts_remote_code(), **settings)
+        return loader_of(config, str(spec or directory)).from_config(
+            config, trust_remote_code=trusts_remote_code(), **settings
+        )
 
 
 @contextmanager

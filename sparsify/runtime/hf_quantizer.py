@@ -81,8 +81,8 @@ class Sparse24Quantizer(HfQuantizer):
         packed = {name for name, module in model.named_modules() if isinstance(module, Sparse24Linear)}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             # transformers leaves what it renames or assembles in the type of the files, as for any quantized checkpoint
-            wanted = self._wanted.get(name)
-            if wanted is not None and name.rpartition(".")[0] not in packed and not tensor.is_meta:
+            wanted, (module_name, _, leaf) = self._wanted.get(name), name.rpartition(".")
+            if wanted is not None and (module_name not in packed or leaf == "bias") and not tensor.is_meta:
                 tensor.data = tensor.data.to(wanted)
         for module in model.modules():
             if isinstance(module, Sparse24Linear):

@@ -9,6 +9,7 @@ vLLM names the linears of an expert w1 (gate), w3 (up) and w2 (down), and the fi
 
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,16 @@ from sparsify.formats import ModuleScheme
 from sparsify.formats.scheme import AGAIN, FLOATS, Label, scheme_problem
 from sparsify.formats.sparse24 import checked_tensors, tensor_layout
 from sparsify.model.experts import given
-from sparsify.runtime.backends import announce, announce_zero_points, choose_backend, get_backend
+from sparsify.runtime.backends import (
+    ENVIRONMENT_VARIABLE,
+    Backend,
+    announce,
+    announce_zero_points,
+    choose_backend,
+    get_backend,
+)
+from sparsify.runtime.backends.triton import Triton
+from sparsify.runtime.backends.triton_experts import routed_experts
 from sparsify.runtime.op import sparse24_linear
 from sparsify.runtime.vllm_metrics import LOADING, Served
 from sparsify.runtime.vllm_shards import fill_with_noise, shard_scheme
@@ -77,12 +87,19 @@ def _sparse24_experts(
 ) -> Tensor:
     experts = gate_up[0].shape[0]
     kind, first, second = MoEActivation(activation), Form.parse(gate_up_form), Form.parse(down_form)
+    ids = _local_ids(topk_ids, expert_map, experts)
+
+    def activate(both: Tensor) -> Tensor:
+        return apply_moe_activation(kind, both.new_empty(len(both), both.shape[1] // 2), both)
+
+    if first.backend == second.backend == Triton.name:
+        schemes = (first.scheme, second.scheme)
+        return routed_experts(x, ids, topk_weights, gate_up, down, schemes, activate)
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for number, tokens, places in given(_local_ids(topk_ids, expert_map, experts), experts):
+    for number, tokens, places in given(ids, experts):
         rows = x if len(x) == 1 else x[tokens]
         both = sparse24_linear(rows, [part[number] for part in gate_up], None, first.scheme, first.backend)
-        between = apply_moe_activation(kind, both.new_empty(len(rows), both.shape[1] // 2), both)
-        y = sparse24_linear(between, [part[number] for part in down], None, second.scheme, second.backend)
+        y = sparse24_linear(activate(both), [part[number] for part in down], None, second.scheme, second.backend)
         output.index_add_(0, tokens, y.float() * topk_weights[tokens, places, None])
     return output.to(x.dtype)
 
@@ -140,11 +157,17 @@ def unserved(layer: RoutedExperts, moe: FusedMoEConfig) -> str | None:
         return "the router's weights are multiplied into what the experts read"
     if moe.is_lora_enabled:
         return "vLLM adds adapters of LoRA to experts in kernels of its own; start it without --enable-lora"
-    config = get_current_vllm_config_or_none()
-    eager = config is None or config.model_config is None or config.model_config.enforce_eager
-    if torch.device(moe.device).type != "cpu" and not eager:
-        return "which experts are computed is decided on the processor, so no CUDA graph holds it; add --enforce-eager"
     return None
+
+
+def experts_backend(scheme: ModuleScheme, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Of one linear of every expert. On a GPU the Triton one, which takes all experts in one launch, where it serves the
+    linear and SPARSIFY_BACKEND asks for no other; the times of single linears say nothing of it."""
+    triton = get_backend(Triton.name)
+    serves = not (triton.reason_unavailable() or triton.supports(scheme, device, dtype))
+    if serves and device.type != "cpu" and not os.environ.get(ENVIRONMENT_VARIABLE):
+        return triton
+    return choose_backend(scheme, device, dtype)
 
 
 @dataclass(eq=False)
@@ -199,6 +222,8 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.stacks: tuple[Stack, Stack]
         self.forms: tuple[str, str]  # of the stacks, as torch.compile can pass them on
         self.dummy = False
+        config = get_current_vllm_config_or_none()
+        self.eager = config is None or config.model_config is None or bool(config.model_config.enforce_eager)
 
     def create_weights(
         self,
@@ -280,6 +305,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             leaf = "experts.down_proj" if stack.name == "w2" else "experts.gate_up_proj"
             served = Served(leaf, form.scheme.pattern, form.scheme.bits, form.backend, nbytes)
             LOADING.add(stack, served, time.monotonic() - began)
+        self._refuse_graphs()
         self.forms = str(self.stacks[0].form), str(self.stacks[1].form)
         self.moe_quant_config = FusedMoEQuantConfig.make()  # nothing in it is needed; vLLM asks for one before it runs
 
@@ -299,7 +325,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
                 of_part = {suffix: stack.of_part(tensor, part) for suffix, tensor in one.items()}
                 checked_tensors(f"{self.prefix}.{expert}.{leaf}", of_part, stack.shard)
             one, stack.held = without_zero_points(one, stack.scheme, dtype)
-            backend = get_backend(stack.backend) if stack.backend else choose_backend(stack.held, device, dtype)
+            backend = get_backend(stack.backend) if stack.backend else experts_backend(stack.held, device, dtype)
             stack.backend = backend.name
             prepared = [_strided(tensor) for tensor in backend.prepare(one, stack.held, dtype)]
             stacked = stacked or [room(self.moe.num_local_experts, tensor) for tensor in prepared]
@@ -315,6 +341,15 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         announce_zero_points(logger, stack.scheme, stack.form.scheme, dtype)
         if device.type != "cpu":
             logger.warning("sparse24: compressed experts have not been tried on a GPU; compare some answers first")
+
+    def _refuse_graphs(self) -> None:
+        """CheckpointError where CUDA graphs are wanted of a back end that asks on the processor which experts to compute."""
+        others = {stack.form.backend for stack in self.stacks} - {Triton.name}
+        if others and torch.device(self.moe.device).type != "cpu" and not self.eager:
+            raise CheckpointError(
+                f"{self.prefix}: which of the compressed experts the back end {', '.join(sorted(others))} computes is "
+                "decided on the processor, so no CUDA graph holds it; add --enforce-eager"
+            )
 
     def _experts(self) -> list[tuple[int, int]]:
         """The experts of this rank: their numbers in the checkpoint and here."""

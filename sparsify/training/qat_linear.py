@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify.model.experts import experts_of
 from sparsify.model.linear import CODE_RANGE, LinearWeights
 from sparsify.training import native_grid
 
@@ -324,4 +325,6 @@ def make_trainable(module: nn.Module, linears: Mapping[str, LinearWeights]) -> d
         old = module.get_submodule(name)
         placed[name] = TrainableLinear(weights).to(next(old.parameters()).device)
         module.set_submodule(name, placed[name])
+    for experts in experts_of(module).values():
+        experts.every = True
     return placed

@@ -196,7 +196,7 @@ BAD = {
         "Python code of another repository, org/name",
     ),
     "outside": ({"auto_map": {"AutoConfig": "../code.Config"}}, "code outside of the directory"),
-    "encoder-decoder": ({"model_type": "t5"}, "transformers cannot build this model.*T5Config"),
+    "encoder-decoder": ({"model_type": "t5"}, "t5 has an encoder and a decoder"),
     "vision": ({"model_type": "vit"}, "transformers cannot build this model.*ViTConfig"),
     "layers": ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000, and no model has as many"),
     "experts": ({"num_experts": 10**6}, "num_experts 1000000, and no model has as many experts"),

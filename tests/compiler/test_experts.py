@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsify.compiler.apply as run
 from sparsify.compiler.apply import apply
+from sparsify.compiler.balance import chosen_rows, routed
 from sparsify.compiler.convert import convert
 from sparsify.compiler.plan import make_plan
 from sparsify.compiler.plan_experts import not_in_vllm
@@ -23,6 +24,7 @@ from sparsify.model.experts import is_expert
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
 from sparsify.runtime.module import Sparse24Linear
+from sparsify.training.qat_linear import kept_positions
 from tests.helpers.tiny import MIXTURES, tiny_mixture, tiny_text
 
 RECIPE = """
@@ -243,8 +245,8 @@ def test_the_plan_says_what_becomes_of_experts_and_what_does_not(made, recipe):
 
     ignoring = make_plan(recipe(more="ignore: ['*.experts.*']"), source)
     assert reasons(ignoring) == {"the recipe ignores it"} and not any(map(is_expert, ignoring.linears))
-    tuned = recipe().model_copy(update={"passes": parse_recipe(TUNED).passes})
-    assert reasons(make_plan(tuned, source)) == {"experts are not compressed in a recipe with tune"}
+    turned = recipe().model_copy(update={"passes": parse_recipe(TURNED).passes})
+    assert reasons(make_plan(turned, source)) == {"experts are not compressed in a recipe with basis"}
     assert reasons(make_plan(recipe("gptq"), source)) == {"gptq is not written with compressed experts; sparse24 is"}
     assert "in one tensor" in next(iter(reasons(make_plan(recipe("pack-quantized"), granite))))
     unlike = "overrides: [{match: '*experts.1.down_proj', quantize: {bits: 8}}]"
@@ -259,10 +261,102 @@ def test_the_plan_says_what_becomes_of_experts_and_what_does_not(made, recipe):
     assert not_in_vllm(ignoring) is None
 
 
-TUNED = """
+TURNED = """
 version: 1
-passes: [prune: {method: sparsegpt}, quantize: {method: gptq, bits: 4, group_size: 32}, tune: {epochs: 1}]
+passes: [basis: {}, prune: {method: sparsegpt}, quantize: {method: gptq, bits: 4, group_size: 32}]
 """
+TRAINED = """
+version: 1
+passes:
+  - prune: {method: sparsegpt}
+  - quantize: {method: gptq, bits: 4, group_size: 32}
+  - tune: {epochs: 3}
+  - distill: {tokens: 1920, samples: 8, sequence_length: 24, batch_size: 4, learning_rate: 0.05, warmup: 0, precision: float32}
+"""
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_tuning_and_distillation_train_experts_inside_their_masks(family, made, recipe, tmp_path, monkeypatch):
+    """Killed in the second block, and gone on with to the same bytes."""
+    source, untrained, _ = made(family)
+    training = recipe().model_copy(update={"passes": parse_recipe(TRAINED).passes})
+    out = tmp_path / "out"
+    metrics = apply(training, str(source), out, quiet=True).metrics
+    assert len(metrics["tuning"]) == 2 and all(note["after"] < note["before"] for note in metrics["tuning"])
+    (distilled,) = metrics["training"]
+    assert distilled["last"]["loss"] < distilled["first"]["loss"]
+    before, after = open_compressed(untrained), open_compressed(out)
+    experts = [module for module in after.modules if is_expert(module)]
+    assert len(experts) == 2 * 4 * 3 and after.modules.keys() == before.modules.keys()
+    for module in experts:
+        linear, solved = after.linear(module), before.linear(module)
+        assert is_two_four(linear.codes) and (linear.codes != solved.codes).float().mean() > 0.01
+        if ".layers.0." in module:  # the walk of later blocks reads what tuning made
+            assert not (linear.codes.bool() & ~kept_positions(solved)).any()
+    written = run.CheckpointWriter.write_part
+
+    def killed(self, part, *rest):
+        if part == "block-0001":
+            raise KeyboardInterrupt
+        written(self, part, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.CheckpointWriter, "write_part", killed)
+        with pytest.raises(KeyboardInterrupt):
+            apply(training, str(source), tmp_path / "again", quiet=True)
+    apply(training, str(source), tmp_path / "again", resume=True, quiet=True)
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_rows_that_complete_each_other_are_chosen():
+    rare, common, both = [0, 0, 6], [3, 3, 0], [2, 2, 2]
+    assert chosen_rows(torch.tensor([common, common, common, rare, both]), 2) == [0, 4]
+    assert chosen_rows(torch.tensor([common, common, rare, rare]), 3) == [0, 1, 2]
+    assert chosen_rows(torch.tensor([rare, common]), 2) == [0, 1]
+
+
+def test_balanced_rows_even_the_experts_out_and_are_those_of_a_resumed_run(made, recipe, folder, tmp_path, monkeypatch):
+    source, _, plain = made("mixtral")
+    text = tmp_path / "text.txt"
+    text.write_text((folder / "text.txt").read_text())
+    document = RECIPE.format(text=text, format="sparse24").replace("samples: 8,", "samples: 8, experts: balanced,")
+    balanced = parse_recipe(document)
+    assert "rows chosen among 32 to even that out" in rendered(make_plan(balanced, str(source)).table())
+    result = apply(balanced, str(source), tmp_path / "out", quiet=True)
+
+    def squares(metrics):
+        counts = [layer["tokens"] for layer in metrics["layers"] if layer["module"].endswith("up_proj")]
+        assert sum(counts) == 2 * 8 * 24 * 2
+        return sum(count**2 for count in counts)
+
+    assert squares(result.metrics) < squares(plain)
+
+    def killed(self, *rest):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.CheckpointWriter, "write_part", killed)
+        with pytest.raises(KeyboardInterrupt):
+            apply(balanced, str(source), tmp_path / "again", quiet=True)
+    text.unlink()  # the chosen rows are kept with the run
+    apply(balanced, str(source), tmp_path / "again", resume=True, quiet=True)
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+    with pytest.raises(RecipeError, match=r"calibration\.experts chooses rows for the experts of a mixture"):
+        make_plan(parse_recipe(document + "ignore: ['*.experts.*']"), str(source))
+
+
+def test_the_dense_models_routers_are_counted(made, recipe):
+    """Against transformers' own hooks on the whole model."""
+    source = made("gpt_oss")[0]
+    tokens = torch.randint(4, 90, (5, 12), generator=torch.Generator().manual_seed(5))
+    counts = routed(make_plan(recipe(), str(source)).model, tokens, None, None, None)
+    dense, chosen = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), []
+    for layer in dense.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda module, args: chosen.append(args[1].view(5, -1)))
+    with torch.no_grad():
+        dense(tokens)
+    expected = [torch.stack([row.bincount(minlength=4) for row in of_layer]) for of_layer in chosen]
+    assert torch.equal(counts, torch.cat(expected, 1))
 
 
 def test_ignored_experts_stay_as_the_files_have_them(tmp_path, made, recipe):

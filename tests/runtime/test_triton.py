@@ -18,6 +18,8 @@ from sparsify.runtime.backends import choose_backend, get_backend
 from sparsify.runtime.backends import triton as backend
 from sparsify.runtime.backends import triton_tuning as tuning
 from sparsify.runtime.backends.triton_config import Config, heuristic
+from sparsify.runtime.backends.triton_experts import Routes
+from sparsify.runtime.backends.triton_launch import run_experts
 from sparsify.runtime.op import sparse24_linear
 from tests.helpers.floats import hard_bits, is_nan, to_bfloat16
 
@@ -170,6 +172,77 @@ def test_zeros_and_denormals_come_out_as_they_are(interpreter: ModuleType, confi
     assert y.view(torch.uint16)[0].tolist() == [0, 0x0003, 0x8001, *[0] * 29]
 
 
+EXPERTS = {
+    "ragged": [[0, 1], [1, 4], [4, 0], [1, 3], [1, 5], [1, 4]] * 3,  # none for expert 2; 5: of no expert here
+    "one token each": [[0, 1], [2, 3], [4, 5]],
+    "all on one": [[3, 5]] * 20,
+    "none at all": [[5, 5]] * 2,
+}
+
+
+def check_experts(
+    scheme: ModuleScheme, ids: list[list[int]], dtype: torch.dtype, block_m: int = 16, block_n: int = 32
+) -> None:
+    """One linear of five experts, tokens by their experts and back: within one rounding of float64."""
+    n, k = scheme.shape
+    made_of = [made(scheme, torch.bfloat16 if scheme.bits < 16 else dtype, seed) for seed in range(5)]
+    each = [get_backend("triton").prepare(tensors, scheme, dtype) for tensors, _ in made_of]
+    stacked = [torch.stack(parts) for parts in zip(*each, strict=True)]
+    generator = torch.Generator().manual_seed(len(ids))
+    x = torch.randn(len(ids), k, generator=generator).to(dtype)
+    gates = torch.rand(len(ids), 2, generator=generator)
+    routes = Routes.of(torch.tensor(ids), 5, block_m)
+    config = Config("experts", block_m, block_n, 64, 1, 4, 1)
+    for first in (True, False):
+        y = torch.full((2 * len(ids), n), float("nan"), dtype=dtype if first else torch.float32)
+        rows = x if first else x.repeat_interleave(2, 0)[routes.order]
+        run_experts(config, rows, stacked, scheme, routes, None if first else gates, y)
+        for place, entry in enumerate(routes.order.tolist()):
+            token, expert, gate = entry // 2, ids[entry // 2][entry % 2], gates.view(-1)[entry].double()
+            found = y[place if first else entry].double()
+            if expert == 5:
+                assert found.isnan().all()  # not touched
+                continue
+            exact = made_of[expert][1] @ x[token].double()
+            bound = made_of[expert][1].abs() @ x[token].double().abs() * k * 2**-24  # sums in float32
+            if first:
+                assert ((found - exact).abs() <= exact.abs() * UNIT[dtype] + bound).all()
+            else:
+                assert ((found - gate * exact).abs() <= gate * (exact.abs() * 2**-23 + bound)).all()
+
+
+@pytest.mark.parametrize("ids", EXPERTS.values(), ids=EXPERTS)
+def test_experts_whatever_tokens_they_are_given(interpreter: ModuleType, ids: list[list[int]]) -> None:
+    check_experts(ModuleScheme(4, 32, "2:4", (33, 64)), ids, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [ModuleScheme(4, 64, "2:4", (33, 64)), ModuleScheme(4, 80, "2:4", (33, 80)), *OTHERS.values()],
+    ids=["4 bits", "4 bits, channel", *OTHERS],
+)
+def test_experts_of_every_scheme(interpreter: ModuleType, scheme: ModuleScheme) -> None:
+    check_experts(scheme, EXPERTS["ragged"][:5], torch.float16)
+
+
+@pytest.mark.parametrize("block_m", [32, 64])
+def test_experts_in_larger_tiles(interpreter: ModuleType, block_m: int) -> None:
+    check_experts(ModuleScheme(4, 32, "2:4", (33, 64)), EXPERTS["all on one"] * 2, torch.bfloat16, block_m, 64)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_routes_are_the_tokens_of_each_expert_in_blocks(tokens: int, block_m: int) -> None:
+    ids = torch.randint(0, 8, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
+    routes, found = Routes.of(ids, 7, block_m), []
+    for expert, start in zip(routes.block_expert.tolist(), routes.block_start.tolist(), strict=True):
+        if expert < 7:
+            stop = min(start + block_m, int(routes.starts[expert + 1]))
+            found += [(expert, entry) for entry in routes.order[start:stop].tolist()]
+    assert found == sorted((expert, entry) for entry, expert in enumerate(ids.view(-1).tolist()) if expert < 7)
+    assert len(routes.block_expert) <= 3 * tokens
+
+
 def test_our_own_packer(interpreter: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `sparsify apply` writes, through the op and with the configuration that the rule chooses."""
     monkeypatch.setenv("SPARSIFY_BACKEND", "triton")
@@ -313,7 +386,8 @@ def test_compiles_without_a_gpu(target: str, request: pytest.FixtureRequest, mon
         pytest.skip("TRITON_INTERPRET=1: Triton's compiler is replaced")
     scheme = ModuleScheme(4, 128, "2:4", (4096, 4096))
     for config in triton_compile.CONFIGS:
-        resources = triton_compile.compile_for(target, config, scheme)
-        assert resources.code_bytes > 0 and 0 <= resources.shared_bytes <= triton_compile.shared_limit(target)
-        if resources.registers is not None:
-            assert 0 < resources.registers <= 512 and resources.spilled_bytes == 0
+        for first in (True, False) if config.kind == "experts" else (True,):
+            resources = triton_compile.compile_for(target, config, scheme, first=first)
+            assert resources.code_bytes > 0 and 0 <= resources.shared_bytes <= triton_compile.shared_limit(target)
+            if resources.registers is not None:
+                assert 0 < resources.registers <= 512 and resources.spilled_bytes == 0

@@ -6,6 +6,8 @@ The reference is a plain loop over tokens and their experts in float64.
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,11 +34,13 @@ from sparsify.formats import ModuleScheme, get_format
 from sparsify.model.linear import LinearWeights
 from sparsify.runtime import vllm_experts, vllm_plugin
 from sparsify.runtime.backends import cuda
+from sparsify.runtime.backends.triton import Triton
 from sparsify.runtime.vllm_experts import Sparse24MoEMethod
 from sparsify.runtime.vllm_metrics import Loading
 from sparsify.runtime.vllm_plugin import Sparse24Config
 from tests.helpers.compressed import round_linear
 from tests.runtime.test_cuda import SM_COUNT, library  # noqa: F401
+from tests.runtime.test_triton import interpreter  # noqa: F401
 
 EXPERTS, HIDDEN, WIDTH = 5, 64, 128
 PREFIX = "model.layers.0.mlp.experts"
@@ -274,14 +278,51 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(settings: dict[str, Any]
         make_layer(make_mixture(), **settings)
 
 
-def test_a_gpu_needs_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_needs_eager_mode_where_the_processor_chooses_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     config = VllmConfig()
     config.model_config = type("Config", (), {"enforce_eager": False, "dtype": torch.float32})()
+    monkeypatch.setenv("SPARSIFY_BACKEND", "reference")
     with set_current_vllm_config(config):
-        with pytest.raises(CheckpointError, match="add --enforce-eager"):
-            make_layer(make_mixture(), device="cuda")
+        with pytest.raises(CheckpointError, match="back end reference .* add --enforce-eager"):
+            loaded(make_mixture(), device="cuda")
         config.model_config.enforce_eager = True
-        assert isinstance(make_layer(make_mixture(), device="cuda").quant_method, Sparse24MoEMethod)
+        loaded(make_mixture(), device="cuda")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
+@pytest.mark.parametrize("kind", [{}, {"group_size": 0, "symmetric": False}, {"bits": 16}], ids=str)
+def test_the_triton_back_end_serves_all_experts_in_one_launch(
+    interpreter: ModuleType,  # noqa: F811
+    kind: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU only in name, CUDA graphs included: the kernels are interpreted."""
+    monkeypatch.setenv("SPARSIFY_BACKEND", "triton")
+    config = VllmConfig()
+    config.model_config = type("Config", (), {"enforce_eager": False, "dtype": torch.bfloat16})()
+    mixture = make_mixture(**kind)
+    with set_current_vllm_config(config):
+        ranks = [loaded(mixture, torch.bfloat16, ep=(rank, 2), device="cuda") for rank in range(2)]
+    assert ranks[0].quant_method.forms[0].startswith("triton")
+    monkeypatch.setattr(vllm_experts, "sparse24_linear", None)  # no expert is computed by itself
+    x, weights, ids = routed(5, torch.bfloat16)
+    ids[1, 0] = -1
+    close(sum(apply(layer, x, weights, ids) for layer in ranks), expected(mixture, x, weights, ids))
+    for layer in ranks:
+        assert apply(layer, x[:0], weights[:0], ids[:0]).shape == (0, HIDDEN)
+
+
+def test_a_gpu_takes_triton_for_experts_whatever_single_linears_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, scheme = torch.device("cuda"), ModuleScheme(4, 64, "2:4", (128, 64))
+    monkeypatch.delenv("SPARSIFY_BACKEND", raising=False)
+    monkeypatch.setattr(vllm_experts, "choose_backend", lambda *of: cuda.Cuda())
+    for serves, name in ((None, "triton"), ("not here", "cuda")):
+        monkeypatch.setattr(Triton, "reason_unavailable", lambda self, serves=serves: serves)
+        monkeypatch.setattr(Triton, "supports", lambda self, *of: None)
+        assert vllm_experts.experts_backend(scheme, gpu, torch.bfloat16).name == name
+    monkeypatch.setattr(Triton, "reason_unavailable", lambda self: None)
+    monkeypatch.setenv("SPARSIFY_BACKEND", "cuda")
+    assert vllm_experts.experts_backend(scheme, gpu, torch.bfloat16).name == "cuda"
 
 
 def test_experts_that_are_compressed_in_other_ways_are_not_one_layer() -> None:

@@ -1,6 +1,6 @@
 """The text that a model is calibrated on: where it comes from and how much of it is read."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -93,6 +93,9 @@ def refuse_mixture(names: list[str], rows: list[int], total: int) -> None:
             )
 
 
+DRAWN = 4  # times as many rows are read where some are chosen
+
+
 class Calibration(Model):
     """The text whose activations steer pruning and quantization."""
 
@@ -106,6 +109,11 @@ class Calibration(Model):
     samples: int = Field(default=128, ge=1, description="rows of text; cost grows in proportion")
     sequence_length: int = Field(default=512, ge=2, description="tokens per row")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of whatever is drawn at random")
+    experts: Literal["balanced"] | None = Field(
+        default=None,
+        description="of mixtures; balanced: four times as many rows are read, and those are taken that even out how many tokens "
+        "each expert is given by the dense model; null: the rows as they come",
+    )
     self: SelfText | None = Field(default=None, description="how the model writes, where a source is self")
 
     @model_validator(mode="before")
@@ -128,6 +136,11 @@ class Calibration(Model):
         if self.self is not None and SELF not in names:
             raise refuse("self has no effect: the model writes no text here since no source is self; remove it", "self")
         return self
+
+    @property
+    def drawn(self) -> "Calibration":
+        """The rows that are read, among which those to calibrate on are chosen."""
+        return self if self.experts is None else self.model_copy(update={"samples": DRAWN * self.samples})
 
     @property
     def mixture(self) -> list[tuple[str, float]]:

@@ -9,19 +9,17 @@ nothing is shared between calls, so everything may be captured into CUDA graphs 
 Triton comes with torch where there is a GPU. It is imported when the back end is asked whether it can serve.
 """
 
-import contextlib
 import functools
 import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sparsify.formats import ModuleScheme
-from sparsify.runtime.backends.triton_launch import DTYPES, PANEL, UNIT, run
+from sparsify.runtime.backends.triton_launch import DTYPES, PANEL, UNIT, on_device, run
 from sparsify.runtime.backends.triton_tuning import choose_config
 from sparsify.runtime.zero_points import NO_ZERO_POINTS
 
@@ -81,7 +79,7 @@ class Triton:
         if x.data_ptr() % 16:  # a view that begins anywhere: the kernels read 8 activations at once
             x = x.clone()
         config = choose_config(rows, scheme, x.device)
-        with _on(x.device):
+        with on_device(x.device):
             run(config, x, prepared, bias, scheme, y)
         return y
 
@@ -118,8 +116,3 @@ def _interpreting() -> bool:
 
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current GPU, which need not be the one that holds the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

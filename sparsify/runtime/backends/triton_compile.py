@@ -36,7 +36,11 @@ CONFIGS = (
     Config("gemm", 32, 64, 64, 1, 2, 4),
     Config("gemm", 64, 64, 64, 1, 4, 4),
     Config("decode", 1, 32, 256, 1, 4, 1),
+    Config("experts", 16, 32, 64, 1, 2, 4),
+    Config("experts", 32, 64, 64, 1, 2, 4),
+    Config("experts", 64, 64, 64, 1, 4, 4),
 )
+MIXTURE = {"CHOSEN": 8, "EXPERTS": 128}  # of Qwen3-30B-A3B
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,10 @@ class Resources:
     code_bytes: int
 
 
-def compile_for(target: str, config: Config, scheme: ModuleScheme, dtype: torch.dtype = torch.bfloat16) -> Resources:
-    """Compile one kernel for "sm_90", "gfx942", ... and say what it takes."""
+def compile_for(
+    target: str, config: Config, scheme: ModuleScheme, dtype: torch.dtype = torch.bfloat16, first: bool = True
+) -> Resources:
+    """Compile one kernel for "sm_90", "gfx942", ... and say what it takes. first: of experts, gate and up (`run_experts`)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -64,8 +70,9 @@ def compile_for(target: str, config: Config, scheme: ModuleScheme, dtype: torch.
         raise SparsifyError("TRITON_INTERPRET=1 replaces the compiler by an interpreter; unset it to compile")
     kernel = getattr(triton_kernels, config.kind)
     fixed, options = constants(config, scheme, dtype, dtype, has_bias=True)
+    fixed |= {**MIXTURE, "FIRST": first} if config.kind == "experts" else {}
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in fixed else _type(name, config, dtype) for name in names}
+    signature = {name: "constexpr" if name in fixed else _type(name, config, dtype, first) for name in names}
     values = {(names.index(name),): value for name, value in fixed.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in fixed and _aligned(name)}
     vendor, architecture, lanes = ("cuda", int(target[3:]), 32) if target in NVIDIA else ("hip", target, 64)
@@ -83,11 +90,14 @@ def shared_limit(target: str) -> int:
     return SHARED_KIB[target] * 1024
 
 
-def _type(name: str, config: Config, dtype: torch.dtype) -> str:
+def _type(name: str, config: Config, dtype: torch.dtype, first: bool) -> str:
     """How Triton writes the type of a runtime argument."""
     half = "*bf16" if dtype == torch.bfloat16 else "*fp16"
     pointers = {"words": "*i32", "partial": "*fp32", "scales": half, "bias": half, "y": half, "weight": half}
     pointers["x"] = "*i64" if config.kind == "gemv" else half
+    pointers |= {"order": "*i64", "starts": "*i32", "block_expert": "*i32", "block_start": "*i32", "gates": "*fp32"}
+    if not first:
+        pointers["y"] = "*fp32"
     return pointers.get(name, "i32")
 
 
@@ -124,7 +134,8 @@ def compile_all(targets: tuple[str, ...] = TARGETS) -> Iterator[Resources]:
     for target in targets:
         for dtype in DTYPES if target == targets[0] else DTYPES[:1]:
             for config in CONFIGS:
-                yield compile_for(target, config, scheme, dtype)
+                for first in (True, False) if config.kind == "experts" else (True,):
+                    yield compile_for(target, config, scheme, dtype, first)
 
 
 def main(arguments: list[str]) -> Any:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sparsify.formats import ModuleScheme
 
-KINDS = ("gemv", "gemm", "decode")
+KINDS = ("gemv", "gemm", "decode")  # of a linear; "experts" are the tiles of gemm for the experts of a layer
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,25 @@ def heuristic(rows: int, scheme: ModuleScheme, processors: int) -> Config:
         return Config("gemv", 1, 32, 1024, 1, 8, 1)
     if rows > 128:
         return Config("decode", 1, 32, 256, 1, 4, 1)
-    block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
+    block_m = _tile_of(rows)
     block_n = 32 if block_m == 16 else 64
     tiles = -(-rows // block_m) * -(-n // block_n)
     # eight programs for each multiprocessor; each split writes and reads its sums once more
     most = max(1, min(8, 8 * processors // tiles, k // 512))
     return Config("gemm", block_m, block_n, 64, 1 << (most.bit_length() - 1), 2 if block_m < 64 else 4, 4)
+
+
+def experts_config(entries: int, experts: int) -> Config:
+    """The tile for the experts of a layer, from the rows that each has on average. entries: choices of experts, of all tokens.
+
+    The tiles are those that `heuristic` takes for so many rows; there are enough experts that none shares its inputs among
+    programs. Not measured on a GPU.
+    """
+    rows = -(-entries // experts)
+    block_m = _tile_of(rows)
+    return Config("experts", block_m, 32 if block_m == 16 else 64, 64, 1, 2 if block_m < 64 else 4, 4)
+
+
+def _tile_of(rows: int) -> int:
+    """Rows of a tile: a power of two from 16 to 64."""
+    return min(64, max(16, 1 << (rows - 1).bit_length()))

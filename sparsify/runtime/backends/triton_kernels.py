@@ -206,28 +206,20 @@ def gemv(
     tl.store(y + row * n_outputs + n, _round(result, X), mask=inside_y)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_units", "n_groups"])
-def gemm(
-    x, words, scales, bias, y, partial, n_rows, n_outputs, n_padded, n_inputs, n_units, n_groups, inputs_per_split, magic,
+@triton.jit
+def _tile_sum(
+    x_at, inside_m, n, words, scales, n_padded, n_inputs, n_units, n_groups, k_start, k_stop, magic,
     GROUP_SHIFT: tl.constexpr, BITS: tl.constexpr, SPARSE: tl.constexpr, X: tl.constexpr, VALUE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ONE_GROUP: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ONE_GROUP: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = sum_k w[n, k] x[m, k] on tensor cores, a tile [BLOCK_N, BLOCK_M] of the transposed result per program.
+    """sum_k w[n, k] x[m, k] over the inputs [k_start, k_stop), float32 [BLOCK_N, BLOCK_M].
 
-    The weights are the left operand, which may come from registers on every architecture. x: [M, K]. BLOCK_K never
-    exceeds the group, so one scale per output serves a tile; with SPLIT the inputs are shared among programs, whose
-    sums go to partial: float32 [splits, M, N] (see `add_partials`).
+    The weights are the left operand, which may come from registers on every architecture. BLOCK_K never exceeds the group,
+    so one scale per output serves a tile. x_at: where input 0 of each row lies, [1, BLOCK_M].
     """
     WORDS: tl.constexpr = BITS // 2 if SPARSE else BITS
     STRIDE: tl.constexpr = (WORDS + 1 if SPARSE else WORDS) * PANEL
     UNITS: tl.constexpr = BLOCK_K // UNIT
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2)
-    k_start = split * inputs_per_split
-    k_stop = tl.minimum(k_start + inputs_per_split, n_inputs)
-
     k = tl.arange(0, BLOCK_K)
     unit = tl.arange(0, UNITS)
     word = tl.arange(0, UNITS * WORDS)
@@ -237,8 +229,7 @@ def gemm(
     position_at = base + (unit * STRIDE + WORDS * PANEL)[None, :]
     scale_at = scales + panel * (n_groups * PANEL) + n % PANEL
     inside_n = n < n_padded
-    inside_m = m < n_rows
-    x_at = x + m.to(tl.int64)[None, :] * n_inputs + k[:, None]
+    x_at += k[:, None]
 
     total = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
     # a scale is read one step ahead: Triton pipelines the operands of a product, not what multiplies it
@@ -275,6 +266,31 @@ def gemm(
             scale = following
     if ONE_GROUP and BITS < 16:
         total *= _wide(scale)[:, None]
+    return total
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_units", "n_groups"])
+def gemm(
+    x, words, scales, bias, y, partial, n_rows, n_outputs, n_padded, n_inputs, n_units, n_groups, inputs_per_split, magic,
+    GROUP_SHIFT: tl.constexpr, BITS: tl.constexpr, SPARSE: tl.constexpr, X: tl.constexpr, VALUE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ONE_GROUP: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = sum_k w[n, k] x[m, k] on tensor cores, a tile [BLOCK_N, BLOCK_M] of the transposed result per program.
+
+    x: [M, K]. With SPLIT the inputs are shared among programs, whose sums go to partial: float32 [splits, M, N] (see
+    `add_partials`).
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    k_start = split * inputs_per_split
+    k_stop = tl.minimum(k_start + inputs_per_split, n_inputs)
+    inside_m = m < n_rows
+    total = _tile_sum(
+        x + m.to(tl.int64)[None, :] * n_inputs, inside_m, n, words, scales, n_padded, n_inputs, n_units, n_groups,
+        k_start, k_stop, magic, GROUP_SHIFT, BITS, SPARSE, X, VALUE, ONE_GROUP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
     result = tl.trans(total)
     inside_y = n < n_outputs
@@ -286,6 +302,46 @@ def gemm(
         if HAS_BIAS:
             result += _wide(tl.load(bias + n, mask=inside_y, other=0.0))[None, :]
         tl.store(y + at, _round(result, X), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_units", "n_groups"])
+def experts(
+    x, words, scales, order, starts, block_expert, block_start, gates, y, words_stride, scales_stride, n_outputs, n_padded,
+    n_inputs, n_units, n_groups, magic,
+    GROUP_SHIFT: tl.constexpr, BITS: tl.constexpr, SPARSE: tl.constexpr, X: tl.constexpr, VALUE: tl.constexpr,
+    FIRST: tl.constexpr, CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, ONE_GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One linear of every expert, each on its tokens, in one launch; tiles as those of `gemm`.
+
+    An entry is one choice of one token, number token * CHOSEN + place. order: the entries sorted by expert, [entries];
+    starts: where those of each expert begin there, [EXPERTS + 1]; block_expert, block_start: the expert of each block of
+    rows and where in `order` it begins; an expert number of EXPERTS ends a program at once.
+
+    FIRST: row i of y, in X, is of the token of order[i]; x: [tokens, K]. Otherwise x: row i is of order[i], and row order[i]
+    of y, float32, is multiplied by its gate; gates: float32 [entries].
+    """
+    expert = tl.load(block_expert + tl.program_id(0))
+    if expert == EXPERTS:
+        return
+    row = tl.load(block_start + tl.program_id(0)) + tl.arange(0, BLOCK_M)
+    inside_m = row < tl.load(starts + expert + 1)
+    entry = tl.load(order + row, mask=inside_m, other=0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    read = entry // CHOSEN if FIRST else row
+    number = expert.to(tl.int64)
+    total = _tile_sum(
+        x + read.to(tl.int64)[None, :] * n_inputs, inside_m, n, words + number * words_stride,
+        scales + number * scales_stride, n_padded, n_inputs, n_units, n_groups, 0, n_inputs, magic,
+        GROUP_SHIFT, BITS, SPARSE, X, VALUE, ONE_GROUP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    result = tl.trans(total)
+    inside = inside_m[:, None] & (n < n_outputs)[None, :]
+    if FIRST:
+        tl.store(y + row.to(tl.int64)[:, None] * n_outputs + n[None, :], _round(result, X), mask=inside)
+    else:
+        result *= tl.load(gates + entry, mask=inside_m, other=0.0)[:, None]
+        tl.store(y + entry.to(tl.int64)[:, None] * n_outputs + n[None, :], result, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_splits"])

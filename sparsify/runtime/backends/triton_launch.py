@@ -1,13 +1,17 @@
 """Launches the Triton kernels on one product: their arguments, their compile-time constants, the temporary tensors."""
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sparsify.formats import ModuleScheme
 from sparsify.runtime.backends.triton_config import Config
+
+if TYPE_CHECKING:
+    from sparsify.runtime.backends.triton_experts import Routes
 
 DTYPES = (torch.bfloat16, torch.float16)
 PANEL, UNIT = 32, 32  # outputs and inputs that lie together (triton_kernels.py)
@@ -64,6 +68,38 @@ def run(
                 torch.addmm(bias.to(x.dtype), x, weight.T, out=out)
 
 
+def run_experts(
+    config: Config,
+    x: Tensor,
+    stacked: Sequence[Tensor],
+    scheme: ModuleScheme,
+    routes: "Routes",
+    gates: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Write the products of one linear of every expert with its rows into y, on the current GPU, in one launch.
+
+    stacked:  as `Triton.prepare` returned it for each expert, [experts, ...]
+    gates:    None for the first linear: x is [tokens, K], and row i of y belongs to entry order[i]. Else float32 [entries]:
+              row i of x belongs to entry order[i], and row order[i] of y, float32, is multiplied by its gate.
+    """
+    kernels = _kernels()
+    words, scales = stacked
+    (n, k), first = scheme.shape, gates is None
+    fixed, options = constants(config, scheme, x.dtype, scales.dtype, has_bias=False)
+    groups = scales.shape[2] if scales.dim() == 4 else 1
+    kernels.experts[(len(routes.block_expert), -(-n // config.block_n))](
+        x, words, scales, routes.order, routes.starts, routes.block_expert, routes.block_start, gates, y,
+        words.stride(0), scales.stride(0), n, words.shape[1] * PANEL, k, words.shape[2], groups, kernels.MAGIC,
+        FIRST=first, CHOSEN=routes.chosen, EXPERTS=routes.experts, **fixed, **options,
+    )  # fmt: skip
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current GPU, which need not be the one that holds the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def constants(
     config: Config, scheme: ModuleScheme, dtype: torch.dtype, value_dtype: torch.dtype, has_bias: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -79,11 +115,11 @@ def constants(
     }
     if config.kind == "gemv":
         fixed |= {"HAS_BIAS": has_bias, "BLOCK_U": config.block_k // UNIT, "STAGES": config.stages}
-    elif config.kind == "gemm":
+    elif config.kind in ("gemm", "experts"):
         block_k = config.tile_k(scheme)
         one_group = group_shift(scheme) == ONE_GROUP
-        fixed |= {"HAS_BIAS": has_bias, "ONE_GROUP": one_group, "EVEN_K": k % block_k == 0}
-        fixed |= {"SPLIT": config.splits > 1, "BLOCK_M": config.block_m, "BLOCK_K": block_k}
+        fixed |= {"ONE_GROUP": one_group, "EVEN_K": k % block_k == 0, "BLOCK_M": config.block_m, "BLOCK_K": block_k}
+        fixed |= {"HAS_BIAS": has_bias, "SPLIT": config.splits > 1} if config.kind == "gemm" else {}
     else:
         fixed |= {"BLOCK_K": config.block_k}
     # fused: a code becomes a float in one multiply-add (exact with and without)

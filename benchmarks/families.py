@@ -1,0 +1,277 @@
+"""Which families of models compress, and whether transformers and vLLM then give what their dense export gives: on tiny random models.
+
+    python benchmarks/families.py [--vllm] [--again] [FAMILY ...]
+
+tries every causal language model and every wrapper of one that the installed transformers lists, or those that are named, and
+writes benchmarks/results/families.json after each of them and docs/families.md from it. Families that the record has are passed
+over without --again, so that an interrupted run goes on. --vllm also starts an engine on the dense export and one on sparse24.
+
+Two layers, four experts, 2:4 and 4 bits, SparseGPT and GPTQ on random tokens. The dense export gets the weights that the
+compressed linears decode to, unrounded, and all is computed in float32, so that only the order of sums differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import sparsify  # noqa: F401  registers sparse24 with transformers
+from sparsify.compiler.apply import apply
+from sparsify.compiler.convert import convert
+from sparsify.errors import SparsifyError
+from sparsify.files import atomic_write
+from sparsify.formats.reader import open_compressed
+from sparsify.model.decoder import meta_model
+from sparsify.model.experts import is_expert, stored_fused
+from sparsify.model.pretrained import load_causal_lm
+from sparsify.recipe import parse_recipe
+
+ROOT = Path(__file__).parent.parent
+RECORD = ROOT / "benchmarks" / "results" / "families.json"
+PAGE = ROOT / "docs" / "families.md"
+SMALL = {
+    "vocab_size": 96, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    "shared_intermediate_size": 64, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+    "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "num_dense_layers": 1,
+    "use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 8, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128,
+}  # fmt: skip
+SEEING = {  # of towers for pictures, by the names that their configs have for them
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    "projection_dim": 32, "depth": 2, "num_heads": 2, "out_hidden_size": 128, "embed_dim": 32,
+}  # fmt: skip
+WANTED_BY_VLLM = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}  # as published configs say it
+SAME_HEADS = ("deepseek_v3", "deepseek_v2", "kimi_linear")  # every head has keys of its own
+RECIPE = """
+version: 1
+calibration: {{source: "file:{tokens}", samples: 8, sequence_length: 24}}
+solver: {{error_propagation: 0.5, coordinate_descent: 1}}
+passes: [prune: {{method: sparsegpt}}, quantize: {{method: gptq, bits: 4, group_size: 32}}]
+"""
+IDS = torch.randint(4, 90, (2, 20), generator=torch.Generator().manual_seed(3))
+PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], list(range(3, 60))]
+NEW_TOKENS = 12
+CLOSE = 1e-3  # of the largest logit
+ENGINE_SECONDS = 900
+TITLES = {
+    "compress": "compresses",
+    "logits": "transformers: logits of the dense export",
+    "vllm": "vLLM: tokens of the dense export",
+}
+
+
+def families() -> list[str]:
+    """What transformers lists as a causal language model or as one that reads pictures too."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return sorted({*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+
+
+def fitting(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings that a config has."""
+    known = {*config.to_dict(), *getattr(config, "attribute_map", {})}
+    return {key: value for key, value in settings.items() if key in known}
+
+
+def tiny(family: str, directory: Path) -> None:
+    """Write a random model of a family."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from sparsify.model.pretrained import loader_of
+
+    kind = CONFIG_MAPPING[family]
+    default = kind()
+    text = default.get_text_config(decoder=True)
+    settings = fitting(text, SMALL)
+    if family in SAME_HEADS:
+        settings["num_key_value_heads"] = 4
+        settings.pop("head_dim", None)
+    part = next((key for key in default.sub_configs if getattr(default, key, None) is text), None)
+    if part is not None:
+        seeing = {key: fitting(getattr(default, key), SEEING) for key in default.sub_configs if key != part}
+        settings = {
+            part: {**settings, "model_type": text.model_type},
+            **{key: value for key, value in seeing.items() if value},
+        }
+    torch.manual_seed(0)
+    config = kind(**settings, **WANTED_BY_VLLM.get(family, {}))
+    model = loader_of(config, family).from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.1)
+    if sum(parameter.numel() for parameter in model.parameters()) > 5e7:
+        raise ValueError("its config has sizes of names of its own; the tiny model is not tiny")
+    model.save_pretrained(directory)
+
+
+def exact_dense(compressed: Path, dense: Path) -> Path:
+    """The dense export without its rounding to 16 bits, by which a router may choose another expert."""
+    convert(compressed, "dense", dense, quiet=True)
+    opened, tensors = open_compressed(compressed), load_file(dense / "model.safetensors")
+    whole = {f"{module}.weight": opened.linear(module).dense(torch.float32) for module in opened.modules}
+    for name, fused in stored_fused(meta_model(opened.checkpoint, torch.float32)).items():
+        if any(one in whole for one in fused.names()):
+            members = {one: whole.pop(one) if one in whole else opened.tensor(one).float() for one in fused.names()}
+            whole[name] = fused.assembled(members)
+    save_file({**tensors, **whole}, dense / "model.safetensors", metadata={"format": "pt"})
+    return dense
+
+
+@torch.no_grad()
+def difference(ours: Path, theirs: Path) -> float:
+    """The largest difference of two models' logits, of the largest logit."""
+    one, other = (
+        load_causal_lm(place, dtype=torch.float32)(input_ids=IDS, use_cache=False).logits for place in (ours, theirs)
+    )
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def tokens_of(model: Path, folder: Path) -> tuple[list[list[int]] | None, str]:
+    """What vLLM answers in a process of its own, and the last line of its error where it does not."""
+    result = folder / "tokens.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--engine", str(model), str(result)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=ENGINE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None, f"no answer in {ENGINE_SECONDS} seconds"
+    if result.exists():
+        return json.loads(result.read_text()), ""
+    said = [line for line in run.stderr.splitlines() if "Error" in line]
+    return None, (said or run.stderr.splitlines() or ["it ended"])[-1].strip()[-200:]
+
+
+def engine(model: str, result: str) -> None:
+    """Answer the prompts greedily."""
+    from vllm import LLM, SamplingParams
+
+    served = LLM(
+        model,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=128,
+        seed=0,
+        skip_tokenizer_init=True,
+        limit_mm_per_prompt={"image": 0},
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    answers = served.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling)
+    Path(result).write_text(json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
+
+
+def served(compressed: Path, dense: Path, folder: Path) -> str:
+    expected, error = tokens_of(dense, folder)
+    if expected is None:
+        return f"vLLM here cannot serve the dense export either: {error}"
+    found, error = tokens_of(compressed, folder)
+    if found is None:
+        return f"no: {error}"
+    return "yes" if found == expected else "no: other tokens"
+
+
+def tried(family: str, folder: Path, with_vllm: bool) -> dict[str, Any]:
+    """What became of a family: a sentence for each column."""
+    source, output, dense = folder / "source", folder / "sparse24", folder / "dense"
+    quiet = io.StringIO()
+    with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+        try:
+            tiny(family, source)
+        except SparsifyError as error:
+            return {"compress": f"refused: {first_line(error).replace(f'{family}: ', '')}"}
+        except Exception as error:  # what configs and classes raise on settings that do not go together
+            return {"compress": f"not tried: no tiny model ({first_line(error)})"}
+        tokens = torch.randint(4, 90, (8, 24), generator=torch.Generator().manual_seed(1))
+        save_file({"tokens": tokens}, folder / "tokens.safetensors")
+        recipe = parse_recipe(RECIPE.format(tokens=folder / "tokens.safetensors"))
+        try:
+            metrics = apply(recipe, str(source), output, quiet=True).metrics
+        except SparsifyError as error:
+            return {"compress": f"refused: {first_line(error).replace(str(source), 'it')}"}
+        dense_experts = {m["reason"] for m in metrics["dense_modules"] if "experts" in m["module"]}
+        linears = len(metrics["layers"])
+        experts = sum(is_expert(layer["module"]) for layer in metrics["layers"])
+        said = f"yes, {linears} linears" + (f", {experts} of experts" if experts else "")
+        found = {
+            "compress": said + (f"; experts stay dense: {'; '.join(sorted(dense_experts))}" if dense_experts else "")
+        }
+        try:
+            apart = difference(output, exact_dense(output, dense))
+            found["logits"] = "yes" if apart < CLOSE else f"no: {apart:.2g} of the largest logit"
+        except Exception as error:  # whatever transformers raises
+            found["logits"] = f"no: {first_line(error)}"
+        if with_vllm and dense.exists():
+            found["vllm"] = served(output, dense, folder)
+    return found
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def page(record: dict[str, Any]) -> str:
+    """docs/families.md"""
+    rows = [
+        f"| {family} | " + " | ".join(found.get(key, "").replace("|", "\\|") for key in TITLES) + " |"
+        for family, found in sorted(record["families"].items())
+    ]
+    return "\n".join(
+        [
+            "# Families of models",
+            "",
+            f"Tiny random models, 2:4 and 4 bits, SparseGPT and GPTQ, in transformers {record['transformers']}, in float32 on a "
+            "processor; `python benchmarks/families.py --vllm` writes this page and "
+            "[its record](../benchmarks/results/families.json). An empty cell was not tried.",
+            "",
+            f"| family | {' | '.join(TITLES.values())} |",
+            f"| --- |{' --- |' * len(TITLES)}",
+            *rows,
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="*")
+    parser.add_argument("--vllm", action="store_true", help="start engines on the dense export and on sparse24")
+    parser.add_argument("--again", action="store_true", help="families that the record has, too")
+    parser.add_argument("--engine", nargs=2, metavar=("MODEL", "FILE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.engine:
+        engine(*arguments.engine)
+        return
+    import transformers
+
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {"families": {}}
+    known["transformers"] = transformers.__version__
+    for family in arguments.family or families():
+        before = known["families"].get(family)
+        if (
+            before is not None
+            and not arguments.again
+            and ("vllm" in before or not arguments.vllm or "logits" not in before)
+        ):
+            continue
+        with tempfile.TemporaryDirectory() as name:
+            known["families"][family] = tried(family, Path(name), arguments.vllm)
+        print(family, known["families"][family], flush=True)
+        atomic_write(RECORD, json.dumps(known, indent=2) + "\n")
+        atomic_write(PAGE, page(known))
+
+
+if __name__ == "__main__":
+    main()
