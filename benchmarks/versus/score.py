@@ -90,7 +90,11 @@ def tasks(settings: Settings, model: Path, dense: Path, answers: Path) -> dict[s
     known: Mapping[str, Any] = read_json(answers) if answers.is_file() else {}
     theirs: Sequence[Answers | None] = [Answers(**known[task.name]) if task.name in known else None for task in files]
     scores = [task_score(*one) for one in zip(files, own, theirs, strict=True)]
-    return {"tasks": {score.task: asdict(score) for score in scores}, "tasks_mean": asdict(mean_score(scores))}
+    dense_answers = [one for one in theirs if one is not None]
+    return {
+        "tasks": {score.task: asdict(score) for score in scores},
+        "tasks_mean": asdict(mean_score(scores, own, dense_answers if len(dense_answers) == len(own) else None)),
+    }
 
 
 if __name__ == "__main__":
