@@ -76,15 +76,15 @@ def loader_of(config: Any, spec: str) -> Any:
     """
     import transformers
 
-    if getattr(config, "is_encoder_decoder", False):
-        raise CheckpointError(
-            f"{spec}: {config.model_type} has an encoder and a decoder (is_encoder_decoder in config.json), and only models "
-            "of one list of blocks can be compressed"
-        )
     loaders = [getattr(transformers, name) for name in LOADERS]
+    known = next((loader for loader in loaders if type(config) in loader._model_mapping), None)
+    translates = known is None and type(config) in transformers.AutoModelForSeq2SeqLM._model_mapping
+    if translates or getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{spec}: {config.model_type} has an encoder and a decoder, and only models of one list of blocks can be compressed"
+        )
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    known = (loader for loader in loaders if type(config) in loader._model_mapping)
-    return loaders[0] if own_code else next(known, loaders[0])
+    return loaders[0] if own_code or known is None else known
 
 
 def load_causal_lm(directory: str | Path, spec: str | None = None, **settings: Any) -> Any:

@@ -233,6 +233,6 @@ def test_float8_weights_without_scales_are_measured(dense):
 
 
 def test_a_class_that_transformers_lacks_is_said_in_one_line(dense):
-    directory = dense(model_type="llava", architectures=None)
+    directory = dense(model_type="vit", architectures=None)
     said = inspect(directory, quiet=True).not_compared
     assert "\n" not in said and len(said) < 400
