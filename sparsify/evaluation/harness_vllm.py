@@ -23,6 +23,8 @@ except ImportError as error:
         f"lm-evaluation-harness cannot use this vLLM ({error}): pip install --upgrade 'sparsify-24[eval]'"
     ) from error
 
+AT_ONCE = 256  # answers that vLLM is given at a time; without a number the harness has it show a bar of its own
+
 
 class ServedModel(Checked, VLLM):
     """A checkpoint in a vLLM engine of its own, in the type and through the kernels that serving it takes.
@@ -38,7 +40,7 @@ class ServedModel(Checked, VLLM):
         require_ends(name, tokenizer)
         try:
             with quiet_harness():
-                super().__init__(pretrained=str(directory), max_model_len=context)
+                super().__init__(pretrained=str(directory), max_model_len=context, batch_size=AT_ONCE)
         except Exception as error:  # of vLLM's engine, of any kind
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise SparsifyError(
