@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,13 +87,12 @@ def tasks(settings: Settings, model: Path, dense: Path, answers: Path) -> dict[s
     own = [answers_of(task, harness) for task in files]
     if model == dense:
         write_json(answers, {task.name: asdict(one) for task, one in zip(files, own, strict=True)})
-    known: Mapping[str, Any] = read_json(answers) if answers.is_file() else {}
-    theirs: Sequence[Answers | None] = [Answers(**known[task.name]) if task.name in known else None for task in files]
-    scores = [task_score(*one) for one in zip(files, own, theirs, strict=True)]
-    dense_answers = [one for one in theirs if one is not None]
+    known: Mapping[str, Any] | None = read_json(answers) if answers.is_file() else None  # of all tasks, or not there
+    theirs = None if known is None else [Answers(**known[task.name]) for task in files]
+    scores = [task_score(*one) for one in zip(files, own, theirs or [None] * len(own), strict=True)]
     return {
         "tasks": {score.task: asdict(score) for score in scores},
-        "tasks_mean": asdict(mean_score(scores, own, dense_answers if len(dense_answers) == len(own) else None)),
+        "tasks_mean": asdict(mean_score(scores, own, theirs)),
     }
 
 

@@ -202,16 +202,17 @@ def report(args: argparse.Namespace) -> Outcome:
     from sparsify.errors import SparsifyError
     from sparsify.files import read_json
     from sparsify.report import is_load_run, report_on, report_on_load, report_on_several
+    from sparsify.report.figures import rows_of
 
     runs = [directory for directory in args.directories if is_load_run(directory)]
     checkpoints = [directory for directory in args.directories if directory not in runs]
     evaluations, bench, searches = (
         [read_json(file) for file in files] for files in (args.evaluation, args.bench, args.search)
     )
+    rows = rows_of(evaluations)
     if len(checkpoints) > 1:
         if args.dense is not None:
             raise SparsifyError("--dense splits the size of one checkpoint; leave it away with several")
-        rows = [row for one in evaluations for row in (one if isinstance(one, list) else [one])]
         page = report_on_several(
             checkpoints, args.output or "report.html", rows, bench, searches,
             runs=runs, guidellm=args.guidellm, figures=args.figures,
@@ -219,7 +220,6 @@ def report(args: argparse.Namespace) -> Outcome:
     elif checkpoints:
         if option := next((name for name in ("bench", "search") if len(getattr(args, name)) > 1), None):
             raise SparsifyError(f"--{option} is given twice, for one checkpoint; give one of them")
-        rows = [row for one in evaluations for row in (one if isinstance(one, list) else [one])]
         page = report_on(
             Path(checkpoints[0]), args.output, rows, bench[0] if bench else None, dense=args.dense,
             search=searches[0] if searches else None, runs=runs, guidellm=args.guidellm, figures=args.figures,
@@ -234,8 +234,8 @@ def report(args: argparse.Namespace) -> Outcome:
     if args.figures:
         from sparsify.report.figure_files import converter
 
-        png = "" if converter() else "; no PNG, which needs rsvg-convert or Chromium"
-        shown.append(f"figures: {args.figures} (SVG, CSV{png})" if png else f"figures: {args.figures} (SVG, CSV, PNG)")
+        png = ", PNG" if converter() else "; no PNG, which needs rsvg-convert or Chromium"
+        shown.append(f"figures: {args.figures} (SVG, CSV{png})")
     return Outcome(written, shown)
 
 

@@ -9,13 +9,14 @@ def push(args: argparse.Namespace) -> Outcome:
     """Run `push`."""
     from sparsify.files import read_json
     from sparsify.report import load_runs
+    from sparsify.report.figures import rows_of
     from sparsify.report.hub import push
 
     evaluations, bench = ([read_json(file) for file in files] for files in (args.evaluation, args.bench))
-    rows = [row for one in evaluations for row in (one if isinstance(one, list) else [one])]
     done = push(
-        args.directory, args.repository, rows, bench, load_runs(args.serve), private=args.private, message=args.message
-    )
+        args.directory, args.repository, rows_of(evaluations), bench, load_runs(args.serve),
+        private=args.private, message=args.message,
+    )  # fmt: skip
     return Outcome(done, [f"{done['files']} files pushed to {done['repository']}: {done['url']}"])
 
 

@@ -6,14 +6,14 @@ import copy
 import math
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from sparsify.model.capture import capture_calls, without_numbers
 from sparsify.model.footprint import kept_for_backward
-from sparsify.model.linear_groups import kind_of
+from sparsify.model.linear_groups import by_kind
 
 if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan
@@ -31,23 +31,20 @@ def block_activations(
     tokens per row of a micro-batch
     """
     found: list[int] = []
-    known: dict[Any, int] = {}
     wide = replace(plan.model, model=copy.deepcopy(plan.model.model).float())
     with suppress(Exception), without_numbers(wide) as hollow:
         hidden, calls = capture_calls(hollow, torch.zeros(shape, dtype=torch.long))
-        for index, call in enumerate(calls):
-            block = hollow.block(index)
-            kind = kind_of(block)
-            if kind not in known:
-                place = hollow.blocks[index] + "."
-                _stand_in(
-                    block, {name.removeprefix(place) for name in compressed if name.startswith(place)}, norms, dtype
-                )
-                known[kind] = kept_for_backward(block, hidden, call, dtype)
-            found.append(known[kind])
+
+        def look(index: int) -> int:
+            block, place = hollow.block(index), hollow.blocks[index] + "."
+            inside = {name.removeprefix(place) for name in compressed if name.startswith(place)}
+            _stand_in(block, inside, norms, dtype)
+            return kept_for_backward(block, hidden, calls[index], dtype)
+
+        found = by_kind(hollow, look)
     tokens = math.prod(shape)
     width = min(planned.shape[1] for planned in plan.linears.values())
-    if len(found) < len(plan.model.blocks):
+    if not found:
         widest = max(planned.shape[1] for planned in plan.linears.values())
         found = [tokens * dtype.itemsize * (20 * width + 10 * widest)] * len(plan.model.blocks)
     return found, tokens * FLOAT * width
@@ -55,11 +52,8 @@ def block_activations(
 
 def _stand_in(block: nn.Module, compressed: set[str], norms: bool, dtype: torch.dtype) -> None:
     """Give a block without numbers the linears of training: weights that are there in the type of the products."""
-    for name, module in block.named_modules():
-        if name in compressed and isinstance(module, nn.Linear):
-            module.weight = nn.Parameter(module.weight.detach().to(dtype))
     for parameter in block.parameters():
         parameter.requires_grad_(norms and parameter.dim() == 1)
     for name, module in block.named_modules():
         if name in compressed and isinstance(module, nn.Linear):
-            module.weight.requires_grad_(True)
+            module.weight = nn.Parameter(module.weight.detach().to(dtype))  # which asks for a gradient

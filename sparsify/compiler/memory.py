@@ -8,7 +8,7 @@ computed anew where that is too little. Neither changes a bit of the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,10 @@ from sparsify.compiler.activations import FLOAT, MASK, block_activations
 from sparsify.compiler.operations import Group, groups_of, hidden_size
 from sparsify.distributed import device, processes
 from sparsify.errors import SparsifyError
-from sparsify.model.capture import BlockCall, capture_calls, without_numbers
-from sparsify.model.decoder import BlockModel
+from sparsify.model.capture import capture_calls, without_numbers
 from sparsify.model.experts import experts_of, is_expert
 from sparsify.model.footprint import Footprint, footprint
-from sparsify.model.linear_groups import kind_of, stops_of
+from sparsify.model.linear_groups import by_kind, stops_of
 from sparsify.model.sequential import rows_of_micro_batch
 from sparsify.recipe import Tune
 from sparsify.solver.hessian import PANEL
@@ -254,23 +253,17 @@ def _micro_batch(plan: Plan, rows: int) -> Footprint:
     found: list[Footprint] = []
     with suppress(Exception), without_numbers(plan.model) as hollow:
         hidden, calls = capture_calls(hollow, torch.zeros(rows, length, dtype=torch.long))
-        found = _of_every_kind(hollow, hidden, calls)
+
+        def look(index: int) -> Footprint:
+            block = hollow.block(index)
+            return footprint(block, [*stops_of(block).values()], hidden, calls[index])
+
+        found = by_kind(hollow, look)
     if found:
         return Footprint((max(one.most_waiting for one in found),), max(one.peak for one in found))
     widths = [planned.shape[1] for planned in plan.linears.values()]
     token = plan.model.dtype.itemsize * rows * length
     return Footprint((token * (5 * min(widths) + 2 * max(widths)),), token * (8 * min(widths) + 4 * max(widths)))
-
-
-def _of_every_kind(hollow: BlockModel, hidden: torch.Tensor, calls: list[BlockCall]) -> list[Footprint]:
-    """The footprint of every block that differs from those before it."""
-    found: dict[Hashable, Footprint] = {}
-    for index, call in enumerate(calls):
-        block = hollow.block(index)
-        kind = kind_of(block)
-        if kind not in found:
-            found[kind] = footprint(block, [*stops_of(block).values()], hidden, call)
-    return [*found.values()]
 
 
 def _steps_of_walk(plan: Plan, one: Footprint, groups: Iterable[Group], streams: int) -> list[dict[str, int]]:

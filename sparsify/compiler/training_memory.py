@@ -155,11 +155,11 @@ def _taken(plan: Plan, planned: PlannedTraining) -> TrainingMemory:
     passes = settings.batch_size // (rows * among)
     depth = 1 if settings.gradient_checkpointing else len(plan.model.blocks)
     share = depth / len(plan.model.blocks)
-    products = round(_of_products(settings, dtype, among) * counts.compressed * (share if lora or among > 1 else 1))
+    products = round(_of_products(settings, dtype) * counts.compressed * (share if lora or among > 1 else 1))
     per_block, hidden = _activations(plan, settings, dtype, rows)
     activations = sum(per_block) if depth > 1 else max(per_block) + len(per_block) * hidden
     before = 0 if lora else FLOAT * counts.compressed // among if passes > 1 else 0
-    moments_of_step = [
+    candidates = [
         {
             "activations": activations,
             "weights of the products": products,
@@ -173,7 +173,7 @@ def _taken(plan: Plan, planned: PlannedTraining) -> TrainingMemory:
         },
         {"gradients": FLOAT * trained // among},
     ]
-    most = max(moments_of_step, key=lambda items: sum(items.values()))
+    most = max(candidates, key=lambda items: sum(items.values()))
     if among > 1:
         most |= {"gathered parameters": FLOAT * (GATHERED * counts.block + counts.outside)}
     inside = fixed | most
@@ -220,7 +220,7 @@ def _teacher(planned: PlannedTraining, dtype: torch.dtype) -> dict[str, int]:
     return {"teacher": dtype.itemsize * sum(math.prod(teacher.shape(name)) for name in teacher.names())}
 
 
-def _of_products(settings: Any, dtype: torch.dtype, among: int) -> int:
+def _of_products(settings: Any, dtype: torch.dtype) -> int:
     """Bytes per weight of a compressed linear that lie beside its parameters until the backward pass has reached it.
 
     One process rounds the weights once a step; several, and adapters that are merged, in every forward pass. The sum of

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from sparsify.model.decoder import ROUTER, ROUTES, BlockModel
 from sparsify.model.experts import SeparateExperts, experts_of, is_expert
 from sparsify.model.linear import is_plain_linear
 
+Found = TypeVar("Found")
 PROBE_TOKENS = 16
 NUMBER = re.compile(r"layer_(idx|id|index|number)$|^block_idx$")  # attributes of a block and of its modules
 NOT_CALLED = "not called in a forward pass"
@@ -105,6 +106,18 @@ def kind_of(block: nn.Module) -> Hashable:
     return parts, tuple((name, parameter.shape) for name, parameter in block.named_parameters())
 
 
+def by_kind(model: BlockModel, look: Callable[[int], Found]) -> list[Found]:
+    """What `look` finds of every block, by its number; of blocks that are made alike (`kind_of`) the first one is looked at."""
+    kinds: dict[Hashable, Found] = {}
+    found = []
+    for index in range(len(model.blocks)):
+        kind = kind_of(model.block(index))
+        if kind not in kinds:
+            kinds[kind] = look(index)
+        found.append(kinds[kind])
+    return found
+
+
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:
     own = vars(module).items()
     return [
@@ -120,17 +133,17 @@ def skipped_by_shape(model: BlockModel) -> dict[str, str]:
     made alike (`kind_of`) the first one is looked at.
     """
     found: dict[str, str] = {}
-    kinds: dict[Hashable, dict[str, str]] = {}
     with without_numbers(model) as hollow:
-        entering = fake_calls(hollow)
-        for index, block in enumerate(hollow.blocks if entering is not None else ()):
-            assert entering is not None
-            kind = kind_of(hollow.block(index))
-            if kind not in kinds:
-                kinds[kind] = {}
+        if (entering := fake_calls(hollow)) is not None:
+            hidden, calls = entering
+
+            def look(index: int) -> dict[str, str]:
                 with suppress(Exception):  # whatever the model's own code raises on tensors without numbers
-                    kinds[kind] = find_groups(hollow.block(index), entering[0], entering[1][index])[1]
-            found |= {f"{block}.{name}": why for name, why in kinds[kind].items() if why != NOT_CALLED}
+                    return find_groups(hollow.block(index), hidden, calls[index])[1]
+                return {}
+
+            for block, skipped in zip(hollow.blocks, by_kind(hollow, look), strict=True):
+                found |= {f"{block}.{name}": why for name, why in skipped.items() if why != NOT_CALLED}
     for path, experts in experts_of(model.model).items() if any(map(is_expert, found)) else ():
         for name in _linears_of(path, experts):  # there, the first one stands for all
             number, _, leaf = name.removeprefix(f"{path}.").partition(".")

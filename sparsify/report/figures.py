@@ -243,6 +243,11 @@ def as_list(results: Any) -> list[dict[str, Any]]:
     return [with_texts(row) for row in ([results] if isinstance(results, Mapping) else results)]
 
 
+def rows_of(given: Iterable[Any]) -> list[Any]:
+    """The evaluations of several files, each of which holds one or a list."""
+    return [row for one in given for row in (one if isinstance(one, list) else [one])]
+
+
 def with_texts(row: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON of an evaluation with `texts`, which one that is older lacks, and at its top the failure of the first text alone."""
     texts = row.get("texts")

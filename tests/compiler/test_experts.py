@@ -170,8 +170,8 @@ def change(directory, edit):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path, made, recipe, monkeypatch):
-    source, out, _ = made("granitemoe")
+def killed_and_resumed(recipe, source, output, monkeypatch):
+    """Apply a recipe in a run that is killed before its second block is written, and in one that goes on."""
     written = run.CheckpointWriter.write_part
 
     def killed(self, part, *rest):
@@ -182,8 +182,13 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path, made, recipe,
     with monkeypatch.context() as patched:
         patched.setattr(run.CheckpointWriter, "write_part", killed)
         with pytest.raises(KeyboardInterrupt):
-            apply(recipe(), str(source), tmp_path / "again", quiet=True)
-    apply(recipe(), str(source), tmp_path / "again", resume=True, quiet=True)
+            apply(recipe, str(source), output, quiet=True)
+    apply(recipe, str(source), output, resume=True, quiet=True)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path, made, recipe, monkeypatch):
+    source, out, _ = made("granitemoe")
+    killed_and_resumed(recipe(), source, tmp_path / "again", monkeypatch)
     for name in ("model.safetensors", "config.json", "metrics.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
@@ -293,18 +298,7 @@ def test_tuning_and_distillation_train_experts_inside_their_masks(family, made, 
         assert is_two_four(linear.codes) and (linear.codes != solved.codes).float().mean() > 0.01
         if ".layers.0." in module:  # the walk of later blocks reads what tuning made
             assert not (linear.codes.bool() & ~kept_positions(solved)).any()
-    written = run.CheckpointWriter.write_part
-
-    def killed(self, part, *rest):
-        if part == "block-0001":
-            raise KeyboardInterrupt
-        written(self, part, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run.CheckpointWriter, "write_part", killed)
-        with pytest.raises(KeyboardInterrupt):
-            apply(training, str(source), tmp_path / "again", quiet=True)
-    apply(training, str(source), tmp_path / "again", resume=True, quiet=True)
+    killed_and_resumed(training, source, tmp_path / "again", monkeypatch)
     assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
