@@ -22,7 +22,7 @@ from pathlib import Path
 from sparsify.distributed import is_main
 from sparsify.errors import CheckpointError
 from sparsify.files import PARTIAL, beside
-from sparsify.progress import say
+from sparsify.progress import say, warn
 
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -78,7 +78,7 @@ def _locked(file: Path, output: Path) -> int:
         except OSError as error:
             holder = _holder(descriptor)
             if error.errno in NO_LOCKS:
-                say(f"warning: the file system of {file} has no locks: nothing keeps a second run out of {output}")
+                warn(f"the file system of {file} has no locks: nothing keeps a second run out of {output}")
                 return descriptor
             os.close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):

@@ -248,6 +248,12 @@ def say(text: str, quiet: bool = False) -> None:
         _write(text)
 
 
+def warn(text: str) -> None:
+    """A line on stderr that --quiet leaves: what the user has to know or to do, though the command goes on."""
+    if is_main():
+        _write(f"warning: {text}")
+
+
 def describe(text: str) -> None:
     """Say what the innermost loop is doing now, for code that was not handed its `Task`."""
     if _active:

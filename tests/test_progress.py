@@ -11,7 +11,7 @@ from threading import Event
 import pytest
 
 from sparsify import progress
-from sparsify.progress import _Lines, duration, progress_bar, quietly, say, silenced, stage
+from sparsify.progress import _Lines, duration, progress_bar, quietly, say, silenced, stage, warn
 
 
 class Terminal(io.StringIO):
@@ -155,6 +155,12 @@ def test_quiet_reaches_what_a_function_calls(lines: _Reader) -> None:
     assert load("a", True) == "a" and load("a", quiet=True) == "a" and lines() == []
     with pytest.raises(TypeError):
         load()  # type: ignore[call-arg]
+
+
+def test_warnings_are_shown_though_quiet(lines: _Reader) -> None:
+    with silenced():
+        warn("it listens on all addresses")
+    assert lines() == ["warning: it listens on all addresses"]
 
 
 def test_a_long_start_is_explained(lines: _Reader) -> None:

@@ -25,7 +25,7 @@ from sparsify.formats.belonging import check_tensors
 from sparsify.manifest import VERIFIED, refuse_changed
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.permissions import trusts_remote_code
-from sparsify.progress import say
+from sparsify.progress import warn
 
 LOOPBACK = "127.0.0.1"
 KEY = "VLLM_API_KEY"  # vLLM reads it where --api-key is not given
@@ -69,8 +69,8 @@ def serve(
         if told is None:
             command += ["--host", address]
         if not (_is_loopback(address) or _has_key(extra_args, environment)):
-            say(
-                f"warning: the server listens on {address or 'all addresses'} and checks no key: whoever reaches this machine "
+            warn(
+                f"the server listens on {address or 'all addresses'} and checks no key: whoever reaches this machine "
                 f"can use the model; set {KEY}, or listen on {LOOPBACK}"
             )
     if trusts_remote_code():

@@ -71,7 +71,7 @@ SHOWS_JSON = argparse.ArgumentParser(add_help=False)
 SHOWS_JSON.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
 
 IS_QUIET = argparse.ArgumentParser(add_help=False)
-IS_QUIET.add_argument("--quiet", "-q", action="store_true", help="print the result and errors, no progress")
+IS_QUIET.add_argument("--quiet", "-q", action="store_true", help="print the result, warnings and errors, no progress")
 
 TRUSTS_CODE = argparse.ArgumentParser(add_help=False)
 TRUSTS_CODE.add_argument(

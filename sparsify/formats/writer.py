@@ -33,7 +33,7 @@ from sparsify.model.experts import FusedTensor, is_expert, stored_fused
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sidecars import secrets
 from sparsify.phases import phase
-from sparsify.progress import say, stage
+from sparsify.progress import say, stage, warn
 
 RECORD = "writer.json"
 FINAL = UNSEALED  # the finished directory until it gets its name
@@ -303,7 +303,7 @@ class CheckpointWriter:
                     entry.unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
         if self.work.exists():
-            say(f"{self.work} could not be removed; remove it")
+            warn(f"{self.work} could not be removed; remove it")
 
     def finish(
         self,

@@ -18,6 +18,7 @@ KeyPath = tuple[str | int, ...]
 DEEPEST = 50  # levels of nesting
 MOST_VALUES = 100_000  # of one document, those counted again that an alias repeats
 LARGEST_INTEGER = 2**63 - 1
+_SURROGATE = re.compile("[\ud800-\udfff]")  # an escape can write what no file holds
 
 # How PyYAML writes members of enumerations, and so llm-compressor into its recipe.yaml: `!!python/object/apply:MODULE.Class [int]`.
 # Nothing is called: the text between the brackets is what is meant.
@@ -47,6 +48,13 @@ class _Loader(yaml.SafeLoader):
             return super().compose_node(parent, index)
         finally:
             self.depth -= 1
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node = super().compose_scalar_node(anchor)
+        if found := _SURROGATE.search(node.value):
+            problem = f"\\u{ord(found[0]):04x} is half of a surrogate pair; write the character itself"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return node
 
 
 class _Dumper(yaml.SafeDumper):

@@ -131,6 +131,8 @@ def test_checking_a_recipe_loads_no_torch() -> None:
         ("a: [1, 2\nb: 3", "r.yaml:2: not valid YAML"),
         ("version: 1\n\tmodel: x\n", "r.yaml:2: not valid YAML"),
         ("version: \x00", "not valid YAML"),
+        ('a: b\nc: "x\\ud83d"\n', "r.yaml:2: not valid YAML: \\ud83d is half of a surrogate pair"),
+        ('"\\udc00": 1\n', "r.yaml:1: not valid YAML: \\udc00 is half of a surrogate pair"),
         ("- a\n", "r.yaml:1: a recipe is a mapping"),
         ("version: 1\n---\nversion: 1\n", "not valid YAML"),
         ("version: 1\npasses: &a\n  - *a\n", "alias"),
