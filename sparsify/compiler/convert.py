@@ -99,9 +99,9 @@ def exported(
         group_size: Any = int(size) if size.isdecimal() else size
         method: Any = "gptq" if calibration else "rtn" if head_bits == 4 else None
         head = Head(bits=head_bits, group_size=group_size, method=method)
-    except ValidationError:
+    except ValueError:  # of pydantic, or a number of too many digits
         raise CheckpointError(
-            f"--head {head_bits} --head-group-size {size}: bits must be 4 or 8, the group size 32, 64, 128 or channel"
+            f"--head {head_bits} --head-group-size {size[:100]}: bits must be 4 or 8, the group size 32, 64, 128 or channel"
         ) from None
     return convert(source, format, output, head, None if calibration is None else _text(calibration), quiet=quiet)
 

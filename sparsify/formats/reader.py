@@ -23,7 +23,8 @@ HEADS = ("lm_head", "embed_out")
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort key in which block 10 comes after block 9."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+    pieces = enumerate(re.split("([0-9]+)", name))  # text and digits in turn
+    return [(len(digits := piece.lstrip("0")), digits) if index % 2 else (0, piece) for index, piece in pieces]
 
 
 def tensors_of(module: str, names: Mapping[str, object], suffixes: frozenset[str] | set[str]) -> list[str]:

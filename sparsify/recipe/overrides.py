@@ -52,10 +52,10 @@ def _entry(entries: list[Any], key: str, path: KeyPath, place: str) -> KeyPath:
     kinds = [next(iter(entry)) if isinstance(entry, dict) and len(entry) == 1 else None for entry in entries]
     if key in kinds:
         return kinds.index(key), key
-    if key.isdecimal() and int(key) < len(entries):
+    if key in map(str, range(len(entries))):
         return (int(key),)
     names = [f"{index} ({kind})" if kind else str(index) for index, kind in enumerate(kinds)]
-    raise RecipeError(f"{place}: {_dotted(path)} has no entry '{key}'; it has {', '.join(names) or 'none'}")
+    raise RecipeError(f"{place}: {_dotted(path)} has no entry '{shortened(key)}'; it has {', '.join(names) or 'none'}")
 
 
 def _dotted(path: KeyPath) -> str:

@@ -305,6 +305,8 @@ def test_writer_refuses_what_would_be_wrong(llama, make_linear, tmp_path):
 def test_natural_order():
     names = ["layers.10.a", "layers.9.b", "layers.9.a", "head", "2", "x"]
     assert sorted(names, key=natural) == ["2", "head", "layers.9.a", "layers.9.b", "layers.10.a", "x"]
+    hostile = ["9" * 5000 + "a", "1²2", "1", "²", "1" + "0" * 5000 + "a"]
+    assert sorted(hostile, key=natural) == ["1", "1²2", hostile[0], hostile[-1], "²"]
 
 
 # --- hostile and damaged directories ---------------------------------------------------------------------------------

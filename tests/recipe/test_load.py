@@ -213,6 +213,10 @@ def test_a_wrong_override_is_named(assignment: str, words: str) -> None:
     assert message.startswith(f"--set {assignment}:") and words in message
 
 
+def test_an_index_of_thousands_of_digits_is_refused() -> None:
+    assert "passes has no entry '1999" in refused(TEXT, "export.format=dense", f"passes.1{'9' * 5000}=4")
+
+
 # ------------------------------------------------------------------------------------------------------------- ignore
 
 
