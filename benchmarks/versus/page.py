@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsify.bench.result import latency_figures, throughput_figures
 from sparsify.bench.workload import LatencyWorkload, ThroughputWorkload
-from sparsify.evaluation.result import number, share
+from sparsify.evaluation.result import between, number, share
 from sparsify.files import atomic_write, read_json
 from sparsify.units import size, span
 
@@ -48,7 +48,7 @@ def accuracy(result: Result) -> str:
     scored = [row["score"] for row in result["rows"] if row["score"]]
     tasks = list(next((score["tasks"] for score in scored if score.get("tasks")), {}))
     head = ["", "bits per weight", "groups 2:4", "files", "perplexity", "KL to dense", "same next token", *tasks]
-    head += ["mean", "left above chance"] if tasks else []
+    head += ["mean", "recovery", "left above chance"] if tasks else []
     lines = []
     for row in result["rows"]:
         score = row["score"]
@@ -62,9 +62,14 @@ def accuracy(result: Result) -> str:
             found = score.get("tasks") or {}
             cells += [share(found[name]["accuracy"]) if name in found else NONE for name in tasks]
             mean = score.get("tasks_mean") or {}
-            cells += [share(mean.get("accuracy")), _above(row, mean)]
+            cells += [share(mean.get("accuracy")), _recovery(row, mean), _above(row, mean)]
         lines.append(cells)
     return table(head, lines)
+
+
+def _recovery(row: Mapping[str, Any], mean: Mapping[str, Any]) -> str:
+    """The share of the dense model's mean accuracy, with its interval."""
+    return NONE if row["row"] == "dense" else between(mean.get("recovery"), mean.get("recovery_interval"))
 
 
 def _above(row: Mapping[str, Any], mean: Mapping[str, Any]) -> str:
@@ -162,6 +167,7 @@ def _about_accuracy(result: Result) -> list[str]:
         counted = ", ".join(f"{name} {one['items']}" for name, one in score["tasks"].items())
         lines.append(
             f"Tasks: accuracy per character (acc_norm) on the first items of each ({counted}), zero-shot, by lm-evaluation-harness. "
+            "Recovery: mean accuracy / dense mean accuracy, with a 95% interval of a bootstrap over the items, paired. "
             "Left above chance: (accuracy - chance) / (dense accuracy - chance) of the mean, with the difference of the mean to "
             "dense ± its standard error over the same items."
         )

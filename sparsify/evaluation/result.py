@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sparsify.evaluation.intervals import Interval
 from sparsify.evaluation.task_score import TaskScore
 from sparsify.evaluation.worst import WorstToken
 from sparsify.failure import Failure, foot
@@ -142,7 +141,7 @@ def share(value: float | None, error: float | None = None, sign: str = "") -> st
     return f"{value:{sign}.1%}" + ("" if error is None else f" ± {error * 100:.1f}")
 
 
-def between(value: float | None, interval: Interval | None, sign: str = "") -> str:
+def between(value: float | None, interval: Sequence[float] | None, sign: str = "") -> str:
     """A share with its interval: `97.2% (94.1 to 100.3)`."""
     if value is None or interval is None:
         return share(value, None, sign)

@@ -17,7 +17,7 @@ import torch
 from benchmarks.versus import run as versus
 from benchmarks.versus import score
 from benchmarks.versus.__main__ import parser, settings_from
-from benchmarks.versus.page import page, speeds
+from benchmarks.versus.page import accuracy, page, speeds
 from benchmarks.versus.rows import RESULT, ROWS, Row, peer_python
 from benchmarks.versus.run import Run, only
 from benchmarks.versus.settings import QUICK, ROOT, Settings
@@ -263,6 +263,26 @@ def test_page_says_what_the_record_says(ran, tmp_path):
     assert f"| {1 / itl:.1f} (1.00x) | {many:.1f} (1.00x) |" in told
     assert "Its figures mean nothing" in told and "peer 1.2" in told and "Tasks were not scored" in told
     assert "Not complete" not in told and str(tmp_path) not in told and str(ROOT) not in told
+
+
+def test_recovery_stands_with_its_interval():
+    text = {"perplexity": 20.0, "kl": 0.2, "top1_agreement": 0.8}
+    score = {
+        "block_bits": 3.25,
+        "two_of_four": 1.0,
+        "file_bytes": 5000,
+        "text": text,
+        "tasks": {"easy": {"accuracy": 0.5}},
+    }
+    mean = {"accuracy": 0.5, "above_chance": 0.6, "difference": -0.04, "difference_stderr": 0.01}
+    mean |= {"recovery": 0.9259, "recovery_interval": [0.881, 0.97]}
+    scores = {"dense": {**score, "tasks_mean": {**mean, "recovery": 1.0}}, "ours": {**score, "tasks_mean": mean}}
+    head, _, dense, ours = accuracy(
+        {"rows": [{"row": n, "title": n, "score": s} for n, s in scores.items()]}
+    ).splitlines()
+    assert head.endswith("| easy | mean | recovery | left above chance |")
+    assert dense.endswith("| 50.0% | 50.0% | – | 60.0% |")
+    assert ours.endswith("| 50.0% | 50.0% | 92.6% (88.1 to 97.0) | 60.0% (-4.0% ± 1.0) |")
 
 
 def test_lines_lose_the_folders_of_this_machine(tmp_path):
