@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsify.files import expanded, path_problem
+from sparsify.recipe.wording import shortened
 
 SELF = "self"
 
@@ -28,19 +29,20 @@ def source_problem(text: str) -> str | None:
     forms = "self, file:PATH or hub:ID[:CONFIG[:SPLIT]]"
     if text == SELF:
         return None
+    shown = shortened(text)
     scheme, colon, rest = text.partition(":")
     if not colon or scheme not in ("file", "hub"):
         if path_problem(text) is None and expanded(text).is_file():
-            return f"source '{text}' is a file: write file:{text}"
-        return f"source '{text}' is not one of {forms}"
+            return f"source '{shown}' is a file: write file:{shown}"
+        return f"source '{shown}' is not one of {forms}"
     if scheme == "file" and (problem := path_problem(rest)):
-        return f"source '{text[:100]}' {problem}"
+        return f"source '{shown}' {problem}"
     if not rest:
-        return f"source '{text}' names nothing after the colon; write {forms}"
+        return f"source '{shown}' names nothing after the colon; write {forms}"
     if scheme == "hub":
         parts = rest.split(":")
         if len(parts) > 3 or not parts[0] or (len(parts) == 3 and not parts[2]):
-            return f"source '{text}' should read hub:ID[:CONFIG[:SPLIT]], for instance hub:allenai/c4:en:train"
+            return f"source '{shown}' should read hub:ID[:CONFIG[:SPLIT]], for instance hub:allenai/c4:en:train"
     return None
 
 

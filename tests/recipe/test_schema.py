@@ -173,6 +173,7 @@ def test_dump_gives_the_same_recipe_back_and_other_yaml_readers_agree() -> None:
         (PRUNE + "calibration: {samples: true}\n", 5, "a whole number, not true"),
         (PRUNE + "calibration: {samples: 1.5}\n", 5, "a whole number, not 1.5"),
         (PRUNE + "calibration: {source: wiki}\n", 5, "source 'wiki' is not one of self, file:PATH or hub:ID"),
+        (PRUNE + f"calibration: {{source: {'w' * 9000}}}\n", 5, f"source '{'w' * 200}… (9000 characters)' is not one of"),
         (PRUNE + "calibration: {source: 'file:'}\n", 5, "names nothing after the colon"),
         (PRUNE + "calibration: {source: hub:a:b:c:d}\n", 5, "hub:ID[:CONFIG[:SPLIT]]"),
         (PRUNE + "model: 135\n", 5, "model must be text, not 135; put it in quotes"),
