@@ -8,13 +8,14 @@ from sparsify.cli.command import (
     ALLOWS_UNKNOWN,
     FAILED,
     IS_QUIET,
+    SETS_ENGINE,
     SHOWS_JSON,
     TRUSTS_CODE,
     Commands,
     Outcome,
     add_command,
 )
-from sparsify.cli.serve import INT8_HELP, ONE_PROCESS_HELP, THREADS_HELP
+from sparsify.cli.serve import THREADS_HELP
 
 # Defaults of the workloads, repeated here because importing sparsify.bench to print a help page would take seconds.
 # A test holds them equal to those of sparsify.bench.
@@ -76,7 +77,7 @@ def add_in_vllm(benchmarks: Commands, name: str, workload: dict[str, int], about
     """Register a benchmark of whole models. workload: its settings with their defaults, each an option of the command."""
     command = add_command(
         benchmarks, name, bench, about,
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
+        SETS_ENGINE, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             f"sparsify bench {name} out/dense out/smollm2",
             f"sparsify bench {name} dense=out/dense sparse=out/smollm2 --repeats 3 -- --dtype bfloat16",
@@ -102,5 +103,3 @@ def add_in_vllm(benchmarks: Commands, name: str, workload: dict[str, int], about
         action="store_true",
         help="measure every model with --threads auto and with all, and report each at its own best",
     )
-    command.add_argument("--one-process", action="store_true", help=ONE_PROCESS_HELP)
-    command.add_argument("--int8", action="store_true", help=INT8_HELP)

@@ -6,13 +6,14 @@ from sparsify.cli.command import (
     ALLOWS_UNKNOWN,
     FAILED,
     IS_QUIET,
+    SETS_ENGINE,
     SHOWS_JSON,
     TRUSTS_CODE,
     Commands,
     Outcome,
     add_command,
 )
-from sparsify.cli.serve import INT8_HELP, ONE_PROCESS_HELP, THREADS_HELP
+from sparsify.cli.serve import THREADS_HELP
 
 MODELS_HELP = (
     "checkpoint directories; NAME=DIR names one; shape:NAME@FORMAT measures the speed of a model that is not there "
@@ -58,7 +59,7 @@ def add_bench_serve(benchmarks: Commands) -> None:
     """Register `bench serve`."""
     command = add_command(
         benchmarks, "serve", bench_serve, "latency and throughput of servers under load, at several rates of requests",
-        IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
+        SETS_ENGINE, IS_QUIET, SHOWS_JSON, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=(
             "sparsify bench serve out/dense out/smollm2 --output out/serve",
             "sparsify bench serve dense=out/dense out/smollm2 --load 0.5,0.9,inf --goodput ttft:500 tpot:100 --output out/serve",
@@ -119,5 +120,3 @@ def add_bench_serve(benchmarks: Commands) -> None:
     )  # fmt: skip
     command.add_argument("--eager", action="store_true", help=EAGER_HELP)
     command.add_argument("--threads", metavar="auto|all|LIST", help=THREADS_HELP)
-    command.add_argument("--one-process", action="store_true", help=ONE_PROCESS_HELP)
-    command.add_argument("--int8", action="store_true", help=INT8_HELP)

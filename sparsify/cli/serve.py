@@ -2,17 +2,12 @@
 
 import argparse
 
-from sparsify.cli.command import ALLOWS_UNKNOWN, TRUSTS_CODE, Commands, Outcome, add_command
+from sparsify.cli.command import ALLOWS_UNKNOWN, SETS_ENGINE, TRUSTS_CODE, Commands, Outcome, add_command
 
 THREADS_HELP = (
     "cores that compute: auto (vLLM keeps one for itself), all, or a list as VLLM_CPU_OMP_THREADS_BIND takes it (0-3)"
 )
-INT8_HELP = (
-    "on a CPU, multiply compressed linears in int8 where several tokens are multiplied at once, as llama.cpp does always: "
-    "faster, results about 1%% off (SPARSIFY_CPU_INT8)"
-)
 HOST_HELP = "address to listen on (default 127.0.0.1, this machine alone); 0.0.0.0 is every interface, for which set VLLM_API_KEY"
-ONE_PROCESS_HELP = "vLLM's scheduler and worker in one process, so that neither waits busily on a core that computes"
 
 
 def serve(args: argparse.Namespace) -> Outcome:
@@ -28,7 +23,7 @@ def serve(args: argparse.Namespace) -> Outcome:
 def add_serve(commands: Commands) -> None:
     """Register `serve`."""
     command = add_command(
-        commands, "serve", serve, "serve a checkpoint with vLLM's OpenAI-compatible server", TRUSTS_CODE, ALLOWS_UNKNOWN,
+        commands, "serve", serve, "serve a checkpoint with vLLM's OpenAI-compatible server", SETS_ENGINE, TRUSTS_CODE, ALLOWS_UNKNOWN,
         shown=("sparsify serve out/smollm2", "sparsify serve out/smollm2 -- --port 8001 --max-model-len 2048"),
     )  # fmt: skip
     command.usage = "sparsify serve [options] DIR [-- VLLM_ARGS]"
@@ -36,5 +31,3 @@ def add_serve(commands: Commands) -> None:
     command.add_argument("--host", metavar="ADDRESS", help=HOST_HELP)
     command.add_argument("--verify", action="store_true", help="compare every file with its SHA-256 first")
     command.add_argument("--threads", metavar="auto|all|LIST", help=THREADS_HELP)
-    command.add_argument("--one-process", action="store_true", help=ONE_PROCESS_HELP)
-    command.add_argument("--int8", action="store_true", help=INT8_HELP)
