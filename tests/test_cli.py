@@ -203,6 +203,7 @@ def test_exit_status_of_the_outcome(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             "error: Input/output",
         ),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), 1, "error: Input/output error; finished"),
+        (RuntimeError("basic_ios::clear: iostream error"), 1, "error: Input/output error; finished"),
         (
             MemoryError(),
             1,

@@ -39,7 +39,8 @@ NO_MEMORY = re.compile(r"can't allocate memory|[Oo]ut of memory|std::bad_alloc|C
 # How safetensors and tokenizers, and torch where it maps a file, pass on a number of the operating system
 PASSED_ON = re.compile(r"\(os error (\d+)\)|unable to (?:mmap|open|stat|resize)\b.* file <.*>.*\((\d+)\)", re.DOTALL)
 LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|TCPStore")  # of torch.distributed
-TORCH_WRITER = ("PytorchStreamWriter failed", "inline_container.cc")  # torch.save, of a file that it could not write
+# torch.save, and a stream of C++, of a file that it could not write
+TORCH_WRITER = ("PytorchStreamWriter failed", "inline_container.cc", "iostream error")
 PIPE_WIDTH = 160  # columns of a table that is not printed on a terminal
 
 
