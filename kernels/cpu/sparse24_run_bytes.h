@@ -44,11 +44,10 @@ struct BytesBlocks {
             uint8_t* tile = tiles + at / pieces * l.steps * b.step_bytes();
             for (int64_t i = 0; i < b.tile_rows; ++i) {
                 const bool real = top + i < rows;
-                const uint8_t* from =
-                    real ? static_cast<const uint8_t*>(call.row(start + top + i)) + first * size : nullptr;
+                const uint8_t* row = static_cast<const uint8_t*>(call.row(start + (real ? top + i : 0)));
                 uint8_t* to = inputs_of(tile, step) + i * width;
-                units_of(tile, step)[i] =
-                    kernels.quantize(from, call.type, real ? inputs : 0, int(steps), int(b.tile_rows), to);
+                units_of(tile, step)[i] = kernels.quantize(row + first * size, call.type, real ? inputs : 0, int(steps),
+                                                           int(b.tile_rows), to);
             }
         }
     }

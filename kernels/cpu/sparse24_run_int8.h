@@ -38,6 +38,7 @@ struct Int8Blocks {
     // A thread's share of the rows `start` .. start + rows; the threads share pieces.
     void pack(int64_t start, int64_t rows, int thread, int threads, uint16_t*, uint8_t* tiles) const {
         const Layout& l = call.l;
+        const int64_t size = call.type == kF32 ? 4 : 2;
         const Range mine = part(b.tiles * pieces, thread, threads);
         for (int64_t at = mine.begin; at < mine.end; ++at) {
             const int64_t top = at / pieces * b.tile_rows, step = at % pieces * piece_steps, first = step * kStep;
@@ -45,12 +46,10 @@ struct Int8Blocks {
             uint8_t* tile = tiles + at / pieces * l.steps * b.step_bytes();
             for (int64_t i = 0; i < b.tile_rows; ++i) {
                 const bool real = top + i < rows;
-                const uint8_t* from =
-                    real ? static_cast<const uint8_t*>(call.row(start + top + i)) + first * (call.type == kF32 ? 4 : 2)
-                         : nullptr;
+                const uint8_t* row = static_cast<const uint8_t*>(call.row(start + (real ? top + i : 0)));
                 uint8_t* to = inputs_of(tile, step) + i * (l.sparse ? 8 : 4);
-                units_of(tile, step)[i] =
-                    int8::quantize_piece(l, from, call.type, real ? inputs : 0, int(steps), int(b.tile_rows), to);
+                units_of(tile, step)[i] = int8::quantize_piece(l, row + first * size, call.type, real ? inputs : 0,
+                                                               int(steps), int(b.tile_rows), to);
             }
         }
     }
