@@ -130,7 +130,7 @@ def of_bench(source: Path, folder: Path, kills: int) -> list[Callable[[], Tried]
         """Every file but those that hold times, and of the figures those of accuracy."""
         found: dict[str, Any] = {name: data for name, data in contents(output).items() if name != "recipes.json"}
         rows = json.loads((output / "recipes.json").read_text())["recipes"]
-        found["recipes.json"] = [(row["recipe"], row["evaluation"]) for row in rows]
+        found["recipes.json"] = [(row["label"], row["evaluation"]) for row in rows]
         return found
 
     began = time.monotonic()
