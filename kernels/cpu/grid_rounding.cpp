@@ -3,18 +3,22 @@
 //
 // Rows do not depend on each other. A sum over a group has one order, 16 running sums that are then added in pairs, so the
 // result is the same to the last bit for any number of threads and at every level.
+//
+// Masks come as bits, the first input of a row in the lowest, and are spread to a byte for each input one row at a time.
 #include "exact.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
 constexpr int kLanes = 16;
 
-// One row of a weight: inputs in groups of `group` that share a scale. mask, zero: null for none.
+// One row of a weight: inputs in groups of `group` that share a scale. mask: a byte for each input. mask, zero: null for none.
 struct Row {
     const float* W;
     const float* scale;
@@ -148,31 +152,48 @@ constexpr RoundRow kRounds[] = {round_portable};
 constexpr GradientRow kGradients[] = {gradient_portable};
 #endif
 
+// For each byte eight bytes, the i-th of which is its bit i.
+using Spread = std::array<std::array<uint8_t, 8>, 256>;
+
+constexpr Spread spread_of_all_bytes() {
+    Spread spread{};
+    for (int byte = 0; byte < 256; byte++)
+        for (int i = 0; i < 8; i++) spread[byte][i] = byte >> i & 1;
+    return spread;
+}
+
+constexpr Spread kSpread = spread_of_all_bytes();
+
+// The mask of one row, a byte for each input. bytes: room for it
+const uint8_t* mask_of_row(const uint8_t* bits, int64_t n, std::vector<uint8_t>& bytes) {
+    if (bits == nullptr) return nullptr;
+    const int64_t count = static_cast<int64_t>(bytes.size()) / 8;
+    for (int64_t i = 0; i < count; i++) std::memcpy(&bytes[8 * i], kSpread[bits[n * count + i]].data(), 8);
+    return bytes.data();
+}
+
 Row row_at(int64_t n, const float* W, const float* scale, const uint8_t* mask, const int8_t* zero, int64_t inputs,
            int64_t group, float low, float high) {
     const int64_t groups = inputs / group;
-    return {W + n * inputs,
-            scale + n * groups,
-            mask ? mask + n * inputs : nullptr,
-            zero ? zero + n * groups : nullptr,
-            inputs,
-            group,
-            low,
-            high};
+    return {W + n * inputs, scale + n * groups, mask, zero ? zero + n * groups : nullptr, inputs, group, low, high};
 }
 
 }  // namespace
 
-// W: [outputs, inputs]; scale: [outputs, inputs / group]; mask: bool [outputs, inputs] or null; zero: [outputs, inputs / group]
-// or null; to: [outputs, inputs] float32, or bfloat16. level: as compilation_of takes it.
+// W: [outputs, inputs]; scale: [outputs, inputs / group]; mask: bits, [outputs, ceil(inputs / 8)], or null; zero:
+// [outputs, inputs / group] or null; to: [outputs, inputs] float32, or bfloat16. level: as compilation_of takes it.
 extern "C" void sparsify_round_to_grid(const float* W, const float* scale, const uint8_t* mask, const int8_t* zero,
                                        int64_t outputs, int64_t inputs, int64_t group, float low, float high, void* to,
                                        int bf16, int threads, int level) {
     const RoundRow round = kRounds[sparsify::compilation_of(level)];
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t n = 0; n < outputs; n++)
-        round(row_at(n, W, scale, mask, zero, inputs, group, low, high),
-              static_cast<char*>(to) + n * inputs * (bf16 ? 2 : 4), bf16 != 0);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<uint8_t> bytes(mask ? (inputs + 7) / 8 * 8 : 0);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < outputs; n++)
+            round(row_at(n, W, scale, mask_of_row(mask, n, bytes), zero, inputs, group, low, high),
+                  static_cast<char*>(to) + n * inputs * (bf16 ? 2 : 4), bf16 != 0);
+    }
 }
 
 // gradient: [outputs, inputs] float32 or bfloat16, of what sparsify_round_to_grid gave; through: not stopped by the mask;
@@ -182,9 +203,13 @@ extern "C" void sparsify_grid_gradient(const void* gradient, int bf16, const flo
                                        int64_t group, float low, float high, int through, float* d_weight,
                                        float* d_scale, int threads, int level) {
     const GradientRow pass = kGradients[sparsify::compilation_of(level)];
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t n = 0; n < outputs; n++)
-        pass(row_at(n, W, scale, mask, zero, inputs, group, low, high),
-             static_cast<const char*>(gradient) + n * inputs * (bf16 ? 2 : 4), bf16 != 0, through != 0,
-             d_weight + n * inputs, d_scale + n * (inputs / group));
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<uint8_t> bytes(mask ? (inputs + 7) / 8 * 8 : 0);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < outputs; n++)
+            pass(row_at(n, W, scale, mask_of_row(mask, n, bytes), zero, inputs, group, low, high),
+                 static_cast<const char*>(gradient) + n * inputs * (bf16 ? 2 : 4), bf16 != 0, through != 0,
+                 d_weight + n * inputs, d_scale + n * (inputs / group));
+    }
 }

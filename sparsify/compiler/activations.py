@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan
 
 FLOAT = 4  # bytes of a parameter, and of each of its gradient and its two moments
-MASK = 1
+MASK = 1 / 8  # bytes per weight of a mask that is kept as bits
 
 
 def block_activations(

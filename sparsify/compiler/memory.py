@@ -298,7 +298,7 @@ def _tuning_bytes(plan: Plan, tune: Tune) -> int:
     for index, (weights, activations) in enumerate(zip(_weights_of_block(plan), per_block, strict=True)):
         parameters = sum(p.numel() for p in plan.model.block(index).parameters())
         beside = max(FLOAT * parameters, activations + dtype.itemsize * weights)
-        most = max(most, 4 * FLOAT * parameters + 2 * MASK * weights + beside)
+        most = max(most, 4 * FLOAT * parameters + round(2 * MASK * weights) + beside)
     return most
 
 

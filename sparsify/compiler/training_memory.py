@@ -148,7 +148,9 @@ def _taken(plan: Plan, planned: PlannedTraining) -> TrainingMemory:
     merges = isinstance(settings, Lora) and settings.export == "merge"
     trained = _trained(plan, settings, counts)
     fixed = _parameters(plan, settings, counts, among) | _teacher(planned, dtype)
-    fixed |= {"masks": MASK * counts.masked} if merges or not lora else {}
+    learned = isinstance(settings, Distill) and settings.learned_masks is not None
+    masks = 1 if lora else 2 + learned  # beside them those that they are compared with, and those of the start
+    fixed |= {"masks": round(masks * MASK * counts.masked)} if merges or not lora else {}
     kept = (isinstance(settings, Distill) and settings.held_out is not None) + (settings.average > 0)
     fixed |= {"mean and best weights": FLOAT * kept * trained} if kept else {}
     moments = {"optimizer states": 2 * FLOAT * trained // among}

@@ -2,7 +2,8 @@
 
 Shapes: W: [N, K] holds at most two non-zero values in every 4 consecutive inputs (a *quad*); kept: [N, K/2] holds the
 two kept values of every quad in ascending position; nibbles: uint8 [N, K/4] holds one position nibble per quad, the
-first kept index in bits 0-1 and the second in bits 2-3; meta: uint8 [N, K/8] holds two nibbles, even quad low.
+first kept index in bits 0-1 and the second in bits 2-3; meta: uint8 [N, K/8] holds two nibbles, even quad low; bits: uint8
+[N, ceil(K/8)] holds one bit per input, the first lowest.
 """
 
 import torch
@@ -112,3 +113,20 @@ def pack_nibbles(nibbles: Tensor) -> Tensor:
 def unpack_nibbles(meta: Tensor) -> Tensor:
     """meta: uint8 [N, K/8]. Returns nibbles: uint8 [N, K/4]."""
     return torch.stack((meta & 15, meta >> 4), dim=2).reshape(meta.shape[0], -1)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """mask: bool [N, K]. Returns bits: uint8 [N, ceil(K/8)], zero past K."""
+    filled = torch.nn.functional.pad(mask, (0, -mask.shape[1] % 8))
+    bits = torch.zeros(mask.shape[0], filled.shape[1] // 8, dtype=torch.uint8, device=mask.device)
+    for i in range(8):
+        bits |= filled[:, i::8].to(torch.uint8) << i
+    return bits
+
+
+def unpack_bits(bits: Tensor, inputs: int) -> Tensor:
+    """Inverse of `pack_bits`. bits: uint8 [N, ceil(inputs/8)]. Returns bool [N, inputs]."""
+    mask = torch.empty(*bits.shape, 8, dtype=torch.bool, device=bits.device)
+    for i in range(8):
+        torch.ne(bits & (1 << i), 0, out=mask[:, :, i])
+    return mask.flatten(1)[:, :inputs]

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.formats.packing import pack_bits, unpack_bits
 from sparsify.recipe import MaskLearning
 from sparsify.training.qat_linear import TrainableLinear
 
@@ -47,10 +48,10 @@ class LearnedMasks:
     """
 
     def __init__(self, linears: Mapping[str, TrainableLinear], settings: MaskLearning, steps: int):
-        self.linears = {name: linear for name, linear in linears.items() if linear.mask is not None}
+        self.linears = {name: linear for name, linear in linears.items() if linear.mask_bits is not None}
         self.settings = settings
         self.last = settings.last_choice(steps)
-        self.first = {name: linear.kept.clone() for name, linear in self.linears.items()}
+        self.first = self._bits()
         self.norms: dict[str, Tensor] = {}
 
     def begin(self, step: int) -> None:
@@ -78,26 +79,33 @@ class LearnedMasks:
         if chosen:
             for name, linear in self.linears.items():
                 score = linear.weight.abs()
-                linear.kept.copy_(two_of_four(score * self.norms[name] if name in self.norms else score, linear.kept))
+                score = score * self.norms[name] if name in self.norms else score
+                linear.keep(two_of_four(score, linear.kept))
         self.begin(step)
         return chosen
 
     def moved(self) -> float:
         """Share of the kept weights that training began without."""
         kept = sum(int(linear.kept.sum()) for linear in self.linears.values())
-        new = sum(int((linear.kept & ~self.first[name]).sum()) for name, linear in self.linears.items())
+        new = 0
+        for name, linear in self.linears.items():
+            new += int((linear.kept & ~unpack_bits(self.first[name], linear.in_features)).sum())
         return new / kept if kept else 0.0
+
+    def _bits(self) -> dict[str, Tensor]:
+        """The masks as they are now, packed."""
+        return {name: pack_bits(linear.kept) for name, linear in self.linears.items()}
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the weights."""
-        masks = {f"{name}.mask": linear.kept.clone() for name, linear in self.linears.items()}
+        masks = {f"{name}.mask_bits": bits for name, bits in self._bits().items()}
         return masks | {f"{name}.norms": norms for name, norms in self.norms.items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], step: int) -> None:
         """As after step `step`, when `state` was saved."""
         for name, linear in self.linears.items():
-            linear.kept.copy_(state[f"{name}.mask"])
+            linear.keep(unpack_bits(state[f"{name}.mask_bits"], linear.in_features))
         self.norms = {name: state[f"{name}.norms"] for name in self.linears if f"{name}.norms" in state}
         self.begin(step)
 

@@ -23,7 +23,7 @@ from sparsify.errors import MissingDependency, RecipeError
 from sparsify.model.linear import CODE_RANGE, LinearWeights
 from sparsify.recipe import ignored_by
 from sparsify.solver.grid import Grid, search_scale
-from sparsify.training.qat_linear import Stored, codes_of, kept_positions, on_grid
+from sparsify.training.qat_linear import Stored, codes_of, kept_positions, mask_bits, masked, on_grid
 from sparsify.training.sharding import whole
 
 try:
@@ -114,12 +114,11 @@ class InsideMask(PeftLinear):
     """An adapter that is trained as the merged weight it will become. Placed by peft, on a FrozenLinear."""
 
     quantize_in_loop = True
-    mask: Tensor | None
+    mask_bits: Tensor | None
 
     def __init__(self, base_layer: FrozenLinear, *args: Any, **settings: Any):
         super().__init__(base_layer, *args, **settings)
-        linear = base_layer.linear()
-        self.register_buffer("mask", None if linear.pattern == "dense" else kept_positions(linear), persistent=False)
+        self.register_buffer("mask_bits", mask_bits(base_layer.linear()), persistent=False)
 
     def effective(self) -> Tensor:
         """The weight of the forward pass, [N, K] float32: what `merged` gives, where rounding is part of training."""
@@ -128,10 +127,10 @@ class InsideMask(PeftLinear):
         with torch.autocast(factor.device.type, enabled=False):
             weight = base.linear().dense(torch.float32) + self.get_delta_weight(ADAPTER).float()
             if base.bits == 16:
-                return Stored(base.store)(weight if self.mask is None else weight * self.mask)
+                return Stored(base.store)(masked(weight, self.mask_bits))
             if self.quantize_in_loop:
-                return on_grid(weight, base.scale.float(), self.mask, *CODE_RANGE[base.bits], base.zero_point)
-            return weight if self.mask is None else weight * self.mask
+                return on_grid(weight, base.scale.float(), self.mask_bits, *CODE_RANGE[base.bits], base.zero_point)
+            return masked(weight, self.mask_bits)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.get_base_layer()

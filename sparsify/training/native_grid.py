@@ -51,7 +51,8 @@ def grid_gradient(
 
 def _weight(W: Tensor, scale: Tensor, mask: Tensor | None, zero: Tensor | None) -> tuple[ctypes._SimpleCData, ...]:  # type: ignore[type-arg]
     n, k = W.shape
-    assert W.dtype == scale.dtype == torch.float32 and (mask is None or mask.dtype == torch.bool)
+    assert W.dtype == scale.dtype == torch.float32 and (mask is None or mask.dtype == torch.uint8)
+    assert mask is None or mask.shape == (n, -(-k // 8))
     assert zero is None or zero.dtype == torch.int8
     return (
         pointer(W), pointer(scale), pointer(mask), pointer(zero), _int64(n), _int64(k), _int64(k // scale.shape[1])

@@ -2,7 +2,8 @@
 
 Rounding has no useful gradient, so it is passed straight through (arXiv 1308.3432); the scale learns as in LSQ
 (arXiv 1902.08153, equation 3): a weight inside the grid's range pulls it by its rounding error, a clipped one by its code.
-Zero points stay as they are; codes below are counted from them.
+Zero points stay as they are; codes below are counted from them. Masks are kept as bits (`formats.packing.pack_bits`), an eighth of
+a byte per weight, and unpacked where they are used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify.formats.packing import pack_bits, unpack_bits
 from sparsify.model.experts import experts_of
 from sparsify.model.linear import CODE_RANGE, LinearWeights
 from sparsify.training import native_grid
@@ -36,7 +38,8 @@ def round_to_grid(
 ) -> Tensor:
     """scale * clamp(round(W / scale)) inside the mask, in `dtype`.
 
-    W: [N, K] float32; scale: [N, K/G] float32; mask: bool [N, K] or None; low, high: of codes; zero: int8 [N, K/G] or None
+    W: [N, K] float32; scale: [N, K/G] float32; mask: uint8 [N, ceil(K/8)], a bit per weight, or None; low, high: of codes;
+    zero: int8 [N, K/G] or None
     """
     if native_grid.available(W, dtype):
         return native_grid.round_to_grid(W, scale, mask, low, high, zero, dtype)
@@ -46,7 +49,7 @@ def round_to_grid(
         torch.div(_groups(W[rows], scale), steps, out=_groups(rounded[rows], scale))
         _groups(rounded[rows], scale).round_().clamp_(*_bounds(zero, rows, low, high)).mul_(steps)
         if mask is not None:
-            rounded[rows].mul_(mask[rows])
+            rounded[rows].mul_(unpack_bits(mask[rows], W.shape[1]))
     return rounded.to(dtype)
 
 
@@ -73,7 +76,7 @@ def grid_gradient(
         code = ratio.round().clamp_(*_bounds(zero, rows, low, high))
         error = ratio.neg_().add_(code)
         inside = error.abs() <= 0.5
-        of_group = gradient[rows] if mask is None else gradient[rows] * mask[rows]
+        of_group = gradient[rows] if mask is None else gradient[rows] * unpack_bits(mask[rows], W.shape[1])
         of_group = _groups(of_group, scale)
         of_weight = _groups(gradient[rows], scale) if through else of_group
         torch.mul(of_weight, inside, out=_groups(d_weight[rows], scale))
@@ -111,6 +114,25 @@ def on_grid(W: Tensor, scale: Tensor, mask: Tensor | None, low: int, high: int, 
     return _OnGrid.apply(W, scale, mask, low, high, zero)
 
 
+class _Masked(torch.autograd.Function):
+    """W inside a mask of bits; autograd keeps the bits alone for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return W * unpack_bits(mask, W.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        return gradients[0] * unpack_bits(mask, gradients[0].shape[1]), None
+
+
+def masked(W: Tensor, mask: Tensor | None) -> Tensor:
+    """W with zeros outside the mask, differentiable in W. W: [N, K]; mask: uint8 [N, ceil(K/8)], a bit per weight, or None"""
+    return W if mask is None else _Masked.apply(W, mask)
+
+
 class _Stored(torch.autograd.Function):
     """x rounded to the type it will be stored in; the gradient passes straight through."""
 
@@ -145,9 +167,12 @@ class TrainableLinear(nn.Module):
 
     weight: parameter [N, K] float32, the weights before rounding; what lies outside the mask has no effect
     scale:  parameter [N, K/G] float32, or None for 16-bit weights
-    mask:   bool buffer [N, K], True where a weight is kept; None for the pattern "dense". Changed by `learned_masks` alone
+    mask_bits: uint8 buffer [N, ceil(K/8)], a bit for each weight, set where it is kept; None for the pattern "dense". Changed by
+            `learned_masks` alone
     zero_point: int8 buffer [N, K/G], never changed; None for a symmetric grid
     """
+
+    mask_bits: Tensor | None
 
     def __init__(self, linear: LinearWeights):
         super().__init__()
@@ -157,7 +182,7 @@ class TrainableLinear(nn.Module):
         self.weight = nn.Parameter(linear.dense(torch.float32))
         self.scale = None if linear.scale is None else nn.Parameter(linear.scale.float())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.float())
-        self.register_buffer("mask", None if linear.pattern == "dense" else kept_positions(linear), persistent=True)
+        self.register_buffer("mask_bits", mask_bits(linear), persistent=True)
         self.register_buffer("zero_point", linear.zero_point, persistent=True)
         self.quantize_in_loop = True  # False: the forward pass uses the weights before rounding; `export` rounds them
         self.moving: str | None = None  # while the mask is learned "ast" or "cast", see `learned_masks`
@@ -175,20 +200,29 @@ class TrainableLinear(nn.Module):
         return self.weight.shape[1]
 
     @property
+    def mask(self) -> Tensor | None:
+        """bool [N, K], True where a weight is kept, made anew from its bits; None for the pattern "dense"."""
+        return None if self.mask_bits is None else unpack_bits(self.mask_bits, self.in_features)
+
+    @property
     def kept(self) -> Tensor:
         """The mask of a 2:4 linear."""
-        mask: Tensor | None = self.mask  # type: ignore[assignment]
+        mask = self.mask
         assert mask is not None
         return mask
 
+    def keep(self, mask: Tensor) -> None:
+        """Change the mask of a 2:4 linear. mask: bool [N, K]"""
+        assert self.mask_bits is not None
+        self.mask_bits.copy_(pack_bits(mask))
+
     def effective(self) -> Tensor:
         """The weight that the exported linear will have, [N, K] float32, differentiable in weight and scale."""
-        return self._rounded(self.mask)  # type: ignore[arg-type]
+        return self._rounded(self.mask_bits)
 
     def _rounded(self, mask: Tensor | None) -> Tensor:
         if self.scale is None:
-            kept = self.weight if mask is None else self.weight * mask
-            return _Stored.apply(kept, self.store)
+            return _Stored.apply(masked(self.weight, mask), self.store)
         scale = _Stored.apply(self._positive_scale(), self.store)
         return on_grid(self.weight, scale, mask, *CODE_RANGE[self.bits], self._zero_point)
 
@@ -198,7 +232,7 @@ class TrainableLinear(nn.Module):
         mask = self._mask_in_loop
         if self.quantize_in_loop or self.scale is None:
             return self._rounded(mask)
-        return self.weight if mask is None else self.weight * mask
+        return masked(self.weight, mask)
 
     def input_norms(self) -> Tensor:
         """The norm of each input over all tokens since `watches_inputs` was set, float32 [K]."""
@@ -217,7 +251,7 @@ class TrainableLinear(nn.Module):
         exported: as it will be written, whether or not rounding is in the loop
         """
         if self.scale is not None and (exported or self.quantize_in_loop):
-            mask: Tensor | None = self.mask if exported else self._mask_in_loop  # type: ignore[assignment]
+            mask = self.mask_bits if exported else self._mask_in_loop
             scale, zero = self._stored_scale(), self._zero_point
             held = round_to_grid(self.weight, scale, mask, *CODE_RANGE[self.bits], zero, dtype)
         else:
@@ -242,7 +276,7 @@ class TrainableLinear(nn.Module):
         mask, through = self._mask_in_loop, self.moving is not None
         if self.scale is None or not self.quantize_in_loop:
             gradient = gradient.float()
-            self.weight.grad = gradient if mask is None or through else gradient.mul_(mask)
+            self.weight.grad = gradient if through else masked(gradient, mask)
             return
         d_weight, d_scale = grid_gradient(
             gradient, self.weight, self._stored_scale(), mask, *CODE_RANGE[self.bits], self._zero_point, through
@@ -257,8 +291,8 @@ class TrainableLinear(nn.Module):
 
     @property
     def _mask_in_loop(self) -> Tensor | None:
-        """None while dropped weights still count."""
-        return None if self.moving == "cast" else self.mask  # type: ignore[return-value]
+        """Bits; None while dropped weights still count."""
+        return None if self.moving == "cast" else self.mask_bits
 
     def _stored_scale(self) -> Tensor:
         return self._positive_scale().to(self.store).float()
@@ -279,7 +313,6 @@ class TrainableLinear(nn.Module):
     @torch.no_grad()
     def export(self) -> LinearWeights:
         """The linear as formats write it; `export().dense(torch.float32)` equals `effective()` to the bit."""
-        mask: Tensor | None = self.mask  # type: ignore[assignment]
         bias = None if self.bias is None else self.bias.to(self.store)
         common: dict[str, Any] = {
             "bits": self.bits,
@@ -290,7 +323,7 @@ class TrainableLinear(nn.Module):
         if self.scale is None:
             return LinearWeights(**common, values=self.effective().to(self.store))
         scale = self._positive_scale().to(self.store)
-        codes = codes_of(self.weight, scale, mask, self.bits, self._zero_point)
+        codes = codes_of(self.weight, scale, self.mask, self.bits, self._zero_point)
         return LinearWeights(**common, codes=codes, scale=scale, zero_point=self._zero_point)
 
 
@@ -316,6 +349,11 @@ def kept_positions(linear: LinearWeights) -> Tensor:
     quads = (linear.unscaled() != 0).reshape(-1, 4)
     first_two = quads.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :2]
     return torch.zeros_like(quads).scatter_(1, first_two, True).reshape(linear.shape)
+
+
+def mask_bits(linear: LinearWeights) -> Tensor | None:
+    """`kept_positions` as bits, uint8 [N, ceil(K/8)]; None for the pattern "dense"."""
+    return None if linear.pattern == "dense" else pack_bits(kept_positions(linear))
 
 
 def make_trainable(module: nn.Module, linears: Mapping[str, LinearWeights]) -> dict[str, TrainableLinear]:

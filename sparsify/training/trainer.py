@@ -317,7 +317,7 @@ class DistillTrainer(Trainer):
         """The tensors that decide what is written: trained parameters, and masks that are learned."""
         state: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         masks = {} if self.learned is None else self.learned.linears
-        return state | {f"{name}.mask": linear.kept for name, linear in masks.items()}
+        return state | {f"{name}.mask_bits": linear.get_buffer("mask_bits") for name, linear in masks.items()}
 
     def has_stopped(self, checkpoint: Path) -> bool:
         """Whether training had ended early when this checkpoint was saved; then all that `settle` needs is read from it."""
@@ -418,8 +418,8 @@ class DistillTrainer(Trainer):
 
     def remember_masks(self) -> None:
         """Note the masks that the linears have, and must have when they are saved."""
-        masks: dict[str, Any] = {name: linear.mask for name, linear in self.linears.items()}
-        self.masks = {name: mask.clone() for name, mask in masks.items() if mask is not None}
+        masks = {name: linear.mask_bits for name, linear in self.linears.items()}
+        self.masks = {name: bits.clone() for name, bits in masks.items() if bits is not None}
 
     def relative_rates(self) -> dict[str, tuple[float, float]]:
         """By linear, the learning rate of its weight relative to its size, and that size."""
@@ -429,9 +429,10 @@ class DistillTrainer(Trainer):
 
     def verify_masks(self) -> None:
         """NumericalError when a linear's mask is not the one training began with, or chose, or keeps other than two of four."""
-        for name, mask in self.masks.items():
-            now: Tensor = self.linears[name].mask  # type: ignore[assignment]
-            if not torch.equal(now, mask) or not bool((mask.reshape(-1, 4).sum(1) == 2).all()):
+        for name, bits in self.masks.items():
+            linear = self.linears[name]
+            two = linear.kept.reshape(-1, 4).sum(1) == 2
+            if not torch.equal(linear.get_buffer("mask_bits"), bits) or not bool(two.all()):
                 raise NumericalError(
                     f"{name}: its mask changed in training, which is a bug in sparsify; nothing was saved"
                 )

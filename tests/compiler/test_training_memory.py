@@ -114,6 +114,7 @@ def test_numbers_of_parameters_are_those_of_the_student(tmp_path, recipe, monkey
     moved = sum(p.numel() for p in student.parameters() if p.requires_grad)
     items = training_memory(plan, plan.training[0]).host
     assert items["optimizer states"] == pytest.approx(8 * moved, rel=0.01)  # norms are not counted
+    assert items["masks"] == 2 * sum(linear.mask_bits.nbytes for linear in trained)  # and those to compare with
     assert items["student in float32"] == 4 * sum(parameter.numel() for parameter in student.parameters())
 
 

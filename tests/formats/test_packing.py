@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy
 import pytest
 import torch
 
@@ -54,3 +55,13 @@ def test_nibbles_pack_even_quad_low():
 def test_ascending_accepts_exactly_the_six_legal_nibbles():
     legal = [n for n in range(16) if packing.nibbles_ascend(torch.tensor([[n]], dtype=torch.uint8))]
     assert legal == [a | b << 2 for b in range(4) for a in range(b)] and len(legal) == 6
+
+
+@pytest.mark.parametrize("inputs", [1, 7, 8, 42, 64])
+def test_bits_of_a_mask_are_those_of_numpy(inputs):
+    mask = torch.rand(5, inputs, generator=torch.Generator().manual_seed(inputs)) < 0.5
+    bits = packing.pack_bits(mask)
+    expected = numpy.packbits(mask.numpy(), axis=1, bitorder="little")
+    assert bits.dtype == torch.uint8 and bits.shape == (5, -(-inputs // 8))
+    assert numpy.array_equal(bits.numpy(), expected)
+    assert torch.equal(packing.unpack_bits(bits, inputs), mask)

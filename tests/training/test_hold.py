@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparsify import processor
+from sparsify.formats.packing import pack_bits
 from sparsify.model.linear import LinearWeights, is_two_four
 from sparsify.native import build
 from sparsify.solver.grid import Grid, round_to_nearest
@@ -38,6 +39,7 @@ def test_rounding_in_pieces_is_the_plain_formula(kernel, monkeypatch):
     W, gradient = (torch.randn(N, K, generator=generator) for _ in range(2))
     scale = 0.1 + torch.rand(N, K // G, generator=generator)
     mask = torch.rand(N, K, generator=generator) < 0.5
+    bits = pack_bits(mask)
     codes = torch.empty(N, K, dtype=torch.float64)
     d_weight, d_scale = torch.zeros(N, K, dtype=torch.float64), torch.zeros(N, K // G, dtype=torch.float64)
     for n in range(N):
@@ -51,8 +53,8 @@ def test_rounding_in_pieces_is_the_plain_formula(kernel, monkeypatch):
     expected = codes * scale.double().repeat_interleave(G, 1) * mask
     for rows in (1, 5, 100):
         monkeypatch.setattr(qat_linear, "PIECE", rows * K)
-        torch.testing.assert_close(round_to_grid(W, scale, mask, -8, 7).double(), expected, rtol=1e-6, atol=1e-6)
-        found = grid_gradient(gradient, W, scale, mask, -8, 7)
+        torch.testing.assert_close(round_to_grid(W, scale, bits, -8, 7).double(), expected, rtol=1e-6, atol=1e-6)
+        found = grid_gradient(gradient, W, scale, bits, -8, 7)
         torch.testing.assert_close(found[0].double(), d_weight, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found[1].double(), d_scale, rtol=1e-4, atol=1e-5)
 
@@ -64,10 +66,10 @@ def rounded_and_gradients(group: int, dtype: torch.dtype, masked: bool, through:
     scale = 0.1 + torch.rand(N, 6, generator=generator)
     W[0, :6] = torch.tensor([0.5, 1.5, -0.5, -8.5, 7.5, 100.0]) * scale[0, 0]
     W[1, 1] = torch.nan
-    mask = torch.rand(W.shape, generator=generator) < 0.5 if masked else None
+    bits = pack_bits(torch.rand(W.shape, generator=generator) < 0.5) if masked else None
     zero = torch.randint(-8, 8, scale.shape, generator=generator).to(torch.int8)
-    rounded = round_to_grid(W, scale, mask, -8, 7, zero, dtype)
-    return [rounded, *grid_gradient(gradient.to(dtype), W, scale, mask, -8, 7, zero, through)]
+    rounded = round_to_grid(W, scale, bits, -8, 7, zero, dtype)
+    return [rounded, *grid_gradient(gradient.to(dtype), W, scale, bits, -8, 7, zero, through)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

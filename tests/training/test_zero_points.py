@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparsify.formats.packing import pack_bits
 from sparsify.model.linear import CODE_RANGE, LinearWeights, is_two_four
 from sparsify.solver.grid import Grid, round_to_nearest
 from sparsify.solver.masks.magnitude import magnitude_mask
@@ -68,6 +69,7 @@ def test_rounding_and_its_gradient_are_the_formulas_of_lsq_with_zero_points():
     scale = 0.1 + torch.rand(N, K // G, generator=generator)
     zero = torch.randint(-8, 8, (N, K // G), generator=generator).to(torch.int8)
     mask = torch.rand(N, K, generator=generator) < 0.5
+    bits = pack_bits(mask)
     value, d_weight = torch.zeros(N, K, dtype=torch.float64), torch.zeros(N, K, dtype=torch.float64)
     codes, d_scale = torch.zeros(N, K, dtype=torch.int8), torch.zeros(N, K // G, dtype=torch.float64)
     for n in range(N):
@@ -81,8 +83,8 @@ def test_rounding_and_its_gradient_are_the_formulas_of_lsq_with_zero_points():
                 inside = code == round(ratio) + z
                 d_weight[n, k] = float(gradient[n, k]) if inside else 0.0
                 d_scale[n, k // G] += float(gradient[n, k]) * (code - z - ratio if inside else code - z)
-    torch.testing.assert_close(round_to_grid(W, scale, mask, -8, 7, zero).double(), value, rtol=1e-6, atol=1e-6)
-    found = grid_gradient(gradient, W, scale, mask, -8, 7, zero)
+    torch.testing.assert_close(round_to_grid(W, scale, bits, -8, 7, zero).double(), value, rtol=1e-6, atol=1e-6)
+    found = grid_gradient(gradient, W, scale, bits, -8, 7, zero)
     torch.testing.assert_close(found[0].double(), d_weight, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found[1].double(), d_scale, rtol=1e-4, atol=1e-5)
     assert torch.equal(codes_of(W, scale, mask, 4, zero), codes)
