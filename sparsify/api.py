@@ -184,6 +184,7 @@ def plan(
     """
     from sparsify.compiler.memory import Limits
     from sparsify.compiler.plan import make_plan
+    from sparsify.training.processes import refuse_processes
 
     asked = load_recipe(recipe)
     if processes is not None and processes < 1:
@@ -194,6 +195,8 @@ def plan(
         with _allowing(trust_remote_code, allow_unknown_tensors):
             made = make_plan(asked.model_copy(update={"model": spec}), spec, config_only=config_only)
             made = replace(made, limits=Limits(memory, gpu_memory, spill, processes))
+            for planned in made.training:
+                refuse_processes(planned.settings, made.limits.among)
     except BaseException:
         stack.close()
         raise

@@ -56,6 +56,7 @@ from sparsify.memory import Peak, peak_anonymous
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
 from sparsify.training.log import whole_log
+from sparsify.training.tracking import refuse_missing
 
 DEPTH_NOTE, BASIS_NOTE = "depth.json", "basis.json"
 BEFORE_DEPTH, SHORTENED = "before-depth", "depth"  # directories: the model compressed, and what is left of its layers
@@ -123,6 +124,8 @@ def _apply(
     arithmetic = of_main(partial(begin, partial_directory(output), resume))
     with main_first(), arithmetic.in_force(), stage(f"reading {model}"):
         plan = keep_zeros(make_plan(recipe, model, served=served))
+        for training in recipe.training:
+            refuse_missing(training)
         refuse_unstorable(plan)
         if plan.needs_data and plan.compressed is None:
             refuse_too_small(walk_memory(plan, limits), limits)
@@ -413,7 +416,8 @@ def resumable(recipe: Recipe) -> Recipe:
         if step not in recipe.training:
             return step
         fields = type(step).model_fields
-        free = ("learning_rate", "scale_learning_rate", "norm_learning_rate", "save_every", "tensorboard", "offload")
+        rates = ("learning_rate", "scale_learning_rate", "norm_learning_rate")
+        free = (*rates, "save_every", "tensorboard", "wandb", "offload", "optimizer")
         return step.model_copy(update={name: fields[name].default for name in free if name in fields})
 
     # the model is compared by its files, wherever they lie

@@ -13,6 +13,7 @@ from sparsify.model.pretrained import load_tokenizer
 from sparsify.recipe import Distill, Finetune, Recipe
 from sparsify.recipe.sources import sources_in_words
 from sparsify.training.distill import check_same_language
+from sparsify.training.processes import refuse_processes
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,7 @@ def plan_training(recipe: Recipe, model: Checkpoint, shortened: Shortened | None
 
 def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shortened | None) -> PlannedTraining:
     spec = settings.teacher
-    if processes() > 1 and (alone := _in_one_process(settings)):
-        raise CheckpointError(
-            f"{settings.kind}: {alone} works in one process; start it without torchrun, or leave it out"
-        )
+    refuse_processes(settings, processes())
     if isinstance(settings, Distill) and settings.needs_teacher and spec is None:
         spec = model.spec  # a recipe that compresses starts from the dense model
     teacher = None
@@ -134,15 +132,6 @@ def _planned(settings: Distill | Finetune, model: Checkpoint, shortened: Shorten
         tokens = settings.drawn_rows * settings.sequence_length
         return PlannedTraining(settings, settings.steps, tokens, teacher, blocks)
     return PlannedTraining(settings, None, None, teacher, blocks)
-
-
-def _in_one_process(settings: Distill | Finetune) -> str | None:
-    """The first setting of a pass that several processes cannot carry out."""
-    if settings.average:
-        return "average"
-    if not isinstance(settings, Distill):
-        return None
-    return "held_out" if settings.held_out is not None else "masks: learned" if settings.learned_masks else None
 
 
 def _check_tokenizers(student: Checkpoint, teacher: Checkpoint) -> None:

@@ -8,7 +8,9 @@ while the optimizer steps (gradients in float32).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +22,9 @@ from sparsify.compute import for_precision
 from sparsify.distributed import device
 from sparsify.model.output_head import is_tied
 from sparsify.recipe import Distill, Lora
+from sparsify.training.eight_bits import BLOCK
 from sparsify.training.losses import ENTRIES
+from sparsify.training.processes import rows_at_once
 from sparsify.units import size
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from sparsify.compiler.plan_training import PlannedTraining
 
 LOGIT = 20  # bytes per logit of a chunk: student's, teacher's and the gradient in float32, and two of them in bfloat16
+EIGHT = 1 + FLOAT / BLOCK  # bytes of a moment in 8 bits
 GATHERED = 3  # blocks that FSDP2 holds whole: the one that runs, the next, and one whose gradients are being summed
 
 
@@ -37,7 +42,8 @@ class TrainingMemory:
 
     host, gpu: gpu is empty without one
     budget, gpu_budget: what a process may take; None where the system does not say what is free
-    instead: where that is too little: settings with which it takes less, as `--set` takes them, and the peak with each
+    instead: where that is too little: settings with which it takes less, as `--set` takes them, and the peak with each, of the
+        GPU where that does not fit
     """
 
     kind: str
@@ -58,10 +64,17 @@ class TrainingMemory:
         return sum(self.gpu.values())
 
     @property
+    def too_much_on_host(self) -> bool:
+        return self.budget is not None and self.peak > self.budget
+
+    @property
+    def too_much_on_gpu(self) -> bool:
+        return self.gpu_budget is not None and self.gpu_peak > self.gpu_budget
+
+    @property
     def too_much(self) -> bool:
         """Whether it does not fit."""
-        of_host = self.budget is not None and self.peak > self.budget
-        return of_host or (self.gpu_budget is not None and self.gpu_peak > self.gpu_budget)
+        return self.too_much_on_host or self.too_much_on_gpu
 
     def describe(self) -> list[str]:
         """Lines of a plan."""
@@ -69,9 +82,11 @@ class TrainingMemory:
         lines += [f"of the GPU {size(self.gpu_peak)}: {in_words(self.gpu)}"] if self.gpu else []
         if self.too_much:
             said = [f"{size(peak)} with --set passes.{self.kind}.{name}" for name, peak in self.instead.items()]
-            free = size((self.gpu_budget if self.gpu else self.budget) or 0)
+            free = [size(self.budget or 0)] if self.too_much_on_host else []
+            free += [f"{size(self.gpu_budget or 0)} of the GPU"] if self.too_much_on_gpu else []
             lines.append(
-                f"does not fit: {self.kind} may take {free} here; " + (", ".join(said) or "no setting takes less")
+                f"does not fit: {self.kind} may take {' and '.join(free)} here; "
+                + (", ".join(said) or "no setting takes less")
             )
         return lines
 
@@ -108,10 +123,13 @@ def counts_of(plan: Plan) -> Counts:
     return Counts(whole, compressed, masked, whole - sum(blocks), scales, max(blocks))
 
 
+Activations = Callable[[bool, torch.dtype, tuple[int, int]], tuple[list[int], int]]
+
 SMALLER: dict[str, Any] = {  # settings that training takes less memory with
     "gradient_checkpointing": True,
     "micro_batch_size": 1,
     "teacher_logits": "cached",
+    "optimizer": "adamw_8bit",
     "offload": "optimizer",
 }
 
@@ -124,26 +142,27 @@ def _weight(plan: Plan, kind: str) -> Any:
 def training_memory(plan: Plan, planned: PlannedTraining) -> TrainingMemory:
     """Of one pass, in each of the processes that `plan.limits` says. What does not fit is told with what takes less."""
     limits = plan.limits
+    taken = partial(_taken, plan, counts_of(plan), cache(partial(_activations, plan)))
     found = replace(
-        _taken(plan, planned), budget=memory.budget(limits.memory), gpu_budget=memory.gpu_budget(limits.gpu_memory)
+        taken(planned), budget=memory.budget(limits.memory), gpu_budget=memory.gpu_budget(limits.gpu_memory)
     )
     if not found.too_much:
         return found
     instead = {}
     for name, value in SMALLER.items():
         if getattr(planned.settings, name, value) != value:
-            other = _taken(plan, replace(planned, settings=planned.settings.model_copy(update={name: value})))
-            instead[f"{name}={str(value).lower()}"] = other.gpu_peak if other.gpu else other.peak
-    now = found.gpu_peak if found.gpu else found.peak
+            other = taken(replace(planned, settings=planned.settings.model_copy(update={name: value})))
+            instead[f"{name}={str(value).lower()}"] = other.gpu_peak if found.too_much_on_gpu else other.peak
+    now = found.gpu_peak if found.too_much_on_gpu else found.peak
     instead = {name: peak for name, peak in instead.items() if peak < LESS * now}
     return replace(found, instead=dict(sorted(instead.items(), key=lambda item: item[1])))
 
 
-def _taken(plan: Plan, planned: PlannedTraining) -> TrainingMemory:
+def _taken(plan: Plan, counts: Counts, activations_of: Activations, planned: PlannedTraining) -> TrainingMemory:
     """Where the model cannot run on tensors without numbers, what the backward pass needs is guessed from widths."""
-    settings, counts, among = planned.settings, counts_of(plan), plan.limits.among
+    settings, among = planned.settings, plan.limits.among
     dtype = for_precision(settings.precision)
-    rows = min(settings.micro_batch_size or settings.batch_size, max(1, settings.batch_size // among))
+    rows = rows_at_once(settings, among)
     lora = isinstance(settings, Lora)
     merges = isinstance(settings, Lora) and settings.export == "merge"
     trained = _trained(plan, settings, counts)
@@ -153,12 +172,15 @@ def _taken(plan: Plan, planned: PlannedTraining) -> TrainingMemory:
     fixed |= {"masks": round(masks * MASK * counts.masked)} if merges or not lora else {}
     kept = (isinstance(settings, Distill) and settings.held_out is not None) + (settings.average > 0)
     fixed |= {"mean and best weights": FLOAT * kept * trained} if kept else {}
-    moments = {"optimizer states": 2 * FLOAT * trained // among}
+    moments = {
+        "optimizer states": round(2 * (EIGHT if settings.optimizer == "adamw_8bit" else FLOAT) * trained) // among
+    }
     passes = settings.batch_size // (rows * among)
     depth = 1 if settings.gradient_checkpointing else len(plan.model.blocks)
     share = depth / len(plan.model.blocks)
     products = round(_of_products(settings, dtype) * counts.compressed * (share if lora or among > 1 else 1))
-    per_block, hidden = _activations(plan, settings, dtype, rows)
+    norms = not lora and "norms" in settings.train
+    per_block, hidden = activations_of(norms, dtype, (rows, settings.sequence_length))
     activations = sum(per_block) if depth > 1 else max(per_block) + len(per_block) * hidden
     before = 0 if lora else FLOAT * counts.compressed // among if passes > 1 else 0
     candidates = [
@@ -244,8 +266,8 @@ def _logits(plan: Plan, settings: Any, dtype: torch.dtype, rows: int) -> int:
     return LOGIT * entries + (head.numel() * dtype.itemsize if dtype != torch.float32 else 0)
 
 
-def _activations(plan: Plan, settings: Any, dtype: torch.dtype, rows: int) -> tuple[list[int], int]:
-    """What the backward pass needs of the forward pass of each block, and of one hidden state. rows: of a micro-batch"""
+def _activations(plan: Plan, norms: bool, dtype: torch.dtype, shape: tuple[int, int]) -> tuple[list[int], int]:
+    """What the backward pass needs of the forward pass of each block, and of one hidden state. norms: whether they are trained;
+    shape: rows and tokens per row of a micro-batch"""
     compressed = {name for name, planned in plan.linears.items() if planned.stored() is not None}
-    norms = not isinstance(settings, Lora) and "norms" in settings.train
-    return block_activations(plan, compressed, norms, dtype, (rows, settings.sequence_length))
+    return block_activations(plan, compressed, norms, dtype, shape)

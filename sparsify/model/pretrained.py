@@ -93,8 +93,10 @@ def load_causal_lm(directory: str | Path, spec: str | None = None, **settings: A
     CheckpointError where tensors are missing, unknown or of another shape, which transformers at most mentions.
     """
     with _named(directory, spec), _without_adapter(Path(directory)) as place:
-        model, info = loader_of(load_config(place, spec), str(spec or directory)).from_pretrained(
+        config = load_config(place, spec)
+        model, info = loader_of(config, str(spec or directory)).from_pretrained(
             place,
+            config=config,
             trust_remote_code=trusts_remote_code(),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name

@@ -220,7 +220,7 @@ def _parameter_groups(
         values = parameter.detach()
         if id(parameter) in weights:
             rate = settings.learning_rate
-            mask: Tensor | None = weights[id(parameter)].mask  # type: ignore[assignment]
+            mask = weights[id(parameter)].mask
             values = values if mask is None else values[mask]
         elif id(parameter) in scales:
             rate = settings.scale_rate

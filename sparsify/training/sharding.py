@@ -74,16 +74,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if held is None else held()
 
 
-def zeros_on_host(like: Tensor) -> Tensor:
-    """Zeros in the memory of the host, of the shape of a tensor and shared out as it is."""
-    held = torch.zeros_like(local(like), device="cpu")
+def as_share(held: Tensor, like: Tensor) -> Tensor:
+    """What this process holds of a tensor that is shared out as another is; itself where that is whole. held: of the shape of
+    `local(like)`, on any device"""
     if not is_shard(like):
         return held
     from torch.distributed.tensor import DTensor
 
     placed: Any = like
     return DTensor.from_local(
-        held, _mesh("cpu", processes()), placed.placements, run_check=False, shape=like.shape, stride=like.stride()
+        held,
+        _mesh(held.device.type, processes()),
+        placed.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
     )
 
 

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from sparsify.data.mixture import draw
 from sparsify.distributed import is_main, main_first, processes
-from sparsify.errors import CheckpointError, MissingDependency, NumericalError
+from sparsify.errors import CheckpointError, NumericalError
 from sparsify.files import as_written, publish, read_json, write_json
 from sparsify.formats.tensor_file import read_tensor
 from sparsify.manifest import damage, seal
@@ -37,10 +37,12 @@ from sparsify.training.held_out import HeldOutText, Measurements, measure
 from sparsify.training.learned_masks import LearnedMasks
 from sparsify.training.log import LOG, TrainingLog
 from sparsify.training.loss_monitor import WINDOW, LossWatch
-from sparsify.training.optimizer import HostAdamW, load_states, save_gathered, states_by_name
+from sparsify.training.optimizer import TensorwiseAdamW, load_states, save_gathered, states_by_name
+from sparsify.training.processes import rows_at_once
 from sparsify.training.qat_linear import TrainableLinear
 from sparsify.training.sharding import is_sharded, kept_square_mean, share_of, whole
 from sparsify.training.student import Student
+from sparsify.training.tracking import Trackers
 
 PARAMETERS = "parameters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -122,8 +124,12 @@ def train(
             student, groups, linears, order, collate, settings, steps, directory, teacher, held_out, done
         )
         trainer.show_on(bar)
-        if last is None or not trainer.has_stopped(last):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        try:
+            if last is None or not trainer.has_stopped(last):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finally:
+            if trainer.trackers is not None:
+                trainer.trackers.close()
     for linear in linears.values():
         linear.release()
     trainer.settle()
@@ -172,6 +178,11 @@ class DistillTrainer(Trainer):
         self.sizes = {kind: [root_mean_square(p) for p in parameters] for kind, parameters in groups.items()}
         self.watch = LossWatch(max(1, min(WINDOW, math.ceil(settings.warmup * steps))))
         self.log_file = TrainingLog(directory / LOG if is_main() else None, done)
+        self.trackers = (
+            Trackers(settings, {"steps": steps, **settings.model_dump(mode="json")[settings.kind]})
+            if is_main()
+            else None
+        )
         self.gradient_norm: Tensor | None = None
         self.masks: dict[str, Tensor] = {}
         self.remember_masks()
@@ -182,7 +193,7 @@ class DistillTrainer(Trainer):
             args=arguments(settings, steps, directory),
             data_collator=collate,
             train_dataset=rows,
-            callbacks=[*board(settings.tensorboard), _EndOfStep(self)],
+            callbacks=[_EndOfStep(self)],
         )
         self.remove_callback(PrinterCallback)
         if is_sharded(student):
@@ -201,8 +212,8 @@ class DistillTrainer(Trainer):
         """AdamW whose step is relative to the size of each tensor, without decay: nothing says that weights should be small."""
         created: torch.optim.Optimizer | None = getattr(self, "optimizer", None)
         if created is None:
-            offloaded = self.settings.offload == "optimizer"
-            created = (HostAdamW if offloaded else torch.optim.AdamW)(
+            kind, choices = optimizer_of(self.settings)
+            created = kind(
                 [
                     {"params": [parameter], "lr": self._rate(kind) * size, "kind": kind, "size": size}
                     for kind, parameters in self.groups.items()
@@ -210,7 +221,7 @@ class DistillTrainer(Trainer):
                 ],
                 betas=BETAS,
                 weight_decay=0.0,
-                fused=not offloaded,
+                **choices,
             )
             self.optimizer = created
         return created
@@ -283,7 +294,12 @@ class DistillTrainer(Trainer):
         }
         if self.gradient_norm is not None:
             values["gradient_norm"] = float(self.gradient_norm)
+        self._log(step, values)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
         self.log_file.add(step, values)
+        if self.trackers is not None:
+            self.trackers.log(step, values)
 
     # --------------------------------------------------------------------------------------------- what will be written
 
@@ -301,7 +317,7 @@ class DistillTrainer(Trainer):
                     f"{self.settings.kind}: the divergence from the teacher on held-out text is {divergence} at step "
                     f"{self.state.global_step}; is held_out.source text that the model can read?"
                 )
-            self.log_file.add(self.state.global_step, {"held_out": divergence})
+            self._log(self.state.global_step, {"held_out": divergence})
             if self.measured.add(self.state.global_step, divergence):
                 self.best = {name: tensor.detach().clone() for name, tensor in self._state().items()}
 
@@ -411,11 +427,6 @@ class DistillTrainer(Trainer):
             group["initial_lr"], group["lr"] = base, base * shape(scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Whoever listens, TensorBoard for one, gets the parts of the loss beside the whole."""
-        parts = self.watch.losses[-1] if "loss" in logs and self.watch.losses else {}
-        super().log({**logs, **parts}, *args, **kwargs)
-
     def remember_masks(self) -> None:
         """Note the masks that the linears have, and must have when they are saved."""
         masks = {name: linear.mask_bits for name, linear in self.linears.items()}
@@ -503,12 +514,7 @@ def describe(
 def arguments(settings: Distill | Finetune, steps: int, directory: Path) -> TrainingArguments:
     """What the Trainer is told. It knows nothing of sharding, see `sharding`: each process computes on rows of its own."""
     among = processes()
-    micro = min(settings.micro_batch_size or settings.batch_size, max(1, settings.batch_size // among))
-    if settings.batch_size % (micro * among):
-        raise CheckpointError(
-            f"{settings.kind}: batch_size {settings.batch_size} does not divide into {among} processes of {micro} rows; "
-            f"choose a multiple of {micro * among}"
-        )
+    micro = rows_at_once(settings, among)
     return TrainingArguments(
         output_dir=str(directory),
         max_steps=steps,
@@ -521,8 +527,7 @@ def arguments(settings: Distill | Finetune, steps: int, directory: Path) -> Trai
         train_sampling_strategy="sequential",  # Rows is in order already
         save_strategy="steps",
         save_steps=settings.save_every or max(1, steps // 10),
-        logging_strategy="steps",
-        logging_steps=1 if settings.tensorboard else max(1, steps // 10),
+        logging_strategy="no",  # `log_step` logs
         logging_nan_inf_filter=False,
         seed=settings.seed % 2**32,
         report_to="none",
@@ -534,22 +539,17 @@ def arguments(settings: Distill | Finetune, steps: int, directory: Path) -> Trai
     )
 
 
+def optimizer_of(settings: Distill | Finetune) -> tuple[type[torch.optim.AdamW], dict[str, Any]]:
+    """The class of the optimizer that a pass asks for, and what it is told beside rates."""
+    on_host, eight_bits = settings.offload == "optimizer", settings.optimizer == "adamw_8bit"
+    if on_host or eight_bits:
+        return TensorwiseAdamW, {"on_host": on_host, "eight_bits": eight_bits}
+    return torch.optim.AdamW, {"fused": True}
+
+
 def root_mean_square(parameter: Tensor) -> float:
     """Over what is not zero: pruned weights do not count. 1 for a tensor of zeros, such as a new bias."""
     return math.sqrt(kept_square_mean(parameter)) or 1.0
-
-
-def board(directory: str | None) -> list[TrainerCallback]:
-    """TensorBoard, when the recipe names a directory for it."""
-    if directory is None:
-        return []
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingDependency("tensorboard in the recipe needs a package: pip install 'sparsify-24[train]'") from None
-    from transformers.integrations import TensorBoardCallback
-
-    return [TensorBoardCallback(SummaryWriter(directory))]
 
 
 # ---------------------------------------------------------------------------------------------- checkpoint directories

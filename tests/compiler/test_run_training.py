@@ -1,7 +1,10 @@
 """Distillation and fine-tuning through `apply`, on tiny models: what is trained is what is written, and what a kill leaves."""
 
+import importlib.util
 import json
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -15,7 +18,14 @@ import sparsify.training.loss_monitor as watch
 import sparsify.training.trainer as trainer
 from sparsify.compiler.apply import apply
 from sparsify.compiler.plan import make_plan
-from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
+from sparsify.errors import (
+    CalibrationError,
+    CheckpointError,
+    MissingDependency,
+    NumericalError,
+    RecipeError,
+    SparsifyError,
+)
 from sparsify.formats.reader import open_compressed
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.model.linear import is_two_four
@@ -158,13 +168,15 @@ def test_micro_batches_train_the_same_model(tmp_path, recipe, source, more):
 
 
 @pytest.mark.parametrize(
-    "where", ["step 4", "step 5", "while saving", "after training", "while rewriting", "before the end"]
+    "where",
+    ["step 4", "step 5", "8 bits, step 5", "while saving", "after training", "while rewriting", "before the end"],
 )
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, recipe, text, source, monkeypatch, where):
-    asked = recipe(640, ", micro_batch_size: 2, save_every: 3")
+    optimizer = ", optimizer: adamw_8bit" if "8 bits" in where else ""
+    asked = recipe(640, ", micro_batch_size: 2, save_every: 3" + optimizer)
     apply(asked, str(source), tmp_path / "whole", quiet=True)
     with monkeypatch.context() as patch:
-        if where.startswith("step"):
+        if "step" in where:
             end = trainer.DistillTrainer._end_of_step
 
             def stop(self):
@@ -200,7 +212,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, recipe, text, source, 
     assert not (tmp_path / "again").exists()
     found = [d.name for d in trainer.checkpoints(tmp_path / "again.partial" / "training-1")]
     expected = {"step 4": ["checkpoint-3"], "step 5": ["checkpoint-3"], "while saving": ["checkpoint-3"]}
-    assert found == expected.get(where, ["checkpoint-9", "checkpoint-10"])
+    assert found == expected.get(where.removeprefix("8 bits, "), ["checkpoint-9", "checkpoint-10"])
     text.unlink()  # a resumed run has its text already
     with monkeypatch.context() as patch:
         if where in ("after training", "while rewriting", "before the end"):
@@ -508,18 +520,48 @@ def test_ready_recipes_load_and_plan(name, tmp_path, source, compressed):
     assert plan.training and plan.training[0].describe() and recipe.training[0].kind in plan.training[0].describe()
 
 
-def test_a_missing_tensorboard_is_said_and_a_present_one_gets_the_losses(tmp_path, recipe, source, monkeypatch):
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-    except ImportError:
-        from sparsify.errors import MissingDependency
+def test_a_tracker_that_is_not_installed_is_said_before_anything_is_computed(tmp_path, recipe, source, monkeypatch):
+    monkeypatch.setattr(calibrate, "Walk", None)
+    for name, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(MissingDependency, match=rf"{name} in the recipe needs a package .*: pip install '.*'"):
+            apply(recipe(128, f", {name}: x"), str(source), tmp_path / "out", quiet=True)
 
-        with pytest.raises(MissingDependency, match=r"sparsify-24\[train\]"):
-            apply(recipe(128, f", tensorboard: {tmp_path / 'board'}"), str(source), tmp_path / "out", quiet=True)
-        return
-    apply(recipe(128, f", tensorboard: {tmp_path / 'board'}"), str(source), tmp_path / "out", quiet=True)
-    content = b"".join(file.read_bytes() for file in (tmp_path / "board").iterdir())
-    assert b"train/squarehead" in content and b"train/kl" in content
+
+def test_trackers_get_every_value_that_is_logged(tmp_path, recipe, source, monkeypatch):
+    """TensorBoard's file where the package is there, and what Weights & Biases is called with."""
+    board = importlib.util.find_spec("tensorboard") is not None
+    logged: list[tuple[int, dict]] = []
+    ended: list[bool] = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: ended.append(True)
+    )
+    begun: list[dict] = []
+    wandb = types.ModuleType("wandb")
+    wandb.Settings = lambda **settings: settings  # type: ignore[attr-defined]
+    wandb.init = lambda **settings: begun.append(settings) or run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    more = ", wandb: sparse" + (f", tensorboard: {tmp_path / 'board'}" if board else "")
+    apply(recipe(128, more), str(source), tmp_path / "out", quiet=True)
+    assert begun[0]["project"] == "sparse" and begun[0]["mode"] == "offline"
+    assert begun[0]["config"]["batch_size"] == 4 and ended == [True]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and {"loss", "kl", "squarehead", "learning_rate", "gradient_norm"} <= lines[0].keys()
+    wanted = [
+        (line["step"], {f"train/{n}": v for n, v in line.items() if n not in ("step", "training")}) for line in lines
+    ]
+    assert logged == wanted
+    if board:
+        content = b"".join(file.read_bytes() for file in (tmp_path / "board").iterdir())
+        assert all(name.encode() in content for name in wanted[0][1])
+
+
+def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path, recipe, source):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SparsifyError, match="tensorboard in the recipe cannot be started: .*file"):
+        apply(recipe(128, f", tensorboard: {tmp_path / 'file'}"), str(source), tmp_path / "out", quiet=True)
 
 
 def test_a_recipe_says_no_to_a_training_that_cannot_be(recipe):

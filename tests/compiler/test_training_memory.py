@@ -1,5 +1,6 @@
 """What training takes, as a plan predicts it, against what a real student holds, and what a plan says where it does not fit."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from sparsify.compiler.apply import apply
 from sparsify.compiler.memory import Limits, walk_memory
 from sparsify.compiler.plan import make_plan
 from sparsify.compiler.training_memory import counts_of, training_memory
-from sparsify.errors import SparsifyError
+from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.model.capture import BlockCall, capture_calls, run_block
 from sparsify.model.decoder import open_blocks
 from sparsify.recipe import parse_recipe
@@ -124,6 +125,7 @@ def test_numbers_of_parameters_are_those_of_the_student(tmp_path, recipe, monkey
         (["micro_batch_size=1"], "activations", "optimizer states"),
         (["gradient_checkpointing=true"], "activations", "teacher"),
         (["teacher_logits=cached"], "teacher", "activations"),
+        (["optimizer=adamw_8bit"], "optimizer states", "activations"),
     ],
 )
 def test_settings_that_save_memory_are_seen(tmp_path, recipe, changes, less, same):
@@ -170,3 +172,43 @@ def test_a_number_of_processes_that_cannot_be_is_refused(tmp_path, recipe):
         api.plan(recipe(), save_tiny(tmp_path / "source"), processes=0)
     made = api.plan(recipe(), save_tiny(tmp_path / "other"), processes=2)
     assert made.limits.among == 2
+
+
+@pytest.mark.parametrize(
+    "more, processes, said",
+    [
+        (["average=0.5"], 2, "distill: average works in one process; start it without torchrun, or leave it out"),
+        (["masks=learned"], 2, "distill: masks: learned works in one process"),
+        ([], 3, "distill: batch_size 4 does not divide into 3 processes of 1 rows; choose a multiple of 3"),
+    ],
+)
+def test_a_plan_refuses_what_so_many_processes_would(tmp_path, recipe, more, processes, said):
+    asked = recipe(DISTILL, "float32", *(f"passes.distill.{change}" for change in more))
+    source = save_tiny(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        api.plan(asked, source, processes=processes)
+    assert api.plan(asked, source, processes=1).training
+
+
+@pytest.mark.parametrize(
+    "budget, gpu_budget, free",
+    [
+        (100, None, "100 B"),
+        (100, 10**6, "100 B"),
+        (10**6, 200, "200 B of the GPU"),
+        (100, 200, "100 B and 200 B of the GPU"),
+    ],
+)
+def test_what_does_not_fit_is_named(budget, gpu_budget, free):
+    gpu = {} if gpu_budget is None else {"student": 2000}
+    found = predicted.TrainingMemory("lora", {"teacher": 1000}, gpu, budget, gpu_budget)
+    assert found.too_much and found.describe()[-1] == f"does not fit: lora may take {free} here; no setting takes less"
+
+
+def test_alternatives_are_not_counted_anew(tmp_path, recipe, monkeypatch):
+    counted = []
+    count = predicted.block_activations
+    monkeypatch.setattr(predicted, "block_activations", lambda *args: counted.append(args[1:]) or count(*args))
+    plan = make_plan(recipe(), str(save_tiny(tmp_path / "source")))
+    found = training_memory(replace(plan, limits=Limits(memory="1MB")), plan.training[0])
+    assert len(found.instead) >= 3 and [shape for *_, shape in counted] == [(ROWS, LENGTH), (1, LENGTH)]

@@ -129,6 +129,10 @@ class TrainingPass(PassModel):
     gradient_checkpointing: bool = Field(
         default=False, description="keep one activation per block and compute the rest again: less memory, more time"
     )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw",
+        description="adamw_8bit: both moments of AdamW in 8 bits, 6 bytes per parameter less; the steps are nearly the same",
+    )
     offload: Literal["none", "optimizer"] = Field(
         default="none",
         description="optimizer: its states in the memory of the host, 8 bytes per parameter less on a GPU; steps take longer",
@@ -145,6 +149,11 @@ class TrainingPass(PassModel):
         default=None, ge=1, description="steps between checkpoints to resume from; default a tenth of all steps"
     )
     tensorboard: str | None = Field(default=None, min_length=1, description="directory for TensorBoard's event files")
+    wandb: str | None = Field(
+        default=None,
+        min_length=1,
+        description="project of Weights & Biases; kept on disk (wandb sync uploads it) unless WANDB_MODE is set",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the order of the rows")
 
     @model_validator(mode="after")
