@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.units import size
 
 PACKAGE = Path(__file__).resolve().parent  # the directory of the `sparsify` package
 PARTIAL = ".partial"
@@ -213,7 +214,7 @@ def reserve(path: Path, nbytes: int) -> None:
         path.unlink(missing_ok=True)
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
         raise SparsifyError(
-            f"{path}: no room for {nbytes / 1e9:.1f} GB of hidden states ({reason}); make room, put --output on another "
+            f"{path}: no room for {size(nbytes)} of hidden states ({reason}); make room, put --output on another "
             "disk, or raise --memory so that they stay in memory; then go on with --resume"
         ) from None
 

@@ -176,9 +176,8 @@ def _beside_codes(scheme: Scheme, shape: tuple[int, int], groups: int, format: s
 
 
 def _memory_bytes(plan: Plan, walk: WalkMemory | None) -> int:
-    blocks = range(len(plan.model.blocks))
     itemsize = plan.model.dtype.itemsize
-    block_bytes = max(sum(p.numel() for p in plan.model.block(i).parameters()) for i in blocks) * itemsize
+    block_bytes = max(plan.model.weights) * itemsize
     if walk is None:
         return 3 * block_bytes
     tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
@@ -195,7 +194,7 @@ def _basis_bytes(plan: Plan, outside: int, activations: int) -> int:
     if basis is None:
         return 0
     width = hidden_size(plan)
-    blocks = [sum(p.numel() for p in plan.model.block(i).parameters()) for i in range(len(plan.model.blocks))]
+    blocks = plan.model.weights
     kept = 4 * len(blocks) * (2 * width * width + 4 * SAMPLED * width) if basis.residual else 0
     return outside + 2 * 4 * max(blocks) + activations + kept
 

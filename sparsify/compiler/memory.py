@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from sparsify import memory
 from sparsify.compiler.activations import FLOAT, MASK, block_activations
@@ -22,7 +21,7 @@ from sparsify.compiler.operations import Group, groups_of, hidden_size
 from sparsify.distributed import device, processes
 from sparsify.errors import SparsifyError
 from sparsify.model.capture import capture_calls, without_numbers
-from sparsify.model.experts import experts_of, is_expert
+from sparsify.model.experts import is_expert
 from sparsify.model.footprint import Footprint, footprint
 from sparsify.model.linear_groups import by_kind, stops_of
 from sparsify.model.sequential import rows_of_micro_batch
@@ -296,7 +295,7 @@ def _tuning_bytes(plan: Plan, tune: Tune) -> int:
     per_block, _ = block_activations(plan, set(plan.schemes), True, dtype, shape)
     most = 0
     for index, (weights, activations) in enumerate(zip(_weights_of_block(plan), per_block, strict=True)):
-        parameters = sum(p.numel() for p in plan.model.block(index).parameters())
+        parameters = plan.model.weights[index]
         beside = max(FLOAT * parameters, activations + dtype.itemsize * weights)
         most = max(most, 4 * FLOAT * parameters + round(2 * MASK * weights) + beside)
     return most
@@ -305,17 +304,11 @@ def _tuning_bytes(plan: Plan, tune: Tune) -> int:
 def _block_bytes(plan: Plan, streams: int = 1) -> int:
     """Of the largest block, in the type that the model is computed in. streams: 2 where the dense model is followed; both
     share the weights of experts, of which one has its original ones beside them."""
-    return (
-        max(_weights_held(plan.model.block(i), streams) for i in range(len(plan.model.blocks)))
-        * plan.model.dtype.itemsize
+    held = (
+        streams * weights - (streams - 1) * (shared - one)
+        for weights, (shared, one) in zip(plan.model.weights, plan.model.expert_weights, strict=True)
     )
-
-
-def _weights_held(block: nn.Module, streams: int) -> int:
-    mixtures = experts_of(block).values()
-    shared = sum(p.numel() for experts in mixtures for p in experts.parameters())
-    one = max((sum(p.numel() for p in experts.expert(0).parameters()) for experts in mixtures), default=0)
-    return streams * sum(p.numel() for p in block.parameters()) - (streams - 1) * (shared - one)
+    return max(held) * plan.model.dtype.itemsize
 
 
 def _streams_kept(plan: Plan, streams: int) -> int:

@@ -113,7 +113,7 @@ def counts_of(plan: Plan) -> Counts:
     compressed = sum(weights for weights, _ in stored)
     masked = sum(weights for weights, scheme in stored if scheme.pattern == "2:4")
     scales = sum(weights // scheme.group_size for weights, scheme in stored if scheme.bits < 16)
-    blocks = [sum(p.numel() for p in plan.model.block(i).parameters()) for i in range(len(plan.model.blocks))]
+    blocks = plan.model.weights
     whole = sum(
         p.numel() for p in plan.model.model.parameters()
     )  # a tied head may be a parameter of its own here, or not

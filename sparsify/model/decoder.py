@@ -25,6 +25,7 @@ from sparsify.model.checkpoint import Checkpoint, levels_of
 from sparsify.model.experts import (
     FusedTensor,
     conversion_rules,
+    experts_of,
     fused_experts,
     fused_tensors,
     is_expert,
@@ -71,6 +72,22 @@ class BlockModel:
 
     def block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.blocks[index])
+
+    @cached_property
+    def weights(self) -> list[int]:
+        """Of each block the number of its parameters, those of plain linears or not."""
+        return [sum(p.numel() for p in self.block(index).parameters()) for index in range(len(self.blocks))]
+
+    @cached_property
+    def expert_weights(self) -> list[tuple[int, int]]:
+        """Of each block the number of the parameters of its experts that are taken apart, and of a single one of them."""
+        found = []
+        for index in range(len(self.blocks)):
+            mixtures = experts_of(self.block(index)).values()
+            shared = sum(p.numel() for experts in mixtures for p in experts.parameters())
+            single = (sum(p.numel() for p in experts.expert(0).parameters()) for experts in mixtures)
+            found.append((shared, max(single, default=0)))
+        return found
 
     @cached_property
     def _indices(self) -> dict[str, int]:
@@ -253,12 +270,20 @@ def refuse_changing_weights(model: nn.Module, spec: str) -> None:
 HUGE = 2**28  # elements; only parameters have more
 
 
+DRAWN = (
+    nn.init.normal_, nn.init.trunc_normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_
+)  # fmt: skip
+
+
 class _HugeOnMeta(TorchFunctionMode):
     """Tensors that only parameters are as large as take no memory from the beginning. accelerate puts parameters on the meta
-    device once they are made, and Llama 4 makes those of its experts of zeros: 5 GB for a layer, which were written first."""
+    device once they are made, and Llama 4 makes those of its experts of zeros: 5 GB for a layer, which were written first. Nor are
+    first weights drawn of parameters without numbers, which takes long in models of many modules."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in DRAWN and isinstance(drawn := args[0] if args else kwargs.get("tensor"), Tensor) and drawn.is_meta:
+            return drawn
         if func in (torch.zeros, torch.ones, torch.empty) and kwargs.get("device") is None:
             sizes = kwargs["size"] if "size" in kwargs else args[0] if args and not isinstance(args[0], int) else args
             if math.prod(sizes) > HUGE:

@@ -85,9 +85,9 @@ def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: t
 
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
-    linear.in_features, linear.out_features = inputs, outputs
-    linear.weight = parameter(outputs, inputs)
-    linear.register_parameter("bias", parameter(outputs) if bias else None)
+    own = {"weight": parameter(outputs, inputs), "bias": parameter(outputs) if bias else None}
+    linear.__dict__ |= {"in_features": inputs, "out_features": outputs}  # past the checks of `nn.Module.__setattr__`
+    linear._parameters |= own
     return linear
 
 

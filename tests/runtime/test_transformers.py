@@ -45,6 +45,50 @@ def test_equals_the_dense_export(family: str, tmp_path: Path, agree: Agree) -> N
     agree(logits(ours), logits(dense))
 
 
+LOADED = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+import sparsify
+from sparsify import memory
+from sparsify.runtime.module import Sparse24Linear
+
+first, directory = sys.argv[1:]
+ids = torch.arange(8)[None]
+with torch.no_grad():
+    AutoModelForCausalLM.from_pretrained(first, dtype=torch.bfloat16)(ids)  # what libraries take once
+before = memory.anonymous()
+if before is None:
+    sys.exit()
+with memory.peak_anonymous() as peak:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model(ids)
+    peak.sample()
+linears = [module for module in model.modules() if isinstance(module, Sparse24Linear)]
+prepared = sum(tensor.nbytes for linear in linears for tensor in linear._prepared)
+print(memory.anonymous() - before, peak.nbytes - before, prepared)
+"""
+
+
+def test_loading_takes_the_compressed_size_once(tmp_path: Path) -> None:
+    """No dense weight is made, and the packed tensors beside what a back end made of them are pages of the files."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 64, "num_attention_heads": 16}
+    sizes |= {"num_key_value_heads": 16, "num_hidden_layers": 2}
+    compress(make_dense("llama", tmp_path / "tiny"), tmp_path / "first")
+    directory = compress(make_dense("llama", tmp_path / "model", **sizes), tmp_path / "sparse24")
+    command = [sys.executable, "-c", LOADED, str(tmp_path / "first"), str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    if not done.stdout.strip():
+        pytest.skip("the system does not say what a process has")
+    held, peak, prepared = map(int, done.stdout.split())
+    on_disk = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    dense = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
+    assert 2 * on_disk < dense / 2
+    if prepared < 1.2 * on_disk:  # the back end of this machine keeps weights packed
+        assert held < 1.1 * on_disk + 2e6 and peak < 1.1 * on_disk + 6e6, (held, peak, on_disk)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_what_transformers_renames_and_assembles_is_loaded_in_the_type_asked_for(
     dtype: torch.dtype, tmp_path: Path, agree: Agree
