@@ -20,7 +20,7 @@ from sparsify.cli.parser import command_parser
 
 # A module may import from those above it, never from those below.
 ORDER = (
-    "_version", "errors", "failure", "matching", "files", "units", "processor", "threads", "distributed", "memory", "compute",
+    "_version", "errors", "failure", "matching", "units", "files", "processor", "threads", "distributed", "memory", "compute",
     "phases", "progress", "lock", "manifest", "native", "fingerprint", "recipe", "model", "data", "formats", "solver", "training",
     "depth", "basis", "compiler", "runtime", "evaluation", "bench", "search", "report", "api", "demo", "doctor", "cli", "__main__",
 )  # fmt: skip

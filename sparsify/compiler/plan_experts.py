@@ -91,15 +91,17 @@ def not_in_vllm(plan: Plan) -> str | None:
     named = {name: planned for name, planned in plan.linears.items() if is_expert(name)}
     if plan.recipe.export.format != "sparse24" or not any(planned.scheme for planned in named.values()):
         return None
+    of_layer: dict[str, list[tuple[str, Planned]]] = {}
+    for name, planned in named.items():
+        of_layer.setdefault(name.rsplit(".", 2)[0], []).append((name, planned))  # without the number and the linear
     for path, experts in experts_of(plan.model.model).items():
         if experts.unusual:
             return experts.unusual
         first: dict[bool, tuple[str, Planned]] = {}  # of the down projections, and of the others
-        for name, planned in named.items():
-            if name.startswith(f"{path}."):
-                other, one = first.setdefault(name.endswith(".down_proj"), (name, planned))
-                if as_sparse24(planned.scheme, planned.shape[1]) != as_sparse24(one.scheme, one.shape[1]):
-                    return f"it wants all of a layer to be alike, and {name} is not as {other}"
+        for name, planned in of_layer.get(path, ()):
+            other, one = first.setdefault(name.endswith(".down_proj"), (name, planned))
+            if as_sparse24(planned.scheme, planned.shape[1]) != as_sparse24(one.scheme, one.shape[1]):
+                return f"it wants all of a layer to be alike, and {name} is not as {other}"
         if any(one.scheme is None for _, one in first.values()) and any(one.scheme for _, one in first.values()):
             return f"some linears of {path} are dense"
     return None

@@ -270,9 +270,12 @@ def refuse_changing_weights(model: nn.Module, spec: str) -> None:
 HUGE = 2**28  # elements; only parameters have more
 
 
-DRAWN = (
-    nn.init.normal_, nn.init.trunc_normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_
-)  # fmt: skip
+DRAWN = {
+    "normal_",
+    "trunc_normal_",
+    "uniform_",
+    "kaiming_uniform_",
+}  # torch's names; transformers puts its own in their place
 
 
 class _HugeOnMeta(TorchFunctionMode):
@@ -282,8 +285,10 @@ class _HugeOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in DRAWN and isinstance(drawn := args[0] if args else kwargs.get("tensor"), Tensor) and drawn.is_meta:
-            return drawn
+        if getattr(func, "__name__", None) in DRAWN:
+            drawn = args[0] if args else kwargs.get("tensor")
+            if isinstance(drawn, Tensor) and drawn.is_meta:
+                return drawn
         if func in (torch.zeros, torch.ones, torch.empty) and kwargs.get("device") is None:
             sizes = kwargs["size"] if "size" in kwargs else args[0] if args and not isinstance(args[0], int) else args
             if math.prod(sizes) > HUGE:
