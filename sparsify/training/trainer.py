@@ -178,11 +178,6 @@ class DistillTrainer(Trainer):
         self.sizes = {kind: [root_mean_square(p) for p in parameters] for kind, parameters in groups.items()}
         self.watch = LossWatch(max(1, min(WINDOW, math.ceil(settings.warmup * steps))))
         self.log_file = TrainingLog(directory / LOG if is_main() else None, done)
-        self.trackers = (
-            Trackers(settings, {"steps": steps, **settings.model_dump(mode="json")[settings.kind]})
-            if is_main()
-            else None
-        )
         self.gradient_norm: Tensor | None = None
         self.masks: dict[str, Tensor] = {}
         self.remember_masks()
@@ -202,6 +197,11 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.held = self.args.world_size == 1
+        self.trackers = (
+            Trackers(settings, {"steps": steps, **settings.model_dump(mode="json")[settings.kind]})
+            if is_main()
+            else None
+        )
 
     def show_on(self, bar: Task) -> None:
         self.add_callback(_Show(bar, self))
