@@ -4,8 +4,9 @@
     python benchmarks/training_memory.py out/small --output out/training-memory.json
 
 The model is compressed once without data and then trained for three steps in every way that changes what is held: all at once, in
-micro-batches, with gradient checkpointing, averaged weights, a cached teacher, in float32, as adapters that are merged or not, block
-by block, and on two processes. `peak_anonymous_bytes` of run.json is the measurement (of two processes that of the first).
+micro-batches, with gradient checkpointing, averaged weights, a cached teacher, moments in 8 bits, in float32, as adapters that are
+merged or not, block by block, and on two processes. `peak_anonymous_bytes` of run.json is the measurement (of two processes that of
+the first).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "gradient checkpointing": ("distill", ["gradient_checkpointing=true"]),
     "mean of the last weights": ("distill", ["average=0.5"]),
     "cached teacher": ("distill", ["teacher_logits=cached"]),
+    "moments in 8 bits": ("distill", ["optimizer=adamw_8bit"]),
     "float32": ("distill", ["precision=float32", "micro_batch_size=2"]),
     "lora, merged": ("lora", []),
     "lora, adapter": ("lora", ["export=adapter"]),
