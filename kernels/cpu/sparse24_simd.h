@@ -70,7 +70,10 @@ struct V {
         for (int i = 0; i < 4; ++i) v |= (index == i) & (I)set1(four[i]);
         return (F)v;
     }
-    ALWAYS_F32 F where(I ia, F a, I ib, F b, int i) { return (F)(((ia == i) & (I)a) | ((ib == i) & (I)b)); }
+    // b where ib is i, else a where ia is, else 0. (No checkpoint has two weights in one place; memory that is damaged may.)
+    ALWAYS_F32 F where(I ia, F a, I ib, F b, int i) {
+        return (F)(((ib == i) & (I)b) | (~(ib == i) & (ia == i) & (I)a));
+    }
 };
 #include "sparse24_f32.h"
 }  // namespace portable
@@ -117,8 +120,8 @@ struct V {
     }
     ALWAYS_F32 F where(I ia, F a, I ib, F b, int i) {
         const I at = _mm256_set1_epi32(i);
-        return _mm256_or_ps(_mm256_and_ps(bits(_mm256_cmpeq_epi32(ia, at)), a),
-                            _mm256_and_ps(bits(_mm256_cmpeq_epi32(ib, at)), b));
+        return _mm256_blendv_ps(_mm256_and_ps(bits(_mm256_cmpeq_epi32(ia, at)), a), b,
+                                bits(_mm256_cmpeq_epi32(ib, at)));
     }
 };
 #include "sparse24_f32.h"
