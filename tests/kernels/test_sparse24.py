@@ -760,6 +760,18 @@ def test_damaged_blobs_are_refused(kernel: Kernel, level: int) -> None:
     assert (y == 7).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("rows", [1, 3, 6, 70])
+def test_two_weights_in_one_place_stay_numbers(kernel: Kernel, level: int, bits: int, rows: int) -> None:
+    """Positions that no checkpoint holds: memory that is damaged later must not become infinite or NaN."""
+    linear = Linear(bits, "2:4", 64 if bits < 16 else 192, 33, 192)
+    made = make(linear)
+    made.tensors["weight_meta"].fill_(0x5A)  # (2, 2) and (1, 1)
+    for way in (0, FEW, MANY):
+        y = kernel.linear(kernel.pack(linear, made), 33, activations(rows, 192, BF16), None, level + way)
+        assert y.isfinite().all() and y.abs().max() < 1000
+
+
 def test_unknown_levels_are_refused(kernel: Kernel) -> None:
     linear = Linear(4, "2:4", 64, 33, 128)
     x, y = activations(1, 128, BF16), torch.empty(1, 33, dtype=BF16)
