@@ -14,6 +14,7 @@ from typing import Any
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["sparsify.compiler.apply", "sparsify.training.trainer", "sparsify.cli", "transformers.models.llama"]
 SECONDS = 600
+AGENT_SECONDS = 90  # a process that was killed before all had met is known to torchrun alone
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ def in_ranks(
         rank, seconds = kill
         started[rank].join(seconds)
         started[rank].kill()
+        for process in started:  # torchrun ends the others at once; here they may first find out by themselves
+            process.join(AGENT_SECONDS)
+            if process.is_alive():
+                process.terminate()
     for process in started:
         process.join(SECONDS)
         if process.is_alive():
