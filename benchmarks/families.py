@@ -19,6 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,18 @@ SEEING = {  # of towers for pictures, by the names that their configs have for t
     "projection_dim": 32, "depth": 2, "num_heads": 2, "out_hidden_size": 128, "embed_dim": 32,
 }  # fmt: skip
 WANTED_BY_VLLM = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}  # as published configs say it
-SAME_HEADS = ("deepseek_v3", "deepseek_v2", "kimi_linear")  # every head has keys of its own
+LARGEST = 5e7  # weights of a tiny model
+MARKERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id", "vision_start_token_id",
+           "vision_end_token_id", "vision_token_id", "boi_token_index", "eoi_token_index", "boi_token_id", "eoi_token_id")  # fmt: skip
+# Of one key the sizes of several things: the first choice with which the model computes is taken. None: as the class has it.
+CHOICES: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_key_value_heads": 4, "head_dim": None},
+    {"head_dim": None},
+    {"num_key_value_heads": 4},
+    {"num_hidden_layers": 4},
+    {"num_hidden_layers": None},
+)
 RECIPE = """
 version: 1
 calibration: {{source: "file:{tokens}", samples: 8, sequence_length: 24}}
@@ -87,7 +99,27 @@ def fitting(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny(family: str, directory: Path) -> None:
-    """Write a random model of a family."""
+    """Write a random model of a family. ValueError where none of `CHOICES` gives one that computes."""
+    first: Exception | None = None
+    for choice in CHOICES:
+        settings = {key: value for key, value in {**SMALL, **choice}.items() if value is not None}
+        try:
+            model = random_model(family, settings)
+            with torch.no_grad():
+                model(input_ids=IDS, use_cache=False)
+        except SparsifyError:
+            raise
+        except Exception as error:  # what configs and classes raise on settings that do not go together
+            first = first or error
+            continue
+        model.save_pretrained(directory)
+        return
+    raise ValueError(first_line(first or ValueError("no choice of sizes")))
+
+
+def random_model(family: str, sizes: dict[str, Any]) -> Any:
+    """A random model of a family, of the sizes that its config has. Errors are those of transformers."""
+    from accelerate import init_empty_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from sparsify.model.pretrained import loader_of
@@ -95,10 +127,7 @@ def tiny(family: str, directory: Path) -> None:
     kind = CONFIG_MAPPING[family]
     default = kind()
     text = default.get_text_config(decoder=True)
-    settings = fitting(text, SMALL)
-    if family in SAME_HEADS:
-        settings["num_key_value_heads"] = 4
-        settings.pop("head_dim", None)
+    settings = fitting(text, sizes)
     part = next((key for key in default.sub_configs if getattr(default, key, None) is text), None)
     if part is not None:
         seeing = {key: fitting(getattr(default, key), SEEING) for key in default.sub_configs if key != part}
@@ -106,16 +135,20 @@ def tiny(family: str, directory: Path) -> None:
             part: {**settings, "model_type": text.model_type},
             **{key: value for key, value in seeing.items() if value},
         }
+    markers = fitting(default, {name: 95 - number for number, name in enumerate(MARKERS)})
+    config = kind(**settings, **markers, **WANTED_BY_VLLM.get(family, {}))
+    loader = loader_of(config, family)
+    with init_empty_weights():
+        size = sum(parameter.numel() for parameter in loader.from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"its config has sizes of names of its own; the tiny model has {size / 1e9:.1f} B weights")
     torch.manual_seed(0)
-    config = kind(**settings, **WANTED_BY_VLLM.get(family, {}))
-    model = loader_of(config, family).from_config(config, dtype=torch.float32)
+    model = loader.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(0, 0.1)
-    if sum(parameter.numel() for parameter in model.parameters()) > 5e7:
-        raise ValueError("its config has sizes of names of its own; the tiny model is not tiny")
-    model.save_pretrained(directory)
+    return model
 
 
 def exact_dense(compressed: Path, dense: Path) -> Path:
@@ -127,6 +160,8 @@ def exact_dense(compressed: Path, dense: Path) -> Path:
         if any(one in whole for one in fused.names()):
             members = {one: whole.pop(one) if one in whole else opened.tensor(one).float() for one in fused.names()}
             whole[name] = fused.assembled(members)
+    for name in open_compressed(dense).checkpoint.transposed & whole.keys():
+        whole[name] = whole[name].t().contiguous()
     save_file({**tensors, **whole}, dense / "model.safetensors", metadata={"format": "pt"})
     return dense
 
@@ -201,6 +236,9 @@ def tried(family: str, folder: Path, with_vllm: bool) -> dict[str, Any]:
             metrics = apply(recipe, str(source), output, quiet=True).metrics
         except SparsifyError as error:
             return {"compress": f"refused: {first_line(error).replace(str(source), 'it')}"}
+        except Exception as error:  # a fault of ours
+            traceback.print_exc(file=sys.__stderr__)
+            return {"compress": f"no: {type(error).__name__}: {first_line(error)}"}
         dense_experts = {m["reason"] for m in metrics["dense_modules"] if "experts" in m["module"]}
         linears = len(metrics["layers"])
         experts = sum(is_expert(layer["module"]) for layer in metrics["layers"])

@@ -39,6 +39,10 @@ class LazyTensor:
     def of(cls, tensor: Tensor) -> "LazyTensor":
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
+    def turned(self) -> "LazyTensor":
+        """A matrix with its two axes exchanged."""
+        return LazyTensor(self.shape[::-1], self.dtype, lambda: self.load().t().contiguous())
+
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize

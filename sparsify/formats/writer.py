@@ -32,6 +32,7 @@ from sparsify.model.decoder import meta_model
 from sparsify.model.experts import FusedTensor, is_expert, stored_fused
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sidecars import secrets
+from sparsify.model.transposed import stored_transposed
 from sparsify.phases import phase
 from sparsify.progress import say, stage, warn
 
@@ -376,7 +377,7 @@ class CheckpointWriter:
                 tensors[name] = LazyTensor(info.shape, info.dtype, partial(read_tensor, file, name))
         if not tensors:
             raise CheckpointError(f"{self.work} holds no finished part; nothing can become {self.output}")
-        return modules, self._assembled(modules, tensors), linears
+        return modules, self._as_stored(self._assembled(modules, tensors)), linears
 
     def _assembled(self, modules: Mapping[str, ModuleScheme], tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
         """Dense experts of a model whose published files hold them in one tensor: put together again, none being packed."""
@@ -391,6 +392,10 @@ class CheckpointWriter:
                 whole[name] = LazyTensor(fused.shape, dtype, partial(_put_together, fused, members))
                 taken |= members.keys()
         return {name: tensor for name, tensor in tensors.items() if name not in taken} | whole
+
+    def _as_stored(self, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+        """The weights of linears that the class of the model stores as [K, N] as it does."""
+        return tensors | {name: tensors[name].turned() for name in stored_transposed(self.source, tensors)}
 
     def _config(
         self,

@@ -84,7 +84,7 @@ def _as_given(hidden: Tensor, returned: int) -> Any:
 
 def values_returned(output: Any) -> int:
     """How many values a block returned: the length of the tuple, 0 for the hidden state by itself."""
-    return len(output) if isinstance(output, tuple) else 0
+    return len(output) if isinstance(output, tuple | list) else 0
 
 
 def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -295,4 +295,4 @@ def join_calls(calls: Sequence[BlockCall]) -> BlockCall:
 def run_block(block: nn.Module, x: Tensor, call: BlockCall) -> Tensor:
     """One block on one micro-batch: hidden [B, T, d] in, hidden [B, T, d] out."""
     output = block(x, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output

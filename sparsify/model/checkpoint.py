@@ -6,7 +6,7 @@ import os
 import re
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -154,8 +154,8 @@ class Checkpoint:
         return config
 
     @cached_property
-    def infos(self) -> dict[str, TensorInfo]:
-        """Every tensor of every shard, by name."""
+    def _in_files(self) -> dict[str, TensorInfo]:
+        """Every tensor of every shard, by name, as it is stored."""
         tensors: dict[str, TensorInfo] = {}
         for file in self.weight_files():
             inside = read_header(file)[0]
@@ -169,6 +169,21 @@ class Checkpoint:
             if name not in tensors:
                 raise CheckpointError(f"{self.spec}: {INDEX} lists {name}, which no file holds; download it again")
         return tensors
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor of every shard, by name; weights of linears as [N, K]."""
+        infos = dict(self._in_files)
+        for name in self.transposed:
+            infos[name] = replace(infos[name], shape=infos[name].shape[::-1])
+        return infos
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """The weights that the files hold as [K, N] and `tensor` gives as [N, K] (`sparsify.model.transposed`)."""
+        from sparsify.model.transposed import may_be_transposed, stored_transposed
+
+        return stored_transposed(self, self._in_files) if may_be_transposed(self._in_files) else frozenset()
 
     def _index(self) -> Path | None:
         """The index of the shards: that of the Hub's naming, else the only one that is there, as AutoGPTQ names its own."""
@@ -235,7 +250,8 @@ class Checkpoint:
         info = self.info(name)
         try:
             with safe_open(info.file, framework="pt") as file:
-                return file.get_tensor(name)
+                stored: Tensor = file.get_tensor(name)
+                return stored.t().contiguous() if name in self.transposed else stored
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file}: cannot read {name} ({error}); download or create it again") from None
 
@@ -244,6 +260,8 @@ class Checkpoint:
         info = self.info(name)
         try:
             with safe_open(info.file, framework="pt") as file:
+                if name in self.transposed:
+                    return file.get_slice(name)[:, :rows].t().contiguous()
                 return file.get_slice(name)[:rows]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file}: cannot read {name} ({error}); download or create it again") from None

@@ -34,6 +34,7 @@ from sparsify.model.experts import (
 )
 from sparsify.model.linear import is_plain_linear
 from sparsify.model.pretrained import LONGEST, causal_lm_of, load_config
+from sparsify.model.transposed import straighten
 from sparsify.model.separated import SeparatedCheckpoint
 from sparsify.progress import without_bars
 
@@ -311,7 +312,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, 
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False), _HugeOnMeta():
-            model: nn.Module = causal_lm_of(config, place, checkpoint.spec, dtype=dtype)
+            model: nn.Module = straighten(causal_lm_of(config, place, checkpoint.spec, dtype=dtype))
     except SparsifyError:
         raise
     except Exception as error:  # a config decides what of transformers runs, and what it runs into

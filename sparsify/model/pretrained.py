@@ -87,6 +87,15 @@ def loader_of(config: Any, spec: str) -> Any:
     return loaders[0] if own_code or known is None else known
 
 
+def class_of(config: Any) -> type | None:
+    """The class of transformers that a config is of; None where code that comes with the model has it, or where none is."""
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return None
+    mapping = loader_of(config, "the model")._model_mapping
+    found = mapping[type(config)] if type(config) in mapping else None
+    return found[0] if isinstance(found, tuple) else found
+
+
 def load_causal_lm(directory: str | Path, spec: str | None = None, **settings: Any) -> Any:
     """The language model of a directory, with the tower for pictures of one that has such. settings: of `from_pretrained`.
 

@@ -459,7 +459,7 @@ class Walk:
     def _gather(self, group: LinearGroup, batches: Iterator[tuple[Any, Any]], dense: _InStep | None) -> _Gathered:
         """Keep what all micro-batches bring to the experts of a layer, and let the dense block go on from there."""
         assert group.experts is not None
-        shapes = [torch.Size([*shape[:-1], group.in_features]) for shape in self.hidden.shapes]
+        shapes = [torch.Size([*shape[:2], group.in_features]) for shape in self.hidden.shapes]
         inputs = self._room_for(f"{group.experts} inputs", shapes)
         own = outputs = None
         if dense is not None:

@@ -132,9 +132,9 @@ def _watch(block: nn.Module, x: Tensor, call: BlockCall) -> list[_Seen]:
 
     def note(child: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            read, gave = _hidden(args, kwargs), output[0] if isinstance(output, tuple) else output
+            read, gave = _hidden(args, kwargs), output[0] if isinstance(output, tuple | list) else output
             if isinstance(read, Tensor) and isinstance(gave, Tensor):
-                seen.append(_Seen(child, read, gave, len(output) if isinstance(output, tuple) else 0))
+                seen.append(_Seen(child, read, gave, len(output) if isinstance(output, tuple | list) else 0))
 
         return hook
 

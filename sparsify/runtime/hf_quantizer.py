@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.core_model_loading import WeightRenaming, build_glob_alternation, rename_source_key
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -161,13 +162,16 @@ def _module_path(model: nn.Module, name: str) -> str | None:
 
 def _refuse_other_than_linear(model: nn.Module, name: str, path: str, scheme: ModuleScheme) -> None:
     module = model.get_submodule(path)
-    if not isinstance(module, nn.Linear):
+    if isinstance(module, Conv1D):
+        sizes = (module.nf, module.nx)
+    elif isinstance(module, nn.Linear):
+        sizes = (module.out_features, module.in_features)
+    else:
         found = f"{type(module).__name__} in {type(model).__name__}"
         raise CheckpointError(f"{name} is compressed, but it is a {found}, no linear; is config.json its own?")
-    if (module.out_features, module.in_features) != scheme.shape:
+    if sizes != scheme.shape:
         raise CheckpointError(
-            f"{name}: the checkpoint holds {list(scheme.shape)}, config.json says "
-            f"{[module.out_features, module.in_features]}; the files do not belong together"
+            f"{name}: the checkpoint holds {list(scheme.shape)}, config.json says {list(sizes)}; the files do not belong together"
         )
     tied = getattr(model.config, "tie_word_embeddings", False)
     if tied and module is getattr(model, "get_output_embeddings", lambda: None)():

@@ -42,7 +42,7 @@ class BlockOutputs:
 
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._found is not None:
-            self._found.append(output[0] if isinstance(output, tuple) else output)
+            self._found.append(output[0] if isinstance(output, tuple | list) else output)
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:

@@ -1,0 +1,63 @@
+"""Linears whose weights a class of transformers holds and stores as [K, N]: the `Conv1D` of GPT-2 and of OpenAI GPT.
+
+Here such a module is an `nn.Linear` like any other, and its weight is [N, K] from the moment it is read from a file until it is
+written to one. Only the files, and what transformers makes of them, have it the other way round.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsify.errors import SparsifyError
+
+if TYPE_CHECKING:
+    from sparsify.model.checkpoint import Checkpoint, TensorInfo
+
+CLASS = "Conv1D"
+
+
+def straighten(model: nn.Module) -> nn.Module:
+    """Put an `nn.Linear` where a transformers model on the meta device has a `Conv1D`. Returns the model."""
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in [*model.named_modules()]:
+        if isinstance(module, Conv1D):
+            inputs, outputs = module.weight.shape
+            linear = nn.Linear(inputs, outputs, device=module.weight.device, dtype=module.weight.dtype)
+            linear.stored_transposed = True  # type: ignore[assignment]  # as `stored_transposed` finds it
+            model.set_submodule(path, linear)
+    return model
+
+
+def stored_transposed(checkpoint: Checkpoint, names: Collection[str]) -> frozenset[str]:
+    """Those of the tensors of a checkpoint's files, given by name, that hold the weight of a linear as [K, N].
+
+    Empty for a config that transformers makes no model of, which is refused where the model is needed.
+    """
+    from sparsify.model.decoder import meta_model, target_names
+    from sparsify.model.pretrained import class_of, load_config
+
+    try:
+        kind = class_of(load_config(checkpoint.config_place, checkpoint.spec))
+        if kind is not None and not hasattr(sys.modules[kind.__module__], CLASS):
+            return frozenset()
+        model = meta_model(checkpoint, torch.bfloat16)
+    except (SparsifyError, ValueError, KeyError, OSError, ImportError, TypeError, AttributeError):
+        return frozenset()
+    weights = {f"{path}.weight" for path, module in model.named_modules() if hasattr(module, "stored_transposed")}
+    return frozenset(name for name, (target, same) in target_names(model, [*names]).items() if same and target in weights)
+
+
+def may_be_transposed(infos: Mapping[str, TensorInfo]) -> bool:
+    """Whether some weight has as many columns as its bias has numbers, and another number of rows: no `nn.Linear` has such."""
+    shapes = {name: info.shape for name, info in infos.items()}
+    for name, shape in shapes.items():
+        bias: Any = shapes.get(name.removesuffix(".weight") + ".bias") if name.endswith(".weight") else None
+        if bias is not None and len(shape) == 2 and bias == shape[1:] and bias != shape[:1]:
+            return True
+    return False
