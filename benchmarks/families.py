@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import io
 import json
-import subprocess
+import re
 import sys
 import tempfile
 import traceback
@@ -24,20 +24,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import sparsify  # noqa: F401  registers sparse24 with transformers
 from sparsify.compiler.apply import apply
 from sparsify.compiler.convert import convert
+from sparsify.compiler.plan import make_plan
 from sparsify.errors import SparsifyError
 from sparsify.files import atomic_write
 from sparsify.formats.reader import open_compressed
 from sparsify.model.decoder import meta_model
 from sparsify.model.experts import is_expert, stored_fused
-from sparsify.model.pretrained import load_causal_lm
+from sparsify.model.pretrained import load_causal_lm, loader_of
 from sparsify.recipe import parse_recipe
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the tests start engines, too
+from tests.end_to_end.engine import serve  # noqa: E402
+
 RECORD = ROOT / "benchmarks" / "results" / "families.json"
 PAGE = ROOT / "docs" / "families.md"
 SMALL = {
@@ -49,12 +55,33 @@ SMALL = {
     "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "num_dense_layers": 1,
     "use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 8, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128,
+    "num_layers": 2, "rotary_dim": 16, "vocab_size_per_layer_input": 96, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 64,
+    "zero_expert_num": 2, "decoder_layers": 2, "decoder_ffn_dim": 64, "d_model": 128, "ffn_dim": 64, "d_inner": 128,
 }  # fmt: skip
 SEEING = {  # of towers for pictures, by the names that their configs have for them
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
     "projection_dim": 32, "depth": 2, "num_heads": 2, "out_hidden_size": 128, "embed_dim": 32,
 }  # fmt: skip
-WANTED_BY_VLLM = {"deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}}  # as published configs say it
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+# Settings of published configs that others depend on, by the model type of the config or of its text tower.
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # vLLM asks for both
+    "llama4_text": {"num_experts_per_tok": 1, "intermediate_size_mlp": 64},
+    "chameleon": {"vocabulary_map": {"<image>": 95}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROTARY, "sliding_attention": ROTARY}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 32,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [64, 32]},
+    "granite4_vision": {"text_config": {"model_type": "granite"}, "deepstack_layer_map": [[0, 0]]},
+    "hunyuan_vl_text": {"rope_parameters": {**ROTARY, "mrope_section": [4, 4, 4, 4]}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 32, "n_groups": 1, "state_size": 16},
+}
 LARGEST = 5e7  # weights of a tiny model
 MARKERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id", "vision_start_token_id",
            "vision_end_token_id", "vision_token_id", "boi_token_index", "eoi_token_index", "boi_token_id", "eoi_token_id")  # fmt: skip
@@ -64,9 +91,13 @@ CHOICES: tuple[dict[str, Any], ...] = (
     {"num_key_value_heads": 4, "head_dim": None},
     {"head_dim": None},
     {"num_key_value_heads": 4},
+    {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64},  # rotations of three axes
+    {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 128},
+    {"num_key_value_heads": 4, "moe_intermediate_size": None},
     {"num_hidden_layers": 4},
     {"num_hidden_layers": None},
 )
+TOWERS = re.compile(r"vision|image|audio|qformer|perceiver|vq|dac|speech")  # of configs inside a config
 RECIPE = """
 version: 1
 calibration: {{source: "file:{tokens}", samples: 8, sequence_length: 24}}
@@ -75,9 +106,8 @@ passes: [prune: {{method: sparsegpt}}, quantize: {{method: gptq, bits: 4, group_
 """
 IDS = torch.randint(4, 90, (2, 20), generator=torch.Generator().manual_seed(3))
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], list(range(3, 60))]
-NEW_TOKENS = 12
 CLOSE = 1e-3  # of the largest logit
-ENGINE_SECONDS = 900
+ERROR = 200  # characters of an error that the page repeats
 TITLES = {
     "compress": "compresses",
     "logits": "transformers: logits of the dense export",
@@ -98,13 +128,16 @@ def fitting(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in known}
 
 
-def tiny(family: str, directory: Path) -> None:
-    """Write a random model of a family. ValueError where none of `CHOICES` gives one that computes."""
+def tiny(family: str, directory: Path) -> Exception | None:
+    """Write a random model of a family. Returns why it does not compute; where none can be made at all, only its config is
+    written."""
     first: Exception | None = None
+    built = None
     for choice in CHOICES:
         settings = {key: value for key, value in {**SMALL, **choice}.items() if value is not None}
         try:
             model = random_model(family, settings)
+            built = built or model
             with torch.no_grad():
                 model(input_ids=IDS, use_cache=False)
         except SparsifyError:
@@ -113,35 +146,22 @@ def tiny(family: str, directory: Path) -> None:
             first = first or error
             continue
         model.save_pretrained(directory)
-        return
-    raise ValueError(first_line(first or ValueError("no choice of sizes")))
+        return None
+    if built is not None:
+        built.save_pretrained(directory)
+    else:
+        CONFIG_MAPPING[family]().save_pretrained(directory)
+    return first
 
 
 def random_model(family: str, sizes: dict[str, Any]) -> Any:
     """A random model of a family, of the sizes that its config has. Errors are those of transformers."""
-    from accelerate import init_empty_weights
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    from sparsify.model.pretrained import loader_of
-
-    kind = CONFIG_MAPPING[family]
-    default = kind()
-    text = default.get_text_config(decoder=True)
-    settings = fitting(text, sizes)
-    part = next((key for key in default.sub_configs if getattr(default, key, None) is text), None)
-    if part is not None:
-        seeing = {key: fitting(getattr(default, key), SEEING) for key in default.sub_configs if key != part}
-        settings = {
-            part: {**settings, "model_type": text.model_type},
-            **{key: value for key, value in seeing.items() if value},
-        }
-    markers = fitting(default, {name: 95 - number for number, name in enumerate(MARKERS)})
-    config = kind(**settings, **markers, **WANTED_BY_VLLM.get(family, {}))
+    config = small_config(family, sizes)
     loader = loader_of(config, family)
     with init_empty_weights():
         size = sum(parameter.numel() for parameter in loader.from_config(config).parameters())
     if size > LARGEST:
-        raise ValueError(f"its config has sizes of names of its own; the tiny model has {size / 1e9:.1f} B weights")
+        raise ValueError(f"its config has sizes of names of its own, and {size / 1e9:.1f} B weights")
     torch.manual_seed(0)
     model = loader.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -149,6 +169,27 @@ def random_model(family: str, sizes: dict[str, Any]) -> Any:
             if parameter.dim() >= 2:
                 parameter.normal_(0, 0.1)
     return model
+
+
+def small_config(family: str, sizes: dict[str, Any]) -> Any:
+    """The config of a family, of the sizes that it has, and of those of the towers inside of it."""
+    kind, own = CONFIG_MAPPING[family], AS_PUBLISHED.get(family, {})
+    default = kind(**{key: value for key, value in own.items() if isinstance(value, dict) and "model_type" in value})
+    text = default.get_text_config(decoder=True)
+    settings = {**fitting(text, sizes), **AS_PUBLISHED.get(text.model_type, {})}
+    inside = {key: part for key in default.sub_configs if (part := getattr(default, key, None)) is not None}
+    name = next((key for key, part in inside.items() if part is text), None)
+    others = {
+        key: fitting(part, SEEING if name is not None or TOWERS.search(key) else sizes)
+        for key, part in inside.items()
+        if key != name
+    }
+    others = {key: {**value, "model_type": inside[key].model_type} for key, value in others.items() if value}
+    if name is not None:
+        settings = {name: {**settings, "model_type": text.model_type}}
+    markers = fitting(default, {name: 95 - number for number, name in enumerate(MARKERS)})
+    others |= {key: {**others.get(key, {}), **value} for key, value in own.items() if key in inside and key != name}
+    return kind(**{**own, **settings, **others, **markers})
 
 
 def exact_dense(compressed: Path, dense: Path) -> Path:
@@ -176,36 +217,19 @@ def difference(ours: Path, theirs: Path) -> float:
 
 
 def tokens_of(model: Path, folder: Path) -> tuple[list[list[int]] | None, str]:
-    """What vLLM answers in a process of its own, and the last line of its error where it does not."""
-    result = folder / "tokens.json"
-    result.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--engine", str(model), str(result)]
+    """What vLLM answers, and its own error where it does not."""
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=ENGINE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return None, f"no answer in {ENGINE_SECONDS} seconds"
-    if result.exists():
-        return json.loads(result.read_text()), ""
-    said = [line for line in run.stderr.splitlines() if "Error" in line]
-    return None, (said or run.stderr.splitlines() or ["it ended"])[-1].strip()[-200:]
+        answers = serve(model, folder, prompts=PROMPTS, dtype="float32", limit_mm_per_prompt={"image": 0})
+    except AssertionError as error:
+        return None, cause(str(error))
+    return answers.tokens, ""
 
 
-def engine(model: str, result: str) -> None:
-    """Answer the prompts greedily."""
-    from vllm import LLM, SamplingParams
-
-    served = LLM(
-        model,
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=128,
-        seed=0,
-        skip_tokenizer_init=True,
-        limit_mm_per_prompt={"image": 0},
-    )
-    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-    answers = served.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling)
-    Path(result).write_text(json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
+def cause(log: str) -> str:
+    """The error that ended an engine: the last one of its log that does not only point at another one."""
+    said = [match[0] for match in re.finditer(r"\b\w+(Error|Exception): .+", log)]
+    named = [line for line in said if "See root cause above" not in line] or said or log.splitlines() or ["it ended"]
+    return named[-1].strip()[:ERROR]
 
 
 def served(compressed: Path, dense: Path, folder: Path) -> str:
@@ -224,15 +248,16 @@ def tried(family: str, folder: Path, with_vllm: bool) -> dict[str, Any]:
     quiet = io.StringIO()
     with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
         try:
-            tiny(family, source)
+            wrong = tiny(family, source)
         except SparsifyError as error:
             return {"compress": f"refused: {first_line(error).replace(f'{family}: ', '')}"}
-        except Exception as error:  # what configs and classes raise on settings that do not go together
-            return {"compress": f"not tried: no tiny model ({first_line(error)})"}
         tokens = torch.randint(4, 90, (8, 24), generator=torch.Generator().manual_seed(1))
         save_file({"tokens": tokens}, folder / "tokens.safetensors")
         recipe = parse_recipe(RECIPE.format(tokens=folder / "tokens.safetensors"))
         try:
+            if wrong is not None:
+                make_plan(recipe, str(source), config_only=not (source / "model.safetensors").exists())
+                return {"compress": f"not tried: no tiny model ({first_line(wrong)})"}
             metrics = apply(recipe, str(source), output, quiet=True).metrics
         except SparsifyError as error:
             return {"compress": f"refused: {first_line(error).replace(str(source), 'it')}"}
@@ -257,7 +282,7 @@ def tried(family: str, folder: Path, with_vllm: bool) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).splitlines() or [type(error).__name__])[0][:ERROR]
 
 
 def page(record: dict[str, Any]) -> str:
@@ -287,11 +312,7 @@ def main() -> None:
     parser.add_argument("family", nargs="*")
     parser.add_argument("--vllm", action="store_true", help="start engines on the dense export and on sparse24")
     parser.add_argument("--again", action="store_true", help="families that the record has, too")
-    parser.add_argument("--engine", nargs=2, metavar=("MODEL", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.engine:
-        engine(*arguments.engine)
-        return
     import transformers
 
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {"families": {}}

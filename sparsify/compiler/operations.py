@@ -19,6 +19,7 @@ from sparsify.basis.residual import SAMPLED
 from sparsify.compiler.plan_experts import mixture_of
 from sparsify.compiler.shorten import SEARCHED_ROWS
 from sparsify.model.experts import is_expert
+from sparsify.model.pretrained import setting
 from sparsify.model.sequential import DENSE_FORWARD, FORWARD
 from sparsify.recipe.methods import needs_of
 from sparsify.recipe.schema import Basis, SelfText
@@ -191,9 +192,8 @@ def _attention(plan: Plan, length: int) -> float:
     """Scores and their products with the values: operations per token and block, averaged over a causal sequence."""
     config: Any = plan.model.model.config
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None) or 0
-    hidden = getattr(text, "hidden_size", 0)
-    width = getattr(text, "head_dim", None) or (hidden // heads if heads else 0)
+    heads, hidden = setting(text, "num_attention_heads") or 0, setting(text, "hidden_size") or 0
+    width = setting(text, "head_dim") or (hidden // heads if heads else 0)
     return 4.0 * heads * width * (length + 1) / 2
 
 

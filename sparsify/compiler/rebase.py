@@ -31,6 +31,7 @@ from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import BlockModel, open_blocks
 from sparsify.model.linear_groups import PROBE_TOKENS
 from sparsify.model.output_head import find_head
+from sparsify.model.pretrained import setting
 from sparsify.model.sequential import GroupVisit, Walk
 from sparsify.progress import Task, progress_bar
 from sparsify.recipe import Basis
@@ -126,8 +127,8 @@ def _read(
 def _head_counts(exact: BlockModel) -> tuple[int, int]:
     config: Any = exact.model.config
     text = config.get_text_config(decoder=True)
-    query = int(getattr(text, "num_attention_heads", None) or 1)
-    return query, int(getattr(text, "num_key_value_heads", None) or query)
+    query = int(setting(text, "num_attention_heads") or 1)
+    return query, int(setting(text, "num_key_value_heads") or query)
 
 
 def _reading(block: nn.Module, norm: Norm, H: Tensor, prefix: str, generator: torch.Generator) -> Reading:

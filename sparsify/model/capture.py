@@ -87,6 +87,12 @@ def values_returned(output: Any) -> int:
     return len(output) if isinstance(output, tuple | list) else 0
 
 
+def _other_number(error: Exception) -> bool:
+    """Whether a model raises this where its blocks return another number of values than it takes: it unpacks them, or takes the
+    first row of a hidden state for the first of several values, until there is none."""
+    return isinstance(error, IndexError) or "values to unpack" in str(error)
+
+
 def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
     """The hidden state that enters block 0 and the arguments of every block, without running any block.
 
@@ -100,8 +106,8 @@ def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[Block
                 model.model(input_ids=tokens, use_cache=False)
         except _Stop:
             pass
-        except ValueError as error:
-            if "values to unpack" not in str(error):
+        except (ValueError, IndexError) as error:
+            if not calls or not _other_number(error):
                 raise
             continue  # the model takes another number of values
         except NotImplementedError as error:
@@ -205,8 +211,8 @@ def head_inputs(model: BlockModel, tokens: Tensor, hidden: Tensor) -> Tensor:
         try:
             with leaving(model, hidden, returned):
                 read = head_input(model.model, tokens)
-        except ValueError as error:
-            if "values to unpack" not in str(error):
+        except (ValueError, IndexError) as error:
+            if not _other_number(error):
                 raise
             continue
         if read.shape[:-1] == hidden.shape[:-1]:

@@ -34,8 +34,8 @@ from sparsify.model.experts import (
 )
 from sparsify.model.linear import is_plain_linear
 from sparsify.model.pretrained import LONGEST, causal_lm_of, load_config
-from sparsify.model.transposed import straighten
 from sparsify.model.separated import SeparatedCheckpoint
+from sparsify.model.transposed import straighten
 from sparsify.progress import without_bars
 
 ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)$")  # of a mixture of experts

@@ -13,6 +13,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ LAYOUT = (
 )  # set by transformers' `use_experts_implementation`
 
 
+SCALES_INPUTS = (
+    "Llama4TextMoe"  # its router's weights are multiplied into what experts read, and its experts say nothing of LAYOUT
+)
+LAYOUT_OF_SCALED = {"has_gate": True, "has_bias": False, "is_transposed": True, "is_concatenated": True}
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # what configs call them
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "top_k_experts")
 
@@ -63,7 +68,22 @@ def is_expert(module: str) -> bool:
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a transformers model that hold the experts of a layer in fused parameters, by path."""
+    for module in model.modules():
+        if (
+            type(module).__name__ == SCALES_INPUTS and module.top_k == 1
+        ):  # published models choose one expert for a token
+            for key, value in LAYOUT_OF_SCALED.items():
+                setattr(module.experts, key, value)
     return {path: m for path, m in model.named_modules() if all(hasattr(m, key) for key in LAYOUT)}
+
+
+def _forward_scaling_inputs(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """What Llama 4's layer computes, with experts that read only the tokens that they were given."""
+    hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+    scores, logits = self.router(hidden_states)
+    scale, chosen = scores.max(dim=1, keepdim=True)
+    routed = self.experts(hidden_states * scale, chosen, torch.ones_like(scale))
+    return self.shared_expert(hidden_states) + routed, logits
 
 
 class Expert(nn.Module):
@@ -74,6 +94,13 @@ class Expert(nn.Module):
         for leaf in LEAVES if gated else LEAVES[1:]:
             n, k = (inputs, width) if leaf == "down_proj" else (width, inputs)
             self.add_module(leaf, _linear(k, n, bias, dtype, device))
+
+
+def _default_apply_gate(fused: Any, gate_up: Tensor) -> Tensor:
+    """As transformers has it for a class without a gate of its own, which is called so there, too."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gated: Tensor = fused.act_fn(gate) * up
+    return gated
 
 
 def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
@@ -122,7 +149,11 @@ class SeparateExperts(nn.Module):
         if not fused.has_gate:
             return "they have no gate"
         # transformers gives a class without a gate of its own this one
-        return None if type(fused)._apply_gate.__name__ == "_default_apply_gate" else "their gate is one of its own"
+        return None if self._apply_gate.__name__ == _default_apply_gate.__name__ else "their gate is one of its own"
+
+    @property
+    def _apply_gate(self) -> Callable[[Any, Tensor], Tensor]:
+        return getattr(type(self.__dict__["fused"]), "_apply_gate", _default_apply_gate)
 
     def expert(self, number: int) -> Any:
         return self.get_submodule(str(number))
@@ -136,7 +167,7 @@ class SeparateExperts(nn.Module):
             return activated
         gate = expert.gate_proj(x)
         side_by_side = torch.cat((gate, up), -1) if self.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
-        gated: Tensor = fused._apply_gate(side_by_side)
+        gated: Tensor = self._apply_gate(fused, side_by_side)
         return gated
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -179,6 +210,9 @@ def take_apart(model: nn.Module) -> nn.Module:
     """Put `SeparateExperts` where a transformers model holds fused experts. Returns the model."""
     for path, fused in fused_experts(model).items():
         model.set_submodule(path, SeparateExperts(fused))
+        layer: Any = model.get_submodule(path.rpartition(".")[0])
+        if type(layer).__name__ == SCALES_INPUTS:
+            layer.forward = MethodType(_forward_scaling_inputs, layer)
     return model
 
 

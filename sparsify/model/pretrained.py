@@ -70,14 +70,17 @@ def tokenizer_for_text(directory: str | Path, spec: str) -> Any:
 
 
 def loader_of(config: Any, spec: str) -> Any:
-    """The class of transformers that loads the model of a config: the first of `LOADERS` that knows it.
+    """The class of transformers that loads the model of a config: the first of `LOADERS` that knows it; for a wrapper of a text
+    tower, of which the first may know no more than the tower (Llama 4), the last.
 
     CheckpointError for a model of an encoder and a decoder, of which no part generates text from text alone.
     """
     import transformers
 
     loaders = [getattr(transformers, name) for name in LOADERS]
-    known = next((loader for loader in loaders if type(config) in loader._model_mapping), None)
+    wraps = config.get_text_config(decoder=True) is not config
+    asked = reversed(loaders) if wraps else loaders
+    known = next((loader for loader in asked if type(config) in loader._model_mapping), None)
     translates = known is None and type(config) in transformers.AutoModelForSeq2SeqLM._model_mapping
     if translates or getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(
@@ -87,12 +90,21 @@ def loader_of(config: Any, spec: str) -> Any:
     return loaders[0] if own_code or known is None else known
 
 
+def setting(config: Any, key: str) -> Any:
+    """A setting of a config, the largest of its layers where they differ; None where it has none."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # transformers raises it for one that differs between layers (Gemma 4)
+        layers = (config.per_layer_config[index] for index in range(config.num_hidden_layers))
+        return max((value for layer in layers if (value := getattr(layer, key, None)) is not None), default=None)
+
+
 def class_of(config: Any) -> type | None:
     """The class of transformers that a config is of; None where code that comes with the model has it, or where none is."""
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return None
     mapping = loader_of(config, "the model")._model_mapping
-    found = mapping[type(config)] if type(config) in mapping else None
+    found = mapping.get(type(config), None)
     return found[0] if isinstance(found, tuple) else found
 
 

@@ -50,7 +50,9 @@ def stored_transposed(checkpoint: Checkpoint, names: Collection[str]) -> frozens
     except (SparsifyError, ValueError, KeyError, OSError, ImportError, TypeError, AttributeError):
         return frozenset()
     weights = {f"{path}.weight" for path, module in model.named_modules() if hasattr(module, "stored_transposed")}
-    return frozenset(name for name, (target, same) in target_names(model, [*names]).items() if same and target in weights)
+    return frozenset(
+        name for name, (target, same) in target_names(model, [*names]).items() if same and target in weights
+    )
 
 
 def may_be_transposed(infos: Mapping[str, TensorInfo]) -> bool:

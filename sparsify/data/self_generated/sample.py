@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparsify.errors import CalibrationError
+from sparsify.model.pretrained import setting
 from sparsify.progress import progress_bar
 
 CACHE_BYTES = 2 << 30  # keys and values of one batch stay below this
@@ -159,8 +160,8 @@ def batch_size(config: Any, samples: int, sequence_length: int, device: torch.de
     if device.type == "cuda":
         most, room = GPU_FACTOR * most, min(GPU_FACTOR * room, torch.cuda.mem_get_info(device)[0] // 2)
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = setting(text, "num_key_value_heads") or setting(text, "num_attention_heads")
+    head = setting(text, "head_dim") or text.hidden_size // setting(text, "num_attention_heads")
     row = 2 * itemsize * text.num_hidden_layers * heads * head * sequence_length
     batches = -(-samples // max(1, min(most, room // row)))
     return -(-samples // batches)
