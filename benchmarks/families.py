@@ -20,6 +20,7 @@ import re
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "granite4_vision": {"text_config": {"model_type": "granite"}, "deepstack_layer_map": [[0, 0]]},
     "hunyuan_vl_text": {"rope_parameters": {**ROTARY, "mrope_section": [4, 4, 4, 4]}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_vl_moe_text": {"moe_intermediate_size": 96},  # or files that hold experts turned look like those that do not
     "mamba2": {"num_heads": 8, "head_dim": 32, "n_groups": 1, "state_size": 16},
 }
 LARGEST = 5e7  # weights of a tiny model
@@ -108,6 +110,11 @@ IDS = torch.randint(4, 90, (2, 20), generator=torch.Generator().manual_seed(3))
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10, 11], list(range(3, 60))]
 CLOSE = 1e-3  # of the largest logit
 ERROR = 200  # characters of an error that the page repeats
+ASKED = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4",
+    "llama4_text", "qwen3_next", "lfm2_moe", "hunyuan_v1_moe", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe",
+    "llava", "llava_next", "mistral3", "gpt2", "openai-gpt", "falcon", "bert",
+)  # fmt: skip
 TITLES = {
     "compress": "compresses",
     "logits": "transformers: logits of the dense export",
@@ -287,24 +294,89 @@ def first_line(error: Exception) -> str:
 
 def page(record: dict[str, Any]) -> str:
     """docs/families.md"""
-    rows = [
-        f"| {family} | " + " | ".join(found.get(key, "").replace("|", "\\|") for key in TITLES) + " |"
-        for family, found in sorted(record["families"].items())
+    found: dict[str, dict[str, str]] = record["families"]
+    works = {f for f, row in found.items() if row["compress"].startswith("yes") and row.get("logits") == "yes"}
+    refused = {f for f, row in found.items() if row["compress"].startswith("refused")}
+    untried = {f for f, row in found.items() if row["compress"].startswith("not tried")}
+    red = found.keys() - works - refused - untried
+    alike = {f for f in works if f not in ASKED and "dense" not in found[f]["compress"]}
+    notes: list[str] = []
+    shown = [family for family in ASKED if family in found]
+    others = sorted(works - alike - set(shown)) + sorted(red - set(shown))
+    lines = [
+        "# Families of models",
+        "",
+        f"Tiny random models of the {len(found)} families that transformers {record['transformers']} lists as language models, with "
+        "pictures or without: 2:4 and 4 bits, SparseGPT and GPTQ, in float32 on a processor. "
+        "`python benchmarks/families.py --vllm` writes this page and [its record](../benchmarks/results/families.json).",
+        "",
+        f"**{len(works)} compress**, and transformers computes of them what it computes of their dense export. "
+        f"**{len(refused)} are refused** by `sparsify plan` in one sentence, before anything is computed. "
+        + (f"**{len(red)} do not work.** " if red else "")
+        + (f"Of {len(untried)} no tiny model could be made, so they were not tried." if untried else ""),
+        "",
+        "## Mixtures of experts, models with pictures, and classes of their own",
+        "",
+        "vLLM's answers are compared token by token with those to the dense export, in float32, eager, by its own classes. "
+        "An empty cell was not tried.",
+        "",
+        f"| family | {' | '.join(TITLES.values())} |",
+        f"| --- |{' --- |' * len(TITLES)}",
+        *(table_row(family, found[family], notes) for family in shown),
+        "",
+        "## All others",
+        "",
+        f"These {len(alike)} compress, and transformers computes the logits of the dense export:",
+        "",
+        f"{', '.join(sorted(alike))}.",
+        "",
+        *(
+            [
+                "These do so with a remark, or not:",
+                "",
+                f"| family | {TITLES['compress']} | {TITLES['logits']} |",
+                "| --- | --- | --- |",
+                *(table_row(family, found[family], notes, ("compress", "logits")) for family in others),
+                "",
+            ]
+            if others
+            else []
+        ),
+        "## Refused",
+        "",
+        *by_reason({family: found[family]["compress"] for family in refused - set(shown)}, "refused: "),
+        "",
+        *(
+            ["## Not tried", "", *by_reason({f: found[f]["compress"] for f in untried - set(shown)}, "not tried: "), ""]
+            if untried
+            else []
+        ),
+        *(["## Notes", "", *(f"{number}. {note}" for number, note in enumerate(notes, 1)), ""] if notes else []),
     ]
-    return "\n".join(
-        [
-            "# Families of models",
-            "",
-            f"Tiny random models, 2:4 and 4 bits, SparseGPT and GPTQ, in transformers {record['transformers']}, in float32 on a "
-            "processor; `python benchmarks/families.py --vllm` writes this page and "
-            "[its record](../benchmarks/results/families.json). An empty cell was not tried.",
-            "",
-            f"| family | {' | '.join(TITLES.values())} |",
-            f"| --- |{' --- |' * len(TITLES)}",
-            *rows,
-            "",
-        ]
-    )
+    return "\n".join(lines)
+
+
+def table_row(family: str, row: dict[str, str], notes: list[str], keys: Iterable[str] = tuple(TITLES)) -> str:
+    """A row of a table; long sentences become notes."""
+    cells = []
+    for key in keys:
+        short, _, long = (
+            row.get(key, "").replace("|", "\\|").partition(": " if not row.get(key, "").startswith("yes") else "; ")
+        )
+        if long and long not in notes:
+            notes.append(long)
+        cells.append(f"{short} ({notes.index(long) + 1})" if long else short)
+    return f"| {family} | {' | '.join(cells)} |"
+
+
+def by_reason(said: dict[str, str], prefix: str) -> list[str]:
+    """Lines of a list: a reason, without the family's name, and the families that it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for family, sentence in sorted(said.items()):
+        reason = sentence.removeprefix(prefix).replace(f"{family} ", "it ", 1).removeprefix("it: ")
+        reasons.setdefault(reason, []).append(family)
+    most_first = sorted(reasons.items(), key=lambda one: -len(one[1]))
+    return [f"- {reason}: {', '.join(names)}" for reason, names in most_first]
 
 
 def main() -> None:

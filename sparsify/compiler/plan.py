@@ -56,6 +56,7 @@ from sparsify.model.linear_groups import skipped_by_shape
 from sparsify.model.output_head import OutputHead, find_head
 from sparsify.model.pretrained import ADAPTER
 from sparsify.model.sidecars import secrets
+from sparsify.model.transposed import transposed_weights, unread_problem
 from sparsify.recipe import Depth, LinearSettings, Recipe, override_problem, settings_of
 from sparsify.recipe.llmcompressor.whole import REMOVED, SAVED, leaves_zeros, names_of, needs_older, reads_text
 from sparsify.recipe.methods import KEEP, QUANTIZE, needs_of
@@ -518,6 +519,8 @@ def make_plan(
     if problem := none_held(format, unheld, stored, model) or get_format(format).together_problem(
         plan.stored_schemes(unheld)
     ):
+        raise RecipeError(f"export.format: {problem}")
+    if problem := unread_problem(sorted(transposed_weights(plan.model.model)), recipe.export.encoding):
         raise RecipeError(f"export.format: {problem}")
     if served and (problem := merging_problem(plan.linears, format)):
         raise RecipeError(problem)

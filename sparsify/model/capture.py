@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from sparsify.errors import CheckpointError
 from sparsify.model.decoder import BlockModel
 from sparsify.model.experts import experts_of
+from sparsify.model.pretrained import LONGEST
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class BlockCall:
 
 
 FAKE_TOKENS = 16
+WANTS_MORE = re.compile(
+    r"missing \d+ required positional argument|pixel_values"
+)  # of what a class of transformers raises
 RETURNED = range(4)
 """How many values a block may return: 0 the hidden state by itself, else a tuple whose first it is (RWKV: three)."""
 
@@ -188,7 +193,12 @@ def fake_calls(model: BlockModel) -> tuple[Tensor, list[BlockCall]] | None:
         return capture_calls(model, torch.zeros(1, FAKE_TOKENS, dtype=torch.long))
     except CheckpointError:
         raise
-    except Exception:
+    except Exception as error:
+        if WANTS_MORE.search(str(error)):
+            raise CheckpointError(
+                f"{model.checkpoint.spec}: {type(model.model).__name__} does not run on text alone, on which linears are solved "
+                f"({(str(error).splitlines() or [''])[0][:LONGEST]})"
+            ) from None
         return None  # found out when it really runs
 
 

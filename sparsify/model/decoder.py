@@ -31,6 +31,7 @@ from sparsify.model.experts import (
     is_expert,
     refuse_unlike_counts,
     take_apart,
+    turned_on_loading,
 )
 from sparsify.model.linear import is_plain_linear
 from sparsify.model.pretrained import LONGEST, causal_lm_of, load_config
@@ -291,7 +292,7 @@ class _HugeOnMeta(TorchFunctionMode):
             if isinstance(drawn, Tensor) and drawn.is_meta:
                 return drawn
         if func in (torch.zeros, torch.ones, torch.empty) and kwargs.get("device") is None:
-            sizes = kwargs["size"] if "size" in kwargs else args[0] if args and not isinstance(args[0], int) else args
+            sizes = kwargs["size"] if "size" in kwargs else args[0] if args and isinstance(args[0], Sequence) else args
             if math.prod(sizes) > HUGE:
                 kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
@@ -351,9 +352,14 @@ def _taken_apart(opened: BlockModel) -> BlockModel:
     """The model with its experts as linears; as it was, with the reason, where its files do not allow that."""
     checkpoint = opened.checkpoint
     stored: dict[str, FusedTensor] = {}
+    rules = conversion_rules(opened.model)
     for name, fused in fused_tensors(opened.model).items():
-        if (source := opened.source_of(name)) is not None:
-            stored[source] = fused
+        source = opened.source_of(name)
+        if source is None and turned_on_loading(rules, name):
+            source = next((given for given, (target, _) in opened.sources.items() if target == name), None)
+        if source is not None:
+            as_it_is = checkpoint.shape(source) == fused.shape
+            stored[source] = fused if as_it_is else fused.turned()
     if stored and checkpoint.quantization is not None:
         return replace(opened, fused="fused experts of a quantized source stay as they are")
     if stored:

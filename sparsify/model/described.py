@@ -24,7 +24,7 @@ from sparsify.model.checkpoint import (
 )
 from sparsify.model.decoder import kept_wide, meta_model
 from sparsify.model.experts import EXPERT_COUNTS
-from sparsify.model.pretrained import refuse_foreign_code
+from sparsify.model.pretrained import class_of, load_config, refuse_foreign_code
 
 CONFIG = "config.json"
 MOST_EXPERTS = 4096  # of a layer; no model has as many
@@ -68,8 +68,10 @@ class DescribedCheckpoint(Checkpoint):
     @cached_property
     def other_parts(self) -> list[str]:
         """Parts that the config describes and the model for text does not have, such as `vision_config`."""
+        kind: Any = class_of(load_config(self.config_place, self.spec))
+        known = {*TEXT, *getattr(getattr(kind, "config_class", None), "sub_configs", {})}
         return [
-            key for key, value in self.config.items() if key.endswith("_config") and key not in TEXT and is_part(value)
+            key for key, value in self.config.items() if key.endswith("_config") and key not in known and is_part(value)
         ]
 
     def sidecar_files(self, apart_from: Collection[Path] = ()) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -277,6 +277,10 @@ class FusedTensor:
     outputs: Mapping[str, slice]
     transposed: bool
 
+    def turned(self) -> FusedTensor:
+        """As files hold it whose outputs and inputs stand the other way round."""
+        return replace(self, shape=(self.shape[0], *self.shape[:0:-1]), transposed=not self.transposed)
+
     def names(self) -> dict[str, tuple[int, slice]]:
         """The tensors that it consists of: the expert and the outputs of each."""
         return {
@@ -321,6 +325,20 @@ def _described(path: str, module: Any, name: str, shape: tuple[int, ...]) -> Fus
     return FusedTensor(shape, path, "bias" if is_bias else "weight", outputs, transposed)
 
 
+def turned_on_loading(rules: list[Any], parameter: str) -> bool:
+    """Whether transformers exchanges the last two axes of a file's tensor of fused experts (Qwen3-VL-MoE), where its shape is not
+    that of the parameter."""
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    leaf = FUSED.search(parameter)
+    return leaf is not None and any(
+        isinstance(rule, WeightConverter)
+        and [type(operation) for operation in rule.operations] == [Transpose]
+        and any(target.replace("\\", "").endswith(leaf[0].rstrip("$")) for target in rule._original_target_patterns)
+        for rule in rules
+    )
+
+
 def stored_fused(model: Any) -> dict[str, FusedTensor]:
     """The parameters of fused experts that published files hold as they are, by their names in those files.
 
@@ -333,11 +351,13 @@ def stored_fused(model: Any) -> dict[str, FusedTensor]:
     if any(one_by_one(rule) for rule in rules):
         return {}
     found = {}
-    for name, tensor in fused_tensors(model).items():
+    for path, tensor in fused_tensors(model).items():
+        name = path
         for rule in reversed(rules):
             if isinstance(rule, WeightRenaming):
                 name = rule.reverse_transform().rename_source_key(name)[0]
-        found[name] = tensor
+        turned = tensor.turned()
+        found[name] = turned if turned.shape != tensor.shape and turned_on_loading(rules, path) else tensor
     return found
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparsify.model.checkpoint import Checkpoint, TensorInfo
 
 CLASS = "Conv1D"
+READ = ("sparse24", "dense")  # formats in which transformers reads one
 
 
 def straighten(model: nn.Module) -> nn.Module:
@@ -32,6 +33,11 @@ def straighten(model: nn.Module) -> nn.Module:
             linear.stored_transposed = True  # type: ignore[assignment]  # as `stored_transposed` finds it
             model.set_submodule(path, linear)
     return model
+
+
+def transposed_weights(model: nn.Module) -> set[str]:
+    """The weights of a straightened model that its class holds as [K, N]."""
+    return {f"{path}.weight" for path, module in model.named_modules() if hasattr(module, "stored_transposed")}
 
 
 def stored_transposed(checkpoint: Checkpoint, names: Collection[str]) -> frozenset[str]:
@@ -49,9 +55,19 @@ def stored_transposed(checkpoint: Checkpoint, names: Collection[str]) -> frozens
         model = meta_model(checkpoint, torch.bfloat16)
     except (SparsifyError, ValueError, KeyError, OSError, ImportError, TypeError, AttributeError):
         return frozenset()
-    weights = {f"{path}.weight" for path, module in model.named_modules() if hasattr(module, "stored_transposed")}
+    weights = transposed_weights(model)
     return frozenset(
         name for name, (target, same) in target_names(model, [*names]).items() if same and target in weights
+    )
+
+
+def unread_problem(transposed: Collection[str], format: str) -> str | None:
+    """Why no export in this format is made of a model with such weights; None where there are none, or where it is one."""
+    if not transposed or format in READ:
+        return None
+    return (
+        f"{next(iter(transposed))} belongs to a {CLASS}, of which transformers reads no {format} (it would draw the weight anew); "
+        f"export to {' or '.join(READ)}"
     )
 
 

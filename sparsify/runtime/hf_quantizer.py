@@ -22,7 +22,7 @@ from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import AGAIN
 from sparsify.formats.sparse24 import Sparse24Config, tensor_layout
 from sparsify.manifest import refuse_changed, verifies_on_loading
-from sparsify.model.experts import conversion_rules, is_expert, take_apart, without_assembling
+from sparsify.model.experts import conversion_rules, experts_of, is_expert, take_apart, without_assembling
 from sparsify.runtime.module import Sparse24Linear
 
 METHOD = "sparse24"
@@ -57,6 +57,9 @@ class Sparse24Quantizer(HfQuantizer):
         self._separate = any(map(is_expert, schemes))
         if self._separate:
             take_apart(model)
+            for path in experts_of(model):  # transformers would draw weights that are not there any more
+                for module in (path, path.rpartition(".")[0]):
+                    model.get_submodule(module)._is_hf_initialized = True  # type: ignore[assignment]
         self._wanted = _wanted_dtypes(model)
         rename = _renaming(model)
         for name, scheme in schemes.items():
