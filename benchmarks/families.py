@@ -157,7 +157,8 @@ def tiny(family: str, directory: Path) -> Exception | None:
     if built is not None:
         built.save_pretrained(directory)
     else:
-        CONFIG_MAPPING[family]().save_pretrained(directory)
+        with contextlib.suppress(Exception):  # a class without a config of its own
+            CONFIG_MAPPING[family]().save_pretrained(directory)
     return first
 
 
@@ -262,8 +263,9 @@ def tried(family: str, folder: Path, with_vllm: bool) -> dict[str, Any]:
         save_file({"tokens": tokens}, folder / "tokens.safetensors")
         recipe = parse_recipe(RECIPE.format(tokens=folder / "tokens.safetensors"))
         try:
-            if wrong is not None:
+            if wrong is not None and (source / "config.json").exists():
                 make_plan(recipe, str(source), config_only=not (source / "model.safetensors").exists())
+            if wrong is not None:
                 return {"compress": f"not tried: no tiny model ({first_line(wrong)})"}
             metrics = apply(recipe, str(source), output, quiet=True).metrics
         except SparsifyError as error:
