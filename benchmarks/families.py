@@ -291,7 +291,7 @@ def tried(family: str, folder: Path, with_vllm: bool) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:ERROR]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:ERROR]
 
 
 def page(record: dict[str, Any]) -> str:
@@ -381,6 +381,11 @@ def by_reason(said: dict[str, str], prefix: str) -> list[str]:
     return [f"- {reason}: {', '.join(names)}" for reason, names in most_first]
 
 
+def recorded() -> dict[str, Any]:
+    """The record as it is."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {"families": {}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="*")
@@ -389,10 +394,8 @@ def main() -> None:
     arguments = parser.parse_args()
     import transformers
 
-    known = json.loads(RECORD.read_text()) if RECORD.exists() else {"families": {}}
-    known["transformers"] = transformers.__version__
     for family in arguments.family or families():
-        before = known["families"].get(family)
+        before = recorded()["families"].get(family)
         if (
             before is not None
             and not arguments.again
@@ -400,8 +403,10 @@ def main() -> None:
         ):
             continue
         with tempfile.TemporaryDirectory() as name:
-            known["families"][family] = tried(family, Path(name), arguments.vllm)
-        print(family, known["families"][family], flush=True)
+            found = tried(family, Path(name), arguments.vllm)
+        print(family, found, flush=True)
+        known = {**recorded(), "transformers": transformers.__version__}  # another process may have written meanwhile
+        known["families"][family] = found
         atomic_write(RECORD, json.dumps(known, indent=2) + "\n")
         atomic_write(PAGE, page(known))
 

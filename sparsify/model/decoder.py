@@ -317,7 +317,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, 
     except SparsifyError:
         raise
     except Exception as error:  # a config decides what of transformers runs, and what it runs into
-        told = (str(error).splitlines() or [""])[0][:LONGEST]
+        told = (str(error).strip().splitlines() or [""])[0][:LONGEST]
         raise CheckpointError(
             f"{checkpoint.spec}: transformers cannot build this model from config.json: {told or type(error).__name__}"
         ) from None

@@ -37,6 +37,7 @@ from sparsify.runtime.dequantized import DequantizedWeight
 from sparsify.runtime.legacy import LegacyConfig, LegacyShard, legacy_config, legacy_format
 from sparsify.runtime.op import sparse24_linear
 from sparsify.runtime.vllm_metrics import LOADING, SKIPPED, VLLMS, Served, share
+from sparsify.runtime.vllm_rotary import reorder_all
 from sparsify.runtime.vllm_shards import FIRST_TWO_OF_FOUR, fill_with_noise, shard_scheme
 from sparsify.runtime.zero_points import without_zero_points
 
@@ -119,6 +120,7 @@ class Sparse24Config(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         LOADING.manifest = self.manifest
         prefix = prefix.removeprefix(DRAFT)
+        reorder_all()
         if isinstance(layer, LinearBase):
             label = self._label(prefix, layer.input_size)
             if label is not None:

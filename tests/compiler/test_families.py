@@ -99,7 +99,7 @@ KINDS = [
     "gpt_neo",
     "llama4",
     "qwen3_vl_moe",
-    "deepseek_v4",
+    "hy_v4",
     "gemma3",
     "qwen2_5_vl",
     "mistral3",
@@ -111,7 +111,7 @@ KINDS = [
 def test_a_family_computes_what_its_dense_export_does(family: str, tmp_path: Path) -> None:
     found = tried(family, tmp_path, with_vllm=False)
     assert found["compress"].startswith("yes") and "dense" not in found["compress"] and found["logits"] == "yes", found
-    assert ("of experts" in found["compress"]) == (family in ("llama4", "qwen3_vl_moe", "deepseek_v4"))
+    assert ("of experts" in found["compress"]) == (family in ("llama4", "qwen3_vl_moe", "hy_v4"))
 
 
 def tiny_gpt2(directory: Path) -> Path:
