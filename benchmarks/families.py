@@ -68,7 +68,12 @@ ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # vLLM asks for both
     "llama4_text": {"num_experts_per_tok": 1, "intermediate_size_mlp": 64},
-    "chameleon": {"vocabulary_map": {"<image>": 95}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 95},
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1},
+    },
+    "emu3": {"vocabulary_map": {"<image>": 95}},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROTARY, "sliding_attention": ROTARY}},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
@@ -269,7 +274,12 @@ def tried(family: str, folder: Path, with_vllm: bool) -> dict[str, Any]:
                 return {"compress": f"not tried: no tiny model ({first_line(wrong)})"}
             metrics = apply(recipe, str(source), output, quiet=True).metrics
         except SparsifyError as error:
-            return {"compress": f"refused: {first_line(error).replace(str(source), 'it')}"}
+            said = first_line(error).replace(str(source), "it")
+            if (
+                wrong is not None and "transformers cannot build" in said
+            ):  # the config of its class is not one of a model
+                return {"compress": f"not tried: no tiny model ({first_line(wrong)})"}
+            return {"compress": f"refused: {said}"}
         except Exception as error:  # a fault of ours
             traceback.print_exc(file=sys.__stderr__)
             return {"compress": f"no: {type(error).__name__}: {first_line(error)}"}

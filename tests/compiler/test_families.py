@@ -107,10 +107,17 @@ KINDS = [
 ]
 
 
+SEEING = ("llama4", "qwen3_vl_moe", "gemma3", "qwen2_5_vl", "mistral3")
+
+
 @pytest.mark.parametrize("family", KINDS)
 def test_a_family_computes_what_its_dense_export_does(family: str, tmp_path: Path) -> None:
     found = tried(family, tmp_path, with_vllm=False)
     assert found["compress"].startswith("yes") and "dense" not in found["compress"] and found["logits"] == "yes", found
+    stored, new = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "sparse24"))
+    seeing = [name for name in stored if "vis" in name]
+    assert all(torch.equal(new[name], stored[name].bfloat16()) for name in seeing)
+    assert (len(seeing) > 10) == (family in SEEING)
     assert ("of experts" in found["compress"]) == (family in ("llama4", "qwen3_vl_moe", "hy_v4"))
 
 
