@@ -57,9 +57,9 @@ class Sparse24Quantizer(HfQuantizer):
         self._separate = any(map(is_expert, schemes))
         if self._separate:
             take_apart(model)
-            for path in experts_of(model):  # transformers would draw weights that are not there any more
-                for module in (path, path.rpartition(".")[0]):
-                    model.get_submodule(module)._is_hf_initialized = True  # type: ignore[assignment]
+            for experts in experts_of(model):  # transformers would draw weights that are not there any more
+                for place in (experts, experts.rpartition(".")[0]):
+                    model.get_submodule(place)._is_hf_initialized = True  # type: ignore[assignment]
         self._wanted = _wanted_dtypes(model)
         rename = _renaming(model)
         for name, scheme in schemes.items():
