@@ -153,6 +153,8 @@ def unserved(layer: RoutedExperts, moe: FusedMoEConfig) -> str | None:
         return f"their activation is {moe.activation.value}, not {', '.join(kind.value for kind in ACTIVATIONS)}"
     if moe.swiglu_limit is not None or layer.swiglu_limit is not None:
         return "their activation is clamped"
+    if layer.apply_router_weight_on_input and moe.experts_per_token != 1:
+        return "the router's weights are multiplied into what the experts read, and a token has several"
     if moe.is_lora_enabled:
         return "vLLM adds adapters of LoRA to experts in kernels of its own; start it without --enable-lora"
     return None
@@ -377,7 +379,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         """The routed experts; vLLM has computed the shared ones by itself."""
         gate_up, down = ([getattr(layer, name) for name in stack.buffers] for stack in self.stacks)
         kind = self.moe.activation.value
-        if layer.apply_router_weight_on_input:  # Llama 4; vLLM's own experts ask for one expert for a token, too
+        if layer.apply_router_weight_on_input:  # Llama 4
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         return sparse24_experts(x, topk_weights, topk_ids, layer.expert_map, gate_up, down, self.forms, kind)
 

@@ -179,6 +179,14 @@ def test_names_of_mixtral_other_activations_and_float16_scales() -> None:
     close(apply(layer, *routed(7)), expected(mixture, *routed(7), MIXTRAL, functional.gelu))
 
 
+def test_weights_of_a_router_that_are_multiplied_into_what_experts_read() -> None:
+    mixture = make_mixture()
+    layer = loaded(mixture, more={"apply_router_weight_on_input": True}, experts_per_token=1)
+    x, weights, ids = routed(7)
+    weights, ids = weights[:, :1], ids[:, :1]
+    close(apply(layer, x, weights, ids), expected(mixture, x * weights, torch.ones_like(weights), ids))
+
+
 def test_only_the_experts_of_a_batch_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     mixture = make_mixture()
     layer = loaded(mixture)
