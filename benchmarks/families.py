@@ -88,6 +88,12 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": {"rope_parameters": {**ROTARY, "mrope_section": [4, 4, 4, 4]}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "qwen3_vl_moe_text": {"moe_intermediate_size": 96},  # or files that hold experts turned look like those that do not
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [64, 64],
+        "attn_layers": ["local", "local"],
+    },
     "mamba2": {"num_heads": 8, "head_dim": 32, "n_groups": 1, "state_size": 16},
 }
 LARGEST = 5e7  # weights of a tiny model
@@ -241,7 +247,10 @@ def tokens_of(model: Path, folder: Path) -> tuple[list[list[int]] | None, str]:
 
 def cause(log: str) -> str:
     """The error that ended an engine: the last one of its log that does not only point at another one."""
-    said = [match[0] for match in re.finditer(r"\b\w+(Error|Exception): .+", log)]
+    found = re.finditer(
+        r"\b\w+(Error|Exception): .+?(?=$| \[type=)|Value error, (.+?)(?=$| \[type=)", log, re.MULTILINE
+    )
+    said = [match[0] for match in found]  # the second is what pydantic says below its own error
     named = [line for line in said if "See root cause above" not in line] or said or log.splitlines() or ["it ended"]
     return named[-1].strip()[:ERROR]
 
@@ -276,9 +285,8 @@ def tried(family: str, folder: Path, with_vllm: bool) -> dict[str, Any]:
             metrics = apply(recipe, str(source), output, quiet=True).metrics
         except SparsifyError as error:
             said = first_line(error).replace(str(source), "it")
-            if (
-                wrong is not None and "transformers cannot build" in said
-            ):  # the config of its class is not one of a model
+            default = "transformers cannot build" in said and "Unrecognized configuration class" not in said
+            if wrong is not None and default:  # its class makes a config that no model has
                 return {"compress": f"not tried: no tiny model ({first_line(wrong)})"}
             return {"compress": f"refused: {said}"}
         except Exception as error:  # a fault of ours

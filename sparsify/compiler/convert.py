@@ -39,7 +39,7 @@ from sparsify.model.output_head import OutputHead, find_head
 from sparsify.model.pretrained import load_tokenizer
 from sparsify.model.sequential import rows_of_micro_batch
 from sparsify.model.sidecars import inside
-from sparsify.model.transposed import stored_transposed, unread_problem
+from sparsify.model.transposed import unread_problem
 from sparsify.progress import progress, quietly, say, stage
 from sparsify.recipe import Calibration, Head, dump_recipe, head_format_problem, parse_recipe
 from sparsify.solver.head_quantization import SolvedHead, head_problem, head_scheme, solve_head
@@ -145,7 +145,7 @@ def convert(
         unheld = _not_held(opened, format, linears)
         for said in some_not_held(format, unheld):
             say(said, quiet)
-        transposed = stored_transposed(opened.checkpoint, [f"{module}.weight" for module in sorted(linears)])
+        transposed = opened.checkpoint.stored_transposed([f"{module}.weight" for module in sorted(linears)])
         if problem := experts_problem(opened, format, linears) or unread_problem(transposed, format):
             raise CheckpointError(problem)
         beside = _beside(opened.directory)

@@ -32,7 +32,6 @@ from sparsify.model.decoder import meta_model
 from sparsify.model.experts import FusedTensor, is_expert, stored_fused
 from sparsify.model.linear import LinearWeights
 from sparsify.model.sidecars import secrets
-from sparsify.model.transposed import stored_transposed
 from sparsify.phases import phase
 from sparsify.progress import say, stage, warn
 
@@ -395,7 +394,7 @@ class CheckpointWriter:
 
     def _as_stored(self, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
         """The weights of linears that the class of the model stores as [K, N] as it does."""
-        return tensors | {name: tensors[name].turned() for name in stored_transposed(self.source, tensors)}
+        return tensors | {name: tensors[name].turned() for name in self.source.stored_transposed(tensors)}
 
     def _config(
         self,

