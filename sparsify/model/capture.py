@@ -120,6 +120,11 @@ def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[Block
                 f"{model.checkpoint.spec}: a tensor needed before the decoder blocks is missing ({error})"
             ) from None
         if len(calls) == len(model.blocks) and all(h.shape == hidden[0].shape for h in hidden):
+            if hidden[0].shape[0] != len(tokens):
+                raise CheckpointError(
+                    f"{model.checkpoint.spec}: the hidden states of {type(model.model).__name__} have no row of their own for each "
+                    "text; it is not supported"
+                )
             return hidden[0], calls
     raise CheckpointError(
         f"{type(model.model).__name__} does not call its blocks one after another on one hidden state; it is not supported"

@@ -31,7 +31,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from sparsify.errors import NumericalError, SparsifyError
+from sparsify.errors import CheckpointError, NumericalError, SparsifyError
 from sparsify.files import only_user, reserve
 from sparsify.model.capture import BlockCall, call_of_row, capture_calls, head_inputs, run_block, share_equal
 from sparsify.model.decoder import BlockModel
@@ -39,6 +39,7 @@ from sparsify.model.experts import LEAVES, SeparateExperts, experts_of, given
 from sparsify.model.footprint import Footprint, footprint
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups
+from sparsify.model.pretrained import LONGEST
 from sparsify.phases import phase
 
 TOKENS_PER_MICRO_BATCH = 4096
@@ -296,6 +297,17 @@ def _different_paths() -> SparsifyError:
     return SparsifyError("the micro-batches take different paths through a block; recipes cannot calibrate this model")
 
 
+def _captured(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    """`capture_calls`; CheckpointError for what a class says of sizes that it does not take (Reformer)."""
+    try:
+        return capture_calls(model, tokens)
+    except ValueError as error:
+        told = (str(error).splitlines() or [""])[0][:LONGEST]
+        raise CheckpointError(
+            f"{model.checkpoint.spec}: {type(model.model).__name__} does not run on rows of {tokens.shape[1]} tokens ({told})"
+        ) from None
+
+
 class Walk:
     """One pass over a model's blocks with calibration tokens.
 
@@ -334,7 +346,7 @@ class Walk:
         self.tokens = tokens.to(device).split(rows_of_micro_batch(tokens.shape[1]))
         self.dense: Activations | None = None
         for i, part in enumerate(self.tokens):
-            hidden, calls = capture_calls(model, part)
+            hidden, calls = _captured(model, part)
             self.calls.append(share_equal(calls, self.calls[0]) if self.calls else calls)
             if i == 0:
                 shapes = [torch.Size([len(rows), *hidden.shape[1:]]) for rows in self.tokens]

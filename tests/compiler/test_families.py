@@ -163,6 +163,13 @@ def test_what_does_not_run_on_text_alone_is_refused_in_the_plan(tmp_path: Path) 
         make_plan(recipe, str(tmp_path))
 
 
+def test_hidden_states_with_the_batch_on_another_axis_are_refused_in_the_plan(tmp_path: Path) -> None:
+    tiny("xlnet", tmp_path)
+    recipe = parse_recipe(SOLVED.format(text=tiny_text(tmp_path / "text.txt")))
+    with pytest.raises(CheckpointError, match="XLNetLMHeadModel have no row of their own for each text"):
+        make_plan(recipe, str(tmp_path))
+
+
 def test_a_setting_that_differs_between_layers_is_the_largest() -> None:
     config = CONFIG_MAPPING["gemma4_unified_text"](num_hidden_layers=6, head_dim=32, global_head_dim=64)
     assert setting(config, "head_dim") == 64 and setting(config, "hidden_size") == config.hidden_size
