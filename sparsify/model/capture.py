@@ -70,8 +70,11 @@ def _recorder(model: BlockModel, calls: list[BlockCall], hidden: list[Tensor], r
     """For `replaced_forwards`: every block notes its arguments and returns its input."""
 
     def record(index: int) -> Any:
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            calls.append(BlockCall(args, kwargs))
+        def forward(*given: Any, **kwargs: Any) -> Any:
+            if not given:
+                raise _not_in_turn(model)
+            x, *args = given
+            calls.append(BlockCall(tuple(args), kwargs))
             hidden.append(x)
             if index == len(model.blocks) - 1:
                 raise _Stop
@@ -126,7 +129,11 @@ def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[Block
                     "text; it is not supported"
                 )
             return hidden[0], calls
-    raise CheckpointError(
+    raise _not_in_turn(model)
+
+
+def _not_in_turn(model: BlockModel) -> CheckpointError:
+    return CheckpointError(
         f"{type(model.model).__name__} does not call its blocks one after another on one hidden state; it is not supported"
     )
 
