@@ -111,6 +111,7 @@ CHOICES: tuple[dict[str, Any], ...] = (
     {"num_hidden_layers": 4},
     {"num_hidden_layers": None},
 )
+ELSEWHERE = re.compile("See root cause above|failed to be inspected")  # of vLLM, where the log has the cause before
 TOWERS = re.compile(r"vision|image|audio|qformer|perceiver|vq|dac|speech")  # of configs inside a config
 RECIPE = """
 version: 1
@@ -251,7 +252,7 @@ def cause(log: str) -> str:
         r"\b\w+(Error|Exception): .+?(?=$| \[type=)|Value error, (.+?)(?=$| \[type=)", log, re.MULTILINE
     )
     said = [match[0] for match in found]  # the second is what pydantic says below its own error
-    named = [line for line in said if "See root cause above" not in line] or said or log.splitlines() or ["it ended"]
+    named = [line for line in said if not ELSEWHERE.search(line)] or said or log.splitlines() or ["it ended"]
     return named[-1].strip()[:ERROR]
 
 
