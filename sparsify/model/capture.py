@@ -123,7 +123,8 @@ def capture_calls(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[Block
                 f"{model.checkpoint.spec}: a tensor needed before the decoder blocks is missing ({error})"
             ) from None
         if len(calls) == len(model.blocks) and all(h.shape == hidden[0].shape for h in hidden):
-            if hidden[0].shape[0] != len(tokens):
+            has_streams = hidden[0].dim() > 3  # refused where their number is known
+            if not has_streams and hidden[0].shape[0] != len(tokens):
                 raise CheckpointError(
                     f"{model.checkpoint.spec}: the hidden states of {type(model.model).__name__} have no row of their own for each "
                     "text; it is not supported"

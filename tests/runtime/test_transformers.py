@@ -86,7 +86,8 @@ def test_loading_takes_the_compressed_size_once(tmp_path: Path) -> None:
     dense = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
     assert 2 * on_disk < dense / 2
     if prepared < 1.2 * on_disk:  # the back end of this machine keeps weights packed
-        assert held < 1.1 * on_disk + 2e6 and peak < 1.1 * on_disk + 6e6, (held, peak, on_disk)
+        slack = on_disk / 2  # of the allocator; both copies would be twice the size on disk
+        assert held < 1.1 * on_disk + slack and peak < 1.1 * on_disk + slack, (held, peak, on_disk)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
