@@ -1,6 +1,6 @@
 """One layer of experts of Qwen3-30B-A3B's shape on this CPU: sparse24 as vLLM runs it, against torch's dense experts.
 
-python benchmarks/expert_layer.py [--experts 128] [--repeats 20]
+python benchmarks/expert_layer.py [--experts 128] [--repeats 20] [--record FILE]
 
 Prints a row for one token and one for 32: milliseconds of 2:4 + 4-bit experts, of dense experts in float32 and bfloat16, and
 the ratio to the faster of these beside what the bytes allow, 16 / 3.25 (4-bit values, positions and scales of groups of 64).
@@ -9,7 +9,10 @@ change with every repeat, so that the weights come from memory; the median count
 """
 
 import argparse
+import datetime
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -17,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsify.bench.machine import describe_machine, installed_versions
+from sparsify.files import write_json
 from sparsify.formats import ModuleScheme, get_format
 from sparsify.model.experts import given
 from sparsify.runtime.backends import choose_backend
@@ -88,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--record", metavar="FILE", help="where the figures are written as JSON too")
     options = parser.parse_args()
     layers = {
         "sparse24": sparse_layer(options.experts),
@@ -95,11 +101,18 @@ def main() -> None:
         "bfloat16": dense_layer(options.experts, torch.bfloat16),
     }
     print("| tokens | sparse24 ms | float32 ms | bfloat16 ms | ratio to the faster | by the bytes |\n|" + " --- |" * 6)
+    record = {
+        "date": datetime.date.today().isoformat(), "command": shlex.join(["python", "benchmarks/expert_layer.py", *sys.argv[1:]]),
+        "machine": describe_machine(), "versions": installed_versions(), "milliseconds": (rows := {}),
+    }  # fmt: skip
     for tokens in (1, 32):
         found = milliseconds(layers, options.experts, tokens, options.repeats)
+        rows[tokens] = found
         ratio = min(found["float32"], found["bfloat16"]) / found["sparse24"]
         times = " | ".join(f"{found[name]:.2f}" for name in layers)
         print(f"| {tokens} | {times} | {ratio:.2f} | {16 / 3.25:.2f} |", flush=True)
+    if options.record:
+        write_json(options.record, record)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ SEEING = {  # of towers for pictures, by the names that their configs have for t
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 # Settings of published configs that others depend on, by the model type of the config or of its text tower.
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # vLLM asks for both
+    "deepseek_v2": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},  # the only sizes that vLLM's attention has on CPUs
+    "deepseek_v3": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "llama4_text": {"num_experts_per_tok": 1, "intermediate_size_mlp": 64},
     "chameleon": {
         "vocabulary_map": {"<image>": 95},
