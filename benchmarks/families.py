@@ -112,7 +112,9 @@ CHOICES: tuple[dict[str, Any], ...] = (
     {"num_hidden_layers": 4},
     {"num_hidden_layers": None},
 )
-ELSEWHERE = re.compile("See root cause above|failed to be inspected")  # of vLLM, where the log has the cause before
+ELSEWHERE = re.compile(
+    "See root cause above|failed to be inspected|validation error"
+)  # of vLLM, where the log has the cause before
 TOWERS = re.compile(r"vision|image|audio|qformer|perceiver|vq|dac|speech")  # of configs inside a config
 RECIPE = """
 version: 1

@@ -81,7 +81,7 @@ def serve(
     result.unlink(missing_ok=True)
     status = _host().run(job)
     said = log.read_text(errors="replace")
-    assert status == 0 and result.is_file(), f"vLLM failed with exit status {status}:\n{said[-6000:]}"
+    assert status == 0 and result.is_file(), f"vLLM failed with exit status {status}:\n{said[-30000:]}"
     found = json.loads(result.read_text())
     together, alone = (_answers(found[way], said) for way in ("together", "alone"))
     adapted = _answers(found["adapted"], said) if adapter is not None else None
