@@ -180,7 +180,10 @@ def of_ranks(name: str, source: Path, text: Path, folder: Path, kills: int) -> l
             other, sentence = codes[1 - rank], said[1 - rank]
             if output.exists() and contents(output) != expected:
                 return what, f"{how}: half an output under its final name"
-            if other not in (0, 1) or (other == 1 and (sentence.count("error: ") != 1 or "Traceback" in sentence)):
+            unmet = other == -signal.SIGKILL and not sentence  # it waited for the other to come
+            if (other not in (0, 1) and not unmet) or (
+                other == 1 and (sentence.count("error: ") != 1 or "Traceback" in sentence)
+            ):
                 return what, f"{how}: the other ends with {other}: {sentence[-900:]}"
             if codes != [0, 0]:
                 codes, said = run("--resume")

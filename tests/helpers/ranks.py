@@ -15,6 +15,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["sparsify.compiler.apply", "sparsify.training.trainer", "sparsify.cli", "transformers.models.llama"]
 SECONDS = 600
 AGENT_SECONDS = 90  # a process that was killed before all had met is known to torchrun alone
+KILL_SECONDS = 30  # after which torchrun kills what SIGTERM did not end: who waits for others to come hears no signal
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ def in_ranks(
             process.join(AGENT_SECONDS)
             if process.is_alive():
                 process.terminate()
+                process.join(KILL_SECONDS)
+            if process.is_alive():
+                process.kill()
     for process in started:
         process.join(SECONDS)
         if process.is_alive():
