@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsify.errors import CheckpointError
 from sparsify.model.decoder import BlockModel
 from sparsify.model.experts import experts_of
-from sparsify.model.pretrained import LONGEST
+from sparsify.model.pretrained import first_line
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,8 @@ class BlockCall:
 
 
 FAKE_TOKENS = 16
-WANTS_MORE = re.compile(
-    r"missing \d+ required positional argument|pixel_values"
-)  # of what a class of transformers raises
+# What a class of transformers raises that is to be given more than text.
+WANTS_MORE = re.compile(r"missing \d+ required positional argument|pixel_values")
 RETURNED = range(4)
 """How many values a block may return: 0 the hidden state by itself, else a tuple whose first it is (RWKV: three)."""
 
@@ -93,6 +92,11 @@ def _as_given(hidden: Tensor, returned: int) -> Any:
 def values_returned(output: Any) -> int:
     """How many values a block returned: the length of the tuple, 0 for the hidden state by itself."""
     return len(output) if isinstance(output, tuple | list) else 0
+
+
+def hidden_of(output: Any) -> Any:
+    """The hidden state of what a block or a part of one returned, which is the first of several values."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _other_number(error: Exception) -> bool:
@@ -210,7 +214,7 @@ def fake_calls(model: BlockModel) -> tuple[Tensor, list[BlockCall]] | None:
         if WANTS_MORE.search(str(error)):
             raise CheckpointError(
                 f"{model.checkpoint.spec}: {type(model.model).__name__} does not run on text alone, on which linears are solved "
-                f"({(str(error).splitlines() or [''])[0][:LONGEST]})"
+                f"({first_line(error)})"
             ) from None
         return None  # found out when it really runs
 
@@ -323,5 +327,5 @@ def join_calls(calls: Sequence[BlockCall]) -> BlockCall:
 
 def run_block(block: nn.Module, x: Tensor, call: BlockCall) -> Tensor:
     """One block on one micro-batch: hidden [B, T, d] in, hidden [B, T, d] out."""
-    output = block(x, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple | list) else output
+    hidden: Tensor = hidden_of(block(x, *call.args, **call.kwargs))
+    return hidden

@@ -34,7 +34,7 @@ from sparsify.model.experts import (
     turned_on_loading,
 )
 from sparsify.model.linear import is_plain_linear
-from sparsify.model.pretrained import LONGEST, causal_lm_of, load_config
+from sparsify.model.pretrained import causal_lm_of, first_line, load_config
 from sparsify.model.separated import SeparatedCheckpoint
 from sparsify.model.transposed import straighten
 from sparsify.progress import without_bars
@@ -272,12 +272,8 @@ def refuse_changing_weights(model: nn.Module, spec: str) -> None:
 HUGE = 2**28  # elements; only parameters have more
 
 
-DRAWN = {
-    "normal_",
-    "trunc_normal_",
-    "uniform_",
-    "kaiming_uniform_",
-}  # torch's names; transformers puts its own in their place
+# torch's names; transformers puts its own functions in their place
+DRAWN = {"normal_", "trunc_normal_", "uniform_", "kaiming_uniform_"}
 
 
 class _HugeOnMeta(TorchFunctionMode):
@@ -317,7 +313,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, 
     except SparsifyError:
         raise
     except Exception as error:  # a config decides what of transformers runs, and what it runs into
-        told = (str(error).strip().splitlines() or [""])[0][:LONGEST]
+        told = first_line(error)
         raise CheckpointError(
             f"{checkpoint.spec}: transformers cannot build this model from config.json: {told or type(error).__name__}"
         ) from None

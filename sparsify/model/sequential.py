@@ -39,7 +39,7 @@ from sparsify.model.experts import LEAVES, SeparateExperts, experts_of, given
 from sparsify.model.footprint import Footprint, footprint
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups
-from sparsify.model.pretrained import LONGEST
+from sparsify.model.pretrained import first_line
 from sparsify.phases import phase
 
 TOKENS_PER_MICRO_BATCH = 4096
@@ -302,9 +302,9 @@ def _captured(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall
     try:
         return capture_calls(model, tokens)
     except ValueError as error:
-        told = (str(error).splitlines() or [""])[0][:LONGEST]
         raise CheckpointError(
-            f"{model.checkpoint.spec}: {type(model.model).__name__} does not run on rows of {tokens.shape[1]} tokens ({told})"
+            f"{model.checkpoint.spec}: {type(model.model).__name__} does not run on rows of {tokens.shape[1]} tokens "
+            f"({first_line(error)})"
         ) from None
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import CheckpointError
-from sparsify.model.capture import BlockCall, run_block
+from sparsify.model.capture import BlockCall, hidden_of, run_block, values_returned
 
 ATTENTION, FEED_FORWARD = "attention", "feed_forward"
 KINDS = (ATTENTION, FEED_FORWARD)  # in the order in which a block runs them
@@ -132,9 +132,9 @@ def _watch(block: nn.Module, x: Tensor, call: BlockCall) -> list[_Seen]:
 
     def note(child: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            read, gave = _hidden(args, kwargs), output[0] if isinstance(output, tuple | list) else output
+            read, gave = _hidden(args, kwargs), hidden_of(output)
             if isinstance(read, Tensor) and isinstance(gave, Tensor):
-                seen.append(_Seen(child, read, gave, len(output) if isinstance(output, tuple | list) else 0))
+                seen.append(_Seen(child, read, gave, values_returned(output)))
 
         return hook
 

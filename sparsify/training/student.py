@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from sparsify.model.capture import hidden_of
 from sparsify.model.decoder import find_blocks
 from sparsify.recipe import LossWeights
 from sparsify.training.losses import (
@@ -42,7 +43,7 @@ class BlockOutputs:
 
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._found is not None:
-            self._found.append(output[0] if isinstance(output, tuple | list) else output)
+            self._found.append(hidden_of(output))
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
