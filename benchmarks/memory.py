@@ -57,7 +57,15 @@ def run(model: Path, samples: int, args: argparse.Namespace, folder: Path) -> di
     peak, seconds = measure([*sparsify, "apply", *base, "--output", str(output), *args.apply], folder / "log")
     found = {"model": model.name, "tokens": samples * args.length, "seconds": round(seconds, 1), "peak_bytes": peak}
     record = json.loads((output / "run.json").read_text())
-    names = ("peak_anonymous_bytes", "peak_memory_bytes", "compute", "memory")
+    names = (
+        "peak_anonymous_bytes",
+        "peak_memory_bytes",
+        "peak_gpu_bytes",
+        "peak_gpu_reserved_bytes",
+        "compute",
+        "memory",
+        "phases",
+    )
     found |= {name: record[name] for name in names if name in record}
     predicted = subprocess.run(
         [*sparsify, "plan", *base, "--json", *args.apply], capture_output=True, text=True, check=True

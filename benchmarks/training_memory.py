@@ -6,7 +6,7 @@
 The model is compressed once without data and then trained for three steps in every way that changes what is held: all at once, in
 micro-batches, with gradient checkpointing, averaged weights, a cached teacher, moments in 8 bits, in float32, as adapters that are
 merged or not, block by block, and on two processes. `peak_anonymous_bytes` of run.json is the measurement (of two processes that of
-the first).
+the first), where there is a GPU its `peak_gpu_bytes`.
 """
 
 from __future__ import annotations
@@ -74,17 +74,14 @@ def measure(name: str, dense: Path, compressed: Path, folder: Path) -> dict[str,
     sparsify("apply", *base, "--output", str(output), "--quiet", processes=processes)
     record = json.loads((output / "run.json").read_text())
     predicted = planned["memory"] if tunes else planned["training"][0]
-    measured = record["peak_anonymous_bytes"]
-    ratio = predicted["peak"] / measured
-    items = predicted["host"]
+    on_gpu = "peak_gpu_bytes" in record
+    measured = record["peak_gpu_bytes" if on_gpu else "peak_anonymous_bytes"]
+    items = predicted["gpu" if on_gpu else "host"]
+    expected = sum(items.values())
     return {
-        "variant": name,
-        "changes": changes,
-        "measured": measured,
-        "predicted": predicted["peak"],
-        "ratio": ratio,
-        "items": items,
-    }
+        "variant": name, "changes": changes, "where": "GPU" if on_gpu else "host", "measured": measured,
+        "predicted": expected, "ratio": expected / measured, "items": items,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -101,7 +98,8 @@ def main() -> None:
         sparsify("apply", str(recipe), "--model", str(dense), "--output", str(compressed), "--quiet")
         for name in args.only:
             found.append(measure(name, dense, compressed, folder))
-            print(f"{name}: {found[-1]['ratio']:.3f} of {found[-1]['measured'] / 1e9:.2f} GB", flush=True)
+            one = found[-1]
+            print(f"{name}: {one['ratio']:.3f} of {one['measured'] / 1e9:.2f} GB of the {one['where']}", flush=True)
     record = {
         "date": datetime.date.today().isoformat(), "machine": platform.processor() or platform.machine(),
         "command": ["python", *sys.argv], "config": json.loads((dense / "config.json").read_text()), "runs": found,

@@ -106,6 +106,18 @@ def gpu_budget(asked: str | None) -> int | None:
     return int(SHARE * torch.cuda.mem_get_info(torch.device(device()))[0]) + torch.cuda.memory_reserved()
 
 
+def gpu_peaks() -> dict[str, int]:
+    """The most that tensors of this process took on its GPU, and that torch held there for them, in bytes; {} without one."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return {}
+    return {
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+        "peak_gpu_reserved_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
 class Peak:
     """The largest sample of `anonymous` so far; None where the system does not say."""
 

@@ -27,9 +27,10 @@ def captured(run: Callable[[], Any], device: torch.device) -> torch.cuda.CUDAGra
     return graph
 
 
-def replay_seconds(graph: torch.cuda.CUDAGraph, replays: int, device: torch.device) -> list[float]:
-    """Seconds of each of some replays, by the GPU's clock, after one that is not counted."""
-    graph.replay()
+def replay_seconds(graph: torch.cuda.CUDAGraph, replays: int, device: torch.device, warm: bool = True) -> list[float]:
+    """Seconds of each of some replays, by the GPU's clock; warm: after one that is not counted."""
+    if warm:
+        graph.replay()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     events[0].record()
     for event in events[1:]:

@@ -52,7 +52,7 @@ from sparsify.formats.writer import RECORD as WRITER
 from sparsify.formats.writer import CheckpointWriter, is_published, partial_directory
 from sparsify.lock import only_run
 from sparsify.manifest import damage, keep_json
-from sparsify.memory import Peak, peak_anonymous
+from sparsify.memory import Peak, gpu_peaks, peak_anonymous
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
 from sparsify.training.log import whole_log
@@ -289,6 +289,7 @@ def _record(run: Run, seconds: float, training_seconds: float) -> dict[str, Any]
         "phases": phases_of(plan, resumed=bool(run.finished)),
         "peak_anonymous_bytes": run.peak.sample(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **gpu_peaks(),
         "resumed_after_blocks": len(run.finished - {OUTSIDE}),
         "command": sys.argv,
     }

@@ -90,7 +90,7 @@ def _usage(metrics: dict[str, Any]) -> str:
     if metrics["format"] == "sparse24" and any(is_expert(layer["module"]) for layer in metrics["layers"]):
         if why := metrics.get("not_in_vllm"):
             return f"transformers runs it after `import sparsify`; vLLM does not serve its experts: {why}."
-        return f"{USAGE['sparse24']} Its experts were not tried on a GPU."
+        return f"{USAGE['sparse24']} Its experts were not tried in vLLM on a GPU."
     return USAGE[metrics["format"]]
 
 

@@ -83,7 +83,7 @@ def refuse_balancing(recipe: Recipe, plan: Plan) -> None:
         )
 
 
-IN_VLLM = "vLLM serves these experts on CPUs; on GPUs that was not tried"
+IN_VLLM = "vLLM serves these experts on CPUs; in vLLM on GPUs that was not tried"
 
 
 def not_in_vllm(plan: Plan) -> str | None:

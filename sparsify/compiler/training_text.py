@@ -46,6 +46,9 @@ def read_ahead(
         rows = training_rows(planned, checkpoint, calibration, directory, quiet)
         for said in repeats_in_words(settings, calibration, rows):
             say(said, quiet)
+    elif isinstance(settings, Distill):  # some of it is written by the model, later
+        asked, writes = training_text(settings, calibration), planned.teacher or checkpoint
+        _read(asked, settings, writes, quiet, settings.samples is None, files_only=True)
     if isinstance(settings, Distill) and settings.held_out is not None and _in_file(settings.held_out.source):
         held_out_rows(planned, checkpoint, calibration, directory, quiet)
 
@@ -166,8 +169,15 @@ def _text_rows(
 
 
 def _read(
-    asked: Calibration, settings: Distill, writes: Checkpoint, quiet: bool, short: bool, place: str
+    asked: Calibration,
+    settings: Distill,
+    writes: Checkpoint,
+    quiet: bool,
+    short: bool,
+    place: str = "",
+    files_only: bool = False,
 ) -> list[Tensor]:
+    """The rows of each source, or of those that are files."""
     key = f"passes.{settings.kind}.{place}"
     if 0 in asked.rows:
         raise CalibrationError(
@@ -188,6 +198,7 @@ def _read(
             quiet=quiet,
             vocabulary=vocabulary_of(load_config(writes.directory, writes.spec)),
             short=short,
+            files_only=files_only,
         )
     except CalibrationError as error:
         said = str(error).replace("calibration.sequence_length", f"passes.{settings.kind}.sequence_length")

@@ -54,19 +54,26 @@ def source_rows(
     quiet: bool = False,
     vocabulary: int | None = None,
     short: bool = False,
+    files_only: bool = False,
 ) -> list[Tensor]:
     """The rows of each source, in the order of `spec.mixture`: int64 [its share of the samples, sequence_length].
 
-    short: a text that holds fewer rows than its share gives those it holds; otherwise it is refused. All else as in
-    `calibration_tokens`."""
-    check_sources(spec)  # before the model writes for minutes
-    parts = []
-    for (source, _), samples in zip(spec.mixture, spec.rows, strict=True):
+    short: a text that holds fewer rows than its share gives those it holds; otherwise it is refused
+    files_only: of the sources that are files only, to know early whether they hold what is asked of them
+    All else as in `calibration_tokens`."""
+    check_sources(spec)
+    parts: dict[int, Tensor] = {}
+    asked = [
+        (number, source, rows) for number, ((source, _), rows) in enumerate(zip(spec.mixture, spec.rows, strict=True))
+    ]
+    for number, source, samples in sorted(asked, key=lambda one: one[1] == SELF):  # the model writes for minutes: last
+        if files_only and parse_source(source).kind != "file":
+            continue
         own = spec.self if source == SELF else None
         alone = spec.model_copy(update={"source": source, "sources": None, "samples": samples, "self": own})
-        parts.append(_rows(alone, source, tokenizer, model_factory, cache_dir, key, quiet, short))
-        refuse_beyond(parts[-1], vocabulary, tokenizer, source)
-    return parts
+        parts[number] = _rows(alone, source, tokenizer, model_factory, cache_dir, key, quiet, short)
+        refuse_beyond(parts[number], vocabulary, tokenizer, source)
+    return [parts[number] for number in sorted(parts)]
 
 
 def check_sources(spec: Calibration) -> None:

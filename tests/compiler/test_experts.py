@@ -236,7 +236,7 @@ def test_the_run_and_its_card_say_whether_vllm_serves_it(tmp_path, made, recipe,
     assert "vLLM serves it" in (tmp_path / "dense" / "README.md").read_text()
     assert "vLLM does not" not in capfd.readouterr().err
     card = (made("granitemoe")[1] / "README.md").read_text()
-    assert "vLLM serves it" in card and "not tried on a GPU" in card and "- vllm" in card
+    assert "vLLM serves it" in card and "not tried in vLLM on a GPU" in card and "- vllm" in card
 
 
 def test_the_plan_says_what_becomes_of_experts_and_what_does_not(made, recipe):

@@ -11,6 +11,7 @@ from sparsify.compiler.apply import apply
 from sparsify.compiler.plan import make_plan
 from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
 from sparsify.formats.reader import open_compressed
+from sparsify.formats.writer import partial_directory
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
 from sparsify.report import write_report
@@ -89,6 +90,25 @@ def test_a_number_of_rows_is_what_it_says(tmp_path, recipe, texts, source):
     assert result.metrics["training"][0]["rows"] == 20
     with pytest.raises(CalibrationError, match=r"b.txt holds 160 tokens.* 10 samples of 16, but 20 were asked for"):
         apply(recipe(mixture(texts, 1, 1) + ", samples: 40"), str(source), tmp_path / "more", quiet=True)
+
+
+def test_a_short_file_is_refused_before_the_model_writes_its_share(tmp_path, recipe, texts, source, monkeypatch):
+    def writer(*_):
+        raise AssertionError("the model was loaded to write")
+
+    monkeypatch.setattr("sparsify.compiler.training_text.open_writer", writer)
+    monkeypatch.setattr("sparsify.compiler.calibrate.open_writer", writer)
+    both = f'sources: [{{source: self, weight: 1}}, {{source: "file:{texts[1]}", weight: 1}}]'
+    short = r"b.txt holds 160 tokens.* 10 samples of 16, but 20 were asked for"
+    with pytest.raises(CalibrationError, match=short):
+        apply(recipe(f", {both}, samples: 40"), str(source), tmp_path / "trained", quiet=True)
+    assert not list(partial_directory(tmp_path / "trained").glob("**/*.safetensors"))  # nothing was compressed
+    asked = parse_recipe(
+        f"version: 1\ncalibration: {{{both}, samples: 40, sequence_length: 16}}\npasses: [prune: {{method: wanda}}]\n",
+        "r",
+    )
+    with pytest.raises(CalibrationError, match=short):
+        apply(asked, str(source), tmp_path / "solved", quiet=True)
 
 
 def test_a_killed_training_on_a_mixture_resumes_to_the_same_bytes(tmp_path, recipe, texts, source, monkeypatch):

@@ -2,7 +2,7 @@
 
 Tokens are sorted by expert on the device. How many each expert has is not known to the processor: the grid is the most blocks
 of rows that there can be, and those beyond the last one end at once. So nothing synchronises, and CUDA graphs may hold it.
-The kernels agree with float64 in Triton's interpreter and compile for every target; they have not run on a GPU yet.
+The kernels agree with float64 in Triton's interpreter and on an H200, and compile for every target.
 """
 
 from collections.abc import Callable, Sequence
