@@ -38,7 +38,6 @@ CONFIGS = (
     Config("decode", 1, 32, 256, 1, 4, 1),
     Config("experts", 16, 32, 64, 1, 2, 4),
     Config("experts", 32, 64, 64, 1, 2, 4),
-    Config("experts", 64, 64, 64, 1, 4, 4),
 )
 MIXTURE = {"CHOSEN": 8, "EXPERTS": 128}  # of Qwen3-30B-A3B
 
