@@ -142,14 +142,27 @@ class SeparateExperts(nn.Module):
 
     @property
     def unusual(self) -> str | None:
-        """What they compute beside w2(act(w1 x) * w3 x), the three linears without biases; None where that is all."""
-        fused: Any = self.__dict__["fused"]
-        if fused.has_bias:
-            return "they have biases"
-        if not fused.has_gate:
+        """What they compute beside w2(act(w1 x) * w3 x), perhaps clamped; None where that is all."""
+        if not self.__dict__["fused"].has_gate:
             return "they have no gate"
         # transformers gives a class without a gate of its own this one
-        return None if self._apply_gate.__name__ == _default_apply_gate.__name__ else "their gate is one of its own"
+        common = self._apply_gate.__name__ == _default_apply_gate.__name__ or self._is_clamped()
+        return None if common else "their gate is one of its own"
+
+    def _is_clamped(self) -> bool:
+        """Whether the gate is silu(g) u, or g sigmoid(alpha g) (u + 1) as gpt-oss has it, of g up to a limit and u within it."""
+        fused: Any = self.__dict__["fused"]
+        limit = getattr(fused, "limit", getattr(fused, "swiglu_limit", None))
+        alpha = getattr(fused, "alpha", getattr(fused, "swiglu_alpha", 1.0))
+        if limit is None:
+            return False
+        gate = torch.linspace(-3 * limit, 3 * limit, 96, device="cpu")
+        up = gate.roll(31)
+        found, g, u = self._gated(gate, up), gate.clamp(max=limit), up.clamp(-limit, limit)
+        return any(
+            torch.allclose(found, wanted)
+            for wanted in (nn.functional.silu(g) * u, g * torch.sigmoid(alpha * g) * (u + 1))
+        )
 
     @property
     def _apply_gate(self) -> Callable[[Any, Tensor], Tensor]:
@@ -165,9 +178,11 @@ class SeparateExperts(nn.Module):
         if not fused.has_gate:
             activated: Tensor = fused.act_fn(up)
             return activated
-        gate = expert.gate_proj(x)
+        return self._gated(expert.gate_proj(x), up)
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
         side_by_side = torch.cat((gate, up), -1) if self.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
-        gated: Tensor = self._apply_gate(fused, side_by_side)
+        gated: Tensor = self._apply_gate(self.__dict__["fused"], side_by_side)
         return gated
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

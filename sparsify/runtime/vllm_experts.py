@@ -25,7 +25,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from sparsify.errors import CheckpointError
 from sparsify.formats import ModuleScheme
-from sparsify.formats.scheme import AGAIN, FLOATS, Label, scheme_problem
+from sparsify.formats.scheme import AGAIN, FLOATS, Label, finite, scheme_problem
 from sparsify.formats.sparse24 import checked_tensors, tensor_layout
 from sparsify.model.experts import given
 from sparsify.runtime.backends import (
@@ -39,6 +39,7 @@ from sparsify.runtime.backends import (
 from sparsify.runtime.backends.triton import Triton
 from sparsify.runtime.backends.triton_experts import routed_experts
 from sparsify.runtime.op import sparse24_linear
+from sparsify.runtime.vllm_gpt_oss import hand_over_experts
 from sparsify.runtime.vllm_metrics import LOADING, Served
 from sparsify.runtime.vllm_shards import fill_with_noise, shard_scheme
 from sparsify.runtime.zero_points import without_zero_points
@@ -46,9 +47,13 @@ from sparsify.runtime.zero_points import without_zero_points
 NAME = "sparsify::sparse24_experts"
 SCHEMA = (
     "sparse24_experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor[] gate_up, "
-    "Tensor[] down, str gate_up_form, str down_form, str activation) -> Tensor"
+    "Tensor[] down, Tensor? gate_up_bias, Tensor? down_bias, str gate_up_form, str down_form, str activation, float[] clamp) "
+    "-> Tensor"
 )
-ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
+PLAIN = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
+CLAMPED = (MoEActivation.SILU, MoEActivation.SWIGLUOAI, MoEActivation.SWIGLUOAI_UNINTERLEAVE)
+OF_GPT_OSS = (7.0, 1.702, 1.0)  # vLLM has these in its kernels, and no setting for them
+OWN = ("load_weights", "weight_loader", "forward_modular")  # where a class of experts has its own, it is no common one
 CACHE_LINE = 64  # bytes; kernels read a weight from the start of one
 
 # vLLM prints the records of loggers below "vllm" only
@@ -81,27 +86,41 @@ def _sparse24_experts(
     expert_map: Tensor | None,
     gate_up: Sequence[Tensor],
     down: Sequence[Tensor],
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
     gate_up_form: str,
     down_form: str,
     activation: str,
+    clamp: Sequence[float],
 ) -> Tensor:
     experts = gate_up[0].shape[0]
     kind, first, second = MoEActivation(activation), Form.parse(gate_up_form), Form.parse(down_form)
     ids = _local_ids(topk_ids, expert_map, experts)
 
     def activate(both: Tensor) -> Tensor:
+        if clamp:
+            return _clamped(both, *clamp)
         return apply_moe_activation(kind, both.new_empty(len(both), both.shape[1] // 2), both)
 
     if first.backend == second.backend == Triton.name:
         schemes = (first.scheme, second.scheme)
-        return routed_experts(x, ids, topk_weights, gate_up, down, schemes, activate)
+        biases = (gate_up_bias, down_bias)
+        return routed_experts(x, ids, topk_weights, gate_up, down, biases, schemes, activate)
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for number, tokens, places in given(ids, experts):
         rows = x if len(x) == 1 else x[tokens]
-        both = sparse24_linear(rows, [part[number] for part in gate_up], None, first.scheme, first.backend)
-        y = sparse24_linear(activate(both), [part[number] for part in down], None, second.scheme, second.backend)
+        first_bias, second_bias = (None if bias is None else bias[number] for bias in (gate_up_bias, down_bias))
+        both = sparse24_linear(rows, [part[number] for part in gate_up], first_bias, first.scheme, first.backend)
+        y = sparse24_linear(activate(both), [part[number] for part in down], second_bias, second.scheme, second.backend)
         output.index_add_(0, tokens, y.float() * topk_weights[tokens, places, None])
     return output.to(x.dtype)
+
+
+def _clamped(both: Tensor, limit: float, alpha: float, beta: float) -> Tensor:
+    """min(g, limit) sigmoid(alpha min(g, limit)) (u + beta), u between -limit and limit. both: [tokens, 2I], g beside u."""
+    gate, up = both.float().chunk(2, -1)
+    gate = gate.clamp(max=limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + beta)).to(both.dtype)
 
 
 def _local_ids(topk_ids: Tensor, expert_map: Tensor | None, experts: int) -> Tensor:
@@ -128,6 +147,8 @@ def sparse24_experts(
     down: list[Tensor],
     forms: tuple[str, str],
     activation: str,
+    biases: Sequence[Tensor | None] = (None, None),
+    clamp: Sequence[float] = (),
 ) -> Tensor:
     """The weighted sum of what the chosen experts of each token make of it; only chosen experts are computed.
 
@@ -136,23 +157,37 @@ def sparse24_experts(
     expert_map:     [all experts], the number on this rank or -1; None where this rank has all experts
     gate_up, down:  what the back ends made of [E, 2I, K] and [E, K, I], every part with E along its first axis
     forms:          of gate_up and down, as `Form` writes them
-    activation:     between them, by vLLM's name
+    activation:     between them, by vLLM's name; clamp: what `clamp_of` says of it
+    biases:         of gate_up [E, 2I] and of down [E, K]
 
     Returns [T, K] in the type of x, summed in float32.
     """
-    return _OP(x, topk_weights, topk_ids, expert_map, gate_up, down, *forms, activation)
+    return _OP(x, topk_weights, topk_ids, expert_map, gate_up, down, *biases, *forms, activation, list(clamp))
+
+
+def clamp_of(layer: RoutedExperts, moe: FusedMoEConfig) -> list[float]:
+    """The limit, alpha and beta of a clamped activation (`_clamped`); none of one that is not."""
+    if moe.activation is MoEActivation.SWIGLUOAI:
+        return list(OF_GPT_OSS)
+    limit, alpha, beta = (
+        getattr(moe, key) if getattr(layer, key) is None else getattr(layer, key)
+        for key in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
+    )
+    if limit is None:
+        return []
+    if moe.activation is MoEActivation.SILU:
+        return [limit, 1.0, 0.0]
+    return [limit, 1.0 if alpha is None else alpha, 0.0 if beta is None else beta]
 
 
 def unserved(layer: RoutedExperts, moe: FusedMoEConfig) -> str | None:
     """Why compressed experts of this layer cannot be served, or None."""
-    if type(layer) is not RoutedExperts:
+    own = any(getattr(type(layer), name) is not getattr(RoutedExperts, name) for name in OWN)
+    if own and not hand_over_experts(layer):
         return f"vLLM reads the experts of this model in a way of its own ({type(layer).__name__}), in one tensor only"
-    if moe.has_bias:
-        return "they have biases"
-    if moe.activation not in ACTIVATIONS:
-        return f"their activation is {moe.activation.value}, not {', '.join(kind.value for kind in ACTIVATIONS)}"
-    if moe.swiglu_limit is not None or layer.swiglu_limit is not None:
-        return "their activation is clamped"
+    clamped = bool(clamp_of(layer, moe))
+    if moe.activation not in (CLAMPED if clamped else PLAIN):
+        return f"their activation is {moe.activation.value}{', clamped' if clamped else ''}"
     if layer.apply_router_weight_on_input and moe.experts_per_token != 1:
         return "the router's weights are multiplied into what the experts read, and a token has several"
     if moe.is_lora_enabled:
@@ -181,6 +216,7 @@ class Stack:
     parts: Mapping[str, str]
     part: ModuleScheme  # of one of them, whole
     shard: ModuleScheme  # of one of them, on this rank
+    bias: torch.dtype | None  # of its biases; None where it has none
     loaded: set[tuple[int, str, str]] = field(default_factory=set)  # expert on this rank, shard, suffix
     backend: str | None = None
     held: ModuleScheme | None = None  # as the back end has it
@@ -192,9 +228,10 @@ class Stack:
         n, k = self.shard.shape
         return replace(self.shard, shape=(n * len(self.parts), k))
 
-    @property
-    def suffixes(self) -> list[str]:
-        return list(tensor_layout(self.shard, FLOATS[0]))
+    def layout(self, scheme: ModuleScheme) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every tensor of a linear of this scheme, the bias too."""
+        bias = {} if self.bias is None else {"bias": ((scheme.shape[0],), self.bias)}
+        return {**tensor_layout(scheme, FLOATS[0]), **bias}
 
     def of_part(self, tensor: Tensor, part: str) -> Tensor:
         """The outputs of one of the parts. tensor: [outputs of all of them, ...]"""
@@ -220,6 +257,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.leaves = leaves
         self.local: Callable[[int], int]  # number of an expert -> its number on this rank, or -1
         self.stacks: tuple[Stack, Stack]
+        self.bias: torch.dtype | None  # of biases; None where there are none
         self.forms: tuple[str, str]  # of the stacks, as torch.compile can pass them on
         self.dummy = False
         config = get_current_vllm_config_or_none()
@@ -239,13 +277,14 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.dummy = config is not None and config.load_config.load_format == "dummy"
         LOADING.begin(config and config.parallel_config)
         width, part = self.moe.intermediate_size, intermediate_size_per_partition
+        self.bias = params_dtype if self.moe.has_bias else None
         gate_up = {"w1": self.leaves["w1"], "w3": self.leaves["w3"]}
         self.stacks = (
             self._stack("w13", gate_up, (width, hidden_size), (part, hidden_size)),
             self._stack("w2", {"w2": self.leaves["w2"]}, (hidden_size, width), (hidden_size, part)),
         )
         for stack in self.stacks:
-            for suffix, (shape, dtype) in tensor_layout(stack.scheme, FLOATS[0]).items():
+            for suffix, (shape, dtype) in stack.layout(stack.scheme).items():
                 parameter = nn.Parameter(torch.empty(num_experts, *shape, dtype=dtype), requires_grad=False)
                 parameter.weight_loader = self._loader(stack, suffix)  # type: ignore[attr-defined]
                 layer.register_parameter(f"{stack.name}_{suffix}", parameter)
@@ -255,7 +294,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         linear = f"{self.prefix}.*.{next(iter(parts.values()))}"
         if problem := scheme_problem(scheme):
             raise CheckpointError(f"{linear}: {problem}; config.json and the model do not belong together")
-        return Stack(name, parts, scheme, shard_scheme(linear, scheme, *shard))
+        return Stack(name, parts, scheme, shard_scheme(linear, scheme, *shard), self.bias)
 
     def _loader(self, stack: Stack, suffix: str) -> Callable[..., bool | None]:
         """What vLLM's models call for each tensor of an expert."""
@@ -284,10 +323,11 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         if suffix in ("weight_scale", "weight_values") and loaded.dtype in FLOATS:
             if not any(known == suffix for _, _, known in stack.loaded):
                 param.data = param.data.to(loaded.dtype)  # which of the two floats is not known before
-        (n, columns), _ = tensor_layout(stack.part, FLOATS[0])[suffix]
-        if loaded.dtype != param.dtype or tuple(loaded.shape) != (n, columns):
+        shape, _ = stack.layout(stack.part)[suffix]
+        dtypes = (*FLOATS, torch.float32) if suffix == "bias" else (param.dtype,)
+        if loaded.dtype not in dtypes or tuple(loaded.shape) != shape:
             raise CheckpointError(
-                f"{name}: expected {param.dtype} {[n, columns]}, found {loaded.dtype} {list(loaded.shape)}; config.json and "
+                f"{name}: expected {param.dtype} {list(shape)}, found {loaded.dtype} {list(loaded.shape)}; config.json and "
                 "the files do not belong together"
             )
         target = stack.of_part(param.data[number], part)
@@ -295,6 +335,8 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             if loaded.shape[axis] != size:  # tensor parallel; scales per channel have no inputs to split
                 loaded = loaded.narrow(axis, self.moe.tp_rank * size, size)
         target.copy_(loaded)
+        if suffix == "bias" and part == "w2" and self.moe.tp_rank:
+            target.zero_()  # ranks that split an expert add up what they give: one of them adds the bias
         stack.loaded.add((number, part, suffix))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -311,19 +353,23 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
 
     def _prepare(self, layer: Any, stack: Stack) -> None:
         """Check the weights that have arrived and let a back end put them, expert by expert, into its own layout."""
-        tensors = {suffix: getattr(layer, f"{stack.name}_{suffix}").data for suffix in stack.suffixes}
+        suffixes = list(stack.layout(stack.shard))
+        tensors = {suffix: getattr(layer, f"{stack.name}_{suffix}").data for suffix in suffixes}
         if self.dummy and not stack.loaded:
             fill_with_noise(tensors)
         else:
             self._refuse_missing(stack)
         device = next(iter(tensors.values())).device
         dtype: torch.dtype = layer.params_dtype
+        bias = tensors.pop("bias", None)
         stacked: list[Tensor] = []
         for expert, number in self._experts():
             one = {suffix: tensor[number] for suffix, tensor in tensors.items()}
             for part, leaf in stack.parts.items():
                 of_part = {suffix: stack.of_part(tensor, part) for suffix, tensor in one.items()}
                 checked_tensors(f"{self.prefix}.{expert}.{leaf}", of_part, stack.shard)
+                if bias is not None:
+                    finite(f"{self.prefix}.{expert}.{leaf}.bias", stack.of_part(bias[number], part))
             one, stack.held = without_zero_points(one, stack.scheme, dtype)
             backend = get_backend(stack.backend) if stack.backend else experts_backend(stack.held, device, dtype)
             stack.backend = backend.name
@@ -331,16 +377,18 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             stacked = stacked or [room(self.moe.num_local_experts, tensor) for tensor in prepared]
             for whole, tensor in zip(stacked, prepared, strict=True):
                 whole[number].copy_(tensor)
-        for suffix in stack.suffixes:
+        for suffix in suffixes:
             delattr(layer, f"{stack.name}_{suffix}")
         stack.loaded.clear()  # other weights may follow, which vLLM copies into the buffers that are there
         stack.buffers = tuple(f"sparse24_{stack.name}_{i}" for i in range(len(stacked)))
         for name, tensor in zip(stack.buffers, stacked, strict=True):
             layer.register_buffer(name, tensor)  # a persistent one: vLLM updates no others
+        if bias is not None:
+            layer.register_buffer(f"sparse24_{stack.name}_bias", bias)
         announce(logger, get_backend(stack.form.backend), stack.form.scheme, device)
         announce_zero_points(logger, stack.scheme, stack.form.scheme, dtype)
         if device.type != "cpu":
-            logger.warning("sparse24: compressed experts have not been tried on a GPU; compare some answers first")
+            logger.warning("sparse24: compressed experts have not been tried in vLLM on a GPU; compare some answers first")
 
     def _refuse_graphs(self) -> None:
         """CheckpointError where CUDA graphs are wanted of a back end that asks on the processor which experts to compute."""
@@ -359,7 +407,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
     def _refuse_missing(self, stack: Stack) -> None:
         for expert, number in self._experts():
             for part, leaf in stack.parts.items():
-                for suffix in stack.suffixes:
+                for suffix in stack.layout(stack.shard):
                     if (number, part, suffix) not in stack.loaded:
                         name = f"{self.prefix}.{expert}.{leaf}.{suffix}"
                         raise CheckpointError(f"{name}: the checkpoint does not hold it; {AGAIN}")
@@ -378,10 +426,13 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
     ) -> Tensor:
         """The routed experts; vLLM has computed the shared ones by itself."""
         gate_up, down = ([getattr(layer, name) for name in stack.buffers] for stack in self.stacks)
-        kind = self.moe.activation.value
+        biases = [getattr(layer, f"sparse24_{stack.name}_bias", None) for stack in self.stacks]
+        kind, clamp = self.moe.activation.value, clamp_of(layer, self.moe)
         if layer.apply_router_weight_on_input:  # Llama 4
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        return sparse24_experts(x, topk_weights, topk_ids, layer.expert_map, gate_up, down, self.forms, kind)
+        return sparse24_experts(
+            x, topk_weights, topk_ids, layer.expert_map, gate_up, down, self.forms, kind, biases, clamp
+        )
 
 
 def _strided(tensor: Tensor) -> Tensor:

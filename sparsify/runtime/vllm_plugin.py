@@ -9,7 +9,7 @@ end.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from sparsify.formats import ModuleScheme, get_format
 from sparsify.formats.scheme import AGAIN, FLOATS, Label, scheme_problem
 from sparsify.formats.sparse24 import Sparse24Config as ConfigOnDisk
 from sparsify.formats.sparse24 import all_zero, checked_tensors, tensor_layout
+from sparsify.model.experts import is_expert
 from sparsify.runtime.backends import announce, announce_zero_points, choose_backend, get_backend
 from sparsify.runtime.dequantized import DequantizedWeight
 from sparsify.runtime.legacy import LegacyConfig, LegacyShard, legacy_config, legacy_format
@@ -42,6 +43,7 @@ from sparsify.runtime.vllm_shards import FIRST_TWO_OF_FOUR, fill_with_noise, sha
 from sparsify.runtime.zero_points import without_zero_points
 
 METHOD = "sparse24"
+TENSOR = ".weight_packed"
 DRAFT = "draft_model."  # what vLLM puts before the names of a draft's modules; no checkpoint has it
 
 # vLLM prints the records of loggers below "vllm" only
@@ -111,11 +113,14 @@ class Sparse24Config(QuantizationConfig):
         if not isinstance(self.on_disk, ConfigOnDisk):
             self.on_disk = self.on_disk.renamed(hf_to_vllm_mapper.apply_list)
             return
-        self.on_disk = ConfigOnDisk(
-            default=self.on_disk.default,
-            ignore=frozenset(hf_to_vllm_mapper.apply_list(sorted(self.on_disk.ignore))),
-            modules=hf_to_vllm_mapper.apply_dict(dict(self.on_disk.modules)),
-        )
+
+        def renamed(modules: Mapping[str, Any]) -> dict[str, Any]:
+            # of an expert as its tensors are: gpt-oss's class has other names for the linears of all experts in one
+            tensors = {f"{name}{TENSOR}" if is_expert(name) else name: what for name, what in modules.items()}
+            return {name.removesuffix(TENSOR): what for name, what in hf_to_vllm_mapper.apply_dict(tensors).items()}
+
+        ignore = frozenset(renamed(dict.fromkeys(sorted(self.on_disk.ignore))))
+        self.on_disk = ConfigOnDisk(self.on_disk.default, ignore, renamed(self.on_disk.modules))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         LOADING.manifest = self.manifest

@@ -20,7 +20,7 @@ from sparsify.errors import CheckpointError, RecipeError
 from sparsify.evaluation.load import load_model
 from sparsify.formats.inspect import inspect
 from sparsify.formats.reader import open_compressed
-from sparsify.model.experts import is_expert
+from sparsify.model.experts import SeparateExperts, is_expert
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
 from sparsify.runtime.module import Sparse24Linear
@@ -224,19 +224,20 @@ def test_stock_transformers_reads_the_experts_of_pack_quantized(tmp_path, made, 
     assert torch.isfinite(logits(load_model(tmp_path / "packed", "cpu").model)).all()  # in float32, as it is scored
 
 
-def test_the_run_and_its_card_say_whether_vllm_serves_it(tmp_path, made, recipe, capfd):
+def test_the_run_and_its_card_say_whether_vllm_serves_it(tmp_path, made, recipe, capfd, monkeypatch):
     source, out, metrics = made("gpt_oss")
-    assert metrics["not_in_vllm"] == "they have biases"
+    assert metrics["not_in_vllm"] is None
     card = (out / "README.md").read_text()
-    assert "vLLM does not serve its experts: they have biases." in card and "- vllm" not in card
-    apply(recipe(), str(source), tmp_path / "out")
+    assert "vLLM serves it" in card and "not tried in vLLM on a GPU" in card and "- vllm" in card
+    monkeypatch.setattr(SeparateExperts, "unusual", "they have no gate")
+    assert apply(recipe(), str(source), tmp_path / "out").metrics["not_in_vllm"] == "they have no gate"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "vLLM does not serve its experts: they have no gate." in card and "- vllm" not in card
     said = " ".join(capfd.readouterr().err.split())
-    assert "vLLM does not serve these experts: they have biases" in said and "ignore: ['*.experts.*']" in said
+    assert "vLLM does not serve these experts: they have no gate" in said and "ignore: ['*.experts.*']" in said
     apply(recipe(more="ignore: ['*.experts.*']"), str(source), tmp_path / "dense")
     assert "vLLM serves it" in (tmp_path / "dense" / "README.md").read_text()
     assert "vLLM does not" not in capfd.readouterr().err
-    card = (made("granitemoe")[1] / "README.md").read_text()
-    assert "vLLM serves it" in card and "not tried in vLLM on a GPU" in card and "- vllm" in card
 
 
 def test_the_plan_says_what_becomes_of_experts_and_what_does_not(made, recipe):

@@ -59,6 +59,47 @@ def test_interleaved_and_transposed_parameters_are_taken_apart(mixture):
     assert f"{path}.gate_up_proj" not in model.checkpoint
 
 
+def silu_of_clamped(experts, both):
+    gate, up = both.chunk(2, -1)
+    return torch.nn.functional.silu(gate.clamp(max=experts.limit)) * up.clamp(-experts.limit, experts.limit)
+
+
+def clamped_silu(experts, both):
+    gate, up = both.chunk(2, -1)
+    return torch.nn.functional.silu(gate).clamp(max=experts.limit) * up.clamp(-experts.limit, experts.limit)
+
+
+@pytest.mark.parametrize(
+    ("gate", "layout", "unusual"),
+    [
+        (silu_of_clamped, {}, None),
+        (clamped_silu, {}, "their gate is one of its own"),
+        (clamped_silu, {"limit": None}, "their gate is one of its own"),
+        (silu_of_clamped, {"has_gate": False}, "they have no gate"),
+    ],
+)
+def test_what_experts_compute_that_others_do_not(gate, layout, unusual):
+    fused = type("Fused", (torch.nn.Module,), {"_apply_gate": gate})()
+    for key, value in {
+        "has_gate": True,
+        "has_bias": True,
+        "is_transposed": False,
+        "is_concatenated": True,
+        "limit": 7.0,
+        **layout,
+    }.items():
+        setattr(fused, key, value)
+    fused.down_proj = torch.nn.Parameter(torch.empty(2, 64, 32))
+    assert SeparateExperts(fused).unusual == unusual
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_vllm_knows_what_the_experts_of_these_families_compute(family, mixture):
+    assert [experts.unusual for experts in experts_of(opened(mixture(family)).model).values()] == [None] * (
+        1 if family == "deepseek_v3" else 2
+    )
+
+
 def halve(visit):
     return {
         name: LinearWeights(16, "dense", linear.in_features, values=(linear.weight / 2).bfloat16())

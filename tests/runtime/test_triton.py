@@ -181,7 +181,12 @@ EXPERTS = {
 
 
 def check_experts(
-    scheme: ModuleScheme, ids: list[list[int]], dtype: torch.dtype, block_m: int = 16, block_n: int = 32
+    scheme: ModuleScheme,
+    ids: list[list[int]],
+    dtype: torch.dtype,
+    block_m: int = 16,
+    block_n: int = 32,
+    biases: bool = False,
 ) -> None:
     """One linear of five experts, tokens by their experts and back: within one rounding of float64."""
     n, k = scheme.shape
@@ -192,18 +197,19 @@ def check_experts(
     x = torch.randn(len(ids), k, generator=generator).to(dtype)
     gates = torch.rand(len(ids), 2, generator=generator)
     routes = Routes.of(torch.tensor(ids), 5, block_m)
+    bias = torch.randn(5, n, generator=generator).to(dtype) if biases else None
     config = Config("experts", block_m, block_n, 64, 1, 4, 1)
     for first in (True, False):
         y = torch.full((2 * len(ids), n), float("nan"), dtype=dtype if first else torch.float32)
         rows = x if first else x.repeat_interleave(2, 0)[routes.order]
-        run_experts(config, rows, stacked, scheme, routes, None if first else gates, y)
+        run_experts(config, rows, stacked, bias, scheme, routes, None if first else gates, y)
         for place, entry in enumerate(routes.order.tolist()):
             token, expert, gate = entry // 2, ids[entry // 2][entry % 2], gates.view(-1)[entry].double()
             found = y[place if first else entry].double()
             if expert == 5:
                 assert found.isnan().all()  # not touched
                 continue
-            exact = made_of[expert][1] @ x[token].double()
+            exact = made_of[expert][1] @ x[token].double() + (0 if bias is None else bias[expert].double())
             bound = made_of[expert][1].abs() @ x[token].double().abs() * k * 2**-24  # sums in float32
             if first:
                 assert ((found - exact).abs() <= exact.abs() * UNIT[dtype] + bound).all()
@@ -223,6 +229,11 @@ def test_experts_whatever_tokens_they_are_given(interpreter: ModuleType, ids: li
 )
 def test_experts_of_every_scheme(interpreter: ModuleType, scheme: ModuleScheme) -> None:
     check_experts(scheme, EXPERTS["ragged"][:5], torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_experts_with_biases(interpreter: ModuleType, dtype: torch.dtype) -> None:
+    check_experts(ModuleScheme(4, 32, "2:4", (33, 64)), EXPERTS["ragged"][:5], dtype, biases=True)
 
 
 @pytest.mark.parametrize("block_m", [32, 64])

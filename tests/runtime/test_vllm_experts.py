@@ -55,7 +55,7 @@ def vllm_config() -> Iterator[None]:
         yield
 
 
-def make_mixture(names: tuple[str, str, str] = QWEN, seed: int = 0, **kind: Any) -> Mixture:
+def make_mixture(names: tuple[str, str, str] = QWEN, seed: int = 0, biases: bool = False, **kind: Any) -> Mixture:
     generator = torch.Generator().manual_seed(seed)
     kind = {"group_size": 32, **kind}
     mixture = {}
@@ -63,7 +63,8 @@ def make_mixture(names: tuple[str, str, str] = QWEN, seed: int = 0, **kind: Any)
         for leaf in names:
             n, k = (HIDDEN, WIDTH) if leaf == names[2] else (WIDTH, HIDDEN)
             weight = 0.2 * torch.randn(n, k, generator=generator)
-            mixture[f"{PREFIX}.{expert}.{leaf}"] = round_linear(weight, **kind)
+            bias = torch.randn(n, generator=generator) if biases else None
+            mixture[f"{PREFIX}.{expert}.{leaf}"] = replace(round_linear(weight, **kind), bias=bias)
     return mixture
 
 
@@ -138,16 +139,28 @@ def apply(layer: RoutedExperts, x: Tensor, weights: Tensor, ids: Tensor) -> Tens
 
 def expected(
     mixture: Mixture, x: Tensor, weights: Tensor, ids: Tensor, names: tuple[str, str, str] = QWEN,
-    activation: Callable[[Tensor], Tensor] = functional.silu,
+    activation: Callable[[Tensor], Tensor] = functional.silu, clamp: tuple[float, float, float] | None = None,
 ) -> Tensor:  # fmt: skip
     output = torch.zeros(x.shape, dtype=torch.float64)
     for token, (row, of_row) in enumerate(zip(ids.tolist(), weights.tolist(), strict=True)):
         for expert, weight in zip(row, of_row, strict=True):
             if expert >= 0:
-                gate, up, down = (mixture[f"{PREFIX}.{expert}.{leaf}"].dense(torch.float64) for leaf in names)
+                gate, up, down = (mixture[f"{PREFIX}.{expert}.{leaf}"] for leaf in names)
                 t = x[token].double()
-                output[token] += weight * (down @ (activation(gate @ t) * (up @ t)))
+                g, u = of_linear(gate, t), of_linear(up, t)
+                if clamp is None:
+                    between = activation(g) * u
+                else:
+                    limit, alpha, beta = clamp
+                    g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+                    between = g * torch.sigmoid(alpha * g) * (u + beta)
+                output[token] += weight * of_linear(down, between)
     return output
+
+
+def of_linear(linear: LinearWeights, t: Tensor) -> Tensor:
+    product = linear.dense(torch.float64) @ t
+    return product if linear.bias is None else product + linear.bias
 
 
 def close(ours: Tensor, exact: Tensor) -> None:
@@ -177,6 +190,41 @@ def test_names_of_mixtral_other_activations_and_float16_scales() -> None:
     mixture = make_mixture(MIXTRAL, scale_dtype=torch.float16)
     layer = loaded(mixture, names=MIXTRAL, activation=MoEActivation.GELU)
     close(apply(layer, *routed(7)), expected(mixture, *routed(7), MIXTRAL, functional.gelu))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "clamp"),
+    [
+        ({"activation": MoEActivation.SWIGLUOAI}, (7.0, 1.702, 1.0)),
+        ({"more": {"swiglu_limit": 2.0}}, (2.0, 1.0, 0.0)),
+        ({"swiglu_limit": 3.0, "more": {"swiglu_limit": 2.0, "swiglu_alpha": 1.5}}, (2.0, 1.0, 0.0)),
+        (
+            {"activation": MoEActivation.SWIGLUOAI_UNINTERLEAVE, "swiglu_limit": 3.0, "swiglu_alpha": 1.5, "swiglu_beta": 0.5},
+            (3.0, 1.5, 0.5),
+        ),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_biases_and_clamped_activations(
+    settings: dict[str, Any], clamp: tuple[float, float, float] | None, dtype: torch.dtype
+) -> None:
+    mixture = make_mixture(biases=True)
+    layer = loaded(mixture, dtype, has_bias=True, **settings)
+    x, weights, ids = routed(7, dtype)
+    for rows in (7, 1):
+        batch = 8 * x[:rows], weights[:rows], ids[:rows]  # such that some are beyond the limit
+        close(apply(layer, *batch), expected(mixture, *batch, clamp=clamp))
+    assert not list(layer.parameters())
+
+
+def test_ranks_add_up_biases_once() -> None:
+    mixture = make_mixture(biases=True)
+    settings: dict[str, Any] = {"has_bias": True, "activation": MoEActivation.SWIGLUOAI}
+    for split in ("tp", "ep"):
+        ranks = [loaded(mixture, **{split: (rank, 2)}, **settings) for rank in range(2)]
+        ours = sum(apply(layer, *routed(7)) for layer in ranks)
+        close(ours, expected(mixture, *routed(7), clamp=(7.0, 1.702, 1.0)))
 
 
 def test_weights_of_a_router_that_are_multiplied_into_what_experts_read() -> None:
@@ -249,33 +297,47 @@ def test_what_tensor_parallel_cannot_split_is_refused_by_name() -> None:
         ("2.gate_proj.weight_packed", lambda t: t.long(), "found torch.int64"),
         ("2.gate_proj.weight_scale", lambda t: t.half(), "expected torch.bfloat16 .*found torch.float16"),
         ("4.down_proj.weight_meta", lambda t: None, "does not hold it"),
+        ("4.up_proj.bias", lambda t: None, "does not hold it"),
+        ("1.gate_proj.bias", lambda t: t[1:], r"expected torch.float32 \[128\], found torch.float32 \[127\]"),
+        ("1.down_proj.bias", lambda t: t.double(), "found torch.float64"),
+        ("1.up_proj.bias", lambda t: t.fill_(float("nan")), "finite"),
     ],
 )
 def test_damaged_tensors_are_refused_by_name(
     tensor: str, change: Callable[[Tensor], Tensor | None], message: str
 ) -> None:
+    biases = tensor.endswith("bias")
+
     def edit(tensors: dict[str, Tensor]) -> None:
         changed = change(tensors.pop(tensor).clone())
         if changed is not None:
             tensors[tensor] = changed
 
-    layer = make_layer(make_mixture())
+    layer = make_layer(make_mixture(), has_bias=biases)
     with pytest.raises(CheckpointError, match=rf"{PREFIX}\.{tensor}: .*{message}"):
-        load(layer, make_mixture(), edit)
+        load(layer, make_mixture(biases=biases), edit)
         layer.quant_method.process_weights_after_loading(layer)
 
 
 class OfItsOwn(RoutedExperts):
-    pass
+    def weight_loader(self, *arguments: Any, **settings: Any) -> Any:
+        raise NotImplementedError
+
+
+class OfCommonOnes(RoutedExperts):
+    """As that of vLLM's transformers back end."""
+
+    def get_expert_mapping(self, *arguments: Any, **settings: Any) -> list[tuple[str, str, int, str]]:
+        return super().get_expert_mapping(*arguments, **settings)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"has_bias": True}, "they have biases"),
-        ({"activation": MoEActivation.SWIGLUOAI}, "their activation is swigluoai"),
-        ({"swiglu_limit": 7.0}, "their activation is clamped"),
-        ({"more": {"swiglu_limit": 7.0}}, "their activation is clamped"),
+        ({"activation": MoEActivation.SWIGLUSTEP}, "their activation is swiglustep;"),
+        ({"activation": MoEActivation.SWIGLUOAI_UNINTERLEAVE}, "their activation is swigluoai_uninterleave;"),
+        ({"activation": MoEActivation.GELU, "swiglu_limit": 7.0}, "their activation is gelu, clamped"),
+        ({"activation": MoEActivation.GELU, "more": {"swiglu_limit": 7.0}}, "their activation is gelu, clamped"),
         ({"more": {"apply_router_weight_on_input": True}}, "multiplied into what the experts read"),
         ({"is_lora_enabled": True}, "without --enable-lora"),
         ({"cls": OfItsOwn}, r"in a way of its own \(OfItsOwn\)"),
@@ -284,6 +346,11 @@ class OfItsOwn(RoutedExperts):
 def test_what_cannot_be_served_is_refused_in_a_sentence(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=rf"{PREFIX}: vLLM cannot serve .*{message}.*transformers runs them"):
         make_layer(make_mixture(), **settings)
+
+
+def test_a_class_that_only_adds_names_is_served() -> None:
+    mixture = make_mixture()
+    close(apply(loaded(mixture, cls=OfCommonOnes), *routed(5)), expected(mixture, *routed(5)))
 
 
 def test_a_gpu_needs_eager_mode_where_the_processor_chooses_experts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +365,7 @@ def test_a_gpu_needs_eager_mode_where_the_processor_chooses_experts(monkeypatch:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
-@pytest.mark.parametrize("kind", [{}, {"group_size": 0, "symmetric": False}, {"bits": 16}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"group_size": 0, "symmetric": False}, {"bits": 16}, {"biases": True}], ids=str)
 def test_the_triton_back_end_serves_all_experts_in_one_launch(
     interpreter: ModuleType,  # noqa: F811
     kind: dict[str, Any],
@@ -309,13 +376,16 @@ def test_the_triton_back_end_serves_all_experts_in_one_launch(
     config = VllmConfig()
     config.model_config = type("Config", (), {"enforce_eager": False, "dtype": torch.bfloat16})()
     mixture = make_mixture(**kind)
+    clamp, settings = None, {}
+    if kind.get("biases"):
+        clamp, settings = (7.0, 1.702, 1.0), {"has_bias": True, "activation": MoEActivation.SWIGLUOAI}
     with set_current_vllm_config(config):
-        ranks = [loaded(mixture, torch.bfloat16, ep=(rank, 2), device="cuda") for rank in range(2)]
+        ranks = [loaded(mixture, torch.bfloat16, ep=(rank, 2), device="cuda", **settings) for rank in range(2)]
     assert ranks[0].quant_method.forms[0].startswith("triton")
     monkeypatch.setattr(vllm_experts, "sparse24_linear", None)  # no expert is computed by itself
     x, weights, ids = routed(5, torch.bfloat16)
     ids[1, 0] = -1
-    close(sum(apply(layer, x, weights, ids) for layer in ranks), expected(mixture, x, weights, ids))
+    close(sum(apply(layer, x, weights, ids) for layer in ranks), expected(mixture, x, weights, ids, clamp=clamp))
     for layer in ranks:
         assert apply(layer, x[:0], weights[:0], ids[:0]).shape == (0, HIDDEN)
 
@@ -350,17 +420,19 @@ def test_dense_experts_stay_vllms_own() -> None:
     assert isinstance(dense.quant_method, UnquantizedFusedMoEMethod)
 
 
-def test_weights_can_be_replaced_in_place() -> None:
-    layer = make_layer(make_mixture())
+@pytest.mark.parametrize("biases", [False, True])
+def test_weights_can_be_replaced_in_place(biases: bool) -> None:
+    layer = make_layer(make_mixture(), has_bias=biases)
     record_metadata_for_reloading(layer)
-    load(layer, make_mixture())
+    load(layer, make_mixture(biases=biases))
     layer.quant_method.process_weights_after_loading(layer)
     places = {name: buffer.data_ptr() for name, buffer in layer.named_buffers()}
     for seed in (1, 2):
         initialize_layerwise_reload(layer)
-        load(layer, make_mixture(seed=seed))
+        mixture = make_mixture(seed=seed, biases=biases)
+        load(layer, mixture)
         finalize_layerwise_reload(layer, None)
-        close(apply(layer, *routed(5)), expected(make_mixture(seed=seed), *routed(5)))
+        close(apply(layer, *routed(5)), expected(mixture, *routed(5)))
         assert {name: buffer.data_ptr() for name, buffer in layer.named_buffers()} == places and places
 
 

@@ -51,12 +51,13 @@ class Routes:
 
 def routed_experts(
     x: Tensor, ids: Tensor, gates: Tensor, gate_up: Sequence[Tensor], down: Sequence[Tensor],
-    schemes: tuple[ModuleScheme, ModuleScheme], activate: Callable[[Tensor], Tensor],
+    biases: tuple[Tensor | None, Tensor | None], schemes: tuple[ModuleScheme, ModuleScheme], activate: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
     """The weighted sum of what the chosen experts of each token make of it, added in float32 in the order of the choices.
 
     x: [tokens, K], bfloat16 or float16; ids: [tokens, chosen], the number of experts for none; gates: of the same shape
-    gate_up, down: what `Triton.prepare` made of [2I, K] and [K, I] of every expert, stacked; schemes: of one expert's
+    gate_up, down: what `Triton.prepare` made of [2I, K] and [K, I] of every expert, stacked; biases: of these, [E, 2I]
+    and [E, K], or None; schemes: of one expert's
     activate: [entries, 2I] -> [entries, I]
 
     Returns [tokens, K] in the type of x.
@@ -68,7 +69,7 @@ def routed_experts(
     routes = Routes.of(ids, experts, config.block_m)
     with on_device(x.device):
         both = x.new_empty((entries, schemes[0].shape[0]))
-        run_experts(config, x.contiguous(), gate_up, schemes[0], routes, None, both)
+        run_experts(config, x.contiguous(), gate_up, biases[0], schemes[0], routes, None, both)
         y = x.new_zeros((entries, schemes[1].shape[0]), dtype=torch.float32)
-        run_experts(config, activate(both), down, schemes[1], routes, gates.float().contiguous(), y)
+        run_experts(config, activate(both), down, biases[1], schemes[1], routes, gates.float().contiguous(), y)
     return y.view(*ids.shape, -1).sum(1).to(x.dtype)

@@ -306,11 +306,11 @@ def gemm(
 
 @triton.jit(do_not_specialize=["n_units", "n_groups"])
 def experts(
-    x, words, scales, order, starts, block_expert, block_start, gates, y, words_stride, scales_stride, n_outputs, n_padded,
-    n_inputs, n_units, n_groups, magic,
+    x, words, scales, bias, order, starts, block_expert, block_start, gates, y, words_stride, scales_stride, n_outputs,
+    n_padded, n_inputs, n_units, n_groups, magic,
     GROUP_SHIFT: tl.constexpr, BITS: tl.constexpr, SPARSE: tl.constexpr, X: tl.constexpr, VALUE: tl.constexpr,
     FIRST: tl.constexpr, CHOSEN: tl.constexpr, EXPERTS: tl.constexpr, ONE_GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One linear of every expert, each on its tokens, in one launch; tiles as those of `gemm`.
 
@@ -319,7 +319,7 @@ def experts(
     rows and where in `order` it begins; an expert number of EXPERTS ends a program at once.
 
     FIRST: row i of y, in X, is of the token of order[i]; x: [tokens, K]. Otherwise x: row i is of order[i], and row order[i]
-    of y, float32, is multiplied by its gate; gates: float32 [entries].
+    of y, float32, is multiplied by its gate; gates: float32 [entries]. bias: [EXPERTS, N], added before.
     """
     expert = tl.load(block_expert + tl.program_id(0))
     if expert == EXPERTS:
@@ -337,6 +337,8 @@ def experts(
     )  # fmt: skip
     result = tl.trans(total)
     inside = inside_m[:, None] & (n < n_outputs)[None, :]
+    if HAS_BIAS:
+        result += _wide(tl.load(bias + number * n_outputs + n, mask=n < n_outputs, other=0.0))[None, :]
     if FIRST:
         tl.store(y + row.to(tl.int64)[:, None] * n_outputs + n[None, :], _round(result, X), mask=inside)
     else:

@@ -72,6 +72,7 @@ def run_experts(
     config: Config,
     x: Tensor,
     stacked: Sequence[Tensor],
+    bias: Tensor | None,
     scheme: ModuleScheme,
     routes: "Routes",
     gates: Tensor | None,
@@ -80,16 +81,17 @@ def run_experts(
     """Write the products of one linear of every expert with its rows into y, on the current GPU, in one launch.
 
     stacked:  as `Triton.prepare` returned it for each expert, [experts, ...]
+    bias:     [experts, N] or None
     gates:    None for the first linear: x is [tokens, K], and row i of y belongs to entry order[i]. Else float32 [entries]:
               row i of x belongs to entry order[i], and row order[i] of y, float32, is multiplied by its gate.
     """
     kernels = _kernels()
     words, scales = stacked
     (n, k), first = scheme.shape, gates is None
-    fixed, options = constants(config, scheme, x.dtype, scales.dtype, has_bias=False)
+    fixed, options = constants(config, scheme, x.dtype, scales.dtype, bias is not None)
     groups = scales.shape[2] if scales.dim() == 4 else 1
     kernels.experts[(len(routes.block_expert), -(-n // config.block_n))](
-        x, words, scales, routes.order, routes.starts, routes.block_expert, routes.block_start, gates, y,
+        x, words, scales, bias, routes.order, routes.starts, routes.block_expert, routes.block_start, gates, y,
         words.stride(0), scales.stride(0), n, words.shape[1] * PANEL, k, words.shape[2], groups, kernels.MAGIC,
         FIRST=first, CHOSEN=routes.chosen, EXPERTS=routes.experts, **fixed, **options,
     )  # fmt: skip
@@ -119,7 +121,7 @@ def constants(
         block_k = config.tile_k(scheme)
         one_group = group_shift(scheme) == ONE_GROUP
         fixed |= {"ONE_GROUP": one_group, "EVEN_K": k % block_k == 0, "BLOCK_M": config.block_m, "BLOCK_K": block_k}
-        fixed |= {"HAS_BIAS": has_bias, "SPLIT": config.splits > 1} if config.kind == "gemm" else {}
+        fixed |= {"HAS_BIAS": has_bias, **({"SPLIT": config.splits > 1} if config.kind == "gemm" else {})}
     else:
         fixed |= {"BLOCK_K": config.block_k}
     # fused: a code becomes a float in one multiply-add (exact with and without)
