@@ -102,7 +102,9 @@ def sparse_on_gpu(gate_up: Stored, down: Stored) -> Layer:
     first, second = (
         prepared(tensors, scheme, triton, room) for tensors, scheme in zip((gate_up, down), schemes(), strict=True)
     )
-    return lambda x, weights, ids: routed_experts(x.bfloat16(), ids, weights, first, second, schemes(), gated)
+    return lambda x, weights, ids: routed_experts(
+        x.bfloat16(), ids, weights, first, second, (None, None), schemes(), gated
+    )
 
 
 def dense_on_cpu(experts: int, dtype: torch.dtype) -> Layer:

@@ -388,7 +388,9 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         announce(logger, get_backend(stack.form.backend), stack.form.scheme, device)
         announce_zero_points(logger, stack.scheme, stack.form.scheme, dtype)
         if device.type != "cpu":
-            logger.warning("sparse24: compressed experts have not been tried in vLLM on a GPU; compare some answers first")
+            logger.warning(
+                "sparse24: compressed experts have not been tried in vLLM on a GPU; compare some answers first"
+            )
 
     def _refuse_graphs(self) -> None:
         """CheckpointError where CUDA graphs are wanted of a back end that asks on the processor which experts to compute."""
