@@ -39,6 +39,7 @@ from sparsify.runtime.backends import (
 from sparsify.runtime.backends.triton import Triton
 from sparsify.runtime.backends.triton_experts import routed_experts
 from sparsify.runtime.op import sparse24_linear
+from sparsify.runtime.vllm_gpt_oss import MODULE as GPT_OSS
 from sparsify.runtime.vllm_gpt_oss import hand_over_experts
 from sparsify.runtime.vllm_metrics import LOADING, Served
 from sparsify.runtime.vllm_shards import fill_with_noise, shard_scheme
@@ -50,8 +51,8 @@ SCHEMA = (
     "Tensor[] down, Tensor? gate_up_bias, Tensor? down_bias, str gate_up_form, str down_form, str activation, float[] clamp) "
     "-> Tensor"
 )
-PLAIN = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
-CLAMPED = (MoEActivation.SILU, MoEActivation.SWIGLUOAI, MoEActivation.SWIGLUOAI_UNINTERLEAVE)
+PLAIN = ("silu", "gelu", "gelu_tanh")  # activations, by vLLM's names
+CLAMPED = ("silu", "swigluoai", "swigluoai_uninterleave")
 OF_GPT_OSS = (7.0, 1.702, 1.0)  # vLLM has these in its kernels, and no setting for them
 OWN = ("load_weights", "weight_loader", "forward_modular")  # where a class of experts has its own, it is no common one
 CACHE_LINE = 64  # bytes; kernels read a weight from the start of one
@@ -167,26 +168,27 @@ def sparse24_experts(
 
 def clamp_of(layer: RoutedExperts, moe: FusedMoEConfig) -> list[float]:
     """The limit, alpha and beta of a clamped activation (`_clamped`); none of one that is not."""
-    if moe.activation is MoEActivation.SWIGLUOAI:
+    if moe.activation.value == "swigluoai":
         return list(OF_GPT_OSS)
     limit, alpha, beta = (
-        getattr(moe, key) if getattr(layer, key) is None else getattr(layer, key)
+        getattr(moe, key, None) if getattr(layer, key, None) is None else getattr(layer, key)
         for key in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
     )
     if limit is None:
         return []
-    if moe.activation is MoEActivation.SILU:
+    if moe.activation.value == "silu":
         return [limit, 1.0, 0.0]
     return [limit, 1.0 if alpha is None else alpha, 0.0 if beta is None else beta]
 
 
 def unserved(layer: RoutedExperts, moe: FusedMoEConfig) -> str | None:
     """Why compressed experts of this layer cannot be served, or None."""
+    hand_over_experts()
     own = any(getattr(type(layer), name) is not getattr(RoutedExperts, name) for name in OWN)
-    if own and not hand_over_experts(layer):
+    if own and type(layer).__module__ != GPT_OSS:
         return f"vLLM reads the experts of this model in a way of its own ({type(layer).__name__}), in one tensor only"
     clamped = bool(clamp_of(layer, moe))
-    if moe.activation not in (CLAMPED if clamped else PLAIN):
+    if moe.activation.value not in (CLAMPED if clamped else PLAIN):
         return f"their activation is {moe.activation.value}{', clamped' if clamped else ''}"
     if layer.apply_router_weight_on_input and moe.experts_per_token != 1:
         return "the router's weights are multiplied into what the experts read, and a token has several"

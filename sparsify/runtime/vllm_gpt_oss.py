@@ -13,18 +13,16 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 from sparsify.model.experts import is_expert
 
-MODULE, CLASS = "vllm.model_executor.models.gpt_oss", "GptOssForCausalLM"
+MODULE, CLASS, LOAD = "vllm.model_executor.models.gpt_oss", "GptOssForCausalLM", "load_weights"
 Weights = Iterable[tuple[str, Tensor]]
 
 
-def hand_over_experts(layer: RoutedExperts) -> bool:
-    """Whether `layer` is of gpt-oss; its class then hands over what it would pass over."""
-    kind: Any = getattr(sys.modules.get(MODULE), CLASS, None)
-    if kind is None or type(layer).__module__ != MODULE:
-        return False
-    if not hasattr(kind.load_weights, "__wrapped__"):
-        kind.load_weights = _handing_over(kind.load_weights)
-    return True
+def hand_over_experts() -> None:
+    """Let gpt-oss's class, where this process has it, hand over what it would pass over."""
+    kind = getattr(sys.modules.get(MODULE), CLASS, None)
+    own = getattr(kind, LOAD, None)
+    if own is not None and not hasattr(own, "__wrapped__"):
+        setattr(kind, LOAD, _handing_over(own))
 
 
 def _handing_over(own: Any) -> Any:
