@@ -229,6 +229,8 @@ def test_the_run_and_its_card_say_whether_vllm_serves_it(tmp_path, made, recipe,
     assert metrics["not_in_vllm"] is None
     card = (out / "README.md").read_text()
     assert "vLLM serves it" in card and "not tried in vLLM on a GPU" in card and "- vllm" in card
+    card = (made("granitemoe")[1] / "README.md").read_text()
+    assert "vLLM serves it" in card and "not tried in vLLM on a GPU" in card and "- vllm" in card
     monkeypatch.setattr(SeparateExperts, "unusual", "they have no gate")
     assert apply(recipe(), str(source), tmp_path / "out").metrics["not_in_vllm"] == "they have no gate"
     card = (tmp_path / "out" / "README.md").read_text()
