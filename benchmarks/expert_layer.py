@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsify.bench.baselines import random_tensors
 from sparsify.bench.cuda_graphs import captured, replay_seconds
 from sparsify.bench.machine import describe_machine, installed_versions
 from sparsify.files import write_json
@@ -31,29 +32,14 @@ from sparsify.runtime.backends import Backend, choose_backend, get_backend
 
 HIDDEN, WIDTH, CHOSEN = 2048, 768, 8  # of Qwen3-30B-A3B, with 128 experts
 GROUP = 64
-PAIRS = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)  # the positions that two of four weights can have
 TOKENS = {"cpu": (1, 32), "cuda": (1, 4, 16, 64, 256, 1024)}
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 Stored = list[dict[str, Tensor]]  # of one linear, the tensors of every expert
 
 
 def stored(experts: int, scheme: ModuleScheme, device: str) -> Stored:
-    """Random tensors of one linear of every expert, which are what the format allows."""
-    n, k = scheme.shape
-    pairs = torch.tensor(PAIRS, dtype=torch.uint8)
-
-    def one(number: int) -> dict[str, Tensor]:
-        low, high = pairs[torch.randint(len(PAIRS), (2, n, k // 8))]
-        tensors = {
-            "weight_packed": torch.randint(-(2**31), 2**31 - 1, (n, k // 16), dtype=torch.int32),
-            "weight_meta": low | high << 4,
-            "weight_scale": torch.full((n, k // GROUP), 0.01, dtype=torch.bfloat16),
-        }
-        if number == 0:
-            get_format("sparse24").decode("random", tensors, scheme)
-        return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-    return [one(number) for number in range(experts)]
+    """Random tensors of one linear of every expert."""
+    return [random_tensors(scheme, number, torch.device(device)) for number in range(experts)]
 
 
 def schemes() -> tuple[ModuleScheme, ModuleScheme]:

@@ -41,9 +41,14 @@ def in_few_words(error: object, who: str) -> str:
     return next(found, "{who} failed").format(who=who)
 
 
+def first_words(error: Exception, most: int = 200) -> str:
+    """The first line of an exception, shortened to so many characters."""
+    return (str(error).strip().splitlines() or [""])[0][:most]
+
+
 def first_line(error: Exception) -> str:
     """The first line of an exception, shortened, behind its type unless the error is one of ours."""
-    line = (str(error).strip().splitlines() or [""])[0][:200]
+    line = first_words(error)
     if isinstance(error, SparsifyError):
         return line
     return f"{type(error).__name__}: {line}"

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import CheckpointError
+from sparsify.failure import first_words
 from sparsify.model.decoder import BlockModel
 from sparsify.model.experts import experts_of
-from sparsify.model.pretrained import first_line
+from sparsify.model.pretrained import LONGEST
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def fake_calls(model: BlockModel) -> tuple[Tensor, list[BlockCall]] | None:
         if WANTS_MORE.search(str(error)):
             raise CheckpointError(
                 f"{model.checkpoint.spec}: {type(model.model).__name__} does not run on text alone, on which linears are solved "
-                f"({first_line(error)})"
+                f"({first_words(error, LONGEST)})"
             ) from None
         return None  # found out when it really runs
 

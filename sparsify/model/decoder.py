@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparsify import compute
 from sparsify.errors import CheckpointError, SparsifyError
+from sparsify.failure import first_words
 from sparsify.model.belonging import carried_over, differences, refuse
 from sparsify.model.checkpoint import Checkpoint, levels_of
 from sparsify.model.experts import (
@@ -34,7 +35,7 @@ from sparsify.model.experts import (
     turned_on_loading,
 )
 from sparsify.model.linear import is_plain_linear
-from sparsify.model.pretrained import causal_lm_of, first_line, load_config
+from sparsify.model.pretrained import LONGEST, causal_lm_of, load_config
 from sparsify.model.separated import SeparatedCheckpoint
 from sparsify.model.transposed import straighten
 from sparsify.progress import without_bars
@@ -313,7 +314,7 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype, described: dict[str, 
     except SparsifyError:
         raise
     except Exception as error:  # a config decides what of transformers runs, and what it runs into
-        told = first_line(error)
+        told = first_words(error, LONGEST)
         raise CheckpointError(
             f"{checkpoint.spec}: transformers cannot build this model from config.json: {told or type(error).__name__}"
         ) from None

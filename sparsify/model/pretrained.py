@@ -30,11 +30,6 @@ HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*/\w[\w-]*(\.[\w-]+)*")
 _said: set[tuple[str, str]] = set()  # foreign code that was named already
 
 
-def first_line(error: Exception) -> str:
-    """What ours repeat of an error of transformers that has several lines."""
-    return (str(error).strip().splitlines() or [""])[0][:LONGEST]
-
-
 def load_config(directory: str | Path, spec: str | None = None) -> Any:
     """The config of a model. spec: what the user calls it. Errors are those of transformers, but for code of its own."""
     from transformers import AutoConfig

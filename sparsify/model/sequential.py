@@ -32,6 +32,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from sparsify.errors import CheckpointError, NumericalError, SparsifyError
+from sparsify.failure import first_words
 from sparsify.files import only_user, reserve
 from sparsify.model.capture import BlockCall, call_of_row, capture_calls, head_inputs, run_block, share_equal
 from sparsify.model.decoder import BlockModel
@@ -39,7 +40,7 @@ from sparsify.model.experts import LEAVES, SeparateExperts, experts_of, given
 from sparsify.model.footprint import Footprint, footprint
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups
-from sparsify.model.pretrained import first_line
+from sparsify.model.pretrained import LONGEST
 from sparsify.phases import phase
 
 TOKENS_PER_MICRO_BATCH = 4096
@@ -304,7 +305,7 @@ def _captured(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall
     except ValueError as error:
         raise CheckpointError(
             f"{model.checkpoint.spec}: {type(model.model).__name__} does not run on rows of {tokens.shape[1]} tokens "
-            f"({first_line(error)})"
+            f"({first_words(error, LONGEST)})"
         ) from None
 
 

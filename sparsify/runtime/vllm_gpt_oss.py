@@ -4,7 +4,6 @@ These go to vLLM's layer, which knows them by its common names.
 
 import functools
 import itertools
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,17 +11,15 @@ from torch import Tensor
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 from sparsify.model.experts import is_expert
+from sparsify.runtime.vllm_methods import wrap_method
 
-MODULE, CLASS, LOAD = "vllm.model_executor.models.gpt_oss", "GptOssForCausalLM", "load_weights"
+MODULE = "vllm.model_executor.models.gpt_oss"
 Weights = Iterable[tuple[str, Tensor]]
 
 
 def hand_over_experts() -> None:
     """Let gpt-oss's class, where this process has it, hand over what it would pass over."""
-    kind = getattr(sys.modules.get(MODULE), CLASS, None)
-    own = getattr(kind, LOAD, None)
-    if own is not None and not hasattr(own, "__wrapped__"):
-        setattr(kind, LOAD, _handing_over(own))
+    wrap_method(MODULE, "GptOssForCausalLM", "load_weights", _handing_over)
 
 
 def _handing_over(own: Any) -> Any:

@@ -3,10 +3,11 @@ tensors of a weight by their names in other formats only.
 """
 
 import functools
-import sys
 from typing import Any
 
 from torch import Tensor
+
+from sparsify.runtime.vllm_methods import wrap_method
 
 MODULE = "vllm.model_executor.models.llama4"
 REORDER = "permute_qk_weight_for_rotary"
@@ -15,10 +16,7 @@ UNKNOWN = ("weight_meta", "weight_values", "weight_zero_point")  # it reorders w
 
 def reorder_all() -> None:
     """Let Llama 4's class, where this process has it, reorder every tensor of a compressed q or k alike."""
-    kind = getattr(sys.modules.get(MODULE), "Llama4ForCausalLM", None)
-    own = getattr(kind, REORDER, None)
-    if own is not None and not hasattr(own, "__wrapped__"):
-        setattr(kind, REORDER, _of_all(own))
+    wrap_method(MODULE, "Llama4ForCausalLM", REORDER, _of_all)
 
 
 def _of_all(own: Any) -> Any:
