@@ -23,6 +23,7 @@ from sparsify.distributed import device, is_main, join, main_first, wait_for_all
 from sparsify.errors import CalibrationError
 from sparsify.files import atomic_write
 from sparsify.formats.writer import CheckpointWriter
+from sparsify.model.attention import tiled_attention
 from sparsify.model.checkpoint import Checkpoint
 from sparsify.model.decoder import find_blocks
 from sparsify.model.linear import LinearWeights
@@ -38,6 +39,7 @@ from sparsify.training.student import Student, Teacher, trainable_parameters
 from sparsify.training.trainer import Trained, train
 
 
+@tiled_attention()
 def train_stage(
     number: int,
     planned: PlannedTraining,

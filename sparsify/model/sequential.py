@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from sparsify.errors import CheckpointError, NumericalError, SparsifyError
 from sparsify.failure import first_words
 from sparsify.files import only_user, reserve
+from sparsify.model.attention import tiled_attention
 from sparsify.model.capture import BlockCall, call_of_row, capture_calls, head_inputs, run_block, share_equal
 from sparsify.model.decoder import BlockModel
 from sparsify.model.experts import LEAVES, SeparateExperts, experts_of, given
@@ -363,6 +364,7 @@ class Walk:
             model.unload(None)
 
     @torch.no_grad()
+    @tiled_attention()
     def visit(
         self, index: int, wanted: Callable[[str], bool], rewrite: Rewrite, tune: Tune | None = None
     ) -> BlockResult:
@@ -525,6 +527,7 @@ class Walk:
             block.get_parameter(name.removeprefix(prefix)).copy_(tensor)
 
     @torch.no_grad()
+    @tiled_attention()
     def replay(
         self, index: int, linears: Mapping[str, LinearWeights], others: Mapping[str, Tensor] | None = None
     ) -> None:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparsify.errors import CalibrationError
+from sparsify.model.attention import tiled_attention
 from sparsify.model.pretrained import setting
 from sparsify.progress import progress_bar
 
@@ -103,6 +104,7 @@ class _Row:
 
 
 @torch.inference_mode()
+@tiled_attention()
 def sample_rows(
     model: Any,
     scripts: Sequence[Script],
