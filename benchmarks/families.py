@@ -32,7 +32,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import sparsify  # noqa: F401  registers sparse24 with transformers
 from sparsify.compiler.apply import apply
 from sparsify.compiler.convert import convert
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import SparsifyError
 from sparsify.files import atomic_write
 from sparsify.formats.reader import open_compressed

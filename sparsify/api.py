@@ -183,7 +183,7 @@ def plan(
     processes: how many torchrun will start, by default those that there are
     """
     from sparsify.compiler.memory import Limits
-    from sparsify.compiler.plan import make_plan
+    from sparsify.compiler.planning import make_plan
     from sparsify.training.processes import refuse_processes
 
     asked = load_recipe(recipe)

@@ -30,7 +30,7 @@ from sparsify.bench.result import failures
 from sparsify.compiler.apply import apply
 from sparsify.compiler.convert import export
 from sparsify.compiler.operations import SOLVER, in_words
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.compute import choose
 from sparsify.errors import SparsifyError
 from sparsify.evaluation import EvaluationResult, evaluate_all

@@ -19,7 +19,7 @@ from sparsify import cli
 from sparsify.bench.shapes import parse_shape
 from sparsify.compiler.checkpoint_names import part_name
 from sparsify.compiler.metrics import Notes
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import CheckpointError, RecipeError, SparsifyError
 from sparsify.evaluation.text import file_chunks
 from sparsify.formats.foreign import open_dense

@@ -29,7 +29,7 @@ from benchmarks.versus.program import call
 from benchmarks.versus.settings import Settings
 from sparsify.bench.machine import describe_machine, installed_versions
 from sparsify.compiler.calibrate import text_rows
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.files import publish, write_json
 from sparsify.model.checkpoint import gguf_file
 from sparsify.recipe import load_recipe

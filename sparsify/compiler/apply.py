@@ -37,9 +37,10 @@ from sparsify.compiler.metrics import (
     metrics_of,
 )
 from sparsify.compiler.model_card import model_card
-from sparsify.compiler.plan import Plan, keep_zeros, make_plan, saved_plan
+from sparsify.compiler.plan import Plan
 from sparsify.compiler.plan_experts import experts_in_words
 from sparsify.compiler.plan_training import Shortened
+from sparsify.compiler.planning import keep_zeros, make_plan, saved_plan
 from sparsify.compiler.rebase import rebase
 from sparsify.compiler.run import Run
 from sparsify.compiler.run_phases import phases_of

@@ -18,7 +18,8 @@ from sparsify.compiler.checkpoint_names import (
 )
 from sparsify.compiler.metrics import Before, Notes, layer_notes, saved_notes
 from sparsify.compiler.model_card import head_note
-from sparsify.compiler.plan import Plan, PlannedHead, nothing_compressed
+from sparsify.compiler.plan import Plan, PlannedHead
+from sparsify.compiler.planning import nothing_compressed
 from sparsify.compiler.run_training import train_stage
 from sparsify.errors import CheckpointError
 from sparsify.formats.foreign import DequantizedCheckpoint

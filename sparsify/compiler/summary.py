@@ -17,7 +17,7 @@ from sparsify.compiler.model_card import (
     made_in_words,
     training_in_words,
 )
-from sparsify.compiler.plan import carried_in_words, kinds_in_words
+from sparsify.compiler.plan_table import carried_in_words, kinds_in_words
 from sparsify.compiler.run_phases import phases_in_words
 from sparsify.compiler.shorten import describe_note
 from sparsify.formats.foreign import source_in_words

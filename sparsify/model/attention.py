@@ -46,6 +46,8 @@ def tiled_attention() -> Iterator[None]:
         **others: Any,
     ) -> tuple[Tensor, Any]:
         """As transformers calls it. query: [B, H, T, D]; key: [B, H_kv, S, D]; value: [B, H_kv, S, D_v]. Returns [B, T, H, D_v]."""
+        if torch.is_autocast_enabled("cpu") and query.device.type == "cpu":  # which casts for torch's own function
+            query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         others_change_it = any(others.get(name) is not None for name in CHANGES)
         if _is_suited(query, key, value) and attention_mask is None and not dropout and not others_change_it:

@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 from sparsify.compiler.estimate import stored_bytes
 from sparsify.compiler.merged import merged_units
-from sparsify.compiler.plan import Plan, keep_zeros, scheme_of
+from sparsify.compiler.plan import Plan
+from sparsify.compiler.planning import keep_zeros, scheme_of
 from sparsify.errors import RecipeError
 from sparsify.recipe import Override, QuantizeChange, Recipe, settings_of
 from sparsify.recipe.per_linear import overrides_of

@@ -20,7 +20,8 @@ from sparsify.compiler.apply import resumable
 from sparsify.compiler.arithmetic import announced, begin
 from sparsify.compiler.calibrate import CALIBRATION
 from sparsify.compiler.checkpoint_names import exported_name, refuse_unstorable
-from sparsify.compiler.plan import Plan, keep_zeros, make_plan
+from sparsify.compiler.plan import Plan
+from sparsify.compiler.planning import keep_zeros, make_plan
 from sparsify.distributed import processes
 from sparsify.errors import CheckpointError, RecipeError, SparsifyError
 from sparsify.files import as_written, atomic_write, publish, read_json, write_json

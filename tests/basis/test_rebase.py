@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparsify.compiler.apply import apply
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.compiler.rebase import rebase
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.recipe import parse_recipe

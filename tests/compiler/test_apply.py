@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 import sparsify.compiler.apply as run
 import sparsify.compiler.calibrate as calibrate
 from sparsify.compiler.apply import apply
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError, SparsifyError
 from sparsify.evaluation import evaluate
 from sparsify.formats.reader import open_compressed

@@ -10,7 +10,7 @@ import sparsify.compiler.apply as run
 import sparsify.compiler.run as running
 from sparsify.compiler.apply import apply
 from sparsify.compiler.arithmetic import RECORD
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import CheckpointError
 from sparsify.formats.writer import partial_directory
 from sparsify.processor import available_levels

@@ -12,7 +12,7 @@ from sparsify.cli import main
 from sparsify.compiler import memory as compiler_memory
 from sparsify.compiler.apply import apply
 from sparsify.compiler.memory import Limits, walk_memory
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats.foreign import open_described_dense
 from sparsify.formats.inspect import inspect

@@ -13,8 +13,8 @@ import sparsify.compiler.apply as run
 from sparsify.compiler.apply import apply
 from sparsify.compiler.balance import chosen_rows, routed
 from sparsify.compiler.convert import convert
-from sparsify.compiler.plan import make_plan
 from sparsify.compiler.plan_experts import not_in_vllm
+from sparsify.compiler.planning import make_plan
 from sparsify.compiler.summary import summary
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.evaluation.load import load_model

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from benchmarks.families import tiny, tried
 from sparsify.compiler.apply import apply
 from sparsify.compiler.convert import convert
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import CheckpointError, RecipeError
 from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import is_plain_linear

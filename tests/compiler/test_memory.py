@@ -11,7 +11,7 @@ from sparsify import memory as machine
 from sparsify.compiler import memory
 from sparsify.compiler.apply import apply
 from sparsify.compiler.memory import Limits, walk_memory
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import SparsifyError
 from sparsify.recipe import parse_recipe
 from tests.helpers.tiny import save_tiny, tiny_text

@@ -11,7 +11,7 @@ import sparsify.solver.coordinate_descent as refine_pass
 from sparsify import compute
 from sparsify.compiler.estimate import writing_bytes
 from sparsify.compiler.operations import CHOOSE_TWO, EIGEN, groups_of, in_words, solving
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.model.decoder import open_blocks
 from sparsify.model.linear_groups import find_groups
 from sparsify.model.sequential import Walk

@@ -12,7 +12,7 @@ import sparsify  # noqa: F401  registers the loader
 import sparsify.compiler.apply as run
 from sparsify.cli import main
 from sparsify.compiler.apply import apply
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import CheckpointError, NumericalError, RecipeError
 from sparsify.formats.inspect import inspect
 from sparsify.formats.reader import open_compressed

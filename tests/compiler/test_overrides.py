@@ -12,7 +12,7 @@ import sparsify  # noqa: F401  registers sparse24 with transformers
 from sparsify.compiler.apply import apply
 from sparsify.compiler.convert import export
 from sparsify.compiler.operations import groups_of, solving
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import RecipeError
 from sparsify.formats.inspect import inspect
 from sparsify.formats.reader import open_compressed

@@ -59,7 +59,7 @@ def test_bars_are_as_long_as_their_shares():
 
 @pytest.mark.parametrize("resumed", [True, False])
 def test_what_was_done_before_is_not_counted_as_done_now(tmp_path, resumed, monkeypatch):
-    from sparsify.compiler.plan import make_plan
+    from sparsify.compiler.planning import make_plan
     from sparsify.compiler.run_phases import phases_of
 
     monkeypatch.setattr("sparsify.phases.seconds_so_far", lambda: {"forward": 2.0})

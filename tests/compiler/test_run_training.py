@@ -17,7 +17,7 @@ import sparsify.compiler.run_training as training
 import sparsify.training.loss_monitor as watch
 import sparsify.training.trainer as trainer
 from sparsify.compiler.apply import apply
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import (
     CalibrationError,
     CheckpointError,

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import sparsify.compiler.apply as run
 from sparsify.compiler.apply import apply
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.compiler.shorten import teacher_blocks
 from sparsify.compiler.shorten.choose import Choice
 from sparsify.compiler.shorten.source import open_source, structures_of

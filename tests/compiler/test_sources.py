@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsify.compiler.apply import apply
 from sparsify.compiler.convert import convert
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.compiler.summary import summary
 from sparsify.errors import CheckpointError
 from sparsify.evaluation import load_model

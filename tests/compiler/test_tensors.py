@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 import sparsify.model.sequential as sequential
 from sparsify.compiler.apply import apply
 from sparsify.compiler.checkpoint_names import refuse_unstorable
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.compiler.summary import summary
 from sparsify.errors import CheckpointError, NumericalError, RecipeError
 from sparsify.formats.inspect import inspect

@@ -13,7 +13,7 @@ from sparsify.compiler import training_memory as predicted
 from sparsify.compiler.activations import block_activations
 from sparsify.compiler.apply import apply
 from sparsify.compiler.memory import Limits, walk_memory
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.compiler.training_memory import counts_of, training_memory
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.model.capture import BlockCall, capture_calls, run_block

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import sparsify.training.trainer as trainer
 from sparsify.compiler.apply import apply
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import CalibrationError, CheckpointError, NumericalError, RecipeError
 from sparsify.formats.reader import open_compressed
 from sparsify.formats.writer import partial_directory

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsify.compiler.apply import apply
 from sparsify.compiler.convert import export
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import RecipeError
 from sparsify.formats.reader import open_compressed
 from sparsify.model.checkpoint import open_checkpoint

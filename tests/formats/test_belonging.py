@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsify.bench.targets import open_targets
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import CheckpointError
 from sparsify.evaluation.load import load_model
 from sparsify.formats.belonging import _suffixes

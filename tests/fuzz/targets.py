@@ -24,7 +24,7 @@ from sparsify.bench.targets import Target as BenchTarget
 from sparsify.bench.targets import check_fits
 from sparsify.bench.workload import ThroughputWorkload
 from sparsify.compiler.apply import apply
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.data.calibration import calibration_tokens
 from sparsify.data.chat import conversation_rows
 from sparsify.data.given import read_tokens

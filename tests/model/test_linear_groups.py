@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
-from sparsify.compiler.plan import make_plan
+from sparsify.compiler.planning import make_plan
 from sparsify.errors import CheckpointError
 from sparsify.model.capture import capture_calls
 from sparsify.model.checkpoint import Checkpoint, open_checkpoint

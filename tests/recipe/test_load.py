@@ -55,6 +55,7 @@ def test_the_solver_of_each_ready_recipe() -> None:
     joint, propagating, plain = (0.004, 0.4, 5), (0.01, 0.5, 5), (0.01, 0.0, 5)
     expected = {"quickstart": (0.01, 0.4, 5), "2of4": propagating, "2of4-distill": propagating, "w4a16": plain}
     expected |= {"magnitude-rtn": plain, "depth-2of4-w4a16": joint}
+    expected |= dict.fromkeys(("2of4-w4a16", "2of4-w4a16-distill", "balanced"), (0.004, 0.4, 8))  # after masks of ALPS
     compressing = {name: recipe for name in ready_recipes() if (recipe := load_recipe(name)).prune or recipe.quantize}
     for name, recipe in compressing.items():
         solver = recipe.solver

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import sparsify  # noqa: F401  registers sparse24 with transformers
 from sparsify.compiler.apply import apply
 from sparsify.compiler.convert import export
-from sparsify.compiler.plan import keep_zeros, make_plan
+from sparsify.compiler.planning import keep_zeros, make_plan
 from sparsify.errors import CalibrationError, CheckpointError, RecipeError, SparsifyError
 from sparsify.evaluation import score_logits
 from sparsify.formats.inspect import inspect
