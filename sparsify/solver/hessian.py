@@ -225,9 +225,15 @@ def _times_inverse(X: Tensor, U: Tensor) -> None:
 
 def relative_error(W: Tensor, What: Tensor, H: Tensor) -> float:
     """||X (W - What)'||^2 / ||X W'||^2 on the tokens of H. W, What: [N, K]; H: [K, K]."""
+    lost, total = lost_and_total(W, What, H)
+    return lost / total if total > 0 else 0.0
+
+
+def lost_and_total(W: Tensor, What: Tensor, H: Tensor) -> tuple[float, float]:
+    """The two of `relative_error`, which are sums over outputs, per token: 0 and 0 where there are none."""
     lost = total = 0.0
     for before, after in zip(W.split(PANEL), What.split(PANEL), strict=True):
         difference = before - after
         lost += float(((difference @ H) * difference).sum())
         total += float(((before @ H) * before).sum())
-    return lost / total if total > 0 else 0.0
+    return lost, total

@@ -17,7 +17,7 @@ from sparsify.solver import masks
 from sparsify.solver.column_sweep import column_sweep
 from sparsify.solver.coordinate_descent import coordinate_descent
 from sparsify.solver.grid import Grid, round_to_nearest
-from sparsify.solver.hessian import Statistics, damped_in_place, factor, propagated_target, relative_error
+from sparsify.solver.hessian import Statistics, damped_in_place, factor, lost_and_total, propagated_target
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def solve_layer(
     solved = _solve(W[mine], scheme, statistics, ", ".join(weights), {} if masks_found is None else masks_found)
     solved = _joined(gathered(solved), W.device) if together else solved
     linears: dict[str, LinearWeights] = {}
-    errors: dict[str, float] = {}
+    parts: dict[str, tuple[float, float]] = {}
     start = 0
     for name, weight in weights.items():
         outputs = slice(start, start + weight.shape[0])
@@ -120,9 +120,20 @@ def solve_layer(
         ).validate(name)
         if statistics is not None and measure:
             with phase("errors"):
-                errors[name] = relative_error(W[outputs], linears[name].dense(torch.float32), statistics.H)
+                own = share(weight.shape[0]) if together else slice(None)
+                dense = linears[name].dense(torch.float32)
+                parts[name] = lost_and_total(W[outputs][own], dense[own], statistics.H)
         start = outputs.stop
-    return linears, errors
+    return linears, _relative([parts] if not together else gathered(parts))
+
+
+def _relative(parts: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Relative output errors from what was lost of what, on some outputs each."""
+    errors: dict[str, float] = {}
+    for name in parts[0]:
+        lost, total = (sum(part[name][i] for part in parts) for i in (0, 1))
+        errors[name] = lost / total if total > 0 else 0.0
+    return errors
 
 
 def _solve(

@@ -55,8 +55,10 @@ def compare(one, two):
             assert (a.codes == b.codes).float().mean() > 0.99, module
 
 
-def test_two_processes_come_to_what_one_comes_to(tmp_path):
-    """Calibration, block tuning and distillation (FSDP2), in one recipe."""
+def test_two_processes_come_to_what_one_comes_to(tmp_path, monkeypatch):
+    """Calibration, block tuning and distillation (FSDP2), in one recipe. In float32: whether tuning helps a block is decided
+    on held-out text, and in bfloat16 rounding decides it here."""
+    monkeypatch.setenv("SPARSIFY_COMPUTE", "float32")
     source, recipe = save_tiny(tmp_path / "source"), tmp_path / "recipe.yaml"
     recipe.write_text(ALL.format(text=tiny_text(tmp_path / "text.txt"), samples=65))  # not a multiple of two
     one = apply(parse_recipe(recipe.read_text()), str(source), tmp_path / "one", quiet=True).metrics
