@@ -107,6 +107,11 @@ def for_this_machine(measure: bool = False) -> Choice:
         return Choice(forced, f"{FORCE} asks for it")
     if device() != "cpu":
         return Choice(torch.bfloat16, "on a GPU")
+    return for_processor(measured)
+
+
+def for_processor(measured: Rates | None) -> Choice:
+    """The type that suits the processor, whatever SPARSIFY_COMPUTE asks for. measured: by `rates`."""
     level = forced_level()
     if level is not None and LEVELS.index(level) < LEVELS.index("avx512bf16"):
         return Choice(torch.float32, f"{LEVEL}={level} stands for a processor that multiplies bfloat16 slowly")

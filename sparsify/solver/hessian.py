@@ -225,7 +225,11 @@ def _times_inverse(X: Tensor, U: Tensor) -> None:
 
 def relative_error(W: Tensor, What: Tensor, H: Tensor) -> float:
     """||X (W - What)'||^2 / ||X W'||^2 on the tokens of H. W, What: [N, K]; H: [K, K]."""
-    lost, total = lost_and_total(W, What, H)
+    return lost_part(*lost_and_total(W, What, H))
+
+
+def lost_part(lost: float, total: float) -> float:
+    """`relative_error` from its two sums; 0 where there is nothing to lose."""
     return lost / total if total > 0 else 0.0
 
 

@@ -17,7 +17,7 @@ from sparsify.solver import masks
 from sparsify.solver.column_sweep import column_sweep
 from sparsify.solver.coordinate_descent import coordinate_descent
 from sparsify.solver.grid import Grid, round_to_nearest
-from sparsify.solver.hessian import Statistics, damped_in_place, factor, lost_and_total, propagated_target
+from sparsify.solver.hessian import Statistics, damped_in_place, factor, lost_and_total, lost_part, propagated_target
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,9 @@ def solve_layer(
                 dense = linears[name].dense(torch.float32)
                 parts[name] = lost_and_total(W[outputs][own], dense[own], statistics.H)
         start = outputs.stop
-    return linears, _relative([parts] if not together else gathered(parts))
-
-
-def _relative(parts: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
-    """Relative output errors from what was lost of what, on some outputs each."""
-    errors: dict[str, float] = {}
-    for name in parts[0]:
-        lost, total = (sum(part[name][i] for part in parts) for i in (0, 1))
-        errors[name] = lost / total if total > 0 else 0.0
-    return errors
+    every = gathered(parts) if together else [parts]
+    errors = {name: lost_part(*map(sum, zip(*(part[name] for part in every), strict=True))) for name in parts}
+    return linears, errors
 
 
 def _solve(

@@ -10,6 +10,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sparsify.model import attention
 from sparsify.model.attention import tiled_attention
 
+
+@pytest.fixture(autouse=True)
+def products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that tiles are what is tested on every processor."""
+    monkeypatch.setattr(attention, "products_are_fast", lambda: True)
+
+
 SHAPES = [  # B, H, H_kv, T, D, D_v: queries that do not fill their tiles, one head, values of another width
     (3, 6, 2, 300, 32, 32),
     (2, 4, 4, 128, 16, 24),
@@ -91,3 +98,14 @@ def test_it_ends_with_the_context() -> None:
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is inner is not before
         raise KeyboardInterrupt
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+@pytest.mark.parametrize("asked", ["", "bfloat16"])
+def test_a_processor_that_multiplies_bfloat16_slowly(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a run that is asked to compute in bfloat16 there, or was begun elsewhere."""
+    monkeypatch.undo()
+    monkeypatch.setenv("SPARSIFY_COMPUTE", asked)
+    monkeypatch.setenv("SPARSIFY_CPU_LEVEL", "avx2")
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with tiled_attention():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
