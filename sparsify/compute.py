@@ -17,8 +17,9 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,10 +61,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Choice:
-    """A type to compute in, and the reason in words."""
+    """A type to compute in, and the reason in words.
+
+    tiles: attention in bfloat16 is computed by tiles (`model.attention`), as suits a CPU that multiplies that type fast
+    """
 
     dtype: torch.dtype
     why: str
+    tiles: bool = False
 
     @property
     def name(self) -> str:
@@ -73,8 +78,8 @@ class Choice:
         """`computes in float32: this processor multiplies bfloat16 at 3 GFLOP/s per core, float32 at 80`"""
         return f"computes in {self.name}: {self.why}"
 
-    def to_json(self) -> dict[str, str]:
-        return {"dtype": self.name, "why": self.why}
+    def to_json(self) -> dict[str, Any]:
+        return {"dtype": self.name, "why": self.why, "tiles": self.tiles}
 
 
 _in_force: list[Choice] = []
@@ -101,21 +106,18 @@ def choose(measure: bool = False) -> Choice:
 
 def for_this_machine(measure: bool = False) -> Choice:
     """As `choose`, whatever run is going on. The rates are measured even where something forces the type: `plan` shows them."""
-    measured = rates(measure) if device() == "cpu" else None
+    suited = _for_processor(rates(measure)) if device() == "cpu" else Choice(torch.bfloat16, "on a GPU")
     forced = asked()
-    if forced is not None:
-        return Choice(forced, f"{FORCE} asks for it")
-    if device() != "cpu":
-        return Choice(torch.bfloat16, "on a GPU")
-    return for_processor(measured)
+    return suited if forced is None else replace(suited, dtype=forced, why=f"{FORCE} asks for it")
 
 
-def for_processor(measured: Rates | None) -> Choice:
-    """The type that suits the processor, whatever SPARSIFY_COMPUTE asks for. measured: by `rates`."""
+def _for_processor(measured: Rates | None) -> Choice:
+    """What suits the processor, whatever SPARSIFY_COMPUTE asks for. measured: by `rates`."""
     level = forced_level()
     if level is not None and LEVELS.index(level) < LEVELS.index("avx512bf16"):
         return Choice(torch.float32, f"{LEVEL}={level} stands for a processor that multiplies bfloat16 slowly")
-    return judge(instructions(), measured)
+    found = judge(instructions(), measured)
+    return replace(found, tiles=found.dtype == torch.bfloat16)
 
 
 def judge(found: Collection[str], measured: Rates | None) -> Choice:

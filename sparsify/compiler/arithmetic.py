@@ -1,9 +1,9 @@
 """The arithmetic that a run was begun in, kept in its work directory: a resumed run goes on in it on any processor.
 
-Two things decide bits beside the recipe and the versions: the type that the model is computed in, and the order in which
-the statistics add up products, which follows the instruction set. Both are chosen once, before the first part is written,
-and hold for every part of the run: the text that the model writes, the walk, the head, the training passes, and the runs
-inside of it that a depth pass has.
+Three things decide bits beside the recipe and the versions: the type that the model is computed in, whether attention in
+bfloat16 is computed by tiles, and the order in which the statistics add up products, which follows the instruction set. All
+are chosen once, before the first part is written, and hold for every part of the run: the text that the model writes, the
+walk, the head, the training passes, and the runs inside of it that a depth pass has.
 
 The limit: products that PyTorch computes (the model's own forward pass, factorizations) are summed as PyTorch and its
 libraries do on the processor at hand. SPARSIFY_CPU_LEVEL changes nothing about them, so a run that goes on under another
@@ -42,7 +42,7 @@ _current: ContextVar[Arithmetic | None] = ContextVar("arithmetic", default=None)
 class Arithmetic:
     """What a run computes in.
 
-    choice: the type of products of the model, and why
+    choice: the type of products of the model, why, and the kind of attention
     order:  of sums in statistics, as `passes.gram` names it; None where there are none, or a GPU adds them up
     resumed: it is that of an earlier process
     """
@@ -117,7 +117,8 @@ def begin(work: Path, resume: bool) -> Arithmetic:
 def _read(file: Path) -> Arithmetic:
     found = read_json(file)
     try:
-        return Arithmetic(Choice(TYPES[found["dtype"]], str(found["why"])), found["order"], resumed=True)
+        choice = Choice(TYPES[found["dtype"]], str(found["why"]), bool(found["tiles"]))
+        return Arithmetic(choice, found["order"], resumed=True)
     except (KeyError, TypeError):
         raise CheckpointError(
             f"{file} does not say what the run computes in; remove {file.parent} and start again"
@@ -136,6 +137,7 @@ def announced(arithmetic: Arithmetic, plan: Plan, quiet: bool) -> Arithmetic:
 
 
 def computed(plan: Plan) -> dict[str, Any]:
-    """What run.json says of the run that is going on: the type that its model was computed in, why, and the order of sums."""
+    """What run.json says of the run that is going on: the type that its model was computed in, why, the kind of
+    attention and the order of sums."""
     current = _current.get()
     return {**plan.compute.to_json(), "order": None if current is None else current.order}

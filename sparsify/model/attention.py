@@ -7,7 +7,7 @@ bfloat16, as in transformers' own `eager` attention; they are never all there at
 (FlashAttention, arXiv:2205.14135, section 3.1; its statistics per row are not needed, since a row of a tile holds all of its keys).
 
 What has a mask, dropout or another type goes to transformers' own function, and so does everything where products in bfloat16
-are slow: with AVX2 alone tiles took 26 times as long.
+are slow: with AVX2 alone tiles took 26 times as long. A run keeps what it was begun with (`Choice.tiles`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCORES = 1 << 21  # in the tiles that are computed together: as much as stays in
 def tiled_attention() -> Iterator[None]:
     """transformers models attend by tiles meanwhile where that is possible and faster; all other attention stays as it is."""
     theirs = ALL_ATTENTION_FUNCTIONS[NAME]
-    if getattr(theirs, "tiled", False) or not products_are_fast():
+    if getattr(theirs, "tiled", False) or not compute.choose().tiles:
         yield
         return
 
@@ -67,11 +67,6 @@ def tiled_attention() -> Iterator[None]:
         yield
     finally:
         ALL_ATTENTION_FUNCTIONS[NAME] = theirs
-
-
-def products_are_fast() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32, whatever type a run was asked or begun in."""
-    return compute.for_processor(compute.rates()).dtype == torch.bfloat16
 
 
 def _is_suited(query: Tensor, key: Tensor, value: Tensor) -> bool:

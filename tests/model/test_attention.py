@@ -1,5 +1,6 @@
 """Attention by tiles against the formula in float64, and who gets it."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -7,14 +8,18 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sparsify.compute import Choice, for_this_machine, using
 from sparsify.model import attention
 from sparsify.model.attention import tiled_attention
 
+TILES = Choice(torch.bfloat16, "a test", tiles=True)
+
 
 @pytest.fixture(autouse=True)
-def products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiles() -> Iterator[None]:
     """So that tiles are what is tested on every processor."""
-    monkeypatch.setattr(attention, "products_are_fast", lambda: True)
+    with using(TILES):
+        yield
 
 
 SHAPES = [  # B, H, H_kv, T, D, D_v: queries that do not fill their tiles, one head, values of another width
@@ -102,10 +107,11 @@ def test_it_ends_with_the_context() -> None:
 
 @pytest.mark.parametrize("asked", ["", "bfloat16"])
 def test_a_processor_that_multiplies_bfloat16_slowly(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in a run that is asked to compute in bfloat16 there, or was begun elsewhere."""
-    monkeypatch.undo()
+    """It has no use for tiles, also where it is asked to compute in bfloat16; a run that was begun with them keeps them."""
     monkeypatch.setenv("SPARSIFY_COMPUTE", asked)
     monkeypatch.setenv("SPARSIFY_CPU_LEVEL", "avx2")
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with tiled_attention():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
+    with using(for_this_machine()), tiled_attention():
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
