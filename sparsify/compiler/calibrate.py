@@ -122,7 +122,7 @@ def compress_on_data(run: Run) -> None:
     with stage("calibration text through the embeddings"), fitting():
         walk = Walk(
             plan.model, tokens, plan.needs_dense_reference, folder, device(),
-            place=memory.place, room=memory.room, keeps_outside=False,
+            place=memory.place, room=memory.room, keeps_outside=False, dense_outputs=True,
         )  # fmt: skip
     with summing(), progress_bar("compressing", len(blocks) + (head is not None), quiet=run.quiet) as bar:
         for index, block in enumerate(blocks):
@@ -196,7 +196,7 @@ class _Rewriting:
     def _statistics(self, visit: GroupVisit) -> Statistics:
         """What the tokens say; of an expert with its number of tokens, which is noted."""
         if visit.layer is None:
-            return accumulated(visit.batches)
+            return accumulated(visit.batches, visit.outputs)
         found = expert_statistics(visit.batches, visit.layer)
         note = {"tokens": found.tokens, "shrinkage": round(found.shrinkage, 4)}
         self.experts |= dict.fromkeys(visit.names, note)

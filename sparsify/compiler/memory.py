@@ -28,7 +28,7 @@ from sparsify.model.sequential import rows_of_micro_batch
 from sparsify.recipe import Tune
 from sparsify.solver.hessian import PANEL
 from sparsify.solver.masks.alps import rows_together
-from sparsify.solver.solve import Scheme
+from sparsify.solver.solve import Scheme, factor_is_kept
 from sparsify.units import size
 
 if TYPE_CHECKING:
@@ -276,11 +276,11 @@ def _steps_of_walk(plan: Plan, one: Footprint, groups: Iterable[Group], streams:
     found: list[dict[str, int]] = []
     for group in groups:
         k = group.inputs
-        propagates = any(scheme.error_propagation > 0 for _, scheme in group.members)
-        matrices = (1 + propagates) * (2 if group.expert else 1)  # those of the layer are there while they are combined
-        inputs, packed = tokens * k * itemsize, matrices * PACKED_ROWS * k * itemsize
+        # H and C or W C, in matrices of [K, K]; those of the layer are there while they are combined
+        matrices = (1 + group.followed / k) * (2 if group.expert else 1)
+        inputs, packed = tokens * k * itemsize, round(matrices * PACKED_ROWS * k) * itemsize
         reading = max(one.peak + (streams - 1) * inputs, streams * inputs + packed)
-        found.append({"statistics and factors": 4 * matrices * k * k, MICRO_BATCH: reading})
+        found.append({"statistics and factors": round(4 * matrices * k * k), MICRO_BATCH: reading})
         found += _solving(group, matrices)
     if plan.recipe.tune is not None:
         found.append({TUNING: _tuning_bytes(plan, plan.recipe.tune)})
@@ -326,24 +326,26 @@ def _weights_of_block(plan: Plan) -> list[int]:
     return counts
 
 
-def _solving(group: Group, matrices: int) -> list[dict[str, int]]:
-    """What the solver holds of a group in each of its steps. matrices: H, and C where errors are propagated."""
+def _solving(group: Group, matrices: float) -> list[dict[str, int]]:
+    """What the solver holds of a group in each of its steps. matrices: of H, and C or W C where errors are propagated."""
     found = []
     for scheme in dict.fromkeys(scheme for _, scheme in group.members):
         weights = group.inputs * sum(n for (n, _), own in group.members if own == scheme)
-        for inside, per_weight, together in _steps(scheme):
+        for inside, per_weight, together in _steps(scheme, factor_is_kept(group.inputs)):
             outputs = weights // group.inputs
             rows = min(rows_together(outputs, group.inputs), outputs) if together else 0
             found.append(
                 {
-                    "statistics and factors": 4 * group.inputs * ((matrices + inside) * group.inputs + 2 * PANEL),
+                    "statistics and factors": round(
+                        4 * group.inputs * ((matrices + inside) * group.inputs + 2 * PANEL)
+                    ),
                     "weights that are solved": round(per_weight * weights) + TOGETHER * rows * group.inputs,
                 }
             )
     return found
 
 
-def _steps(scheme: Scheme) -> list[tuple[int, float, bool]]:
+def _steps(scheme: Scheme, keeps_factor: bool) -> list[tuple[int, float, bool]]:
     """Steps of the solver: [K, K] matrices beside the statistics, bytes per weight, whether ALPS takes outputs together.
 
     Weights in float32: as given, the target, and what becomes of them; 8 bits for each code and each entry of a mask.
@@ -352,7 +354,7 @@ def _steps(scheme: Scheme) -> list[tuple[int, float, bool]]:
     mask = 2 if scheme.prune not in (None, "sparsegpt") else 0
     steps: list[tuple[int, float, bool]] = [(1 if scheme.sweeps or target else 0, 4 + target, False)]
     if scheme.prune == "alps":
-        steps.append((4, 4 + target + 8, True))  # Q, and what LAPACK needs to find it
+        steps.append((4 + keeps_factor, 4 + target + 8, True))  # Q, and what LAPACK needs to find it
     if scheme.sweeps:
         steps.append((1, 4 + target + 4 + 2 + mask, False))
         if scheme.coordinate_descent:

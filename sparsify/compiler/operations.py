@@ -28,7 +28,7 @@ from sparsify.solver.coordinate_descent import BLOCKSIZE
 from sparsify.solver.grid import SHRINK
 from sparsify.solver.head_quantization import ROWS
 from sparsify.solver.masks.alps import ITERATIONS, rows_together
-from sparsify.solver.solve import Scheme
+from sparsify.solver.solve import Scheme, factor_is_kept
 
 if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan, Planned
@@ -52,14 +52,23 @@ class Group:
     """Linears that read one tensor. shapes: (outputs N, inputs K) with the scheme of each; K is the same for all.
 
     expert: of one of several experts, which is given a share of the tokens
+    outputs: of the dense model its outputs are followed, not its inputs (`Walk.dense_outputs`)
     """
 
     members: tuple[tuple[tuple[int, int], Scheme], ...]
     expert: bool = False
+    outputs: bool = False
 
     @property
     def inputs(self) -> int:
         return self.members[0][0][1]
+
+    @property
+    def followed(self) -> int:
+        """Features per token of the dense model in the statistics; 0 where it is not followed."""
+        if not any(scheme.error_propagation > 0 for _, scheme in self.members):
+            return 0
+        return self.members[0][0][0] if self.outputs else self.inputs
 
 
 def count_operations(plan: Plan) -> dict[str, int]:
@@ -93,9 +102,8 @@ def count_operations(plan: Plan) -> dict[str, int]:
     for group, count in Counter(groups_of(plan)).items():
         schemes = [scheme for _, scheme in group.members]
         if any(scheme.needs_data for scheme in schemes):
-            propagates = any(scheme.error_propagation > 0 for scheme in schemes)
             read = round(tokens * given) if group.expert else tokens
-            _add(parts, {"statistics": count * share * _statistics(group.inputs, read, propagates)})
+            _add(parts, {"statistics": count * share * _statistics(group.inputs, read, group.followed)})
         for scheme in dict.fromkeys(schemes):
             outputs = sum(n for (n, _), own in group.members if own == scheme)
             work_of = solving(outputs, group.inputs, scheme).items()
@@ -104,7 +112,7 @@ def count_operations(plan: Plan) -> dict[str, int]:
         n, k = plan.head.head.shape
         scheme = plan.head.scheme
         if scheme.needs_data:
-            _add(parts, {"statistics": _statistics(k, tokens, propagates=False)})
+            _add(parts, {"statistics": _statistics(k, tokens)})
         for start in range(0, n, ROWS):  # each piece factors the Hessian again
             piece = min(ROWS, n - start)
             _add(parts, solving(piece, k, scheme, measured=scheme.needs_data))
@@ -123,7 +131,8 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
     parts: dict[str, float] = {}
     if scheme.sweeps or scheme.error_propagation > 0:
         # Cholesky K^3/3 and the inverse of a triangle K^3/3; once more in the order of the activations, or after a mask
-        times = 2 if scheme.sweeps and (scheme.activation_order or scheme.prune == "alps") else 1
+        again = scheme.activation_order or (scheme.prune == "alps" and not factor_is_kept(k))
+        times = 2 if scheme.sweeps and again else 1
         parts["factors"] = times * 2 * cube / 3
     if scheme.error_propagation > 0:
         parts["factors"] += 4 * weights * k  # one product, and two with a triangle
@@ -147,9 +156,9 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
     return parts
 
 
-def _statistics(k: int, tokens: int, propagates: bool) -> float:
-    """X'X on one triangle, and Xd'X in full where the dense model is followed."""
-    return tokens * k * (k + 1) + (2 * tokens * k * k if propagates else 0)
+def _statistics(k: int, tokens: int, followed: int = 0) -> float:
+    """X'X on one triangle, and Xd'X or Yd'X in full where the dense model is followed."""
+    return tokens * k * (k + 1) + 2 * tokens * followed * k
 
 
 def _forward(plan: Plan, tokens: int) -> float:
@@ -162,9 +171,7 @@ def _basis(plan: Plan, settings: Basis, walk: float) -> float:
     """A forward pass with X'X of every group; then, every step, W Q, H^-1 Q and their gradients for sampled rows of it."""
     tokens = plan.recipe.calibration.samples * plan.recipe.calibration.sequence_length
     groups = groups_of(plan)
-    found = walk + sum(
-        _statistics(group.inputs, tokens, propagates=False) + 4 * group.inputs**3 / 3 for group in groups
-    )
+    found = walk + sum(_statistics(group.inputs, tokens) + 4 * group.inputs**3 / 3 for group in groups)
     width = hidden_size(plan)
     step = 4 * SAMPLED * width**2 + 3 * width**3  # H^-1 Q for every second group: the others write the stream
     return found + (settings.steps * len(groups) * step if settings.residual else 0)
@@ -236,11 +243,20 @@ def groups_of(plan: Plan) -> list[Group]:
         leaving = [planned for planned in members if planned.shape[0] == hidden][-1:] if len(members) > 1 else []
         for planned in members:
             groups.setdefault((parent, planned.shape[1], planned in leaving), []).append(planned)
-    found = [
-        (tuple((p.shape, p.scheme) for p in group if p.scheme is not None), is_expert(group[0].module))
-        for group in groups.values()
-    ]
-    return [Group(members, expert) for members, expert in found if members]
+    compressed = [group for group in ([p for p in group if p.scheme is not None] for group in groups.values()) if group]
+    last = {group[0].block: group for group in compressed}
+    found = []
+    for group in compressed:
+        expert = is_expert(group[0].module)
+        outputs = group is last[group[0].block] and not expert and len(group) == 1 and _is_narrow(plan, group[0])
+        found.append(Group(tuple((p.shape, p.scheme) for p in group if p.scheme is not None), expert, outputs))
+    return found
+
+
+def _is_narrow(plan: Plan, planned: Planned) -> bool:
+    """As `linear_groups.is_narrow` says of a loaded linear."""
+    linear: Any = plan.model.model.get_submodule(planned.module)
+    return linear.bias is None and planned.shape[0] < planned.shape[1]
 
 
 def _add(parts: dict[str, float], more: Mapping[str, float]) -> None:

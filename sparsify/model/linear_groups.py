@@ -39,6 +39,12 @@ class LinearGroup:
         return self.experts or self.names[0]
 
 
+def is_narrow(block: nn.Module, group: LinearGroup) -> bool:
+    """Whether a group is one linear y = W x with fewer outputs than inputs."""
+    linear: Any = block.get_submodule(group.stop)
+    return group.names == (group.stop,) and linear.bias is None and linear.out_features < linear.in_features
+
+
 def stops_of(block: nn.Module) -> dict[str, nn.Module]:
     """The plain linears of a block outside of its experts, and those experts as one module, by name inside the block."""
     mixtures = experts_of(block)

@@ -40,7 +40,7 @@ from sparsify.model.decoder import BlockModel
 from sparsify.model.experts import LEAVES, SeparateExperts, experts_of, given
 from sparsify.model.footprint import Footprint, footprint
 from sparsify.model.linear import LinearWeights
-from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups
+from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups, is_narrow
 from sparsify.model.pretrained import LONGEST
 from sparsify.phases import phase
 
@@ -57,6 +57,7 @@ class GroupVisit:
     linears: their modules, in the same order; weight [N_i, K]
     batches: what they read, [tokens, K] of one micro-batch after the other, in the compressed model and in the dense model
              (None without a dense reference). Each is computed when it is asked for, so this can be gone through once.
+    outputs: of the dense model `batches` hold what the linear makes of its inputs instead, [tokens, N] (`Walk.dense_outputs`)
     layer:   for linears of one of several experts, whose batches hold the tokens that it was given, perhaps none: what they
              would read if it were given all tokens of the layer, of which this takes some at equal distances
     """
@@ -66,6 +67,7 @@ class GroupVisit:
     linears: list[nn.Linear]
     batches: Iterator[tuple[Tensor, Tensor | None]]
     layer: Callable[[], Iterator[tuple[Tensor, Tensor | None]]] | None = None
+    outputs: bool = False
 
 
 @dataclass
@@ -233,6 +235,7 @@ class _InStep:
         self.passed = 0  # stops where every micro-batch has been
         self.running = 0  # the micro-batch whose forward goes on
         self.kept: dict[int, tuple[greenlet, int]] = {}
+        self.known: Tensor | None = None  # what a linear will make of the micro-batch that waits at it
 
     def _wait(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         assert _modes() == self.modes, (
@@ -240,9 +243,11 @@ class _InStep:
         )
         self.main.switch((module, args))  # returns None: a pre-hook's value would replace the input
 
-    def advance(self, i: int) -> tuple[nn.Module | None, Any]:
+    def advance(self, i: int, goes_on: bool = False) -> tuple[nn.Module | None, Any]:
         """Take one micro-batch to its next stop. Returns the linear that it waits at and what that reads, [tokens, K], or
-        the experts and what they are called with; None and the output [B, T, d] when it has left the block."""
+        the experts and what they are called with; None and the output [B, T, d] when it has left the block.
+
+        goes_on: from its next stop before any other micro-batch, so that there is room for it"""
         self.running = i
         run, held = self.kept.pop(i, (None, 0))
         self.room.used -= held
@@ -254,7 +259,7 @@ class _InStep:
         if not isinstance(arrived, tuple):
             return None, arrived
         module, args = arrived
-        held = self._bytes(i)
+        held = 0 if goes_on else self._bytes(i)
         if self.room.take(held):
             self.kept[i] = (run, held)
         else:
@@ -278,6 +283,22 @@ class _InStep:
             return 0
         first, this = self.hidden.shapes[0].numel(), self.hidden.shapes[i].numel()
         return -(-self.waiting[self.passed] * this // first)
+
+    def output(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """What the linear that a micro-batch waits at makes of it, which is not computed again when that goes on.
+        x: [tokens, K]. Returns [tokens, N]."""
+        with phase(self.phase):
+            self.known = type(linear).forward(linear, x)
+        return self.known
+
+    def hands_over(self, linear: nn.Module) -> None:
+        """Let a linear return what `output` found for the micro-batch that goes on."""
+
+        def forward(x: Tensor) -> Tensor:
+            known, self.known = self.known, None
+            return type(linear).forward(linear, x) if known is None else known.view(*x.shape[:-1], -1)
+
+        linear.forward = forward
 
     def finish(self, i: int) -> None:
         """Keep the output of a micro-batch as the hidden state that enters the next block."""
@@ -321,6 +342,8 @@ class Walk:
     room:   bytes for suspended forwards; None for as many as they need
     keeps_outside: what lies outside the blocks stays loaded after the tokens went through it, and the output head is
              loaded too
+    dense_outputs: where the last group of a block is one linear without a bias that has fewer outputs than inputs, visits
+             carry what the dense model makes of its inputs instead of them
     """
 
     def __init__(
@@ -334,8 +357,10 @@ class Walk:
         place: str | None = None,
         room: int | None = None,
         keeps_outside: bool = True,
+        dense_outputs: bool = False,
     ):
         self.model = model
+        self.dense_outputs = dense_outputs
         self.device = device
         self.room = Room(room)
         self.keeps_outside = keeps_outside
@@ -381,8 +406,12 @@ class Walk:
         alone = self.probe[0]._version != version  # the block writes into what it is given
         groups = [replace(g, names=kept) for g in groups if (kept := tuple(n for n in g.names if wanted(prefix + n)))]
         dense: _InStep | None = None
+        last = groups[-1] if groups and groups[-1].experts is None else None  # where dense forwards need not wait
+        by_outputs = last if last is not None and self.dense_outputs and is_narrow(block, last) else None
         if self.dense is not None:  # first: a block with the hooks of a walk cannot be copied
             dense = self._step(_beside(block), groups, self.dense, index, alone, DENSE_FORWARD)
+            if by_outputs is not None:
+                dense.hands_over(dense.block.get_submodule(by_outputs.stop))
         compressed = self._step(block, groups, self.hidden, index, alone, FORWARD)
         done: dict[str, LinearWeights] = {}
         others: dict[str, Tensor] = {}
@@ -390,17 +419,18 @@ class Walk:
             stop, x = compressed.advance(0)
             while stop is not None:
                 group = next(g for g in groups if block.get_submodule(g.stop) is stop)
-                batches = _in_turn(compressed, dense, stop, x)
+                outputs = dense is not None and group is by_outputs
+                batches = _in_turn(compressed, dense, stop, x, ends=group is last, outputs=outputs)
                 del x
                 if group.experts is not None:
                     done |= self._visit_experts(index, block, group, batches, dense, rewrite)
                 else:
-                    done |= self._visit_group(index, block, group, batches, rewrite)
+                    done |= self._visit_group(index, block, group, batches, rewrite, outputs)
                 for stream in (compressed, dense):
                     if stream is not None:
                         stream.passed += 1
                 stop, x = compressed.advance(0)
-            for i in range(len(self.hidden) if dense is not None else 0):
+            for i in range(len(self.hidden) if dense is not None and last is None else 0):
                 dense.finish(i)  # type: ignore[union-attr]
             if tune is None or not done:
                 self.hidden[0] = x
@@ -425,11 +455,12 @@ class Walk:
         group: LinearGroup,
         batches: Iterator[tuple[Tensor, Tensor | None]],
         rewrite: Rewrite,
+        outputs: bool,
     ) -> dict[str, LinearWeights]:
         """Rewrite linears that read the same tensor."""
         prefix = self.model.blocks[index] + "."
         linears: Any = [block.get_submodule(name) for name in group.names]
-        new = rewrite(GroupVisit(index, [prefix + name for name in group.names], linears, batches))
+        new = rewrite(GroupVisit(index, [prefix + name for name in group.names], linears, batches, outputs=outputs))
         for _ in batches:
             pass  # what the caller had no use for
         self._place(index, block, new, {})
@@ -595,8 +626,14 @@ def _beside(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, {id(parameter): parameter for parameter in shared})
 
 
-def _in_turn(compressed: _InStep, dense: _InStep | None, stop: nn.Module, x: Any) -> Iterator[tuple[Any, Any]]:
-    """What every micro-batch reads at `stop` in both models; x: what the first one reads, which is there already."""
+def _in_turn(
+    compressed: _InStep, dense: _InStep | None, stop: nn.Module, x: Any, ends: bool, outputs: bool
+) -> Iterator[tuple[Any, Any]]:
+    """What every micro-batch reads at `stop` in both models; x: what the first one reads, which is there already.
+
+    ends:    the dense forwards stop nowhere else, and leave the block one after the other
+    outputs: of the dense model give what its linear makes of what it reads
+    """
     batch: list[Any] = [x]
     del x
     for i in range(len(compressed.hidden)):
@@ -606,4 +643,12 @@ def _in_turn(compressed: _InStep, dense: _InStep | None, stop: nn.Module, x: Any
                 raise _different_paths()
             batch.append(own)
             del own
-        yield batch.pop(), None if dense is None else dense.advance(i)[1]
+        if dense is None:
+            yield batch.pop(), None
+            continue
+        linear, own = dense.advance(i, goes_on=ends)
+        assert linear is not None
+        yield batch.pop(), dense.output(linear, own) if outputs else own
+        del own
+        if ends:
+            dense.finish(i)

@@ -209,14 +209,14 @@ def search(
                 plan = keep_zeros(make_plan(recipe, model))
             refuse_unstorable(plan)
             units = units_of(plan, list(settings.choices or choices_of(recipe)))
-            seconds = None
+        with arithmetic.in_force():
+            faster = any(budget.kind == "speed" for budget in budgets)
+            seconds = seconds_of(plan, units, settings.speed, quiet) if faster else None
+            _refuse_impossible(plan, units, seconds, budgets)
         _record(place, plan, output, settings, resume)
         arithmetic = arithmetic.for_statistics()
         arithmetic.keep(place)
         with announced(arithmetic, plan, quiet).in_force():
-            if any(budget.kind == "speed" for budget in budgets):
-                seconds = seconds_of(plan, units, settings.speed, quiet)
-            _refuse_impossible(plan, units, seconds, budgets)
             held_out = held_out_rows(plan, settings.text, settings.samples, settings.sequence_length, place, quiet)
             measured = measure(plan, units, held_out, place, PRECISIONS[settings.precision], quiet)
             selection = selection_of(plan, units, measured, seconds)

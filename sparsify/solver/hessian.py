@@ -2,14 +2,15 @@
 
 A linear y = W x is compressed to What so that sum_m ||W x_m - What x_m||^2 is small over M calibration tokens x_m. Every
 method here needs of the tokens only H = X'X / M, and for error propagation C = Xd'X / M, where row m of X is x_m in the
-compressed model and row m of Xd is the same token's input in the dense model.
+compressed model and row m of Xd is the same token's input in the dense model; or W C, which is Yd'X / M with the dense model's
+outputs Yd = Xd W' and smaller than C where there are fewer outputs than inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,31 +26,42 @@ PANEL = 1024  # rows or columns of a [K, K] matrix that are worked on together
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the calibration tokens say about linears that read one tensor: H = X'X / M and C = Xd'X / M, float32 [K, K]."""
+    """What the calibration tokens say about linears that read one tensor, float32.
+
+    H:  [K, K], X'X / M
+    C:  [K, K], Xd'X / M, where errors are propagated
+    WC: [N, K], Yd'X / M, instead of C
+    """
 
     H: Tensor
     C: Tensor | None = None
+    WC: Tensor | None = None
+
+    def of(self, outputs: slice) -> Statistics:
+        """For some of the outputs."""
+        return self if self.WC is None else replace(self, WC=self.WC[outputs])
 
 
 class HessianAccumulator:
-    """X'X and Xd'X over all calibration tokens, of this process and of all others.
+    """X'X and Xd'X, or Yd'X, over all calibration tokens, of this process and of all others.
 
     Feed it one micro-batch after the other, then take the mean. The bits of the result depend on how the tokens are cut
     into micro-batches, and on their order.
+    outputs: the dense model's part of a micro-batch is what its linear makes of the tokens, not what that reads
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: bool = False) -> None:
         self.tokens = 0
+        self.outputs = outputs
         self._H: Tensor | None = None
         self._C: Tensor | None = None
 
-    def add(self, inputs: Tensor, dense_inputs: Tensor | None = None) -> HessianAccumulator:
-        """inputs, dense_inputs: a micro-batch [tokens, K] of the compressed and of the dense model, the same tokens.
-
-        Returns itself."""
+    def add(self, inputs: Tensor, dense: Tensor | None = None) -> HessianAccumulator:
+        """inputs: a micro-batch [tokens, K] of the compressed model; dense: the same tokens of the dense model, [tokens, K] or
+        their outputs [tokens, N]. Returns itself."""
         self._H = gram([inputs], self._H)
-        if dense_inputs is not None:
-            self._C = cross([dense_inputs], [inputs], self._C)
+        if dense is not None:
+            self._C = cross([dense], [inputs], self._C)
         self.tokens += inputs.shape[0]
         return self
 
@@ -58,20 +70,20 @@ class HessianAccumulator:
         assert self._H is not None, "no tokens were added"
         H, C = self._per_token(self._H), None if self._C is None else self._per_token(self._C)
         self._H = self._C = None
-        return Statistics(H, C)
+        return Statistics(H, WC=C) if self.outputs else Statistics(H, C)
 
     def _per_token(self, product: Tensor) -> Tensor:
         return sum_over_all(product).div_(sum(gathered(self.tokens)))
 
 
-def accumulated(batches: Iterable[tuple[Tensor, Tensor | None]]) -> Statistics:
+def accumulated(batches: Iterable[tuple[Tensor, Tensor | None]], outputs: bool = False) -> Statistics:
     """Statistics of micro-batches as a walk gives them: what linears read in the compressed model and in the dense one,
-    [tokens, K] each, None where C is not wanted."""
-    sums = HessianAccumulator()
+    [tokens, K] each, None where C is not wanted; with `outputs`, what the dense model's linear made of it, [tokens, N]."""
+    sums = HessianAccumulator(outputs)
     with phase("statistics"):
-        for inputs, dense_inputs in batches:
-            sums.add(inputs, dense_inputs)
-            del inputs, dense_inputs  # before the next one is computed
+        for inputs, dense in batches:
+            sums.add(inputs, dense)
+            del inputs, dense  # before the next one is computed
         return sums.mean()
 
 
@@ -199,14 +211,18 @@ def _reverse(M: Tensor) -> None:
         M[k // 2] = M[k // 2].flip(0)
 
 
-def propagated_target(W: Tensor, C: Tensor, factors: Factors, alpha: float) -> Tensor:
+def propagated_target(W: Tensor, statistics: Statistics, factors: Factors, alpha: float) -> Tensor:
     """Error propagation: move W toward the weights that give the dense model's outputs from the compressed model's inputs.
 
     W*: argmin over V of ||Xd W' - X V'||^2 / M + ridge ||V - W||^2  =  W (C + ridge I) (H + ridge I)^-1, and the result is
     W + alpha (W* - W): the weight correction of QEP with its propagation strength (arXiv 2504.09629), and close to GPTAQ's
-    target (arXiv 2504.02692). W: [N, K]; C = Xd'X / M: [K, K]; alpha in [0, 1].
+    target (arXiv 2504.02692). W: [N, K], outputs of the dense model, for which the statistics have C or W C; alpha in [0, 1].
     """
-    best = (W @ C).add_(W, alpha=factors.ridge)
+    if statistics.WC is not None:
+        best = statistics.WC.add(W, alpha=factors.ridge)
+    else:
+        assert statistics.C is not None
+        best = (W @ statistics.C).add_(W, alpha=factors.ridge)
     _times_inverse(best, factors.inverse_cholesky)
     return torch.lerp(W, best, alpha, out=best)
 

@@ -19,6 +19,8 @@ from sparsify.solver.coordinate_descent import coordinate_descent
 from sparsify.solver.grid import Grid, round_to_nearest
 from sparsify.solver.hessian import Statistics, damped_in_place, factor, lost_and_total, lost_part, propagated_target
 
+KEPT = 64 << 20  # bytes
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -104,7 +106,8 @@ def solve_layer(
     W = torch.cat([weight.float() for weight in weights.values()])
     together = together and W.shape[0] >= processes()
     mine = share(W.shape[0]) if together else slice(None)
-    solved = _solve(W[mine], scheme, statistics, ", ".join(weights), {} if masks_found is None else masks_found)
+    own = None if statistics is None else statistics.of(mine)
+    solved = _solve(W[mine], scheme, own, ", ".join(weights), {} if masks_found is None else masks_found)
     solved = _joined(gathered(solved), W.device) if together else solved
     linears: dict[str, LinearWeights] = {}
     parts: dict[str, tuple[float, float]] = {}
@@ -120,9 +123,9 @@ def solve_layer(
         ).validate(name)
         if statistics is not None and measure:
             with phase("errors"):
-                own = share(weight.shape[0]) if together else slice(None)
+                rows = share(weight.shape[0]) if together else slice(None)
                 dense = linears[name].dense(torch.float32)
-                parts[name] = lost_and_total(W[outputs][own], dense[own], statistics.H)
+                parts[name] = lost_and_total(W[outputs][rows], dense[rows], statistics.H)
         start = outputs.stop
     every = gathered(parts) if together else [parts]
     errors = {name: lost_part(*map(sum, zip(*(part[name] for part in every), strict=True))) for name in parts}
@@ -134,7 +137,7 @@ def _solve(
 ) -> LinearWeights:
     """W: [N, K] float32, stacked. In this order: error propagation, mask, column sweep, coordinate descent; or rounding.
 
-    Beside the statistics there is one [K, K] matrix at a time, but for the eigenvectors of ALPS.
+    Beside the statistics there is one [K, K] matrix at a time, but for the eigenvectors of ALPS, and a small factor beside those.
     """
     k = W.shape[1]
     grid = scheme.grid(k)
@@ -149,15 +152,15 @@ def _solve(
     if statistics is not None and (scheme.sweeps or scheme.error_propagation > 0):
         with phase("factors"):
             factors = factor(statistics.H, scheme.damping, name)
-            if statistics.C is not None and scheme.error_propagation > 0:
-                W = propagated_target(W, statistics.C, factors, scheme.error_propagation)
+            if scheme.error_propagation > 0 and (statistics.C is not None or statistics.WC is not None):
+                W = propagated_target(W, statistics, factors, scheme.error_propagation)
         if factors.dead.any():
             W = W.masked_fill(factors.dead, 0)
         diagonal, U = factors.diagonal, None if scheme.activation_order else factors.inverse_cholesky
         del factors
     mask = None
     if scheme.prune and masks.METHODS[scheme.prune].mask:
-        if needs.hessian and scheme.prune not in masks_found:
+        if needs.hessian and scheme.prune not in masks_found and not factor_is_kept(k):
             U = None  # made anew after the mask, for which it would be in the way
         # error propagation moves what is zero; the mask to keep is that of the weights as they were given
         source = given if scheme.prune == KEEP else W
@@ -197,6 +200,11 @@ def _solve(
     with phase("sweep"):
         codes, scale, zero_point = round_to_nearest(W, grid)
     return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale, zero_point=zero_point)
+
+
+def factor_is_kept(k: int) -> bool:
+    """Whether the factor [K, K] of the Hessian is so small that it stays while a method chooses a mask."""
+    return 4 * k * k <= KEPT
 
 
 def _mask(

@@ -13,13 +13,13 @@ from sparsify.compiler.estimate import writing_bytes
 from sparsify.compiler.operations import CHOOSE_TWO, EIGEN, groups_of, in_words, solving
 from sparsify.compiler.planning import make_plan
 from sparsify.model.decoder import open_blocks
-from sparsify.model.linear_groups import find_groups
+from sparsify.model.linear_groups import find_groups, is_narrow
 from sparsify.model.sequential import Walk
 from sparsify.recipe import parse_recipe
 from sparsify.solver import hessian
 from sparsify.solver.column_sweep import Solved
 from sparsify.solver.grid import Grid
-from sparsify.solver.hessian import factor, propagated_target, relative_error
+from sparsify.solver.hessian import Statistics, factor, propagated_target, relative_error
 from sparsify.solver.masks.alps import alps_mask
 from sparsify.solver.solve import Scheme
 from tests.helpers.tiny import FAMILIES, save_tiny
@@ -81,7 +81,7 @@ def test_products_of_the_solver(problem, monkeypatch):
     errors = counted(lambda: relative_error(W, W / 2, H))
     assert solving(N, K, scheme())["errors"] == sum(errors.values())
     monkeypatch.setattr(hessian, "PANEL", 1)  # larger ones multiply some of the zeros beside a triangle
-    propagated = counted(lambda: propagated_target(W, H, factors, 0.5))
+    propagated = counted(lambda: propagated_target(W, Statistics(H, H), factors, 0.5))
     more = solving(N, K, scheme(error_propagation=0.5))["factors"] - solving(N, K, scheme())["factors"]
     assert more == pytest.approx(sum(propagated.values()) - 2 * N * K)  # the diagonal of both triangles
     monkeypatch.setattr(refine_pass, "visit_block", lambda *arguments: None)
@@ -110,8 +110,12 @@ def test_groups_are_those_that_the_walk_finds(tmp_path, family):
     walk.model.load(0)
     groups, _ = find_groups(walk.model.block(0), walk.probe[0], walk.probe[1][0])
     named = {name: number for number, group in enumerate(groups) for name in group.names}
-    found = sorted((group.in_features, len(group.names)) for group in groups)
-    assert found == sorted((g.inputs, len(g.members)) for g in groups_of(plan)[: len(groups)]) and len(named) >= 4
+    block = walk.model.block(0)
+    outputs = [group is groups[-1] and is_narrow(block, group) for group in groups]
+    found = sorted((g.in_features, len(g.names), outputs[number]) for number, g in enumerate(groups))
+    planned = groups_of(plan)[: len(groups)]
+    assert found == sorted((g.inputs, len(g.members), g.outputs) for g in planned) and len(named) >= 4
+    assert any(outputs) == (family in ("llama", "qwen2", "phi3", "gemma2"))  # the others have biases
 
 
 def test_a_plan_measures_nothing_and_shows_what_it_counts(tmp_path, monkeypatch):

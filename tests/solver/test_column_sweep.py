@@ -167,13 +167,13 @@ def test_correction_is_least_squares_to_the_dense_outputs(problem):
     W, X, H = problem
     Xd = X + 0.3 * torch.randn(X.shape, generator=torch.Generator().manual_seed(9))
     factors = factor(H, DAMPING, "t")
-    got = propagated_target(W, Xd.t() @ X / TOKENS, factors, 1.0)
+    got = propagated_target(W, Statistics(H, Xd.t() @ X / TOKENS), factors, 1.0)
     # minimise ||Xd W' - X V'||^2 / tokens + ridge ||V - W||^2 as one stacked least-squares problem in fp64
     A = torch.cat([X.double() / TOKENS**0.5, factors.ridge**0.5 * torch.eye(K, dtype=torch.float64)])
     B = torch.cat([Xd.double() @ W.double().t() / TOKENS**0.5, factors.ridge**0.5 * W.double().t()])
     expected = torch.linalg.lstsq(A, B).solution.t()
     torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
-    half = propagated_target(W, Xd.t() @ X / TOKENS, factors, 0.5)
+    half = propagated_target(W, Statistics(H, Xd.t() @ X / TOKENS), factors, 0.5)
     torch.testing.assert_close(half.double(), (W.double() + expected) / 2, rtol=1e-3, atol=1e-3)
 
 

@@ -80,8 +80,15 @@ def test_error_propagation_is_the_least_squares_solution(monkeypatch, panel):
     best = W.double() @ (C.double() + ridge) @ torch.linalg.inv(H.double() + ridge)
     expected = W.double() + 0.4 * (best - W.double())
     given = W.clone()
-    torch.testing.assert_close(propagated_target(W, C, factors, 0.4).double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        propagated_target(W, Statistics(H, C), factors, 0.4).double(), expected, rtol=1e-3, atol=1e-3
+    )
     assert torch.equal(W, given)
+    outputs = Statistics(H, WC=W @ C)
+    torch.testing.assert_close(propagated_target(W, outputs, factors, 0.4).double(), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(outputs.WC, W @ C) and torch.equal(W, given)
+    some = propagated_target(W[2:4], outputs.of(slice(2, 4)), factors, 0.4)
+    torch.testing.assert_close(some.double(), expected[2:4], rtol=1e-3, atol=1e-3)
 
 
 def test_the_error_of_pieces_is_that_of_the_whole(monkeypatch):
@@ -100,6 +107,10 @@ def test_statistics_are_means_over_micro_batches():
     torch.testing.assert_close(found.H, X.t() @ X / len(X), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.C, Xd.t() @ X / len(X), rtol=1e-4, atol=1e-5)
     assert accumulated([(X, None)]).C is None
+    W = torch.randn(5, 16)
+    outputs = accumulated([(X[:100], Xd[:100] @ W.t()), (X[100:], Xd[100:] @ W.t())], outputs=True)
+    torch.testing.assert_close(outputs.WC, W @ found.C, rtol=1e-4, atol=1e-5)
+    assert outputs.C is None and torch.equal(outputs.H, found.H)
     assert torch.equal(HessianAccumulator().add(X).mean().H, accumulated([(X, None)]).H)
 
 
