@@ -236,6 +236,7 @@ class _InStep:
         self.running = 0  # the micro-batch whose forward goes on
         self.kept: dict[int, tuple[greenlet, int]] = {}
         self.known: Tensor | None = None  # what a linear will make of the micro-batch that waits at it
+        self.handing: list[nn.Module] = []
 
     def _wait(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         assert _modes() == self.modes, (
@@ -299,6 +300,7 @@ class _InStep:
             return type(linear).forward(linear, x) if known is None else known.view(*x.shape[:-1], -1)
 
         linear.forward = forward
+        self.handing.append(linear)
 
     def finish(self, i: int) -> None:
         """Keep the output of a micro-batch as the hidden state that enters the next block."""
@@ -310,6 +312,8 @@ class _InStep:
     def close(self) -> None:
         while self.hooks:
             self.hooks.pop().remove()
+        while self.handing:
+            del self.handing.pop().forward  # or block and walk would hold each other
         while self.kept:
             run, held = self.kept.popitem()[1]
             self.room.used -= held

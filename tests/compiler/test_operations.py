@@ -133,7 +133,7 @@ def test_a_plan_measures_nothing_and_shows_what_it_counts(tmp_path, monkeypatch)
     monkeypatch.setattr(compute, "_measured", lambda: compute.Rates(total / 100, total / 100))
     compute.rates(measure=True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert f"{in_words(total)}, about 4 minutes on this machine" in str(plan.table().caption)  # 100 s and the overhead
+    assert f"{in_words(total)}, about 3 minutes on this machine" in str(plan.table().caption)  # 100 s and the overhead
 
 
 def test_a_model_that_writes_its_own_text_lies_whole_in_memory(tmp_path, monkeypatch):

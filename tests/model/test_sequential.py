@@ -1,12 +1,15 @@
 """The walk against running the whole transformers model: what arrives at each linear, and that rewriting takes effect."""
 
 import errno
+import gc
+import weakref
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from sparsify.errors import CheckpointError, NumericalError, SparsifyError
+from sparsify.model import sequential
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.decoder import open_blocks
 from sparsify.model.linear import LinearWeights
@@ -226,6 +229,30 @@ def test_one_block_is_resident_at_a_time(tmp_path):
     for index in range(3):
         walk.visit(index, lambda name: True, rewrite)
     assert all(parameter.is_meta for i in range(3) for parameter in model.block(i).parameters())
+
+
+def test_the_dense_copy_of_a_block_ends_with_its_visit(tmp_path, monkeypatch):
+    """Without the help of the garbage collector, or several would be in memory."""
+    copies = []
+
+    def beside(block):
+        copied = make_copy(block)
+        copies.append(weakref.ref(copied))
+        return copied
+
+    make_copy = sequential._beside
+    monkeypatch.setattr(sequential, "_beside", beside)
+    walk = Walk(
+        open_blocks(open_checkpoint(save_tiny(tmp_path / "m"))), tokens(), dense_reference=True, dense_outputs=True
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(2):
+            walk.visit(index, lambda name: True, halve)
+            assert copies[index]() is None
+    finally:
+        gc.enable()
 
 
 def test_nan_in_a_block_is_named(tmp_path):
