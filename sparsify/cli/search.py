@@ -95,7 +95,8 @@ def add_search(commands: Commands) -> None:
     )  # fmt: skip
     command.add_argument(
         "--verify", type=int, default=0, metavar="N",
-        help="really compress N selections, those of the budgets first, and measure them beside what was predicted",
+        help="really compress N selections, those of the budgets first, and measure them beside what was predicted; before "
+        "them the recipe as it was given, by which predictions are scaled",
     )  # fmt: skip
     command.add_argument(
         "--resume", action="store_true",

@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan, Planned
     from sparsify.compiler.plan_training import PlannedTraining
 
-OVERHEAD = (
-    2.0  # a run takes so many times as long as its products alone would: walks 1.4 to 1.7 on a Zen 5, training 1.9
-)
+# a run takes so many times as long as its products alone would: walks 1.4 to 1.7 times on a Zen 5, training 1.9
+OVERHEAD = 2.0
 
 
 @dataclass(frozen=True)

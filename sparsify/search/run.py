@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from sparsify.search.verify import Verified, verify
 VERSION = 1
 VERIFIED = "verified"  # folder of the models that were really compressed
 RESULT = "search.json"
+AS_GIVEN = "the recipe as it was given"
 RECORD = "record.json"
 SAMPLES = 8
 EXPERTS = "*.experts.*"
@@ -68,7 +70,8 @@ class Settings:
     samples: rows of it; sequence_length: tokens of each, None for as many as a calibration row has
     precision: float32, or bfloat16, which is faster on some machines and cannot tell small divergences apart
     speed: how the time of a linear is known, where a budget asks for speed
-    verify: how many selections to compress really and to measure: those of the budgets, then others of the front
+    verify: how many selections to compress really and to measure: those of the budgets, then others of the front; before them
+            the recipe as it was given, by which predictions are scaled
     """
 
     choices: Sequence[Choice] | None = None
@@ -90,10 +93,16 @@ class Found:
     file: Path | None = None
     verified: Verified | None = None
 
+    @property
+    def name(self) -> str:
+        """Of the folder of the compressed model."""
+        return self.file.stem if self.file is not None else f"front-{self.point.bits:.4f}"
+
 
 @dataclass(frozen=True)
 class Searched:
-    """A finished search. found: one selection for each budget, then those verified besides; own: the recipe as it was given."""
+    """A finished search. found: one selection for each budget, then those verified besides; own: the recipe as it was given,
+    own_verified: measured."""
 
     output: Path
     model: str
@@ -102,6 +111,7 @@ class Searched:
     own: Point
     front: Sequence[Point]
     described: dict[str, Any] = field(default_factory=dict)
+    own_verified: Verified | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What search.json holds."""
@@ -126,14 +136,15 @@ class Searched:
                 }
                 for number, unit in enumerate(self.selection.units)
             ],
-            "recipe_as_given": self._point_json(self.own),
+            "prediction_scale": self.selection.scale,
+            "recipe_as_given": {**self._point_json(self.own), "verified": _json_of(self.own_verified)},
             "front": [self._point_json(point) for point in self.front],
             "found": [
                 {
                     "for": found.label,
                     "recipe": None if found.file is None else found.file.name,
                     **self._point_json(found.point),
-                    "verified": None if found.verified is None else found.verified.to_json(),
+                    "verified": _json_of(found.verified),
                 }
                 for found in self.found
             ],
@@ -146,7 +157,7 @@ class Searched:
     def table(self) -> Table:
         """One row for each selection, the recipe as it was given first."""
         faster = self.own.speed is not None
-        verified = any(found.verified for found in self.found)
+        verified = self.own_verified is not None or any(found.verified for found in self.found)
         view = Table(
             title=escape(f"{self.model}: {len(self.selection.units)} groups of linears chose"), title_justify="left"
         )
@@ -155,7 +166,7 @@ class Searched:
         for heading in [*columns, *(["measured KL", "perplexity"] if verified else [])]:
             view.add_column(heading, justify="right")
         view.add_column("groups of linears by choice")
-        rows = [("the recipe as it was given", self.own, None), *((f.label, f.point, f.verified) for f in self.found)]
+        rows = [(AS_GIVEN, self.own, self.own_verified), *((f.label, f.point, f.verified) for f in self.found)]
         for label, point, measured in rows:
             cells = [f"{point.bits:.2f}", f"{point.nbytes / 1e6:.1f}"]
             cells += [f"{point.speed:.2f}x"] if point.speed is not None else []
@@ -164,6 +175,10 @@ class Searched:
                 cells += ["–", "–"] if measured is None else [f"{measured.kl:.4f}", f"{measured.perplexity:.2f}"]
             view.add_row(Text(label), *cells, in_words(point.choices))
         return view
+
+
+def _json_of(verified: Verified | None) -> dict[str, Any] | None:
+    return None if verified is None else verified.to_json()
 
 
 def in_words(choices: Sequence[Choice]) -> str:
@@ -225,18 +240,28 @@ def search(
                     f"{len(left)} groups of linears stay dense, the walk cannot handle them: {', '.join(left[:3])}",
                     quiet,
                 )
+            compressed = partial(
+                _compressed, plan=plan, selection=selection, place=place, held_out=held_out, quiet=quiet
+            )
+            given = [_own(unit, recipe) for unit in selection.units]
+            own_verified: Verified | None = None
+            if settings.verify:
+                as_given = recipe_with(recipe, selection.units, given, plan.model.blocks)
+                own_verified = compressed(as_given, "as-given")
+            scale = _scale(own_verified, selection.point(given).kl, place / RESULT)
+            selection = replace(selection, scale=scale)
             found = [_found(budget, plan, selection, recipe) for budget in budgets]
             front = selection.front()
             found += _more(front, settings.verify - len(found), plan, selection, recipe)
             found = [
-                _verified(one, number < settings.verify, plan, selection, place, held_out, quiet)
+                replace(one, verified=compressed(one.recipe, one.name)) if number < settings.verify else one
                 for number, one in enumerate(found)
             ]
-        own = selection.point([_own(unit, recipe) for unit in selection.units])
+        own = selection.point(given)
         described = _described(plan, settings, held_out, seconds, time.perf_counter() - started)
         for one in found:
             _write(one, place)
-        result = Searched(output, model, selection, found, own, front, described)
+        result = Searched(output, model, selection, found, own, front, described, own_verified)
         write_json(place / RESULT, _with_earlier(result.to_json(), place / RESULT))
         seal(place, sealed=[file.parent for file in (place / VERIFIED).glob(f"*/{MANIFEST}")])
         if place == work:
@@ -350,17 +375,21 @@ def _more(front: Sequence[Point], count: int, plan: Plan, selection: Selection, 
     ]
 
 
-def _verified(
-    found: Found, wanted: bool, plan: Plan, selection: Selection, place: Path, held_out: Tensor, quiet: bool
-) -> Found:
-    if not wanted:
-        return found
-    name = found.file.stem if found.file is not None else f"front-{found.point.bits:.4f}"
+def _scale(given: Verified | None, predicted: float, earlier: Path) -> float:
+    """What sums over groups are multiplied with: how many times its sum the recipe as it was given loses, as it was measured now,
+    or by an earlier search in the same place; else 1."""
+    if given is not None and given.kl > 0 and predicted > 0:
+        return given.kl / predicted
+    return float(read_json(earlier).get("prediction_scale", 1.0)) if earlier.exists() else 1.0
+
+
+def _compressed(
+    recipe: Recipe, name: str, plan: Plan, selection: Selection, place: Path, held_out: Tensor, quiet: bool
+) -> Verified:
+    """Really compress a selection, under a name, and measure it."""
     linears = [exported_name(plan, module) for module in selection.linears()]
     directory = place / VERIFIED / name
-    model = str(plan.checkpoint.spec)
-    measured = verify(found.recipe, model, directory, held_out, linears, selection.weights, quiet)
-    return replace(found, verified=measured)
+    return verify(recipe, str(plan.checkpoint.spec), directory, held_out, linears, selection.weights, quiet)
 
 
 def _write(found: Found, place: Path) -> None:

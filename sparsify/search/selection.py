@@ -51,6 +51,7 @@ class Selection:
     units: those that were measured; measured: every choice of each; seconds: of each choice of each unit, None where unknown
     fixed: linears that the recipe compresses in one way only, with fixed_bytes and fixed_weights
     outside_bytes: of all other tensors of the checkpoint
+    scale: what the sum over the units is multiplied with to predict a divergence
     """
 
     units: Sequence[Unit]
@@ -60,10 +61,13 @@ class Selection:
     fixed_weights: int
     outside_bytes: int
     seconds: Sequence[Seconds] | None = None
+    scale: float = 1.0
 
     @cached_property
     def kl(self) -> list[list[float]]:
-        return [[self.measured[unit.name][choice.name].kl for choice in unit.choices] for unit in self.units]
+        """What each choice of each unit adds to the prediction."""
+        measured = [[self.measured[unit.name][choice.name].kl for choice in unit.choices] for unit in self.units]
+        return [[self.scale * kl for kl in own] for own in measured]
 
     @cached_property
     def nbytes(self) -> list[list[int]]:

@@ -311,10 +311,15 @@ def test_a_verified_selection(tmp_path, recipe, source, monkeypatch):
     assert (tmp_path / "out" / "verified" / "bits-4" / "config.json").exists()
     said = json.loads((tmp_path / "out" / "search.json").read_text())["found"][0]
     assert said["verified"]["kl"] == first.verified.kl and said["for"] == "bits=4"
+    assert result.own_verified is not None and result.own.kl == pytest.approx(result.own_verified.kl)
+    plain = replace(result.selection, scale=1.0)
+    assert plain.point(result.own.choices).kl == pytest.approx(result.own.kl / result.selection.scale)
+    again = [recipe(), str(source), tmp_path / "out", [parse_budget("bits=4.2")], replace(settings, verify=0)]
+    assert search(*again, resume=True, quiet=True).selection.scale == result.selection.scale != 1
     other = recipe().model_copy(
         update={"export": recipe().export.model_copy(update={"head": Head(bits=8, group_size=32)})}
     )
-    with pytest.raises(CheckpointError, match="verified/bits-4 was made by another recipe; remove it"):
+    with pytest.raises(CheckpointError, match="verified/as-given was made by another recipe; remove it"):
         search(other, str(source), tmp_path / "out", [parse_budget("bits=4")], settings, resume=True, quiet=True)
 
 
