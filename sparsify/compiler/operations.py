@@ -152,7 +152,7 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
         scales = 2 * weights * (group if group <= 2 * BLOCKSIZE else BLOCKSIZE)  # H @ codes inside every group
         parts["coordinate descent"] = scheme.coordinate_descent * (2 * weights * k + choice * weights + scales)
     if scheme.needs_data and measured:
-        parts["errors"] = 4 * weights * k  # (W - What) H and W H
+        parts["errors"] = 2 * weights * k  # <W'W, H> of W - What and of W, one triangle each
     return parts
 
 

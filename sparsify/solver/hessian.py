@@ -22,6 +22,7 @@ from sparsify.solver.gram import cross, gram
 
 RETRIES = 3  # each with ten times the damping
 PANEL = 1024  # rows or columns of a [K, K] matrix that are worked on together
+ROWS = 256  # the same where those of a triangle are multiplied: what is computed of the other one is wasted
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _times_inverse(X: Tensor, U: Tensor) -> None:
 
 def relative_error(W: Tensor, What: Tensor, H: Tensor) -> float:
     """||X (W - What)'||^2 / ||X W'||^2 on the tokens of H. W, What: [N, K]; H: [K, K]."""
-    return lost_part(*lost_and_total(W, What, H))
+    return lost_part(squared_outputs(W - What, H), squared_outputs(W, H))
 
 
 def lost_part(lost: float, total: float) -> float:
@@ -249,11 +250,12 @@ def lost_part(lost: float, total: float) -> float:
     return lost / total if total > 0 else 0.0
 
 
-def lost_and_total(W: Tensor, What: Tensor, H: Tensor) -> tuple[float, float]:
-    """The two of `relative_error`, which are sums over outputs, per token: 0 and 0 where there are none."""
-    lost = total = 0.0
-    for before, after in zip(W.split(PANEL), What.split(PANEL), strict=True):
-        difference = before - after
-        lost += float(((difference @ H) * difference).sum())
-        total += float(((before @ H) * before).sum())
-    return lost, total
+def squared_outputs(W: Tensor, H: Tensor) -> float:
+    """||X W'||^2 / M = tr(W H W') = <W'W, H>, of which one triangle is computed, a few of its rows at a time; 0 without outputs.
+    W: [N, K]; H: [K, K], symmetric."""
+    found = 0.0
+    for start in range(0, H.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        products = (W[:, rows].t() @ W[:, start:]).mul_(H[rows, start:])  # from the diagonal on
+        found += 2 * float(products.sum(dtype=torch.float64)) - float(products[:, :ROWS].sum(dtype=torch.float64))
+    return found

@@ -17,7 +17,7 @@ from sparsify.solver import masks
 from sparsify.solver.column_sweep import column_sweep
 from sparsify.solver.coordinate_descent import coordinate_descent
 from sparsify.solver.grid import Grid, round_to_nearest
-from sparsify.solver.hessian import Statistics, damped_in_place, factor, lost_and_total, lost_part, propagated_target
+from sparsify.solver.hessian import Statistics, damped_in_place, factor, lost_part, propagated_target, squared_outputs
 
 KEPT = 64 << 20  # bytes
 
@@ -124,8 +124,10 @@ def solve_layer(
         if statistics is not None and measure:
             with phase("errors"):
                 rows = share(weight.shape[0]) if together else slice(None)
-                dense = linears[name].dense(torch.float32)
-                parts[name] = lost_and_total(W[outputs][rows], dense[rows], statistics.H)
+                before = W[outputs][rows]
+                off = before - linears[name].dense(torch.float32)[rows]
+                parts[name] = squared_outputs(off, statistics.H), squared_outputs(before, statistics.H)
+                del off
         start = outputs.stop
     every = gathered(parts) if together else [parts]
     errors = {name: lost_part(*map(sum, zip(*(part[name] for part in every), strict=True))) for name in parts}

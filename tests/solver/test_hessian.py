@@ -13,6 +13,7 @@ from sparsify.solver.hessian import (
     factor,
     propagated_target,
     relative_error,
+    squared_outputs,
 )
 from sparsify.solver.solve import Scheme, solve_layer
 
@@ -97,8 +98,10 @@ def test_the_error_of_pieces_is_that_of_the_whole(monkeypatch):
     What[3] = 0
     H = X.t() @ X / len(X)
     expected = ((X @ (W - What).t()).square().sum() / (X @ W.t()).square().sum()).item()
-    monkeypatch.setattr(hessian, "PANEL", 7)
-    assert relative_error(W, What, H) == pytest.approx(expected, rel=1e-4)
+    for rows in (1, 7, 256):
+        monkeypatch.setattr(hessian, "ROWS", rows)
+        assert relative_error(W, What, H) == pytest.approx(expected, rel=1e-4)
+    assert squared_outputs(W[:0], H) == 0
 
 
 def test_statistics_are_means_over_micro_batches():
