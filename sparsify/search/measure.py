@@ -194,7 +194,7 @@ class _Solver:
                     errors[choice] |= found
 
         def visit(group: GroupVisit) -> dict[str, LinearWeights]:
-            statistics = accumulated(group.batches, group.outputs)
+            statistics = accumulated(group.batches)
             add({name: linear.weight for name, linear in zip(group.names, group.linears, strict=True)}, statistics)
             return {}
 
