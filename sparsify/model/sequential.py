@@ -593,7 +593,7 @@ class Walk:
     def _leave(self, index: int) -> None:
         self.model.unload(index)
         for i in range(len(self.hidden)):
-            if not torch.isfinite(self.hidden[i]).all():
+            if not all(extreme.isfinite() for extreme in torch.aminmax(self.hidden[i])):  # both are NaN where one number is
                 raise NumericalError(
                     f"{self.model.blocks[index]}: its output holds NaN or Inf on the calibration text; "
                     "check the dense model, or leave this block's linears out with `ignore`"

@@ -67,19 +67,30 @@ def summation_order(name: str) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def gram(inputs: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """Sum of x'x over micro-batches x: [tokens, K]. Returns float32 [K, K], added to `out` if given (symmetric, in place)."""
+def gram(inputs: Sequence[Tensor], out: Tensor | None = None, *, whole: bool = True) -> Tensor:
+    """Sum of x'x over micro-batches x: [tokens, K]. Returns float32 [K, K], added to `out` if given (symmetric, in place).
+
+    whole: fill both triangles; else, where more follows, only the lower one counts until `mirror` was called"""
     k = _columns(inputs)
     device = inputs[0].device
     _check_out(out, (k, k), device)
     if (kernel := _kernel(inputs)) is not None:
         H = torch.zeros(k, k) if out is None else out
         kernel.gram(inputs, H)
+        if whole:
+            kernel.mirror(H)
         return H
     H = torch.zeros(k, k, dtype=torch.float32, device=device) if out is None else out
     with _exact_bf16_products(inputs):
         for x in inputs:
             _add_product(H, x, x)
+    return H
+
+
+def mirror(H: Tensor) -> Tensor:
+    """H [K, K] itself, symmetric: its lower triangle, as `gram` leaves it, fills the upper one too."""
+    if (kernel := _kernel([H])) is not None:  # PyTorch sums the whole
+        kernel.mirror(H)
     return H
 
 
@@ -203,13 +214,14 @@ class _Kernel:
 
     def gram(self, inputs: Sequence[Tensor], H: Tensor) -> None:
         x = _Blocks(inputs)
-        k = _int64(H.shape[0])
-        threads = torch.get_num_threads()
-        out = ctypes.c_void_p(H.data_ptr())
         self._check(self.library.sparsify_gram(
-            x.pointers, x.rows, x.strides, x.count, k, x.wide, out, _int64(H.stride(0)), threads, self.level, self.order
+            x.pointers, x.rows, x.strides, x.count, _int64(H.shape[0]), x.wide, ctypes.c_void_p(H.data_ptr()),
+            _int64(H.stride(0)), torch.get_num_threads(), self.level, self.order,
         ))  # fmt: skip
-        self._check(self.library.sparsify_gram_mirror(out, k, _int64(H.stride(0)), threads))
+
+    def mirror(self, H: Tensor) -> None:
+        sizes = (_int64(H.shape[0]), _int64(H.stride(0)))
+        self._check(self.library.sparsify_gram_mirror(ctypes.c_void_p(H.data_ptr()), *sizes, torch.get_num_threads()))
 
     def cross(self, left: Sequence[Tensor], right: Sequence[Tensor], C: Tensor) -> None:
         a, b = _Blocks(left), _Blocks(right)

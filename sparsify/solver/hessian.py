@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsify.distributed import gathered, sum_over_all
 from sparsify.errors import NumericalError
 from sparsify.phases import phase
-from sparsify.solver.gram import cross, gram
+from sparsify.solver.gram import cross, gram, mirror
 
 RETRIES = 3  # each with ten times the damping
 PANEL = 1024  # rows or columns of a [K, K] matrix that are worked on together
@@ -60,7 +60,7 @@ class HessianAccumulator:
     def add(self, inputs: Tensor, dense: Tensor | None = None) -> HessianAccumulator:
         """inputs: a micro-batch [tokens, K] of the compressed model; dense: the same tokens of the dense model, [tokens, K] or
         their outputs [tokens, N]. Returns itself."""
-        self._H = gram([inputs], self._H)
+        self._H = gram([inputs], self._H, whole=False)
         if dense is not None:
             self._C = cross([dense], [inputs], self._C)
         self.tokens += inputs.shape[0]
@@ -69,7 +69,7 @@ class HessianAccumulator:
     def mean(self) -> Statistics:
         """The means over the tokens of all processes, which all call this. Takes the sums: nothing can be added after it."""
         assert self._H is not None, "no tokens were added"
-        H, C = self._per_token(self._H), None if self._C is None else self._per_token(self._C)
+        H, C = self._per_token(mirror(self._H)), None if self._C is None else self._per_token(self._C)
         self._H = self._C = None
         return Statistics(H, WC=C) if self.outputs else Statistics(H, C)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsify import processor
 from sparsify.errors import SparsifyError
 from sparsify.native import build
-from sparsify.solver.gram import FORCE, LEVELS, ORDERS, cross, gram, native_order, summation_order
+from sparsify.solver.gram import FORCE, LEVELS, ORDERS, cross, gram, mirror, native_order, summation_order
 from tests.helpers.levels import need
 
 PATHS = ("torch", *LEVELS)
@@ -85,6 +85,14 @@ def test_adds_to_out_in_place(path: str) -> None:
     C = cross([x], [x[:, :7]])
     assert cross([y], [y[:, :7]], out=C) is C
     assert torch.equal(C.double(), product([x, y], [x[:, :7], y[:, :7]]))
+
+
+@pytest.mark.parametrize("k", [1, 40, 200])
+def test_one_triangle_until_it_is_mirrored(path: str, k: int) -> None:
+    x, y = integers(70, k), integers(33, k, seed=1)
+    H = gram([x], whole=False)
+    assert gram([y], H, whole=False) is H and torch.equal(H.double().tril(), product([x, y], [x, y]).tril())
+    assert mirror(H) is H and torch.equal(H, gram([y], gram([x])))
 
 
 def test_rows_may_have_any_stride_and_nothing_beside_them_is_read(path: str) -> None:
