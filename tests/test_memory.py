@@ -1,5 +1,6 @@
 """Sizes as users write them, and what the kernel says of this process."""
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,16 @@ def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("max\n")
     if Path("/proc/meminfo").exists():
         assert memory.free() > 500_000
+
+
+@pytest.mark.skipif(memory._trim() is None, reason="only glibc gives back what lies between pieces in use")
+def test_freed_memory_is_returned() -> None:
+    """What is freed below a piece that is still in use stays with the C library until it is asked."""
+    pieces = [ctypes.create_string_buffer(b"x" * 60_000, 60_000) for _ in range(3000)]
+    last = pieces.pop()
+    pieces.clear()
+    before = memory.anonymous()
+    memory.return_freed()
+    after = memory.anonymous()
+    assert before is not None and after is not None and before - after > 100e6
+    assert last.raw[0] == ord("x")
