@@ -128,7 +128,8 @@ COMMAND_NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
 NEEDS_EXTRA: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparsify.runtime.vllm_entry": ("vllm", VLLM),  # vLLM loads it
     "sparsify.runtime.vllm_plugin": ("vllm", VLLM),  # the entry loads it
-    "sparsify.runtime.vllm_experts": ("vllm", VLLM),  # the plugin loads it
+    "sparsify.runtime.vllm_embedding": ("vllm", VLLM),  # the plugin loads it
+    "sparsify.runtime.vllm_experts": ("vllm", VLLM),  # that too
     "sparsify.runtime.vllm_gpt_oss": ("vllm", VLLM),  # that loads it
     "sparsify.runtime.vllm_metrics": ("prometheus_client", VLLM),  # the plugin loads it
     "sparsify.bench.worker": ("vllm", VLLM),  # a process that engine_process starts

@@ -37,6 +37,7 @@ from sparsify.runtime.backends import announce, announce_zero_points, choose_bac
 from sparsify.runtime.dequantized import DequantizedWeight
 from sparsify.runtime.legacy import LegacyConfig, LegacyShard, legacy_config, legacy_format
 from sparsify.runtime.op import sparse24_linear
+from sparsify.runtime.vllm_embedding import embedding_method
 from sparsify.runtime.vllm_metrics import LOADING, SKIPPED, VLLMS, Served, share
 from sparsify.runtime.vllm_rotary import reorder_all
 from sparsify.runtime.vllm_shards import FIRST_TWO_OF_FOUR, fill_with_noise, shard_scheme
@@ -136,15 +137,17 @@ class Sparse24Config(QuantizationConfig):
             if not isinstance(layer, ParallelLMHead):
                 raise CheckpointError(f"{prefix}: compressed embeddings cannot be served; add {prefix} to ignore")
             return self._method(self.on_disk.modules[prefix], prefix)
-        if isinstance(layer, ParallelLMHead):
-            _count_dense(layer, prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            if isinstance(layer, ParallelLMHead):
+                _count_dense(layer, prefix)
+            return embedding_method(prefix)
         if self.holds_experts:
             # a vLLM that holds experts in another class serves all other models still
             from vllm.model_executor.layers.fused_moe import RoutedExperts
 
             if isinstance(layer, RoutedExperts):
                 return self._method_of_experts(layer, prefix)
-        return None  # attention, embeddings, dense experts: as in the dense model
+        return None  # attention, dense experts: as in the dense model
 
     def _method_of_experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """For the experts of a layer, None where they are dense; CheckpointError for those that cannot be served."""
