@@ -210,7 +210,7 @@ class _InStep:
     """The forwards of all micro-batches through one block, which stop at one linear after the other.
 
     room:  for those that wait; one that finds none is given up and computed anew when it is to go on
-    waiting: bytes that one micro-batch holds at every stop; unknown where there is room for everything
+    waiting: bytes that one micro-batch holds at every stop; unknown where there is room for everything and nothing goes ahead
     alone: the block writes into what it is given, so every forward needs its own copy
     phase: that its time counts for
     """
@@ -235,6 +235,7 @@ class _InStep:
         self.passed = 0  # stops where every micro-batch has been
         self.running = 0  # the micro-batch whose forward goes on
         self.kept: dict[int, tuple[greenlet, int]] = {}
+        self.ahead: dict[int, Any] = {}  # where those that went ahead wait
         self.known: Tensor | None = None  # what a linear will make of the micro-batch that waits at it
         self.handing: list[nn.Module] = []
 
@@ -250,22 +251,50 @@ class _InStep:
 
         goes_on: from its next stop before any other micro-batch, so that there is room for it"""
         self.running = i
-        run, held = self.kept.pop(i, (None, 0))
-        self.room.used -= held
+        run = self._taken(i)
+        arrived = self.ahead.pop(i, None)
         with phase(self.phase):
             if run is None:
                 run, arrived = self._begun(i)
-            else:
+            elif arrived is None:
                 arrived = run.switch()
         if not isinstance(arrived, tuple):
             return None, arrived
         module, args = arrived
-        held = 0 if goes_on else self._bytes(i)
-        if self.room.take(held):
-            self.kept[i] = (run, held)
-        else:
-            run.throw()  # ends it
+        self._keep(i, run, 0 if goes_on else self._bytes(i, self.passed))
         return module, args if isinstance(module, SeparateExperts) else args[0].reshape(-1, args[0].shape[-1])
+
+    def goes_ahead(self) -> bool:
+        """Whether forwards that need not wait here, as those of the dense model, hold less where they wait next. In attention
+        they hold queries, keys and values, behind it only what it made of them."""
+        after = self.passed + 1
+        return after < len(self.waiting) and self.waiting[after] < self.waiting[self.passed]
+
+    def go_ahead(self, i: int) -> None:
+        """Let a micro-batch wait at its next stop instead of at this one, if it was kept."""
+        if (run := self._taken(i)) is None:
+            return
+        self.running = i
+        with phase(self.phase):
+            arrived = run.switch()
+        if not isinstance(arrived, tuple):
+            raise _different_paths()
+        if self._keep(i, run, self._bytes(i, self.passed + 1)):
+            self.ahead[i] = arrived
+
+    def _taken(self, i: int) -> greenlet | None:
+        """The forward of a micro-batch, which goes on, if it was kept."""
+        run, held = self.kept.pop(i, (None, 0))
+        self.room.used -= held
+        return run
+
+    def _keep(self, i: int, run: greenlet, held: int) -> bool:
+        """Whether there is room for a forward that waits; where there is none, it ends."""
+        if not self.room.take(held):
+            run.throw()
+            return False
+        self.kept[i] = (run, held)
+        return True
 
     def _begun(self, i: int) -> tuple[greenlet, Any]:
         """A new forward of a micro-batch, past the linears where it has been."""
@@ -278,12 +307,12 @@ class _InStep:
             arrived = run.switch()
         return run, arrived
 
-    def _bytes(self, i: int) -> int:
-        """What a micro-batch holds at the stop after those that were passed; the first one is the largest."""
-        if self.passed >= len(self.waiting):
+    def _bytes(self, i: int, stop: int) -> int:
+        """What a micro-batch holds where it waits; the first one is the largest."""
+        if stop >= len(self.waiting):
             return 0
         first, this = self.hidden.shapes[0].numel(), self.hidden.shapes[i].numel()
-        return -(-self.waiting[self.passed] * this // first)
+        return -(-self.waiting[stop] * this // first)
 
     def output(self, linear: nn.Module, x: Tensor) -> Tensor:
         """What the linear that a micro-batch waits at makes of it, which is not computed again when that goes on.
@@ -314,6 +343,7 @@ class _InStep:
             self.hooks.pop().remove()
         while self.handing:
             del self.handing.pop().forward  # or block and walk would hold each other
+        self.ahead.clear()
         while self.kept:
             run, held = self.kept.popitem()[1]
             self.room.used -= held
@@ -424,7 +454,8 @@ class Walk:
             while stop is not None:
                 group = next(g for g in groups if block.get_submodule(g.stop) is stop)
                 outputs = dense is not None and group is by_outputs
-                batches = _in_turn(compressed, dense, stop, x, ends=group is last, outputs=outputs)
+                ahead = dense is not None and group.experts is None and dense.goes_ahead()
+                batches = _in_turn(compressed, dense, stop, x, group is last, ahead, outputs)
                 del x
                 if group.experts is not None:
                     done |= self._visit_experts(index, block, group, batches, dense, rewrite)
@@ -593,7 +624,9 @@ class Walk:
     def _leave(self, index: int) -> None:
         self.model.unload(index)
         for i in range(len(self.hidden)):
-            if not all(extreme.isfinite() for extreme in torch.aminmax(self.hidden[i])):  # both are NaN where one number is
+            if not all(
+                extreme.isfinite() for extreme in torch.aminmax(self.hidden[i])
+            ):  # both are NaN where one number is
                 raise NumericalError(
                     f"{self.model.blocks[index]}: its output holds NaN or Inf on the calibration text; "
                     "check the dense model, or leave this block's linears out with `ignore`"
@@ -604,7 +637,7 @@ class Walk:
     ) -> _InStep:
         stops = [block.get_submodule(g.stop) for g in groups]
         waiting: Sequence[int] = ()
-        if self.room.limit is not None:
+        if self.room.limit is not None or self.dense is not None:
             kind = tuple(name for g in groups for name in g.names)
             if kind not in self.footprints:
                 self.footprints[kind] = footprint(block, stops, self.hidden[0].clone(), self.calls[0][index])
@@ -631,11 +664,12 @@ def _beside(block: nn.Module) -> nn.Module:
 
 
 def _in_turn(
-    compressed: _InStep, dense: _InStep | None, stop: nn.Module, x: Any, ends: bool, outputs: bool
+    compressed: _InStep, dense: _InStep | None, stop: nn.Module, x: Any, ends: bool, ahead: bool, outputs: bool
 ) -> Iterator[tuple[Any, Any]]:
     """What every micro-batch reads at `stop` in both models; x: what the first one reads, which is there already.
 
     ends:    the dense forwards stop nowhere else, and leave the block one after the other
+    ahead:   the dense forwards wait at their next stop once they were here
     outputs: of the dense model give what its linear makes of what it reads
     """
     batch: list[Any] = [x]
@@ -656,3 +690,5 @@ def _in_turn(
         del own
         if ends:
             dense.finish(i)
+        elif ahead:
+            dense.go_ahead(i)

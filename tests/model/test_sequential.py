@@ -14,7 +14,7 @@ from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.decoder import open_blocks
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import find_groups
-from sparsify.model.sequential import Walk
+from sparsify.model.sequential import Room, Walk
 from tests.helpers.tiny import FAMILIES, save_tiny
 
 SAMPLES, LENGTH = 5, 24
@@ -156,6 +156,30 @@ def test_forwards_that_are_computed_anew_give_the_same_bits(tmp_path, family):
         assert all(torch.equal(one, other) for one, other in zip(found, kept, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("family", "most"), [("llama", 0.9), ("mixtral", 1.0)]
+)  # of experts all inputs are held at once
+def test_dense_forwards_go_ahead_where_they_hold_less(tmp_path, family, most, monkeypatch):
+    """From attention, whose queries, keys and values nobody needs any more, to what reads its output: to the same bits."""
+    directory, held = save_tiny(tmp_path / family, family), []
+    take = Room.take
+
+    def watched(room, nbytes):
+        fits = take(room, nbytes)
+        held[-1] = max(held[-1], room.used)
+        return fits
+
+    monkeypatch.setattr(Room, "take", watched)
+    found = []
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(sequential._InStep, "goes_ahead", lambda stream: False)
+        held.append(0)
+        found.append(walked(directory, None)[0])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert held[0] <= most * held[1]
+
+
 @pytest.mark.parametrize(("room", "forwards"), [(None, 1 + 1), (0, 4 + 3)])
 def test_without_room_every_group_begins_at_the_hidden_states(tmp_path, room, forwards):
     """A block of four groups: the first linears run once for each later group and for the output, to which the dense model goes
@@ -168,7 +192,7 @@ def test_without_room_every_group_begins_at_the_hidden_states(tmp_path, room, fo
 
     directory = save_tiny(tmp_path / "m", num_hidden_layers=1)
     walked(directory, room, count)
-    beside = 1 if room is None else 2  # the probe, and the forward that measures
+    beside = 2  # the probe, and the forward that measures
     assert ran.count("q") == forwards * 2 + beside  # micro-batches
     assert ran.count("down") == 2 * 2 + beside
 
