@@ -43,7 +43,7 @@ from sparsify.training.block_tuning import BlockTuning, Sample, tune_block
 
 CALIBRATION = "calibration.safetensors"
 # what compressing on data computes with
-KERNELS = ("cpu/gram", "cpu/alps", "cpu/column_sweep", "cpu/coordinate_descent")
+KERNELS = ("cpu/gram", "cpu/alps", "cpu/column_sweep", "cpu/coordinate_descent", "cpu/softmax")
 
 
 def calibration_rows(plan: Plan, writer: CheckpointWriter, quiet: bool) -> Tensor:

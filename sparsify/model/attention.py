@@ -12,6 +12,7 @@ are slow: with AVX2 alone tiles took 26 times as long. A run keeps what it was b
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +23,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsify import compute
+from sparsify.native import build
+from sparsify.native.arguments import loaded, pointer
+from sparsify.processor import kernel_level
+from sparsify.solver.gram import sums_in_pytorch
 
 NAME = "sdpa"  # of what is replaced in transformers' registry
+SOFTMAX = "cpu/softmax"  # the kernel
 QUERIES = 128  # in a tile
 CHANGES = ("position_bias", "cache")  # what transformers' function makes use of beside its named arguments
 SCORES = 1 << 21  # in the tiles that are computed together: as much as stays in the caches of a processor
@@ -144,6 +150,22 @@ def _probabilities(q: Tensor, keys: Tensor, rows: slice) -> Tensor:
     Returns [n, G rows, rows.stop]."""
     n, heads, length, _ = q.shape
     scores = q.flatten(1, 2) @ keys[:, :, : rows.stop]
+    if not sums_in_pytorch() and build.load(SOFTMAX) is not None:
+        return causal_softmax(scores, length)
     later = scores.new_full((length, length), float("-inf")).triu(1)
     scores.view(n, heads, length, -1)[..., rows] += later
     return torch.softmax(scores, -1)
+
+
+def causal_softmax(scores: Tensor, queries: int) -> Tensor:
+    """softmax of the scores of `queries` queries, one after the other, in place, by `kernels/cpu/softmax.cpp`.
+
+    scores: bfloat16 [n, G queries, S], contiguous. Of each `queries` rows the last sees all S keys, the others one less each."""
+    n, rows, columns = scores.shape
+    assert scores.dtype == torch.bfloat16 and scores.is_contiguous() and rows % queries == 0 and columns >= queries
+    failed = loaded(SOFTMAX).sparsify_causal_softmax(
+        pointer(scores), *map(ctypes.c_int64, (n * rows, columns, queries)), torch.get_num_threads(), kernel_level()
+    )
+    if failed:
+        raise MemoryError(f"softmax of {columns} scores")
+    return scores

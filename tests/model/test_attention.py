@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sparsify.compute import Choice, for_this_machine, using
 from sparsify.model import attention
 from sparsify.model.attention import tiled_attention
+from sparsify.native import build
 
 TILES = Choice(torch.bfloat16, "a test", tiles=True)
 
@@ -115,3 +116,58 @@ def test_a_processor_that_multiplies_bfloat16_slowly(asked: str, monkeypatch: py
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
     with using(for_this_machine()), tiled_attention():
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+@pytest.fixture
+def native() -> None:
+    if build.load(attention.SOFTMAX) is None:
+        pytest.skip("no C++ compiler")
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(
+    ("shape", "queries"), [((2, 6, 3), 3), ((1, 128, 300), 128), ((3, 130, 65), 65), ((1, 1, 1), 1)]
+)
+def test_softmax_against_float64(shape: tuple[int, ...], queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a rounding to bfloat16 of it; the same bits at every level and with any number of threads."""
+    scores = (8 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).bfloat16()
+    seen = shape[2] - queries + 1 + torch.arange(shape[1]) % queries
+    later = torch.arange(shape[2]) >= seen[:, None]
+    wanted = scores.double().masked_fill(later, -torch.inf).softmax(-1)
+    found = attention.causal_softmax(scores.clone(), queries)
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8 + 1e-5, atol=1e-37)
+    assert not found[later.expand(shape)].any()
+    threads = torch.get_num_threads()
+    for level in ("portable", "avx2", ""):
+        monkeypatch.setenv("SPARSIFY_CPU_LEVEL", level)
+        for count in (1, 3):
+            try:
+                torch.set_num_threads(count)
+                assert torch.equal(attention.causal_softmax(scores.clone(), queries), found)
+            finally:
+                torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("place", [0, 70, 79])
+def test_softmax_of_what_is_not_finite(place: int) -> None:
+    """NaN and infinity make a row NaN, -infinity is a key that gets nothing; other rows never see them."""
+    for value, expected in ((torch.nan, torch.nan), (-torch.nan, torch.nan), (torch.inf, torch.nan), (-torch.inf, 0.0)):
+        scores = torch.randn(1, 3, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
+        rest = attention.causal_softmax(scores.clone(), 3)
+        scores[0, 2, place] = value
+        found = attention.causal_softmax(scores.clone(), 3)
+        assert torch.equal(found[0, :2], rest[0, :2])
+        if expected == 0:
+            assert found[0, 2, place] == 0 and abs(float(found[0, 2].double().sum()) - 1) < 0.01
+        else:
+            assert found[0, 2].isnan().all()
+
+
+def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.detach() for x in inputs(SHAPES[0]))
+    with tiled_attention():
+        found = attend(q, k, v)
+        monkeypatch.setattr(attention.build, "load", lambda name: None)
+        without = attend(q, k, v)
+    assert apart(without, found.double()) < 0.004
