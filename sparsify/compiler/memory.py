@@ -142,9 +142,10 @@ def walk_memory(plan: Plan, limits: Limits) -> WalkMemory:
     samples = math.ceil(calibration.samples / limits.among)
     one = _micro_batch(plan, min(rows, samples))
     hidden = _streams_kept(plan, streams) * samples * calibration.sequence_length * hidden_size(plan) * itemsize
-    suspended = streams * math.ceil(samples / rows) * one.most_waiting
-    base = {"interpreter and libraries": (memory.anonymous() or 0) + LATER}
     groups = [*dict.fromkeys(groups_of(plan))]
+    leaves = not any(group.expert for group in groups)
+    suspended = math.ceil(samples / rows) * (one.with_dense(leaves) if streams == 2 else one.most_waiting)
+    base = {"interpreter and libraries": (memory.anonymous() or 0) + LATER}
     steps, outside = _steps_of_walk(plan, one, groups, streams), {OUTSIDE: _outside_bytes(plan)}
     work = max(steps, key=_sum)
     budget, gpu_budget = memory.budget(limits.memory), memory.gpu_budget(limits.gpu_memory)
@@ -259,10 +260,12 @@ def _micro_batch(plan: Plan, rows: int) -> Footprint:
 
         found = by_kind(hollow, look)
     if found:
-        return Footprint((max(one.most_waiting for one in found),), max(one.peak for one in found))
+        most = max(found, key=lambda one: one.with_dense(leaves=True))
+        return replace(most, peak=max(one.peak for one in found))
     widths = [planned.shape[1] for planned in plan.linears.values()]
     token = plan.model.dtype.itemsize * rows * length
-    return Footprint((token * (5 * min(widths) + 2 * max(widths)),), token * (8 * min(widths) + 4 * max(widths)))
+    waiting = token * (5 * min(widths) + 2 * max(widths))
+    return Footprint((waiting, waiting), token * (8 * min(widths) + 4 * max(widths)))
 
 
 def _steps_of_walk(plan: Plan, one: Footprint, groups: Iterable[Group], streams: int) -> list[dict[str, int]]:

@@ -31,6 +31,12 @@ class Footprint:
     def most_waiting(self) -> int:
         return max(self.waiting, default=0)
 
+    def with_dense(self, leaves: bool) -> int:
+        """Bytes that it holds together with the same forward of the dense model, at most. That one waits at the next linear
+        where it holds less there (`_InStep.go_ahead`); leaves: from the last one it goes on."""
+        after = (*self.waiting[1:], 0 if leaves else self.most_waiting)
+        return max((here + min(here, there) for here, there in zip(self.waiting, after, strict=False)), default=0)
+
 
 class _Alive(TorchDispatchMode):
     """Counts the bytes of tensors that operations inside of it make, until they are freed. Views count once."""

@@ -1,12 +1,13 @@
 """Bytes that a suspended forward holds, counted by hand."""
 
+import pytest
 import torch
 from torch import nn
 
 from sparsify.model.capture import BlockCall, capture_calls, without_numbers
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.decoder import open_blocks
-from sparsify.model.footprint import footprint
+from sparsify.model.footprint import Footprint, footprint
 from tests.helpers.tiny import save_tiny
 
 TOKENS, WIDTH, WIDE = 6, 8, 32
@@ -51,3 +52,16 @@ def test_fake_tensors_are_counted_as_real_ones(tmp_path):
     assert len(real.waiting) == 4 and real.waiting[3] >= (64 + 128) * state
     assert abs(fake.peak - real.peak) <= 0.1 * real.peak
     assert all(abs(a - b) <= 0.1 * max(b, 1) for a, b in zip(fake.waiting, real.waiting, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "leaves", "most"),
+    [
+        ((10, 34, 20, 40), True, 54),  # at the second linear, from which the dense forward goes ahead
+        ((10, 34, 20, 40), False, 80),  # at the last one both wait
+        ((10,), True, 10),
+        ((), True, 0),
+    ],
+)
+def test_with_the_forward_of_the_dense_model(waiting: tuple[int, ...], leaves: bool, most: int) -> None:
+    assert Footprint(waiting, 100).with_dense(leaves) == most
