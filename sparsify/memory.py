@@ -7,12 +7,11 @@ Anonymous memory is what the kernel cannot take away from a process: heap and sh
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,16 +49,32 @@ def anonymous() -> int | None:
     return _fields("/proc/self/status", ("RssAnon", "RssShmem"))
 
 
-@functools.cache
-def _trim() -> Callable[[int], int] | None:
-    """malloc_trim of glibc, the only C library that has it."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+# Of mallopt(3). Below this size a piece is no mapping of its own; 32 MiB is the most that glibc takes.
+TRIM_THRESHOLD, MMAP_THRESHOLD = (-1, 2_000_000_000), (-3, 1 << 25)
+MALLOC_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function that only this C library has."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
+def keep_freed(environment: Mapping[str, str] = os.environ) -> bool:
+    """Let the C library keep what is freed for what is allocated next, unless the user has set how it does that. Returns whether it
+    does.
+
+    glibc finds its thresholds while a program runs; in every other run or so it then gave back and took anew what a block
+    needs, which made forward passes 15% slower (docs/kernel-log.md). For commands: a program that imports sparsify has its own."""
+    mallopt = _of_glibc("mallopt")
+    if mallopt is None or any(name in environment for name in MALLOC_SETTINGS):
+        return False
+    return bool(mallopt(*TRIM_THRESHOLD)) and bool(mallopt(*MMAP_THRESHOLD))
 
 
 def return_freed() -> None:
-    """Return to the system what the C library keeps of freed memory: pieces of many sizes, freed block after block, would
-    otherwise add up to as much as a block takes. Tens of milliseconds for hundreds of megabytes."""
-    if (trim := _trim()) is not None:
+    """Return to the system what the C library keeps of freed memory. For what is not needed again soon: to take memory anew costs
+    more than to keep it."""
+    if (trim := _of_glibc("malloc_trim")) is not None:
         trim(0)
 
 

@@ -27,7 +27,7 @@ ORDER = (
 
 # The runtime is loaded by every vLLM worker and by transformers: it may know the format and nothing of the compiler.
 RUNTIME_MAY_IMPORT = (
-    "_version", "errors", "processor", "files", "manifest", "native", "model.experts", "model.linear", "formats", "runtime",
+    "_version", "errors", "processor", "files", "memory", "manifest", "native", "model.experts", "model.linear", "formats", "runtime",
 )  # fmt: skip
 
 # What must be importable without the heavy packages, and why.

@@ -89,7 +89,16 @@ def test_a_container_has_what_its_limit_leaves(monkeypatch, tmp_path):
         assert memory.free() > 500_000
 
 
-@pytest.mark.skipif(memory._trim() is None, reason="only glibc gives back what lies between pieces in use")
+glibc = pytest.mark.skipif(memory._of_glibc("mallopt") is None, reason="another C library than glibc")
+
+
+@glibc
+def test_the_users_settings_of_malloc_win():
+    assert not memory.keep_freed({"MALLOC_TRIM_THRESHOLD_": "1000"})
+    assert memory.keep_freed({})
+
+
+@glibc
 def test_freed_memory_is_returned() -> None:
     """What is freed below a piece that is still in use stays with the C library until it is asked."""
     pieces = [ctypes.create_string_buffer(b"x" * 60_000, 60_000) for _ in range(3000)]

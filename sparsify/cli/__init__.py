@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sparsify import memory
 from sparsify.cli.command import FAILED, Outcome
 from sparsify.cli.parser import parse
 from sparsify.distributed import Terminated, hear_the_end, is_main, processes, rank, speaks_first
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.segment import Segment
 
+COMPRESSING = ("apply", "search")  # commands that allocate the same pieces block after block
 INTERRUPTED = 130  # exit status, as shells have it: 128 + SIGINT
 NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars of libraries, where none can be drawn
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -51,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet = getattr(args, "quiet", False)
     # before a handler imports the libraries that read these once
     prepare(NO_BARS if (quiet or not on_terminal()) and args.command != "serve" else None)
+    if args.command in COMPRESSING:
+        memory.keep_freed()
     hear_the_end()
     try:
         with (

@@ -26,7 +26,6 @@ from sparsify import compute
 from sparsify.native import build
 from sparsify.native.arguments import loaded, pointer
 from sparsify.processor import kernel_level
-from sparsify.solver.gram import sums_in_pytorch
 
 NAME = "sdpa"  # of what is replaced in transformers' registry
 SOFTMAX = "cpu/softmax"  # the kernel
@@ -150,7 +149,7 @@ def _probabilities(q: Tensor, keys: Tensor, rows: slice) -> Tensor:
     Returns [n, G rows, rows.stop]."""
     n, heads, length, _ = q.shape
     scores = q.flatten(1, 2) @ keys[:, :, : rows.stop]
-    if not sums_in_pytorch() and build.load(SOFTMAX) is not None:
+    if build.load(SOFTMAX) is not None:
         return causal_softmax(scores, length)
     later = scores.new_full((length, length), float("-inf")).triu(1)
     scores.view(n, heads, length, -1)[..., rows] += later

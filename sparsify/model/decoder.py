@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparsify import compute, memory
+from sparsify import compute
 from sparsify.errors import CheckpointError, SparsifyError
 from sparsify.failure import first_words
 from sparsify.model.belonging import carried_over, differences, refuse
@@ -155,8 +155,7 @@ class BlockModel:
         self.model.tie_weights()  # type: ignore[operator]
 
     def unload(self, index: int | None) -> None:
-        """Return the parameters of a block, or with None all outside of the blocks, to the meta device, which frees them; what
-        was freed before goes back to the system."""
+        """Return the parameters of a block, or with None all outside of the blocks, to the meta device, which frees them."""
         if index is None:
             inside = {id(module) for name in self.blocks for module in self.model.get_submodule(name).modules()}
             modules = [module for module in self.model.modules() if id(module) not in inside]
@@ -165,7 +164,6 @@ class BlockModel:
         for module in modules:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        memory.return_freed()
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """Plain linears of a block by their name inside the block, in definition order."""

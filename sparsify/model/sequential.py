@@ -31,6 +31,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from sparsify import memory
 from sparsify.errors import CheckpointError, NumericalError, SparsifyError
 from sparsify.failure import first_words
 from sparsify.files import only_user, reserve
@@ -421,6 +422,7 @@ class Walk:
         self.probe = capture_calls(model, tokens[:1, :PROBE_TOKENS].to(device))
         if not keeps_outside:
             model.unload(None)
+        memory.return_freed()  # by the tokenizer and the embeddings
 
     @torch.no_grad()
     @tiled_attention()

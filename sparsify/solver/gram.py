@@ -67,11 +67,6 @@ def summation_order(name: str) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def sums_in_pytorch() -> bool:
-    """Whether the order in force is PyTorch's: that of a run which was begun without native kernels."""
-    return _wanted.get() == "torch"
-
-
 def gram(inputs: Sequence[Tensor], out: Tensor | None = None, *, whole: bool = True) -> Tensor:
     """Sum of x'x over micro-batches x: [tokens, K]. Returns float32 [K, K], added to `out` if given (symmetric, in place).
 
