@@ -626,9 +626,8 @@ class Walk:
     def _leave(self, index: int) -> None:
         self.model.unload(index)
         for i in range(len(self.hidden)):
-            if not all(
-                extreme.isfinite() for extreme in torch.aminmax(self.hidden[i])
-            ):  # both are NaN where one number is
+            least, greatest = torch.aminmax(self.hidden[i])  # NaN where one number is
+            if not (least.isfinite() and greatest.isfinite()):
                 raise NumericalError(
                     f"{self.model.blocks[index]}: its output holds NaN or Inf on the calibration text; "
                     "check the dense model, or leave this block's linears out with `ignore`"
