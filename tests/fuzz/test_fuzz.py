@@ -88,4 +88,4 @@ def test_inputs_are_changed_the_same_way_each_time() -> None:
 
 def test_the_command_knows_every_target() -> None:
     assert reader_targets() == list(targets.TARGETS)
-    assert kernel_targets() == ["kernels/gram", "kernels/solver", "kernels/sparse24"]
+    assert kernel_targets() == ["kernels/gram", "kernels/softmax", "kernels/solver", "kernels/sparse24"]
