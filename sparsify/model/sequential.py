@@ -235,8 +235,7 @@ class _InStep:
         self.room, self.waiting, self.alone, self.phase = room, waiting, alone, phase
         self.passed = 0  # stops where every micro-batch has been
         self.running = 0  # the micro-batch whose forward goes on
-        self.kept: dict[int, tuple[greenlet, int]] = {}
-        self.ahead: dict[int, Any] = {}  # where those that went ahead wait
+        self.kept: dict[int, tuple[greenlet, int, Any]] = {}  # with its bytes, and where it waits if it went ahead
         self.known: Tensor | None = None  # what a linear will make of the micro-batch that waits at it
         self.handing: list[nn.Module] = []
 
@@ -252,8 +251,7 @@ class _InStep:
 
         goes_on: from its next stop before any other micro-batch, so that there is room for it"""
         self.running = i
-        run = self._taken(i)
-        arrived = self.ahead.pop(i, None)
+        run, arrived = self._taken(i)
         with phase(self.phase):
             if run is None:
                 run, arrived = self._begun(i)
@@ -273,29 +271,28 @@ class _InStep:
 
     def go_ahead(self, i: int) -> None:
         """Let a micro-batch wait at its next stop instead of at this one, if it was kept."""
-        if (run := self._taken(i)) is None:
+        run, _ = self._taken(i)
+        if run is None:
             return
         self.running = i
         with phase(self.phase):
             arrived = run.switch()
         if not isinstance(arrived, tuple):
             raise _different_paths()
-        if self._keep(i, run, self._bytes(i, self.passed + 1)):
-            self.ahead[i] = arrived
+        self._keep(i, run, self._bytes(i, self.passed + 1), arrived)
 
-    def _taken(self, i: int) -> greenlet | None:
-        """The forward of a micro-batch, which goes on, if it was kept."""
-        run, held = self.kept.pop(i, (None, 0))
+    def _taken(self, i: int) -> tuple[greenlet | None, Any]:
+        """The forward of a micro-batch, which goes on, if it was kept, and where it waits if it went ahead."""
+        run, held, arrived = self.kept.pop(i, (None, 0, None))
         self.room.used -= held
-        return run
+        return run, arrived
 
-    def _keep(self, i: int, run: greenlet, held: int) -> bool:
-        """Whether there is room for a forward that waits; where there is none, it ends."""
-        if not self.room.take(held):
+    def _keep(self, i: int, run: greenlet, held: int, arrived: Any = None) -> None:
+        """Keep a forward that waits; where there is no room for it, it ends."""
+        if self.room.take(held):
+            self.kept[i] = (run, held, arrived)
+        else:
             run.throw()
-            return False
-        self.kept[i] = (run, held)
-        return True
 
     def _begun(self, i: int) -> tuple[greenlet, Any]:
         """A new forward of a micro-batch, past the linears where it has been."""
@@ -344,9 +341,8 @@ class _InStep:
             self.hooks.pop().remove()
         while self.handing:
             del self.handing.pop().forward  # or block and walk would hold each other
-        self.ahead.clear()
         while self.kept:
-            run, held = self.kept.popitem()[1]
+            run, held, _ = self.kept.popitem()[1]
             self.room.used -= held
             run.throw()
 

@@ -156,9 +156,8 @@ def test_forwards_that_are_computed_anew_give_the_same_bits(tmp_path, family):
         assert all(torch.equal(one, other) for one, other in zip(found, kept, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("family", "most"), [("llama", 0.9), ("mixtral", 1.0)]
-)  # of experts all inputs are held at once
+# of experts all inputs are held at once
+@pytest.mark.parametrize(("family", "most"), [("llama", 0.9), ("mixtral", 1.0)])
 def test_dense_forwards_go_ahead_where_they_hold_less(tmp_path, family, most, monkeypatch):
     """From attention, whose queries, keys and values nobody needs any more, to what reads its output: to the same bits."""
     directory, held = save_tiny(tmp_path / family, family), []

@@ -85,7 +85,7 @@ def test_a_head_is_held_packed_alone(dtype: torch.dtype) -> None:
         assert torch.equal(head.weight.clone(), draw(seed, dtype)) and tensors_of(head) == []
 
 
-def test_an_embedding_is_not_packed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedding_is_not_packed(dtype: torch.dtype) -> None:
     layer = make(VocabParallelEmbedding, dtype, "model.embed_tokens")
     record_metadata_for_reloading(layer)
     load(layer, draw(0, dtype))
