@@ -11,7 +11,7 @@ from torch.nn import functional
 pytest.importorskip("vllm", reason="vLLM is not installed; make setup installs it")
 
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers import vocab_parallel_embedding
+from vllm.model_executor.layers import utils, vocab_parallel_embedding
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
@@ -68,21 +68,30 @@ def tensors_of(layer: nn.Module) -> list[str]:
     return [name for name, _ in (*layer.named_parameters(), *layer.named_buffers())]
 
 
-def test_a_head_is_held_packed_alone(dtype: torch.dtype) -> None:
+def held_of_a_head(dtype: torch.dtype) -> list[str]:
+    """Nothing beside the packed copy, but the weight where vLLM has no packed product: oneDNN has none in bfloat16 with AVX2 alone."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(draw(0, dtype), requires_grad=False)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    return ["weight"] if layer.weight.numel() else []
+
+
+def test_a_head_is_held_once(dtype: torch.dtype) -> None:
     """Its dense weight can still be had, and others can take its place."""
+    held = held_of_a_head(dtype)
     head = make(ParallelLMHead, dtype, "lm_head")
     record_metadata_for_reloading(head)
     load(head, draw(0, dtype))
     finish(head)
     assert_multiplies(head, draw(0, dtype))
-    assert tensors_of(head) == []
+    assert tensors_of(head) == held
     assert torch.equal(head.weight.clone(), draw(0, dtype))
     for seed in (1, 2):
         initialize_layerwise_reload(head)
         load(head, draw(seed, dtype))
         finalize_layerwise_reload(head, None)
         assert_multiplies(head, draw(seed, dtype))
-        assert torch.equal(head.weight.clone(), draw(seed, dtype)) and tensors_of(head) == []
+        assert torch.equal(head.weight.clone(), draw(seed, dtype)) and tensors_of(head) == held
 
 
 def test_an_embedding_is_not_packed(dtype: torch.dtype) -> None:
