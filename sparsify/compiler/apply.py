@@ -54,6 +54,7 @@ from sparsify.formats.writer import CheckpointWriter, is_published, partial_dire
 from sparsify.lock import only_run
 from sparsify.manifest import damage, keep_json
 from sparsify.memory import Peak, gpu_peaks, peak_anonymous
+from sparsify.native.tensor_memory import reusable_tensor_memory
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Distill, Recipe, dump_recipe
 from sparsify.training.log import whole_log
@@ -140,7 +141,7 @@ def _apply(
         finished = writer.parts()
     # nobody writes a part before everybody knows which ones were there
     arithmetic = of_main(partial(_kept, arithmetic, plan, writer, resume))
-    with announced(arithmetic, plan, quiet).in_force():
+    with announced(arithmetic, plan, quiet).in_force(), reusable_tensor_memory():
         before = Before(plan)
         with main_first():
             _read_ahead(plan, writer, quiet)

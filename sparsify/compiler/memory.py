@@ -23,7 +23,7 @@ from sparsify.errors import SparsifyError
 from sparsify.model.capture import capture_calls, without_numbers
 from sparsify.model.experts import is_expert
 from sparsify.model.footprint import Footprint, footprint
-from sparsify.model.linear_groups import by_kind, stops_of
+from sparsify.model.linear_groups import by_kind, find_groups
 from sparsify.model.sequential import rows_of_micro_batch
 from sparsify.recipe import Tune
 from sparsify.solver.hessian import PANEL
@@ -256,7 +256,8 @@ def _micro_batch(plan: Plan, rows: int) -> Footprint:
 
         def look(index: int) -> Footprint:
             block = hollow.block(index)
-            return footprint(block, [*stops_of(block).values()], hidden, calls[index])
+            groups, _ = find_groups(block, hidden, calls[index])
+            return footprint(block, [block.get_submodule(group.stop) for group in groups], hidden, calls[index])
 
         found = by_kind(hollow, look)
     if found:
@@ -264,7 +265,7 @@ def _micro_batch(plan: Plan, rows: int) -> Footprint:
         return replace(most, peak=max(one.peak for one in found))
     widths = [planned.shape[1] for planned in plan.linears.values()]
     token = plan.model.dtype.itemsize * rows * length
-    waiting = token * (5 * min(widths) + 2 * max(widths))
+    waiting = token * (2 * min(widths) + max(widths))
     return Footprint((waiting, waiting), token * (8 * min(widths) + 4 * max(widths)))
 
 

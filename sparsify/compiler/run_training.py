@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -36,7 +36,9 @@ from sparsify.training.held_out import HeldOutText
 from sparsify.training.qat_linear import TrainableLinear, make_trainable
 from sparsify.training.sharding import shard
 from sparsify.training.student import Student, Teacher, trainable_parameters
-from sparsify.training.trainer import Trained, train
+
+if TYPE_CHECKING:
+    from sparsify.training.trainer import Trained
 
 
 @tiled_attention()
@@ -54,6 +56,10 @@ def train_stage(
     checkpoint: the model of the recipe, dense or compressed. conclude: is told what metrics.json should say, and the
     compressed linears by name, before the stage counts as done.
     """
+    from sparsify.training.trainer import (
+        train,  # with transformers' Trainer and peft, which no run without training needs
+    )
+
     settings = planned.settings
     directory = writer.work / f"training-{number}"
     directory.mkdir(parents=True, exist_ok=True)

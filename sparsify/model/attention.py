@@ -63,7 +63,7 @@ def tiled_attention() -> Iterator[None]:
             if query.shape[2] == 1:
                 return _of_one_token(query, key, value, scale).transpose(1, 2), None
             if causal and query.shape[2] == key.shape[2]:
-                return _Causal.apply(query, key, value, scale).transpose(1, 2), None
+                return causal_attention(query, key, value, scale).transpose(1, 2), None
         return theirs(module, query, key, value, attention_mask, dropout, scaling, is_causal, **others)
 
     attend.tiled = True  # type: ignore[attr-defined]
@@ -88,20 +88,43 @@ def _of_one_token(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     return scaled_dot_product_attention(rows, key, value, scale=scale).reshape(b, h, 1, -1)
 
 
-class _Causal(torch.autograd.Function):
-    """softmax(scale Q K' + causal mask) V. query: [B, H, T, D]; key: [B, H_kv, T, D]; value: [B, H_kv, T, D_v].
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(scale Q K' + causal mask) V, with gradients. query: [B, H, T, D]; key: [B, H_kv, T, D]; value: [B, H_kv, T, D_v].
     Returns [B, H, T, D_v]."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return _Causal.apply(query, key, value, scale)
+    return torch.ops.sparsify.causal_attention(query, key, value, scale)
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`causal_attention` without gradients, of tensors in memory."""
+    q, k, v = _by_key(query * scale, key), key.flatten(0, 1), value.flatten(0, 1)
+    out = q.new_empty(*q.shape[:3], v.shape[2])
+    for heads in _together(q):
+        keys, values = k[heads].transpose(1, 2).contiguous(), v[heads]
+        for rows in _tiles(q):
+            p = _probabilities(q[heads, :, rows], keys, rows)
+            out[heads, :, rows] = (p @ values[:, : rows.stop]).unflatten(1, (q.shape[1], -1))
+    return out.view(*query.shape[:3], -1)
+
+
+def _fake_attended(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+# One operation, so that what watches a forward (`Release`) sees one and not three hundred.
+_LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
+_LIBRARY.define("causal_attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor")
+_LIBRARY.impl("causal_attention", _attended, "CPU")
+torch.library.register_fake("sparsify::causal_attention", _fake_attended, lib=_LIBRARY)
+
+
+class _Causal(torch.autograd.Function):
+    """`causal_attention`, computed anew tile by tile for its gradients."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        q, k, v = _by_key(query * scale, key), key.flatten(0, 1), value.flatten(0, 1)
-        out = q.new_empty(*q.shape[:3], v.shape[2])
-        for heads in _together(q):
-            keys, values = k[heads].transpose(1, 2).contiguous(), v[heads]
-            for rows in _tiles(q):
-                p = _probabilities(q[heads, :, rows], keys, rows)
-                out[heads, :, rows] = (p @ values[:, : rows.stop]).unflatten(1, (q.shape[1], -1))
-        output = out.view(*query.shape[:3], -1)
+        output = _attended(query, key, value, scale)
         ctx.save_for_backward(query, key, value, output)
         ctx.scale = scale
         return output

@@ -65,7 +65,7 @@ def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[Line
     seen: dict[str, list[Tensor]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.setdefault(names[module], []).append(args[0])  # keeps the tensor alive, so its address stays unique
+        seen.setdefault(names[module], []).append(args[0])  # keeps the tensor alive, so its place stays unique
 
     hooks = [module.register_forward_pre_hook(note) for module in names]
     mixtures = [module for module in names if isinstance(module, SeparateExperts)]
@@ -90,7 +90,8 @@ def find_groups(block: nn.Module, x: Tensor, call: BlockCall) -> tuple[list[Line
             skipped[name] = "does not read every token"
         else:
             mixture = name if stops[name] in mixtures else None
-            groups.setdefault((t.data_ptr(), t.shape, t.stride(), mixture), []).append(name)
+            where = (t.untyped_storage()._cdata, t.storage_offset())  # which fake tensors have too
+            groups.setdefault((where, t.shape, t.stride(), mixture), []).append(name)
     found = [
         LinearGroup(tuple(members) if path is None else _linears_of(path, stops[path]), shape[-1], path)
         for (_, shape, _, path), members in groups.items()

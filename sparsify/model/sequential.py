@@ -39,7 +39,7 @@ from sparsify.model.attention import tiled_attention
 from sparsify.model.capture import BlockCall, call_of_row, capture_calls, head_inputs, run_block, share_equal
 from sparsify.model.decoder import BlockModel
 from sparsify.model.experts import LEAVES, SeparateExperts, experts_of, given
-from sparsify.model.footprint import Footprint, footprint
+from sparsify.model.footprint import Footprint, ReadAgain, Release, footprint
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups, is_narrow
 from sparsify.model.pretrained import LONGEST
@@ -207,11 +207,33 @@ def _modes() -> tuple[Any, ...]:
     )
 
 
+@dataclass
+class _Forward:
+    """The forward of one micro-batch.
+
+    release: of what it never reads again
+    held:    bytes that count for it in the room
+    """
+
+    run: greenlet
+    release: Release
+    held: int = 0
+
+    def to(self, stop: int, value: Any = None) -> Any:
+        """Let it run to a stop, counted from 0, or to its end. value: what it begins with. Returns where it waits, or its output."""
+        with self.release:
+            arrived = self.run.switch() if value is None else self.run.switch(value)
+        if not self.run.dead:
+            self.release.at(stop)
+        return arrived
+
+
 class _InStep:
     """The forwards of all micro-batches through one block, which stop at one linear after the other.
 
     room:  for those that wait; one that finds none is given up and computed anew when it is to go on
-    waiting: bytes that one micro-batch holds at every stop; unknown where there is room for everything and nothing goes ahead
+    watched: one of them, operation by operation
+    waiting: bytes that the first micro-batch holds at every stop
     alone: the block writes into what it is given, so every forward needs its own copy
     phase: that its time counts for
     """
@@ -224,7 +246,7 @@ class _InStep:
         calls: Sequence[Sequence[BlockCall]],
         index: int,
         room: Room,
-        waiting: Sequence[int],
+        watched: Footprint,
         alone: bool,
         phase: str,
     ):
@@ -232,10 +254,12 @@ class _InStep:
         self.modes = _modes()
         self.block, self.hidden, self.calls, self.index = block, hidden, calls, index
         self.hooks = [stop.register_forward_pre_hook(self._wait) for stop in stops]
-        self.room, self.waiting, self.alone, self.phase = room, waiting, alone, phase
+        self.room, self.watched, self.alone, self.phase = room, watched, alone, phase
+        own = hidden[0].nbytes if alone else 0
+        self.waiting = [nbytes + own for nbytes in watched.waiting]
         self.passed = 0  # stops where every micro-batch has been
         self.running = 0  # the micro-batch whose forward goes on
-        self.kept: dict[int, tuple[greenlet, int, Any]] = {}  # with its bytes, and where it waits if it went ahead
+        self.kept: dict[int, _Forward] = {}
         self.known: Tensor | None = None  # what a linear will make of the micro-batch that waits at it
         self.handing: list[nn.Module] = []
 
@@ -251,59 +275,51 @@ class _InStep:
 
         goes_on: from its next stop before any other micro-batch, so that there is room for it"""
         self.running = i
-        run, arrived = self._taken(i)
+        forward = self._taken(i)
         with phase(self.phase):
-            if run is None:
-                run, arrived = self._begun(i)
-            elif arrived is None:
-                arrived = run.switch()
+            forward, arrived = self._begun(i) if forward is None else self._gone_on(i, forward)
         if not isinstance(arrived, tuple):
             return None, arrived
         module, args = arrived
-        self._keep(i, run, 0 if goes_on else self._bytes(i, self.passed))
+        self._keep(i, forward, 0 if goes_on else self._bytes(i, self.passed))
         return module, args if isinstance(module, SeparateExperts) else args[0].reshape(-1, args[0].shape[-1])
 
-    def goes_ahead(self) -> bool:
-        """Whether forwards that need not wait here, as those of the dense model, hold less where they wait next. In attention
-        they hold queries, keys and values, behind it only what it made of them."""
-        after = self.passed + 1
-        return after < len(self.waiting) and self.waiting[after] < self.waiting[self.passed]
+    def _taken(self, i: int) -> _Forward | None:
+        """The forward of a micro-batch, which goes on, if it was kept."""
+        forward = self.kept.pop(i, None)
+        if forward is not None:
+            self.room.used -= forward.held
+        return forward
 
-    def go_ahead(self, i: int) -> None:
-        """Let a micro-batch wait at its next stop instead of at this one, if it was kept."""
-        run, _ = self._taken(i)
-        if run is None:
-            return
-        self.running = i
-        with phase(self.phase):
-            arrived = run.switch()
-        if not isinstance(arrived, tuple):
-            raise _different_paths()
-        self._keep(i, run, self._bytes(i, self.passed + 1), arrived)
-
-    def _taken(self, i: int) -> tuple[greenlet | None, Any]:
-        """The forward of a micro-batch, which goes on, if it was kept, and where it waits if it went ahead."""
-        run, held, arrived = self.kept.pop(i, (None, 0, None))
-        self.room.used -= held
-        return run, arrived
-
-    def _keep(self, i: int, run: greenlet, held: int, arrived: Any = None) -> None:
+    def _keep(self, i: int, forward: _Forward, held: int) -> None:
         """Keep a forward that waits; where there is no room for it, it ends."""
         if self.room.take(held):
-            self.kept[i] = (run, held, arrived)
+            forward.held = held
+            self.kept[i] = forward
         else:
-            run.throw()
+            forward.run.throw()
 
-    def _begun(self, i: int) -> tuple[greenlet, Any]:
-        """A new forward of a micro-batch, past the linears where it has been."""
+    def _gone_on(self, i: int, forward: _Forward) -> tuple[_Forward, Any]:
+        """A forward at its next stop, or what it returned. One that reads again what it let go of is computed anew."""
+        try:
+            return forward, forward.to(self.passed)
+        except ReadAgain:
+            return self._begun(i, releases=False)
+
+    def _begun(self, i: int, releases: bool = True) -> tuple[_Forward, Any]:
+        """A new forward of a micro-batch, past the linears where it has been, or what it returned."""
         x, call = self.hidden[i], self.calls[i][self.index]
-        run = greenlet(lambda hidden: run_block(self.block, hidden, call))
-        arrived = run.switch(x.clone() if self.alone else x)
-        for _ in range(self.passed):
-            if run.dead:
-                raise _different_paths()
-            arrived = run.switch()
-        return run, arrived
+        watched = self.watched if releases else Footprint((), 0)
+        forward = _Forward(greenlet(lambda hidden: run_block(self.block, hidden, call)), Release(watched))
+        try:
+            arrived = forward.to(0, x.clone() if self.alone else x)
+            for stop in range(1, self.passed + 1):
+                if forward.run.dead:
+                    raise _different_paths()
+                arrived = forward.to(stop)
+        except ReadAgain:
+            return self._begun(i, releases=False)
+        return forward, arrived
 
     def _bytes(self, i: int, stop: int) -> int:
         """What a micro-batch holds where it waits; the first one is the largest."""
@@ -342,9 +358,9 @@ class _InStep:
         while self.handing:
             del self.handing.pop().forward  # or block and walk would hold each other
         while self.kept:
-            run, held, _ = self.kept.popitem()[1]
-            self.room.used -= held
-            run.throw()
+            forward = self.kept.popitem()[1]
+            self.room.used -= forward.held
+            forward.run.throw()
 
 
 def _different_paths() -> SparsifyError:
@@ -452,8 +468,7 @@ class Walk:
             while stop is not None:
                 group = next(g for g in groups if block.get_submodule(g.stop) is stop)
                 outputs = dense is not None and group is by_outputs
-                ahead = dense is not None and group.experts is None and dense.goes_ahead()
-                batches = _in_turn(compressed, dense, stop, x, group is last, ahead, outputs)
+                batches = _in_turn(compressed, dense, stop, x, group is last, outputs)
                 del x
                 if group.experts is not None:
                     done |= self._visit_experts(index, block, group, batches, dense, rewrite)
@@ -633,14 +648,10 @@ class Walk:
         self, block: nn.Module, groups: Sequence[LinearGroup], hidden: Activations, index: int, alone: bool, phase: str
     ) -> _InStep:
         stops = [block.get_submodule(g.stop) for g in groups]
-        waiting: Sequence[int] = ()
-        if self.room.limit is not None or self.dense is not None:
-            kind = tuple(name for g in groups for name in g.names)
-            if kind not in self.footprints:
-                self.footprints[kind] = footprint(block, stops, self.hidden[0].clone(), self.calls[0][index])
-            own = self.hidden[0].nbytes if alone else 0
-            waiting = [nbytes + own for nbytes in self.footprints[kind].waiting]
-        return _InStep(block, stops, hidden, self.calls, index, self.room, waiting, alone, phase)
+        kind = tuple(name for g in groups for name in g.names)
+        if kind not in self.footprints:
+            self.footprints[kind] = footprint(block, stops, self.hidden[0].clone(), self.calls[0][index])
+        return _InStep(block, stops, hidden, self.calls, index, self.room, self.footprints[kind], alone, phase)
 
 
 def rows_of_micro_batch(length: int) -> int:
@@ -661,12 +672,11 @@ def _beside(block: nn.Module) -> nn.Module:
 
 
 def _in_turn(
-    compressed: _InStep, dense: _InStep | None, stop: nn.Module, x: Any, ends: bool, ahead: bool, outputs: bool
+    compressed: _InStep, dense: _InStep | None, stop: nn.Module, x: Any, ends: bool, outputs: bool
 ) -> Iterator[tuple[Any, Any]]:
     """What every micro-batch reads at `stop` in both models; x: what the first one reads, which is there already.
 
     ends:    the dense forwards stop nowhere else, and leave the block one after the other
-    ahead:   the dense forwards wait at their next stop once they were here
     outputs: of the dense model give what its linear makes of what it reads
     """
     batch: list[Any] = [x]
@@ -687,5 +697,3 @@ def _in_turn(
         del own
         if ends:
             dense.finish(i)
-        elif ahead:
-            dense.go_ahead(i)

@@ -111,7 +111,7 @@ def torch_flags(source: Path) -> list[str]:
     if b"#include <torch/" not in source.read_bytes() or spec is None or spec.origin is None:
         return []
     package = Path(spec.origin).parent
-    return [f"-I{package / 'include'}", f"-L{package / 'lib'}", "-ltorch_cpu"]
+    return [f"-I{package / 'include'}", f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
 def build(name: str) -> Path:

@@ -30,6 +30,7 @@ from sparsify.formats.writer import partial_directory
 from sparsify.lock import only_run
 from sparsify.manifest import MANIFEST, refuse_damaged, seal, unsound
 from sparsify.model.experts import is_expert
+from sparsify.native.tensor_memory import reusable_tensor_memory
 from sparsify.progress import quietly, say, stage
 from sparsify.recipe import Recipe, dump_recipe
 from sparsify.search.budget import Budget
@@ -231,7 +232,7 @@ def search(
         _record(place, plan, output, settings, resume)
         arithmetic = arithmetic.for_statistics()
         arithmetic.keep(place)
-        with announced(arithmetic, plan, quiet).in_force():
+        with announced(arithmetic, plan, quiet).in_force(), reusable_tensor_memory():
             held_out = held_out_rows(plan, settings.text, settings.samples, settings.sequence_length, place, quiet)
             measured = measure(plan, units, held_out, place, PRECISIONS[settings.precision], quiet)
             selection = selection_of(plan, units, measured, seconds)

@@ -30,7 +30,7 @@ def test_counts_what_is_alive_and_no_view_nor_input():
     block = Block()
     found = footprint(block, [block.up, block.down], torch.zeros(2, 3, WIDTH), BlockCall((), {}))
     wide, narrow = TOKENS * WIDE * 4, TOKENS * WIDTH * 4
-    assert found.waiting == (0, 2 * wide)  # before and after relu
+    assert found.waiting == (0, wide)  # behind relu; `wide` has a name still, but is never read again
     assert found.peak == 2 * wide + 2 * narrow  # and what `down` gives, and the sum
 
 
@@ -57,7 +57,8 @@ def test_fake_tensors_are_counted_as_real_ones(tmp_path):
 @pytest.mark.parametrize(
     ("waiting", "leaves", "most"),
     [
-        ((10, 34, 20, 40), True, 54),  # at the second linear, from which the dense forward goes ahead
+        ((10, 34, 20, 40), True, 68),  # at the second linear
+        ((10, 14, 20, 60), True, 60),  # at the last one, which the dense forward leaves
         ((10, 34, 20, 40), False, 80),  # at the last one both wait
         ((10,), True, 10),
         ((), True, 0),

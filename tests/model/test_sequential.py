@@ -6,15 +6,18 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sparsify.errors import CheckpointError, NumericalError, SparsifyError
 from sparsify.model import sequential
+from sparsify.model.capture import BlockCall
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.decoder import open_blocks
+from sparsify.model.footprint import Release, footprint
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import find_groups
-from sparsify.model.sequential import Room, Walk
+from sparsify.model.sequential import Activations, Room, Walk, _InStep
 from tests.helpers.tiny import FAMILIES, save_tiny
 
 SAMPLES, LENGTH = 5, 24
@@ -156,27 +159,70 @@ def test_forwards_that_are_computed_anew_give_the_same_bits(tmp_path, family):
         assert all(torch.equal(one, other) for one, other in zip(found, kept, strict=True))
 
 
-# of experts all inputs are held at once
-@pytest.mark.parametrize(("family", "most"), [("llama", 0.9), ("mixtral", 1.0)])
-def test_dense_forwards_go_ahead_where_they_hold_less(tmp_path, family, most, monkeypatch):
-    """From attention, whose queries, keys and values nobody needs any more, to what reads its output: to the same bits."""
-    directory, held = save_tiny(tmp_path / family, family), []
-    take = Room.take
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "mixtral"])
+def test_forwards_let_go_of_what_they_never_read_again(tmp_path, family, monkeypatch):
+    """To the same bits, with less in memory while all wait behind attention."""
+    directory, alive = save_tiny(tmp_path / family, family), []
+    visit_group = Walk._visit_group
 
-    def watched(room, nbytes):
-        fits = take(room, nbytes)
-        held[-1] = max(held[-1], room.used)
-        return fits
+    def counted(walk, index, block, group, batches, rewrite, outputs):
+        def last(visit):
+            new = rewrite(visit)
+            if any("o_proj" in name or "attention.dense" in name for name in group.names):
+                tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.device.type == "cpu"]
+                alive[-1] += sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+            return new
 
-    monkeypatch.setattr(Room, "take", watched)
+        return visit_group(walk, index, block, group, batches, last, outputs)
+
+    monkeypatch.setattr(Walk, "_visit_group", counted)
     found = []
-    for ahead in (True, False):
-        if not ahead:
-            monkeypatch.setattr(sequential._InStep, "goes_ahead", lambda stream: False)
-        held.append(0)
-        found.append(walked(directory, None)[0])
+    for lets_go in (True, False):
+        if not lets_go:
+            monkeypatch.setattr(Release, "at", lambda release, stop: None)
+        alive.append(0)
+        read, _ = walked(directory, None)
+        found.append([x.clone() for x in read])
+        del read
+    assert len(found[0]) == len(found[1])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-    assert held[0] <= most * held[1]
+    assert 0 < alive[0] < alive[1]
+
+
+class Late(nn.Module):
+    """A block whose last operation reads what its first one made, but not for every micro-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        early = x * 2
+        late = self.second(self.first(early).relu())
+        return late + early if x.sum() > 0 else late
+
+
+def test_a_forward_that_reads_again_what_it_let_go_of_is_computed_anew():
+    torch.manual_seed(0)
+    block, states = Late(), [torch.randn(1, 4, 8).abs() * sign for sign in (-1, 1, -1)]
+    hidden = Activations([x.shape for x in states], torch.float32)
+    for i, x in enumerate(states):
+        hidden[i] = x
+    call = BlockCall((), {})
+    stops = [block.first, block.second]
+    with torch.no_grad():
+        watched = footprint(block, stops, states[0], call)
+        assert watched.unread[1]  # the input of `first`
+        steps = _InStep(block, stops, hidden, [[call]] * 3, 0, Room(), watched, False, "forward")
+        for stop in stops:
+            for i in range(3):
+                assert steps.advance(i)[0] is stop
+            steps.passed += 1
+        for i in range(3):
+            steps.finish(i)
+        steps.close()
+        for i, x in enumerate(states):
+            assert torch.equal(hidden[i], block(x))
 
 
 @pytest.mark.parametrize(("room", "forwards"), [(None, 1 + 1), (0, 4 + 3)])
