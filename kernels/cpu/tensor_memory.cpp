@@ -39,7 +39,9 @@ struct TensorMemory final : c10::Allocator {
 
     c10::DeleterFnPtr raw_deleter() const override { return &release; }
 
-    void copy_data(void* to, const void* from, std::size_t nbytes) const override { default_copy_data(to, from, nbytes); }
+    void copy_data(void* to, const void* from, std::size_t nbytes) const override {
+        default_copy_data(to, from, nbytes);
+    }
 };
 
 TensorMemory ours;
