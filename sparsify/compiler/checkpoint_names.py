@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsify.compiler.plan import Plan
 from sparsify.errors import CheckpointError, NumericalError
 from sparsify.model.checkpoint import DTYPES
+from sparsify.model.finite import all_finite
 from sparsify.model.linear import CODE_RANGE, LinearWeights
 
 RANGE = {dtype: math.frexp(torch.finfo(dtype).max)[1] for dtype in DTYPES.values() if dtype.is_floating_point}
@@ -31,7 +32,7 @@ def stored(plan: Plan, name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     kept = tensor.to(plan.stored_dtype(name))
-    if not torch.isfinite(kept if kept.element_size() > 1 else kept.float()).all():
+    if not all_finite(kept):
         raise NumericalError(_why_not_finite(name, tensor, kept.dtype))
     return kept
 
@@ -56,14 +57,14 @@ def refuse_unstorable(plan: Plan) -> None:
         if not narrowed and (scheme is not None or target.itemsize <= 2):
             continue
         tensor = plan.checkpoint.tensor(name)
-        if scheme is not None and scheme.quantize and torch.isfinite(tensor).all():
+        if scheme is not None and scheme.quantize and all_finite(tensor):
             tensor = tensor / CODE_RANGE[scheme.bits][1]  # a scale is stored, not the weight
-        if not torch.isfinite(tensor.to(target)).all():
+        if not all_finite(tensor.to(target)):
             raise NumericalError(_why_not_finite(name, tensor, target))
 
 
 def _why_not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> str:
-    if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
+    if not all_finite(tensor):
         return f"{name}: the tensor holds NaN or Inf; the model itself is damaged, get it again"
     kind = str(dtype).removeprefix("torch.")
     hint = "set export.dtype to bfloat16" if dtype == torch.float16 else "no 16-bit type holds it"

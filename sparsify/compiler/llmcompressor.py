@@ -26,6 +26,7 @@ from sparsify.formats.scheme import in_block
 from sparsify.formats.writer import CheckpointWriter
 from sparsify.manifest import damage, keep_json, seal
 from sparsify.model.checkpoint import Checkpoint
+from sparsify.model.finite import all_finite
 from sparsify.model.permissions import trusts_remote_code
 from sparsify.progress import say, stage
 from sparsify.recipe.llmcompressor.whole import REMOVED, SAVED, names_of, needs_older
@@ -210,7 +211,7 @@ def _new_tensors(source: Checkpoint, made: Checkpoint) -> set[str]:
 
 
 def _finite(source: Checkpoint, name: str, tensor: torch.Tensor) -> None:
-    if tensor.is_floating_point() and not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
+    if tensor.is_floating_point() and not all_finite(tensor):
         raise CheckpointError(f"{source.spec}: {name} holds NaN or Inf after llm-compressor's modifiers")
 
 

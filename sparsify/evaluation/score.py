@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparsify.data.fitting import context_of
 from sparsify.errors import NumericalError, SparsifyError
 from sparsify.evaluation.worst import WorstTokens
+from sparsify.model.finite import all_finite
 
 # Positions whose log-probabilities are alive at once: 256 x 128k x 4 bytes = 128 MiB for the widest vocabularies.
 ROWS = 256
@@ -198,7 +199,7 @@ def _logits(name: str, model: nn.Module, ids: Tensor) -> Tensor:
             f"{name} has positions for {limit} tokens, and the text is read {ids.shape[1]} at a time: "
             f"give --sequence-length {limit} or less"
         ) from error
-    if not torch.isfinite(logits).all():
+    if not all_finite(logits):
         raise NumericalError(
             f"{name} gives NaN or infinite logits on the evaluation text: its weights are damaged or overflow; "
             "check them with `sparsify inspect`"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
+from sparsify.model.finite import all_finite
 from sparsify.model.linear import CODE_RANGE, PATTERNS, LinearWeights
 
 GROUP_SIZES = (32, 64, 128)
@@ -120,8 +121,7 @@ def take_tensor(
 
 def finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor; CheckpointError, by its name, where it holds NaN or Inf."""
-    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # torch tests no float8
-    if wide.is_floating_point() and not torch.isfinite(wide).all():
+    if tensor.is_floating_point() and not all_finite(tensor):
         raise CheckpointError(f"{name}: expected finite numbers, found NaN or Inf; {AGAIN}")
     return tensor
 

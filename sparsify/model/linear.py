@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import CheckpointError
+from sparsify.model.finite import all_finite
 
 PATTERNS = ("2:4", "dense")
 CODE_RANGE = {4: (-8, 7), 8: (-128, 127)}
@@ -152,7 +153,7 @@ class LinearWeights:
             return "a 16-bit linear holds values and neither codes nor scales"
         if self.values.dim() != 2 or not self.values.is_floating_point():
             return f"values must be a floating matrix, found {self.values.dtype} {list(self.values.shape)}"
-        if not torch.isfinite(self.values).all():
+        if not all_finite(self.values):
             return "values hold NaN or Inf"
         return None
 
@@ -166,7 +167,7 @@ class LinearWeights:
             return f"group size {self.group_size} does not divide {k} inputs"
         if tuple(self.scale.shape) != (n, k // self.group_size):
             return f"scale has shape {list(self.scale.shape)}, expected {[n, k // self.group_size]}"
-        if not torch.isfinite(self.scale).all():
+        if not all_finite(self.scale):
             return "scales hold NaN or Inf"
         low, high = CODE_RANGE[self.bits]
         if self.codes.numel() and (self.codes.min() < low or self.codes.max() > high):

@@ -39,6 +39,7 @@ from sparsify.model.attention import tiled_attention
 from sparsify.model.capture import BlockCall, call_of_row, capture_calls, head_inputs, run_block, share_equal
 from sparsify.model.decoder import BlockModel
 from sparsify.model.experts import LEAVES, SeparateExperts, experts_of, given
+from sparsify.model.finite import all_finite
 from sparsify.model.footprint import Footprint, ReadAgain, Release, footprint
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups, is_narrow
@@ -637,8 +638,7 @@ class Walk:
     def _leave(self, index: int) -> None:
         self.model.unload(index)
         for i in range(len(self.hidden)):
-            least, greatest = torch.aminmax(self.hidden[i])  # NaN where one number is
-            if not (least.isfinite() and greatest.isfinite()):
+            if not all_finite(self.hidden[i]):
                 raise NumericalError(
                     f"{self.model.blocks[index]}: its output holds NaN or Inf on the calibration text; "
                     "check the dense model, or leave this block's linears out with `ignore`"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsify.distributed import gathered, sum_over_all
 from sparsify.errors import NumericalError
+from sparsify.model.finite import all_finite
 from sparsify.phases import phase
 from sparsify.solver.gram import cross, gram, mirror
 
@@ -140,21 +141,27 @@ def factor(H: Tensor, damping: float, name: str, order: Tensor | None = None) ->
     Makes one matrix, U. Raises NumericalError naming the linear when H is not finite or cannot be factored at all.
     """
     diagonal = H.diagonal()
-    if not torch.isfinite(diagonal).all():
+    if not all_finite(diagonal):
         raise NumericalError(
             f"{name}: its calibration inputs hold NaN or Inf; check the dense model and the calibration text"
         )
-    dead = diagonal == 0
-    mean = float(diagonal.mean())
     for attempt in range(RETRIES):
-        ridge = damping * 10**attempt * mean if mean > 0 else 1.0
-        damped = (diagonal + ridge).masked_fill(dead, max(mean, 1.0))
+        damped, ridge = damped_diagonal(H, damping * 10**attempt)
         if (U := _inverse_cholesky(H, damped, order)) is not None:
-            return Factors(H, damped, U, ridge, dead)
+            return Factors(H, damped, U, ridge, diagonal == 0)
     raise NumericalError(
         f"{name}: its Hessian cannot be factored even with damping {damping * 10 ** (RETRIES - 1):g}; "
         "raise `damping` in the recipe or use more calibration samples"
     )
+
+
+def damped_diagonal(H: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The diagonal of H plus damping * mean(diag H), [K], in which inputs that are zero for every token count, and that sum's second
+    part. H: [K, K]."""
+    diagonal = H.diagonal()
+    mean = float(diagonal.mean())
+    ridge = damping * mean if mean > 0 else 1.0
+    return (diagonal + ridge).masked_fill(diagonal == 0, max(mean, 1.0)), ridge
 
 
 def _inverse_cholesky(H: Tensor, diagonal: Tensor, order: Tensor | None) -> Tensor | None:
@@ -173,8 +180,7 @@ def _inverse_cholesky(H: Tensor, diagonal: Tensor, order: Tensor | None) -> Tens
         return None
     _invert_lower(M)
     _reverse(M)
-    least, greatest = torch.aminmax(M)  # both NaN where one entry is
-    return M if torch.isfinite(least) and torch.isfinite(greatest) else None
+    return M if all_finite(M) else None
 
 
 def _permuted(H: Tensor, order: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparsify.errors import CheckpointError
@@ -18,6 +17,7 @@ from sparsify.files import atomic_directory, cache_directory, write_json
 from sparsify.formats.foreign.scheme import Found, Quantized, check_stored
 from sparsify.formats.tensor_file import LazyTensor, read_tensor, write_shards
 from sparsify.model.checkpoint import Checkpoint, TensorInfo, model_dtype, without_quantization
+from sparsify.model.finite import all_finite
 from sparsify.progress import stage
 
 CACHE_VERSION = 1  # of what `loadable_directory` writes
@@ -98,7 +98,7 @@ class DequantizedCheckpoint(Checkpoint):
 
     def _rounded(self, name: str, weight: Tensor) -> Tensor:
         rounded = weight.to(self.dtype(name))
-        if not torch.isfinite(rounded).all():
+        if not all_finite(rounded):
             raise CheckpointError(
                 f"{self.spec}: {name} leaves the range of {str(rounded.dtype).removeprefix('torch.')} when it is dequantized; "
                 "set torch_dtype in its config.json to bfloat16"

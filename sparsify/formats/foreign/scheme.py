@@ -12,6 +12,7 @@ from sparsify.errors import CheckpointError
 from sparsify.formats.scheme import AGAIN, NOT_OWN
 from sparsify.matching import matches
 from sparsify.model.checkpoint import TensorInfo
+from sparsify.model.finite import all_finite
 
 Infos = Mapping[str, TensorInfo]
 Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -145,7 +146,7 @@ def checked_scale(module: str, suffix: str, scale: Tensor, signed: bool = False)
 def checked_weight(module: str, suffix: str, weight: Tensor) -> Tensor:
     """Floating weights in float32; CheckpointError for NaN and Inf."""
     weight = weight.float()
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise CheckpointError(f"{module}.{suffix}: expected finite numbers, found NaN or Inf; {AGAIN}")
     return weight
 
