@@ -1,4 +1,4 @@
-"""Draws docs/images/speed.svg, the picture of the README, from the records in benchmarks/results.
+"""Draws the pictures of docs/images, of which the README shows speed.svg, from the records in benchmarks/results.
 
 python benchmarks/plot_docs.py
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,25 @@ IMAGES = ROOT / "docs" / "images"
 SHAPE = (8192, 28672)
 
 Curves = dict[str, dict[int, float]]
-"""Name of a curve -> tokens -> times faster than the dense product."""
+"""Name of a curve -> number below (tokens, or blocks) -> value."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What a chart shows. below: of the numbers below; what: of the whole, for who cannot see it; unit: behind a value; tick: the same
+    beside the axis; one: a line at 1"""
+
+    below: str
+    what: str
+    unit: str
+    tick: str = ""
+    one: bool = False
+    count: Callable[[int], str] = str
+
+
+SPEED = Axes("tokens multiplied at once", "Times faster than the dense product, by tokens", "x", "x", one=True)
+TOKENS = Axes("calibration tokens", "Memory by calibration tokens", " GB", count=lambda count: f"{count // 1024}k")
+BLOCKS = Axes("blocks", "Memory by blocks", " GB")
 
 PANEL, HEIGHT, GAP = 440, 300, 34
 LEFT, TOP, BOTTOM = 40, 58, 40
@@ -31,12 +50,14 @@ text { font: 12px system-ui, sans-serif; fill: #57606a }
 .grid { stroke: #d0d7de } .one { stroke: #57606a; stroke-dasharray: 4 3 }
 path { fill: none; stroke-width: 2.5 }
 path.c0 { stroke: #0969da } path.c1 { stroke: #bf5700 } path.c2 { stroke: #8250df }
+path.c3 { stroke: #1a7f37 } circle.c3, text.c3 { fill: #1a7f37 }
 rect.ours { fill: #0969da } rect.peer { fill: #8c959f } rect.track { fill: #eaeef2 }
 circle.c0, text.c0 { fill: #0969da } circle.c1, text.c1 { fill: #bf5700 } circle.c2, text.c2 { fill: #8250df }
 @media (prefers-color-scheme: dark) {
 rect.ours { fill: #58a6ff } rect.peer { fill: #656c76 } rect.track { fill: #21262d } .value { fill: #f0f6fc }
 text { fill: #9198a1 } .title { fill: #f0f6fc } .grid { stroke: #3d444d } .one { stroke: #9198a1 }
 path.c0 { stroke: #58a6ff } path.c1 { stroke: #f0883e } path.c2 { stroke: #bc8cff }
+path.c3 { stroke: #3fb950 } circle.c3, text.c3 { fill: #3fb950 }
 circle.c0, text.c0 { fill: #58a6ff } circle.c1, text.c1 { fill: #f0883e } circle.c2, text.c2 { fill: #bc8cff }
 }"""
 
@@ -100,12 +121,23 @@ def integers() -> list[Bar]:
     return entries
 
 
+def peaks(below: str) -> Curves:
+    """Peaks of anonymous memory on a small shape, in GB, by `tokens` or `blocks`."""
+    found: Curves = {}
+    for row in record("2026-11-30-memory-small")["rows"]:
+        if row["varies"] == below:
+            name = f"--memory {row['memory']}" if row["memory"] else "no budget"
+            found.setdefault(name, {})[row[below]] = row["peak_bytes"] / 1e9
+            found.setdefault(f"{name}, predicted", {})[row[below]] = row["predicted_bytes"] / 1e9
+    return found
+
+
 def named_bar(name: str, share: float, css: str, aside: str = "") -> Bar:
     return Bar(name, share, f"{share:.0%}", css, aside)
 
 
-def panel(drawing: Drawing, left: float, title: str, curves: Curves) -> None:
-    """One chart: tokens to the right by doubling, times faster upward."""
+def panel(drawing: Drawing, left: float, title: str, curves: Curves, axes: Axes) -> None:
+    """One chart: tokens or blocks to the right by doubling, values upward."""
     tokens = sorted({count for curve in curves.values() for count in curve})
     ticks = nice_ticks(max(value for curve in curves.values() for value in curve.values()))
     x0, width, height = left + LEFT, PANEL - LEFT - 12, HEIGHT - TOP - BOTTOM
@@ -117,11 +149,12 @@ def panel(drawing: Drawing, left: float, title: str, curves: Curves) -> None:
     drawing.text(left, 16, title, "title")
     for tick in ticks:
         drawing.line(x0, at(tokens[0], tick)[1], x0 + width, at(tokens[0], tick)[1], "grid")
-        drawing.text(x0 - 8, at(tokens[0], tick)[1] + 4, f"{tick:g}x", "tick", "end")
-    drawing.line(x0, at(tokens[0], 1)[1], x0 + width, at(tokens[0], 1)[1], "one")
+        drawing.text(x0 - 8, at(tokens[0], tick)[1] + 4, f"{tick:g}{axes.tick}", "tick", "end")
+    if axes.one:
+        drawing.line(x0, at(tokens[0], 1)[1], x0 + width, at(tokens[0], 1)[1], "one")
     for count in tokens:
-        drawing.text(at(count, 0)[0], HEIGHT - BOTTOM + 18, str(count), "tick", "middle")
-    drawing.text(x0 + width, HEIGHT - 4, "tokens multiplied at once", "tick", "end")
+        drawing.text(at(count, 0)[0], HEIGHT - BOTTOM + 18, axes.count(count), "tick", "middle")
+    drawing.text(x0 + width, HEIGHT - 4, axes.below, "tick", "end")
     place = left
     for number, (name, curve) in enumerate(curves.items()):
         drawing.circle(place + 5, 33, 4.5, f"c{number}")
@@ -129,15 +162,17 @@ def panel(drawing: Drawing, left: float, title: str, curves: Curves) -> None:
         place += 34 + 7 * len(name)
         drawing.path([at(*point) for point in sorted(curve.items())], f"c{number}")
         for count, value in sorted(curve.items()):
-            drawing.circle(*at(count, value), 3.5, f"c{number}", f"{name}, {count} tokens: {value:.3g}x")
+            drawing.circle(
+                *at(count, value), 3.5, f"c{number}", f"{name}, {count} {axes.below}: {value:.3g}{axes.unit}"
+            )
 
 
-def charts(panels: Mapping[str, Curves]) -> str:
+def charts(panels: Mapping[str, tuple[Curves, Axes]]) -> str:
     """Charts side by side."""
-    label = "Times faster than the dense product, by tokens: " + "; ".join(panels)
+    label = "; ".join(f"{axes.what}: {title}" for title, (_, axes) in panels.items())
     drawing = Drawing(len(panels) * PANEL + (len(panels) - 1) * GAP, HEIGHT, label)
-    for number, (title, curves) in enumerate(panels.items()):
-        panel(drawing, number * (PANEL + GAP), title, curves)
+    for number, (title, (curves, axes)) in enumerate(panels.items()):
+        panel(drawing, number * (PANEL + GAP), title, curves, axes)
     return drawing.render()
 
 
@@ -150,10 +185,18 @@ def alone(svg: str) -> str:
 def pictures() -> dict[str, str]:
     """Every picture by the name of its file."""
     n, k = SHAPE
-    speed = {f"H100, {n} x {k}, against dense bf16": h100(), "CPU (AVX2), 28672 x 8192, against dense fp32": cpu()}
+    speed = {
+        f"H100, {n} x {k}, against dense bf16": (h100(), SPEED),
+        "CPU (AVX2), 28672 x 8192, against dense fp32": (cpu(), SPEED),
+    }
+    walk = {
+        "Peak in GB, two blocks": (peaks("tokens"), TOKENS),
+        "Peak in GB, 8k tokens": (peaks("blocks"), BLOCKS),
+    }
     return {
+        "walk-memory.svg": charts(walk),
         "speed.svg": charts(speed),
-        "h100-shapes.svg": charts({"The CUDA kernel on an H100, against dense bf16": shapes()}),
+        "h100-shapes.svg": charts({"The CUDA kernel on an H100, against dense bf16": (shapes(), SPEED)}),
         "memory.svg": bars(memory(), PANEL * 1.6, "Share of the memory's speed, one token, AVX2", full=1),
         "integers.svg": bars(integers(), PANEL * 1.6, "Share of the fp32 peak, 128 tokens, AVX2"),
     }

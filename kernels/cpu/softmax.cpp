@@ -5,6 +5,8 @@
 // other in one order, so the result is the same to the last bit for any number of threads and at every level.
 #include "exact.h"
 
+#include <omp.h>
+
 #include <new>
 #include <vector>
 
@@ -98,21 +100,17 @@ constexpr Row kRows[] = {portable};
 extern "C" int sparsify_causal_softmax(uint16_t* scores, int64_t rows, int64_t columns, int64_t queries, int threads,
                                        int level) {
     const Row row = kRows[sparsify::compilation_of(level)];
-    int failed = 0;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> e;
-        bool fits = true;
-        try {
-            e.resize(columns + kLanes);
-        } catch (const std::bad_alloc&) {
-            fits = false;
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++)
-            if (fits) row(scores + r * columns, columns, columns - queries + 1 + r % queries, e.data());
+    const int64_t each = columns + kLanes;
+    std::vector<float> exponentials;  // of the row that each thread is at
+    try {
+        exponentials.resize(each * threads);
+    } catch (const std::bad_alloc&) {
+        return 1;
     }
-    return failed;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < rows; r++) {
+        float* e = exponentials.data() + each * omp_get_thread_num();
+        row(scores + r * columns, columns, columns - queries + 1 + r % queries, e);
+    }
+    return 0;
 }
