@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -129,37 +129,6 @@ def gathered(value: T) -> list[T]:
     found: list[Any] = [None] * processes()
     dist.all_gather_object(found, value)
     return found
-
-
-def divided(*tasks: Callable[[], Sequence[Tensor]]) -> list[list[Tensor]]:
-    """What some tasks give, each of which one process does while others do theirs: all call this, and all get every tensor. An
-    error of one is raised in all."""
-    if processes() == 1:
-        return [list(task()) for task in tasks]
-    import torch
-    import torch.distributed as dist
-
-    done: dict[int, list[Tensor]] = {}
-    error: Exception | None = None
-    try:
-        for number in range(rank(), len(tasks), processes()):
-            done[number] = [tensor.contiguous() for tensor in tasks[number]()]
-    except Exception as found:
-        error = found
-    shapes = {number: [(tensor.shape, tensor.dtype) for tensor in tensors] for number, tensors in done.items()}
-    every = gathered((shapes, error))
-    for _, failed in every:
-        if failed is not None:
-            raise failed
-    for number in range(len(tasks)):
-        owner = number % processes()
-        if number not in done:
-            done[number] = [
-                torch.empty(shape, dtype=dtype, device=device()) for shape, dtype in every[owner][0][number]
-            ]
-        for tensor in done[number]:
-            dist.broadcast(tensor, owner)
-    return [done[number] for number in range(len(tasks))]
 
 
 def of_main(find: Callable[[], T]) -> T:

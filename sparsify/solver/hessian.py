@@ -145,23 +145,17 @@ def factor(H: Tensor, damping: float, name: str, order: Tensor | None = None) ->
         raise NumericalError(
             f"{name}: its calibration inputs hold NaN or Inf; check the dense model and the calibration text"
         )
+    dead = diagonal == 0
+    mean = float(diagonal.mean())
     for attempt in range(RETRIES):
-        damped, ridge = damped_diagonal(H, damping * 10**attempt)
+        ridge = damping * 10**attempt * mean if mean > 0 else 1.0
+        damped = (diagonal + ridge).masked_fill(dead, max(mean, 1.0))
         if (U := _inverse_cholesky(H, damped, order)) is not None:
-            return Factors(H, damped, U, ridge, diagonal == 0)
+            return Factors(H, damped, U, ridge, dead)
     raise NumericalError(
         f"{name}: its Hessian cannot be factored even with damping {damping * 10 ** (RETRIES - 1):g}; "
         "raise `damping` in the recipe or use more calibration samples"
     )
-
-
-def damped_diagonal(H: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The diagonal of H plus damping * mean(diag H), [K], in which inputs that are zero for every token count, and that sum's second
-    part. H: [K, K]."""
-    diagonal = H.diagonal()
-    mean = float(diagonal.mean())
-    ridge = damping * mean if mean > 0 else 1.0
-    return (diagonal + ridge).masked_fill(diagonal == 0, max(mean, 1.0)), ridge
 
 
 def _inverse_cholesky(H: Tensor, diagonal: Tensor, order: Tensor | None) -> Tensor | None:

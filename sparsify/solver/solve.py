@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparsify.distributed import divided, gathered, processes, share
+from sparsify.distributed import gathered, processes, share
 from sparsify.errors import NumericalError
 from sparsify.model.finite import all_finite
 from sparsify.model.linear import LinearWeights
@@ -18,15 +18,7 @@ from sparsify.solver import masks
 from sparsify.solver.column_sweep import column_sweep
 from sparsify.solver.coordinate_descent import coordinate_descent
 from sparsify.solver.grid import Grid, round_to_nearest
-from sparsify.solver.hessian import (
-    Statistics,
-    damped_diagonal,
-    damped_in_place,
-    factor,
-    lost_part,
-    propagated_target,
-    squared_outputs,
-)
+from sparsify.solver.hessian import Statistics, damped_in_place, factor, lost_part, propagated_target, squared_outputs
 
 KEPT = 64 << 20  # bytes
 
@@ -114,8 +106,9 @@ def solve_layer(
             )
     W = torch.cat([weight.float() for weight in weights.values()])
     together = together and W.shape[0] >= processes()
-    found = {} if masks_found is None else masks_found
-    solved = _solve(W, scheme, statistics, ", ".join(weights), found, together)
+    mine = share(W.shape[0]) if together else slice(None)
+    own = None if statistics is None else statistics.of(mine)
+    solved = _solve(W[mine], scheme, own, ", ".join(weights), {} if masks_found is None else masks_found)
     solved = _joined(gathered(solved), W.device) if together else solved
     linears: dict[str, LinearWeights] = {}
     parts: dict[str, tuple[float, float]] = {}
@@ -143,41 +136,31 @@ def solve_layer(
 
 
 def _solve(
-    W: Tensor,
-    scheme: Scheme,
-    statistics: Statistics | None,
-    name: str,
-    masks_found: dict[str, Tensor],
-    together: bool = False,
+    W: Tensor, scheme: Scheme, statistics: Statistics | None, name: str, masks_found: dict[str, Tensor]
 ) -> LinearWeights:
     """W: [N, K] float32, stacked. In this order: error propagation, mask, column sweep, coordinate descent; or rounding.
 
-    together: only the share of the outputs that this process has to solve, while others solve theirs
     Beside the statistics there is one [K, K] matrix at a time, but for the eigenvectors of ALPS, and a small factor beside those.
     """
     k = W.shape[1]
     grid = scheme.grid(k)
     pattern = scheme.pattern
-    mine = share(W.shape[0]) if together else slice(None)
-    whole, W = W, W[mine]
     given = W
-    if not whole.any():
+    if not W.any():
         return _removed(W, grid, pattern, scheme.dtype)
     needs = PRUNE[scheme.prune] if scheme.prune else NOTHING
     H = None if statistics is None else statistics.H
     diagonal: Tensor | None = None  # of the damped Hessian
     U: Tensor | None = None
-    basis: Sequence[Tensor] | None = None
     if statistics is not None and (scheme.sweeps or scheme.error_propagation > 0):
-        if together and scheme.prune and masks.METHODS[scheme.prune].basis:
-            target, diagonal, U, basis = _divided(whole, scheme, statistics, name)
-            W = target[mine]
-            del target
-        else:
-            W, diagonal, U = _factored(W, scheme, statistics.of(mine), name)
-        if scheme.activation_order:
-            U = None
-    del whole
+        with phase("factors"):
+            factors = factor(statistics.H, scheme.damping, name)
+            if scheme.error_propagation > 0 and (statistics.C is not None or statistics.WC is not None):
+                W = propagated_target(W, statistics, factors, scheme.error_propagation)
+        if factors.dead.any():
+            W = W.masked_fill(factors.dead, 0)
+        diagonal, U = factors.diagonal, None if scheme.activation_order else factors.inverse_cholesky
+        del factors
     mask = None
     if scheme.prune and masks.METHODS[scheme.prune].mask:
         if needs.hessian and scheme.prune not in masks_found and not factor_is_kept(k):
@@ -185,8 +168,7 @@ def _solve(
         # error propagation moves what is zero; the mask to keep is that of the weights as they were given
         source = given if scheme.prune == KEEP else W
         with phase("masks"):
-            mask = _mask(source, H, diagonal if needs.hessian else None, scheme.prune, masks_found, basis)
-        del basis
+            mask = _mask(source, H, diagonal if needs.hessian else None, scheme.prune, masks_found)
     if scheme.sweeps:
         assert H is not None and diagonal is not None
         select = masks.METHODS[scheme.prune].select if scheme.prune else None
@@ -223,58 +205,22 @@ def _solve(
     return LinearWeights(grid.bits, pattern, grid.group_size, codes=codes, scale=scale, zero_point=zero_point)
 
 
-def _factored(W: Tensor, scheme: Scheme, statistics: Statistics, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The target [N, K] for some outputs W [N, K], the diagonal [K] of the damped Hessian, and the factor [K, K] of its inverse."""
-    with phase("factors"):
-        factors = factor(statistics.H, scheme.damping, name)
-        if scheme.error_propagation > 0 and (statistics.C is not None or statistics.WC is not None):
-            W = propagated_target(W, statistics, factors, scheme.error_propagation)
-    if factors.dead.any():
-        W = W.masked_fill(factors.dead, 0)
-    return W, factors.diagonal, factors.inverse_cholesky
-
-
-def _divided(
-    W: Tensor, scheme: Scheme, statistics: Statistics, name: str
-) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor] | None]:
-    """`_factored` for all outputs by one process, and by another one meanwhile what the pruning method needs of the damped Hessian
-    alone (ALPS its eigenvectors). The factor is None where it would be in the way; the last is None where H had to be damped more."""
-    assert scheme.prune is not None
-    H, basis_of = statistics.H, masks.METHODS[scheme.prune].basis
-    assert basis_of is not None
-    expected, _ = damped_diagonal(H, scheme.damping)
-    kept = factor_is_kept(W.shape[1]) and not scheme.activation_order
-
-    def basis() -> Sequence[Tensor]:
-        with phase("masks"), damped_in_place(H, expected):
-            return basis_of(H)
-
-    (target, diagonal, *U), found = divided(lambda: _factored(W, scheme, statistics, name)[: 3 if kept else 2], basis)
-    return target, diagonal, U[0] if U else None, found if torch.equal(diagonal, expected) else None
-
-
 def factor_is_kept(k: int) -> bool:
     """Whether the factor [K, K] of the Hessian is so small that it stays while a method chooses a mask."""
     return 4 * k * k <= KEPT
 
 
 def _mask(
-    W: Tensor,
-    H: Tensor | None,
-    diagonal: Tensor | None,
-    prune: str,
-    masks_found: dict[str, Tensor],
-    basis: Sequence[Tensor] | None,
+    W: Tensor, H: Tensor | None, diagonal: Tensor | None, prune: str, masks_found: dict[str, Tensor]
 ) -> Tensor | None:
-    """What a method keeps of W [N, K], bool [N, K]. H: [K, K], with another diagonal [K] where one is given; basis: what the method
-    needs of that alone, where it is known."""
+    """What a method keeps of W [N, K], bool [N, K]. H: [K, K], with another diagonal [K] where one is given."""
     method = masks.METHODS[prune].mask
     if method is not None and prune not in masks_found:
         if H is None:
             masks_found[prune] = method(W, None)
         else:
             with damped_in_place(H, diagonal):
-                masks_found[prune] = method(W, H) if basis is None else method(W, H, basis)
+                masks_found[prune] = method(W, H)
     return masks_found.get(prune)
 
 

@@ -1,11 +1,11 @@
 """Pruning methods. To add one: its file here, its line in METHODS and in `recipe/methods.py`, a recipe, a test."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsify.solver.masks.alps import alps_mask, eigenbasis
+from sparsify.solver.masks.alps import alps_mask
 from sparsify.solver.masks.keep import keep_mask
 from sparsify.solver.masks.magnitude import magnitude_mask
 from sparsify.solver.masks.sparsegpt import sparsegpt_select
@@ -17,8 +17,6 @@ class PruneMethod:
     """How a method finds a 2:4 mask.
 
     mask:   (W [N, K], H [K, K] or None) -> bool [N, K], decided before any weight moves
-    basis:  (H [K, K]) -> what of it does not depend on W, which `mask` then takes as a third argument: of several processes one
-            finds it
     select: (quad [4, N], d [4]) -> bool [4, N], decided during the column sweep
 
     What it needs of the text stands in `recipe/methods.py`. A mask that belongs to a solution of the layer's problem (with a
@@ -26,8 +24,7 @@ class PruneMethod:
     exchange what is kept.
     """
 
-    mask: Callable[..., Tensor] | None = None
-    basis: Callable[[Tensor], Sequence[Tensor]] | None = None
+    mask: Callable[[Tensor, Tensor | None], Tensor] | None = None
     select: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
@@ -36,5 +33,5 @@ METHODS = {
     "magnitude": PruneMethod(mask=magnitude_mask),
     "wanda": PruneMethod(mask=wanda_mask),
     "sparsegpt": PruneMethod(select=sparsegpt_select),
-    "alps": PruneMethod(mask=alps_mask, basis=eigenbasis),
+    "alps": PruneMethod(mask=alps_mask),
 }

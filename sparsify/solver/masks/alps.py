@@ -7,7 +7,7 @@ until the support of D stands still. Inputs are scaled to a unit diagonal of H f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,27 +22,17 @@ GROWTH = 1.25
 ROWS = 1024  # outputs that are solved together: half a dozen matrices of their size are alive at once
 
 
-def eigenbasis(H: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [K] and eigenvectors Q [K, K] of the damped Hessian [K, K] with its inputs scaled to a unit diagonal."""
-    return torch.linalg.eigh(_scaled(H))
-
-
-def _scaled(H: Tensor) -> Tensor:
-    size = H.diagonal().sqrt()
-    return (H / size[:, None]).div_(size)
-
-
-def alps_mask(W: Tensor, H: Tensor | None = None, basis: Sequence[Tensor] | None = None) -> Tensor:
-    """bool [N, K], two of every four. W: [N, K], the weights whose outputs are wanted; H: [K, K], the damped Hessian; basis: its
-    `eigenbasis` where that is known.
+def alps_mask(W: Tensor, H: Tensor | None = None) -> Tensor:
+    """bool [N, K], two of every four. W: [N, K], the weights whose outputs are wanted; H: [K, K], the damped Hessian.
 
     SPARSIFY_ALPS=torch or native forces the kernel.
     """
     assert H is not None
-    scaled = _scaled(H)
-    target = W * H.diagonal().sqrt()
+    size = H.diagonal().sqrt()
+    scaled = (H / size[:, None]).div_(size)
+    target = W * size
     pull = target @ scaled
-    eigenvalues, Q = torch.linalg.eigh(scaled) if basis is None else basis
+    eigenvalues, Q = torch.linalg.eigh(scaled)
     del scaled
     rows = rows_together(*W.shape)
     pieces = zip(target.split(rows), pull.split(rows), strict=True)
