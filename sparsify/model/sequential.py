@@ -232,11 +232,10 @@ class _Forward:
 class _InStep:
     """The forwards of all micro-batches through one block, which stop at one linear after the other.
 
-    room:  for those that wait; one that finds none is given up and computed anew when it is to go on
-    watched: one of them, operation by operation
-    waiting: bytes that the first micro-batch holds at every stop
-    alone: the block writes into what it is given, so every forward needs its own copy
-    phase: that its time counts for
+    room:    for those that wait; one that finds none is given up and computed anew when it is to go on
+    watched: the forward of the first micro-batch, operation by operation
+    alone:   the block writes into what it is given, so every forward needs its own copy
+    phase:   that its time counts for
     """
 
     def __init__(
@@ -282,7 +281,7 @@ class _InStep:
         if not isinstance(arrived, tuple):
             return None, arrived
         module, args = arrived
-        self._keep(i, forward, 0 if goes_on else self._bytes(i, self.passed))
+        self._keep(i, forward, 0 if goes_on else self._bytes(i))
         return module, args if isinstance(module, SeparateExperts) else args[0].reshape(-1, args[0].shape[-1])
 
     def _taken(self, i: int) -> _Forward | None:
@@ -322,12 +321,12 @@ class _InStep:
             return self._begun(i, releases=False)
         return forward, arrived
 
-    def _bytes(self, i: int, stop: int) -> int:
-        """What a micro-batch holds where it waits; the first one is the largest."""
-        if stop >= len(self.waiting):
+    def _bytes(self, i: int) -> int:
+        """What a micro-batch holds at the stop that it has come to; the first one is the largest."""
+        if self.passed >= len(self.waiting):
             return 0
         first, this = self.hidden.shapes[0].numel(), self.hidden.shapes[i].numel()
-        return -(-self.waiting[stop] * this // first)
+        return -(-self.waiting[self.passed] * this // first)
 
     def output(self, linear: nn.Module, x: Tensor) -> Tensor:
         """What the linear that a micro-batch waits at makes of it, which is not computed again when that goes on.
