@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsify.report.svg import Bar, Drawing, bars, nice_ticks
 
@@ -24,8 +23,7 @@ Curves = dict[str, dict[int, float]]
 """Name of a curve -> number below (tokens, or blocks) -> value."""
 
 
-@dataclass(frozen=True)
-class Axes:
+class Axes(NamedTuple):
     """What a chart shows. below: of the numbers below; what: of the whole, for who cannot see it; unit: behind a value; tick: the same
     beside the axis; one: a line at 1"""
 

@@ -34,7 +34,7 @@ from sparsify.units import size
 if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan
 
-LATER = 250_000_000  # what libraries take once they compute: buffers of their products, kernels, tables
+LATER = 180_000_000  # what libraries take once they compute: buffers of their products, kernels, tables
 PACKED_ROWS = 2048  # of a micro-batch, which the kernel of X'X copies into its own order
 TOGETHER = 24  # bytes per weight that ALPS holds of the outputs it solves together: five matrices, or the first mask's
 

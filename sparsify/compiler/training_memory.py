@@ -17,7 +17,7 @@ import torch
 
 from sparsify import memory
 from sparsify.compiler.activations import FLOAT, MASK, block_activations
-from sparsify.compiler.memory import LATER, LESS, in_words
+from sparsify.compiler.memory import LESS, in_words
 from sparsify.compute import for_precision
 from sparsify.distributed import device
 from sparsify.model.output_head import is_tied
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sparsify.compiler.plan import Plan
     from sparsify.compiler.plan_training import PlannedTraining
 
+LATER = 290_000_000  # what libraries take once they train: as in `memory`, and the Trainer and peft, which nothing else imports
 LOGIT = 20  # bytes per logit of a chunk: student's, teacher's and the gradient in float32, and two of them in bfloat16
 EIGHT = 1 + FLOAT / BLOCK  # bytes of a moment in 8 bits
 GATHERED = 3  # blocks that FSDP2 holds whole: the one that runs, the next, and one whose gradients are being summed
