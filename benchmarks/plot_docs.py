@@ -120,13 +120,13 @@ def integers() -> list[Bar]:
 
 
 def peaks(below: str) -> Curves:
-    """Peaks of anonymous memory on a small shape, in GB, by `tokens` or `blocks`."""
+    """Peaks of anonymous memory on a small shape, in GB, by `tokens` or `blocks`, without and with `--memory 1.2GB`."""
     found: Curves = {}
     for row in record("2026-11-30-memory-small")["rows"]:
         if row["varies"] == below:
-            name = f"--memory {row['memory']}" if row["memory"] else "no budget"
+            name, guess = ("1.2 GB", "its prediction") if row["memory"] else ("no budget", "predicted")
             found.setdefault(name, {})[row[below]] = row["peak_bytes"] / 1e9
-            found.setdefault(f"{name}, predicted", {})[row[below]] = row["predicted_bytes"] / 1e9
+            found.setdefault(guess, {})[row[below]] = row["predicted_bytes"] / 1e9
     return found
 
 
