@@ -56,9 +56,8 @@ def train_stage(
     checkpoint: the model of the recipe, dense or compressed. conclude: is told what metrics.json should say, and the
     compressed linears by name, before the stage counts as done.
     """
-    from sparsify.training.trainer import (
-        train,  # with transformers' Trainer and peft, which no run without training needs
-    )
+    # here, since it brings transformers' Trainer and peft, which no run without training needs
+    from sparsify.training.trainer import train
 
     settings = planned.settings
     directory = writer.work / f"training-{number}"

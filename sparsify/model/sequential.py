@@ -21,7 +21,7 @@ its experts is computed before the first of them changes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from sparsify.model.experts import LEAVES, SeparateExperts, experts_of, given
 from sparsify.model.finite import all_finite
 from sparsify.model.footprint import Footprint, ReadAgain, Release, footprint
 from sparsify.model.linear import LinearWeights
-from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups, is_narrow
+from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups, is_narrow, kind_of
 from sparsify.model.pretrained import LONGEST
 from sparsify.phases import phase
 
@@ -413,7 +413,7 @@ class Walk:
         self.keeps_outside = keeps_outside
         self.spill = spill
         self.experts: dict[str, Activations] = {}
-        self.footprints: dict[tuple[str, ...], Footprint] = {}
+        self.footprints: dict[Hashable, Footprint] = {}  # of every kind of block
         model.load(None, head=keeps_outside)
         model.to(device)
         self.calls: list[list[BlockCall]] = []
@@ -647,7 +647,7 @@ class Walk:
         self, block: nn.Module, groups: Sequence[LinearGroup], hidden: Activations, index: int, alone: bool, phase: str
     ) -> _InStep:
         stops = [block.get_submodule(g.stop) for g in groups]
-        kind = tuple(name for g in groups for name in g.names)
+        kind = (kind_of(block), tuple(g.stop for g in groups))
         if kind not in self.footprints:
             self.footprints[kind] = footprint(block, stops, self.hidden[0].clone(), self.calls[0][index])
         return _InStep(block, stops, hidden, self.calls, index, self.room, self.footprints[kind], alone, phase)
