@@ -1,6 +1,6 @@
 // Where torch's tensors on the CPU lie: pieces of malloc that are 64 bytes longer, aligned in here (sparsify/native/tensor_memory.py).
 //
-// torch asks posix_memalign. Up to version 2.37 of the GNU C library that searches for the size plus the alignment and gives the rest
+// torch asks posix_memalign. In version 2.36 of the GNU C library that searches for the size plus the alignment and gives the rest
 // back, so a tensor never fits where one of its own size has been: what is freed between pieces that stay is lost to it. malloc finds
 // such a place.
 //

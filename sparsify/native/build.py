@@ -1,9 +1,10 @@
 """Native kernels: compiled from `kernels/` on first use, kept in a cache, loaded with ctypes.
 
 A kernel is one C++ file with a C interface that depends on nothing but the compiler and OpenMP; a file that includes
-`torch/` is built against the headers in torch's wheel, of which only the stable ABI is used. One build serves any
-processor of the architecture (kernels choose their instruction set at run time), so a build made ahead of time, in an
-image for instance, is found again on machines that have no compiler. CUDA sources are built by `build_cuda`.
+`torch/` is built against the headers in torch's wheel, of which only the stable ABI is used (but by `cpu/tensor_memory`, whose
+builds serve one version of torch). One build serves any processor of the architecture (kernels choose their instruction set at
+run time), so a build made ahead of time, in an image for instance, is found again on machines that have no compiler. CUDA
+sources are built by `build_cuda`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Memory of tensors on the CPU that others of the same size can take when it is free again.
 
-torch asks the C library for aligned memory, and glibc before 2.38 never gives such a piece the place of one of its own size. What is
-freed between two tensors that stay was lost: a walk over SmolLM2-135M held 1.36 GB where 1.11 are enough (`docs/kernel-log.md`). So
-tensors get memory from `malloc`, aligned by `kernels/cpu/tensor_memory.cpp`.
+torch asks the C library for aligned memory, and glibc (2.36 was measured) never gives such a piece the place of one of its own
+size. What is freed between two tensors that stay was lost: a walk over SmolLM2-135M held 1.36 GB where 1.11 are enough
+(`docs/kernel-log.md`). So tensors get memory from `malloc`, aligned by `kernels/cpu/tensor_memory.cpp`.
 """
 
 from __future__ import annotations
