@@ -1,6 +1,6 @@
 // One round of ALPS between two products (sparsify/solver/masks/alps.py): of every group of four inputs the two largest of
 // X = V + W become D, the others are the new V, and the right-hand side of the next system is T H + rho (D - V), all in one
-// pass over the weights.
+// pass over the weights, in whose place it is written.
 //
 // Groups do not depend on each other: the result is the same to the last bit for any number of threads and at every level.
 #include "exact.h"
@@ -13,23 +13,19 @@ constexpr int kQuads = 16;  // groups that are compared at once
 
 // What a round reads and writes, from some group on.
 struct Weights {
-    const float* W;
+    float* W;
     const float* pull;
     float* V;
-    float* next;
     uint8_t* keep;
-    Weights from(int64_t quad) const {
-        return {W + 4 * quad, pull + 4 * quad, V + 4 * quad, next + 4 * quad, keep + 4 * quad};
-    }
+    Weights from(int64_t quad) const { return {W + 4 * quad, pull + 4 * quad, V + 4 * quad, keep + 4 * quad}; }
 };
 
 // The first n groups. Loops read and write all four of a group, or compilers would not vectorise them.
 INLINE void split(const Weights& w, float rho, int n) {
     float x[4][kQuads], size[4][kQuads], kept[4][kQuads];  // kept: 1 or 0
-    const float* __restrict W = w.W;
+    float* __restrict W = w.W;
     const float* __restrict pull = w.pull;
     float* __restrict V = w.V;
-    float* __restrict next = w.next;
     for (int i = 0; i < n; i++)
         for (int k = 0; k < 4; k++) {
             x[k][i] = V[4 * i + k] + W[4 * i + k];
@@ -47,7 +43,7 @@ INLINE void split(const Weights& w, float rho, int n) {
     for (int i = 0; i < n; i++)
         for (int k = 0; k < 4; k++) {
             V[4 * i + k] = kept[k][i] > 0 ? 0.0f : x[k][i];
-            next[4 * i + k] = pull[4 * i + k] + rho * (kept[k][i] > 0 ? x[k][i] : -x[k][i]);
+            W[4 * i + k] = pull[4 * i + k] + rho * (kept[k][i] > 0 ? x[k][i] : -x[k][i]);
         }
     uint8_t* __restrict keep = w.keep;
     for (int i = 0; i < n; i++)
@@ -78,12 +74,12 @@ constexpr Split kSplits[] = {portable};
 
 }  // namespace
 
-// W: the free weights; pull: T H; V: their disagreement, changed; next: T H + rho (D - V); keep: bool, where D is kept.
-// All [outputs, inputs], inputs a multiple of 4. level: as compilation_of takes it.
-extern "C" void sparsify_alps_round(const float* W, const float* pull, float rho, float* V, float* next, uint8_t* keep,
-                                    int64_t outputs, int64_t inputs, int threads, int level) {
+// W: the free weights, which become T H + rho (D - V); pull: T H; V: their disagreement, changed; keep: bool, where D is
+// kept. All [outputs, inputs], inputs a multiple of 4. level: as compilation_of takes it.
+extern "C" void sparsify_alps_round(float* W, const float* pull, float rho, float* V, uint8_t* keep, int64_t outputs,
+                                    int64_t inputs, int threads, int level) {
     const Split split = kSplits[sparsify::compilation_of(level)];
-    const Weights all{W, pull, V, next, keep};
+    const Weights all{W, pull, V, keep};
     const int64_t quads = inputs / 4;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t n = 0; n < outputs; n++) split(all.from(n * quads), rho, quads);

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 LATER = 180_000_000  # what libraries take once they compute: buffers of their products, kernels, tables
 PACKED_ROWS = 2048  # of a micro-batch, which the kernel of X'X copies into its own order
-TOGETHER = 24  # bytes per weight that ALPS holds of the outputs it solves together: five matrices, or the first mask's
+TOGETHER = 17  # bytes per weight that ALPS holds of the outputs it solves together: four matrices and a mask
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ def _solving(group: Group, matrices: float) -> list[dict[str, int]]:
         weights = group.inputs * sum(n for (n, _), own in group.members if own == scheme)
         for inside, per_weight, together in _steps(scheme, factor_is_kept(group.inputs)):
             outputs = weights // group.inputs
-            rows = min(rows_together(outputs, group.inputs), outputs) if together else 0
+            rows = rows_together(outputs, group.inputs) if together else 0
             found.append(
                 {
                     "statistics and factors": round(
@@ -358,7 +358,7 @@ def _steps(scheme: Scheme, keeps_factor: bool) -> list[tuple[int, float, bool]]:
     mask = 2 if scheme.prune not in (None, "sparsegpt") else 0
     steps: list[tuple[int, float, bool]] = [(1 if scheme.sweeps or target else 0, 4 + target, False)]
     if scheme.prune == "alps":
-        steps.append((4 + keeps_factor, 4 + target + 8, True))  # Q, and what LAPACK needs to find it
+        steps.append((1 + keeps_factor, 4 + target + 8, True))  # the factor of each round's system
     if scheme.sweeps:
         steps.append((1, 4 + target + 4 + 2 + mask, False))
         if scheme.coordinate_descent:

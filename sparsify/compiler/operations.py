@@ -27,7 +27,7 @@ from sparsify.recipe.sources import SELF
 from sparsify.solver.coordinate_descent import BLOCKSIZE
 from sparsify.solver.grid import SHRINK
 from sparsify.solver.head_quantization import ROWS
-from sparsify.solver.masks.alps import ITERATIONS, rows_together
+from sparsify.solver.masks.alps import ITERATIONS, rows_together, takes_inverse
 from sparsify.solver.solve import Scheme, factor_is_kept
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ SOLVER = (
 TRY_SCALE = 7  # operations per weight and clipping ratio: divide, round, two clamps, multiply, subtract, square-and-add
 CHOOSE_TWO = 100  # per weight and pass: 12 ordered supports of every four inputs, each about 32 operations
 CHOOSE_ONE = 12  # per weight and pass, where the mask is fixed: the better value and whether it helps
-EIGEN = 9  # times K^3: a symmetric eigenproblem with its vectors (Golub and Van Loan, Matrix Computations, section 8.3)
 
 
 @dataclass(frozen=True)
@@ -137,10 +136,10 @@ def solving(n: int, k: int, scheme: Scheme, measured: bool = True) -> dict[str, 
     if scheme.error_propagation > 0:
         parts["factors"] += 4 * weights * k  # one product, and two with a triangle
     if scheme.prune == "alps":
-        # the eigenvectors, W H, and in every iteration two products with them, or one and their own
-        together = min(n, rows_together(n, k))
-        each = 4 * weights * k if together <= k else 2 * weights * k + 2 * cube * (n / together)
-        parts["masks"] = EIGEN * cube + 2 * weights * k + ITERATIONS * each
+        # W H, and in every iteration a Cholesky factor, K^3/3, or the inverse, K^3, and a product or two triangles
+        rows = rows_together(n, k)
+        factors = (cube if takes_inverse(rows, k) else cube / 3) * n / rows
+        parts["masks"] = 2 * weights * k + ITERATIONS * (factors + 2 * weights * k)
     if scheme.sweeps:
         parts["sweep"] = weights * k  # every input is repaired by the K/2 after it, on average
     if (grid := scheme.grid(k)) is not None:

@@ -76,13 +76,13 @@ def refit_scale(W: Tensor, G: Tensor, H: Tensor, unit: Tensor, grid: Grid) -> No
     )  # fmt: skip
 
 
-def alps_round(W: Tensor, pull: Tensor, penalty: float, V: Tensor, right: Tensor) -> Tensor:
+def alps_round(free: Tensor, pull: Tensor, penalty: float, V: Tensor) -> Tensor:
     """As `masks.alps.next_round`."""
-    kept = torch.empty(W.shape, dtype=torch.bool)
-    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in (W, pull, V, right))
+    kept = torch.empty(free.shape, dtype=torch.bool)
+    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in (free, pull, V))
     loaded("cpu/alps").sparsify_alps_round(
-        pointer(W), pointer(pull), _float(penalty), pointer(V), pointer(right), pointer(kept),
-        _int64(W.shape[0]), _int64(W.shape[1]), torch.get_num_threads(), kernel_level(),
+        pointer(free), pointer(pull), _float(penalty), pointer(V), pointer(kept),
+        _int64(free.shape[0]), _int64(free.shape[1]), torch.get_num_threads(), kernel_level(),
     )  # fmt: skip
     return kept
 

@@ -1,6 +1,7 @@
 """The operations that a plan counts, against those that PyTorch counts while they are done."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import sparsify.solver.coordinate_descent as refine_pass
 from sparsify import compute
 from sparsify.compiler.estimate import writing_bytes
-from sparsify.compiler.operations import CHOOSE_TWO, EIGEN, groups_of, in_words, solving
+from sparsify.compiler.operations import CHOOSE_TWO, groups_of, in_words, solving
 from sparsify.compiler.planning import make_plan
 from sparsify.model.decoder import open_blocks
 from sparsify.model.linear_groups import find_groups, is_narrow
@@ -20,7 +21,7 @@ from sparsify.solver import hessian
 from sparsify.solver.column_sweep import Solved
 from sparsify.solver.grid import Grid
 from sparsify.solver.hessian import Statistics, factor, propagated_target, relative_error
-from sparsify.solver.masks.alps import alps_mask
+from sparsify.solver.masks import alps
 from sparsify.solver.solve import Scheme
 from tests.helpers.tiny import FAMILIES, save_tiny
 
@@ -76,8 +77,14 @@ def test_a_forward_pass_and_the_writing_of_text(tmp_path):
 def test_products_of_the_solver(problem, monkeypatch):
     W, H = problem
     factors = factor(H, 0.01, "x")
-    masks = counted(lambda: alps_mask(W, factors.damped))
-    assert solving(N, K, scheme())["masks"] - EIGEN * K**3 == sum(masks.values())
+    for outputs in (N, 2 * K):  # PyTorch counts products, neither factors nor triangles
+        weights = W.repeat(outputs // N + 1, 1)[:outputs]
+        found = sum(counted(partial(alps.alps_mask, weights, factors.damped)).values())
+        rounds = alps.ITERATIONS
+        products, cubes = (1, 1 / 3) if outputs == N else (1 + rounds, 1)
+        assert found == products * 2 * outputs * K * K
+        expected = (1 + rounds) * 2 * outputs * K * K + rounds * cubes * K**3
+        assert solving(outputs, K, scheme())["masks"] == pytest.approx(expected)
     monkeypatch.setattr(hessian, "PANEL", 1)  # larger ones multiply some of what is beside a triangle
     monkeypatch.setattr(hessian, "ROWS", 1)
     errors = counted(lambda: relative_error(W, W / 2, H))

@@ -7,8 +7,6 @@ until the support of D stands still. Inputs are scaled to a unit diagonal of H f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -19,61 +17,78 @@ FORCE = "SPARSIFY_ALPS"
 ITERATIONS = 15
 PENALTY = 0.08  # of a Hessian with unit diagonal, at the start
 GROWTH = 1.25
-ROWS = 1024  # outputs that are solved together: half a dozen matrices of their size are alive at once
+ROWS = 1024  # outputs that are solved together, or more:
+TIMES = 4  # as many as that times the inputs, so that a factor costs little beside its products
 
 
 def alps_mask(W: Tensor, H: Tensor | None = None) -> Tensor:
     """bool [N, K], two of every four. W: [N, K], the weights whose outputs are wanted; H: [K, K], the damped Hessian.
 
-    SPARSIFY_ALPS=torch or native forces the kernel.
+    Makes one matrix [K, K]. SPARSIFY_ALPS=torch or native forces the kernel.
     """
     assert H is not None
     size = H.diagonal().sqrt()
-    scaled = (H / size[:, None]).div_(size)
-    target = W * size
-    pull = target @ scaled
-    eigenvalues, Q = torch.linalg.eigh(scaled)
-    del scaled
-    rows = rows_together(*W.shape)
-    pieces = zip(target.split(rows), pull.split(rows), strict=True)
-    return torch.cat([_admm(piece, pulled, eigenvalues, Q) for piece, pulled in pieces])
+    system = torch.empty_like(H)
+    return torch.cat([_admm(piece, H, size, system) for piece in W.split(rows_together(*W.shape))])
 
 
 def rows_together(outputs: int, inputs: int) -> int:
-    """How many outputs of N are solved together. More where they share the inverse of each round's system (`_solver`)."""
-    return ROWS if outputs <= inputs else max(ROWS, 4 * inputs)
+    """How many outputs of N are solved together: four matrices of their size and a mask are alive at once."""
+    return min(outputs, max(ROWS, TIMES * inputs))
 
 
-def _admm(target: Tensor, pull: Tensor, eigenvalues: Tensor, Q: Tensor) -> Tensor:
-    """The mask of some rows, which do not depend on each other. target, pull: [n, K], T and T H; H = Q diag(eigenvalues) Q'."""
-    penalty = PENALTY
-    right = pull + penalty * target * keep_two_of_four(target.abs())
-    V = torch.zeros_like(target)
+def takes_inverse(rows: int, inputs: int) -> bool:
+    """Whether so many rows are multiplied with the inverse of a system [K, K]; else its two triangles are solved for them."""
+    return rows >= inputs
+
+
+def _admm(W: Tensor, H: Tensor, size: Tensor, system: Tensor) -> Tensor:
+    """The mask of some rows of W [n, K], which do not depend on each other, from W itself as the first solution.
+
+    size: [K], roots of the diagonal of H; system: [K, K], to be written to
+    """
+    penalty, pull = PENALTY, (W @ H).div_(size)
+    free = W * size
+    V = torch.zeros_like(free)
+    kept = next_round(free, pull, penalty, V)
     for _ in range(ITERATIONS):
-        W = _solver(eigenvalues + penalty, Q, target.shape[0])(right)
+        free = _solved(free, H, size, penalty, system)
         penalty *= GROWTH
-        kept = next_round(W, pull, penalty, V, right)
+        kept = next_round(free, pull, penalty, V)
     return kept
 
 
-def _solver(shifted: Tensor, Q: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """X -> X (H + rho I)^-1 with H + rho I = Q diag(shifted) Q', in the fewest operations for so many rows of X."""
-    if rows <= Q.shape[0]:
-        return lambda X: (X @ Q).div_(shifted) @ Q.t()
-    inverse = (Q / shifted) @ Q.t()
-    return lambda X: X @ inverse
+def _solved(B: Tensor, H: Tensor, size: Tensor, rho: float, system: Tensor) -> Tensor:
+    """X with X (S^-1 H S^-1 + rho I) = B, S = diag(size) and size^2 = diag H. B: [n, K], overwritten as `system` [K, K] is.
+
+    H + rho S^2 is H with a diagonal 1 + rho times as large. Its Cholesky factor is S L, where L L' is the system that is wanted,
+    so H is never scaled.
+    """
+    L = system.copy_(H)
+    L.diagonal().mul_(1 + rho)
+    upper = L.t()  # LAPACK counts columns first: its upper triangle is the lower one here
+    torch.linalg.cholesky_ex(
+        upper, upper=True, check_errors=True, out=(upper, torch.empty((), dtype=torch.int32, device=H.device))
+    )
+    L.div_(size[:, None])
+    if takes_inverse(*B.shape):
+        return B @ torch.cholesky_inverse(upper, upper=True, out=upper)
+    columns = B.t()
+    torch.linalg.solve_triangular(L, columns, upper=False, out=columns)
+    torch.linalg.solve_triangular(upper, columns, upper=True, out=columns)
+    return B
 
 
-def next_round(W: Tensor, pull: Tensor, penalty: float, V: Tensor, right: Tensor) -> Tensor:
+def next_round(free: Tensor, pull: Tensor, penalty: float, V: Tensor) -> Tensor:
     """Split V + W into D, 2:4, and the new V. Returns where D is kept, bool [n, K].
 
-    W, pull, V, right: [n, K]; V and right, which becomes T H + rho (D - V), are changed in place.
+    free, pull, V: [n, K]. V is changed in place, and so is `free`: W before, T H + rho (D - V) afterwards.
     """
-    kernel = kernel_for(FORCE, "cpu/alps", W.device)
+    kernel = kernel_for(FORCE, "cpu/alps", free.device)
     if kernel is not None and hasattr(kernel, "alps_round"):  # a GPU computes it as below
-        return kernel.alps_round(W, pull, penalty, V, right)
-    V += W
+        return kernel.alps_round(free, pull, penalty, V)
+    V += free
     kept = keep_two_of_four(V.abs())
-    torch.add(pull, torch.where(kept, V, -V), alpha=penalty, out=right)
+    torch.add(pull, torch.where(kept, V, -V), alpha=penalty, out=free)
     V.masked_fill_(kept, 0)
     return kept

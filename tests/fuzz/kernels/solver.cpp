@@ -83,11 +83,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         case 3: {
             const int64_t inputs = 4 * quads, bytes = outputs * inputs * 4;
             Memory W(guarded, size_t(bytes)), pull(guarded, size_t(bytes)), V(guarded, size_t(bytes)),
-                next(guarded, size_t(bytes)), kept(guarded, size_t(outputs * inputs));
+                kept(guarded, size_t(outputs * inputs));
             for (Memory* one : {&W, &pull, &V}) in.numbers(one->data(), one->bytes(), 4, 0x3e);
             if (any) in.fill(W.data(), W.bytes());
-            sparsify_alps_round(W.floats(), pull.floats(), 0.1f, V.floats(), next.floats(), kept.data(), outputs,
-                                inputs, threads, level);
+            sparsify_alps_round(W.floats(), pull.floats(), 0.1f, V.floats(), kept.data(), outputs, inputs, threads,
+                                level);
             break;
         }
         default:
