@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 from sparsify.errors import SparsifyError
 
 T = TypeVar("T")
+STRIP = 1024  # rows of a symmetric matrix that are sent at a time
+STEP = 128  # rows of it that are sent from the first column to the diagonal of the last of them
 
 
 def processes() -> int:
@@ -118,6 +120,24 @@ def sum_over_all(tensor: Tensor) -> Tensor:
 
         dist.all_reduce(tensor)
     return tensor
+
+
+def sum_symmetric_over_all(matrix: Tensor) -> Tensor:
+    """Add up a symmetric matrix [K, K] over all processes, in place, of which little more than a triangle is sent."""
+    if processes() > 1:
+        import torch
+
+        for strip in _parts(0, len(matrix), STRIP):
+            rows = list(_parts(strip.start, strip.stop, STEP))
+            sent = sum_over_all(torch.cat([matrix[part, : part.stop].flatten() for part in rows]))
+            for part, summed in zip(rows, sent.split([(p.stop - p.start) * p.stop for p in rows]), strict=True):
+                matrix[part, : part.stop] = summed.view(-1, part.stop)
+                matrix[: part.start, part] = matrix[part, : part.start].t()
+    return matrix
+
+
+def _parts(start: int, stop: int, step: int) -> Iterator[slice]:
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
 
 
 def gathered(value: T) -> list[T]:

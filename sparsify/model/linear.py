@@ -109,6 +109,12 @@ class LinearWeights:
         """Whether every weight is zero, and the bias too: the linear of a sublayer that was removed."""
         return not any(tensor.any() for tensor in (self.unscaled(), self.bias) if tensor is not None)
 
+    def of(self, outputs: slice) -> "LinearWeights":
+        """Some of the outputs, as a copy."""
+        kept = (self.codes, self.scale, self.values, self.bias, self.zero_point)
+        codes, scale, values, bias, zero_point = (None if t is None else t[outputs].clone() for t in kept)
+        return replace(self, codes=codes, scale=scale, values=values, bias=bias, zero_point=zero_point)
+
     def zeroed(self) -> "LinearWeights":
         """The same scheme with all weights zero, and the bias too."""
         kept = (self.codes, self.values, self.bias, self.zero_point)

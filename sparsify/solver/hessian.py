@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparsify.distributed import gathered, sum_over_all
+from sparsify.distributed import sum_over_all, sum_symmetric_over_all
 from sparsify.errors import NumericalError
 from sparsify.model.finite import all_finite
 from sparsify.phases import phase
@@ -70,12 +70,11 @@ class HessianAccumulator:
     def mean(self) -> Statistics:
         """The means over the tokens of all processes, which all call this. Takes the sums: nothing can be added after it."""
         assert self._H is not None, "no tokens were added"
-        H, C = self._per_token(mirror(self._H)), None if self._C is None else self._per_token(self._C)
+        tokens = int(sum_over_all(torch.tensor(self.tokens)))
+        H = sum_symmetric_over_all(mirror(self._H)).div_(tokens)
+        C = None if self._C is None else sum_over_all(self._C).div_(tokens)
         self._H = self._C = None
         return Statistics(H, WC=C) if self.outputs else Statistics(H, C)
-
-    def _per_token(self, product: Tensor) -> Tensor:
-        return sum_over_all(product).div_(sum(gathered(self.tokens)))
 
 
 def accumulated(batches: Iterable[tuple[Tensor, Tensor | None]], outputs: bool = False) -> Statistics:

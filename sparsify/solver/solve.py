@@ -106,33 +106,30 @@ def solve_layer(
             )
     W = torch.cat([weight.float() for weight in weights.values()])
     together = together and W.shape[0] >= processes()
-    mine = share(W.shape[0]) if together else slice(None)
+    mine = share(W.shape[0]) if together else slice(0, W.shape[0])
     own = None if statistics is None else statistics.of(mine)
     solved = _solve(W[mine], scheme, own, ", ".join(weights), {} if masks_found is None else masks_found)
-    solved = _joined(gathered(solved), W.device) if together else solved
-    linears: dict[str, LinearWeights] = {}
-    parts: dict[str, tuple[float, float]] = {}
+    stacked: dict[str, slice] = {}
     start = 0
     for name, weight in weights.items():
-        outputs = slice(start, start + weight.shape[0])
-        linears[name] = replace(
-            solved,
-            codes=_outputs(solved.codes, outputs),
-            scale=_outputs(solved.scale, outputs),
-            values=_outputs(solved.values, outputs),
-            zero_point=_outputs(solved.zero_point, outputs),
-        ).validate(name)
-        if statistics is not None and measure:
-            with phase("errors"):
-                rows = share(weight.shape[0]) if together else slice(None)
-                before = W[outputs][rows]
-                off = before - linears[name].dense(torch.float32)[rows]
-                parts[name] = squared_outputs(off, statistics.H), squared_outputs(before, statistics.H)
-                del off
-        start = outputs.stop
-    every = gathered(parts) if together else [parts]
-    errors = {name: lost_part(*map(sum, zip(*(part[name] for part in every), strict=True))) for name in parts}
-    return linears, errors
+        stacked[name] = slice(start, start + weight.shape[0])
+        start += weight.shape[0]
+    parts: dict[str, tuple[float, float]] = {}
+    if statistics is not None and measure:
+        with phase("errors"):
+            parts = {name: _lost(W, solved, mine, outputs, statistics.H) for name, outputs in stacked.items()}
+    every = gathered((solved, parts)) if together else [(solved, parts)]
+    solved = _joined([each for each, _ in every], W.device) if together else solved
+    errors = {name: lost_part(*map(sum, zip(*(part[name] for _, part in every), strict=True))) for name in parts}
+    return {name: solved.of(outputs).validate(name) for name, outputs in stacked.items()}, errors
+
+
+def _lost(W: Tensor, solved: LinearWeights, mine: slice, outputs: slice, H: Tensor) -> tuple[float, float]:
+    """Of those `outputs` of W [N, K] that are `mine`, which `solved` holds: what is lost of their squared sum, and that sum."""
+    here = slice(max(mine.start, outputs.start), max(mine.start, min(mine.stop, outputs.stop)))
+    before = W[here]
+    off = before - solved.of(slice(here.start - mine.start, here.stop - mine.start)).dense(torch.float32)
+    return squared_outputs(off, H), squared_outputs(before, H)
 
 
 def _solve(
@@ -140,7 +137,7 @@ def _solve(
 ) -> LinearWeights:
     """W: [N, K] float32, stacked. In this order: error propagation, mask, column sweep, coordinate descent; or rounding.
 
-    Beside the statistics there is one [K, K] matrix at a time, but for the eigenvectors of ALPS, and a small factor beside those.
+    Beside the statistics there is one [K, K] matrix at a time, and a small factor beside that of ALPS.
     """
     k = W.shape[1]
     grid = scheme.grid(k)
@@ -252,7 +249,3 @@ def _joined(parts: Sequence[LinearWeights], device: torch.device) -> LinearWeigh
 
     codes, scale, values, zero_point = (joined(name) for name in ("codes", "scale", "values", "zero_point"))
     return replace(parts[0], codes=codes, scale=scale, values=values, zero_point=zero_point)
-
-
-def _outputs(tensor: Tensor | None, outputs: slice) -> Tensor | None:
-    return None if tensor is None else tensor[outputs].clone()

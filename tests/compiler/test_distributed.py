@@ -11,11 +11,12 @@ import torch
 
 import sparsify.compiler.calibrate as calibrate
 from sparsify.compiler.apply import apply
-from sparsify.distributed import share
+from sparsify.distributed import join, share, sum_symmetric_over_all
 from sparsify.errors import SparsifyError
 from sparsify.formats.reader import open_compressed
 from sparsify.model.linear import is_two_four
 from sparsify.recipe import parse_recipe
+from tests.helpers.ranks import in_ranks
 from tests.helpers.tiny import save_tiny, tiny_text
 
 CALIBRATED = """
@@ -94,3 +95,25 @@ def test_shares_cover_everything_once(monkeypatch):
             rows += calibrate.own_rows(torch.arange(11)[:, None])[:, 0].tolist()
             parts += list(range(11))[share(11)]
         assert sorted(rows) == parts == list(range(11))
+
+
+def of_each(k: int) -> list[torch.Tensor]:
+    """Whole numbers, whose sums are exact: symmetric [k, k], one for each of two processes."""
+    drawn = [torch.randint(-9, 9, (k, k), generator=torch.Generator().manual_seed(n)).float() for n in range(2)]
+    return [matrix + matrix.t() for matrix in drawn]
+
+
+def add_up(sizes: list[int], folder: Path) -> None:
+    join()
+    rank = int(os.environ["RANK"])
+    summed = {str(k): sum_symmetric_over_all(of_each(k)[rank]) for k in sizes}
+    torch.save(summed, folder / f"{rank}.pt")
+
+
+def test_symmetric_matrices_are_added_up(tmp_path):
+    sizes = [3, 128, 130, 1024, 1300]  # more than one strip and step, and what does not fill them
+    ended = in_ranks(tmp_path, add_up, sizes, tmp_path)
+    assert ended.codes == [0, 0], ended.said
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert all(torch.equal(found[str(k)], sum(of_each(k))) for k in sizes)
