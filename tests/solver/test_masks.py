@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparsify import processor
+from sparsify.errors import NumericalError
 from sparsify.model.linear import is_two_four
 from sparsify.native import build
 from sparsify.solver.column_sweep import column_sweep
@@ -50,6 +51,14 @@ def test_alps_finds_cheaper_masks(problem):
         "magnitude": least_error(W, magnitude_mask(W), H),
     }
     assert costs["alps"] < 0.97 * costs["sparsegpt"] < costs["wanda"] < costs["magnitude"], costs
+
+
+def test_alps_refuses_a_hessian_that_cannot_be_factored(problem):
+    W, factors = problem
+    H = factors.damped
+    H[0, 1] = H[1, 0] = 9 * H.diagonal().max()
+    with pytest.raises(NumericalError, match="not positive definite"):
+        alps_mask(W, H)
 
 
 def test_alps_where_inputs_do_not_interact():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify.errors import NumericalError
 from sparsify.solver.dispatch import kernel_for
 from sparsify.solver.masks.magnitude import keep_two_of_four
 
@@ -24,12 +25,16 @@ TIMES = 4  # as many as that times the inputs, so that a factor costs little bes
 def alps_mask(W: Tensor, H: Tensor | None = None) -> Tensor:
     """bool [N, K], two of every four. W: [N, K], the weights whose outputs are wanted; H: [K, K], the damped Hessian.
 
-    Makes one matrix [K, K]. SPARSIFY_ALPS=torch or native forces the kernel.
+    Makes one matrix [K, K]. SPARSIFY_ALPS=torch or native forces the kernel. Raises NumericalError when H is not positive definite.
     """
     assert H is not None
     size = H.diagonal().sqrt()
     system = torch.empty_like(H)
-    return torch.cat([_admm(piece, H, size, system) for piece in W.split(rows_together(*W.shape))])
+    failed = torch.zeros(ITERATIONS, dtype=torch.int32, device=H.device)
+    mask = torch.cat([_admm(piece, H, size, system, failed) for piece in W.split(rows_together(*W.shape))])
+    if failed.any():  # asked once: a GPU would be waited for in every round
+        raise NumericalError("the damped Hessian is not positive definite; raise `damping` in the recipe")
+    return mask
 
 
 def rows_together(outputs: int, inputs: int) -> int:
@@ -42,24 +47,26 @@ def takes_inverse(rows: int, inputs: int) -> bool:
     return rows >= inputs
 
 
-def _admm(W: Tensor, H: Tensor, size: Tensor, system: Tensor) -> Tensor:
+def _admm(W: Tensor, H: Tensor, size: Tensor, system: Tensor, failed: Tensor) -> Tensor:
     """The mask of some rows of W [n, K], which do not depend on each other, from W itself as the first solution.
 
-    size: [K], roots of the diagonal of H; system: [K, K], to be written to
+    size: [K], roots of the diagonal of H; system: [K, K], to be written to; failed: int32 [rounds], not 0 where a round's
+    system could not be factored
     """
     penalty, pull = PENALTY, (W @ H).div_(size)
     free = W * size
     V = torch.zeros_like(free)
     kept = next_round(free, pull, penalty, V)
-    for _ in range(ITERATIONS):
-        free = _solved(free, H, size, penalty, system)
+    for one in failed:
+        free = _solved(free, H, size, penalty, system, one)
         penalty *= GROWTH
         kept = next_round(free, pull, penalty, V)
     return kept
 
 
-def _solved(B: Tensor, H: Tensor, size: Tensor, rho: float, system: Tensor) -> Tensor:
-    """X with X (S^-1 H S^-1 + rho I) = B, S = diag(size) and size^2 = diag H. B: [n, K], overwritten as `system` [K, K] is.
+def _solved(B: Tensor, H: Tensor, size: Tensor, rho: float, system: Tensor, failed: Tensor) -> Tensor:
+    """X with X (S^-1 H S^-1 + rho I) = B, S = diag(size) and size^2 = diag H. B: [n, K], overwritten as `system` [K, K] and
+    `failed`, one number, are.
 
     H + rho S^2 is H with a diagonal 1 + rho times as large. Its Cholesky factor is S L, where L L' is the system that is wanted,
     so H is never scaled.
@@ -67,9 +74,7 @@ def _solved(B: Tensor, H: Tensor, size: Tensor, rho: float, system: Tensor) -> T
     L = system.copy_(H)
     L.diagonal().mul_(1 + rho)
     upper = L.t()  # LAPACK counts columns first: its upper triangle is the lower one here
-    torch.linalg.cholesky_ex(
-        upper, upper=True, check_errors=True, out=(upper, torch.empty((), dtype=torch.int32, device=H.device))
-    )
+    torch.linalg.cholesky_ex(upper, upper=True, out=(upper, failed))
     L.div_(size[:, None])
     if takes_inverse(*B.shape):
         return B @ torch.cholesky_inverse(upper, upper=True, out=upper)
