@@ -28,22 +28,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from sparsify import memory
-from sparsify.errors import CheckpointError, NumericalError, SparsifyError
+from sparsify.errors import CheckpointError, NumericalError
 from sparsify.failure import first_words
-from sparsify.files import only_user, reserve
 from sparsify.model.attention import tiled_attention
 from sparsify.model.capture import BlockCall, call_of_row, capture_calls, head_inputs, run_block, share_equal
 from sparsify.model.decoder import BlockModel
-from sparsify.model.experts import LEAVES, SeparateExperts, experts_of, given
+from sparsify.model.experts import LEAVES, experts_of, given
 from sparsify.model.finite import all_finite
-from sparsify.model.footprint import Footprint, ReadAgain, Release, footprint
+from sparsify.model.footprint import Footprint, footprint
+from sparsify.model.hidden_states import Activations
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import PROBE_TOKENS, LinearGroup, find_groups, is_narrow, kind_of
 from sparsify.model.pretrained import LONGEST
+from sparsify.model.suspended import InStep, Room, different_paths
 from sparsify.phases import phase
 
 TOKENS_PER_MICRO_BATCH = 4096
@@ -107,49 +107,6 @@ Tune = Callable[[BlockVisit], tuple[dict[str, LinearWeights], dict[str, Tensor]]
 """Gives a block its final linears and other parameters, both by full name; what it leaves out stays as it is."""
 
 
-class Activations:
-    """Hidden states of all micro-batches at the boundary between two blocks: on the device, in memory or in a file.
-
-    shapes: of every micro-batch, [B, T, d]
-    file:   where they lie; None keeps them in the memory of `place`
-    device: where they are used; they are copied there when they are asked for, if they lie elsewhere
-    """
-
-    def __init__(
-        self,
-        shapes: Sequence[torch.Size],
-        dtype: torch.dtype,
-        file: Path | None = None,
-        place: str = "cpu",
-        device: str = "cpu",
-    ):
-        self.shapes, self.device = shapes, device
-        sizes = [shape.numel() for shape in shapes]
-        if file is None:
-            pinned = place == "cpu" and device != "cpu"
-            flat = torch.empty(sum(sizes), dtype=dtype, device=place, pin_memory=pinned)
-        else:
-            self.lock = only_user(file)
-            reserve(file, sum(sizes) * dtype.itemsize)
-            flat = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
-        self.flat = flat
-        self.parts = list(flat.split(sizes))
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.parts[index].view(self.shapes[index]).to(self.device, non_blocking=True)
-
-    def __setitem__(self, index: int, value: Tensor) -> None:
-        self.parts[index].view(self.shapes[index]).copy_(value)
-
-    def tokens(self, rows: Tensor) -> Tensor:
-        """Some tokens of all micro-batches, counted through: [len(rows), d] on the device."""
-        every = self.flat.view(-1, self.shapes[0][-1])
-        return every[rows.to(every.device)].to(self.device)
-
-
 @dataclass
 class _Gathered:
     """What all tokens bring to the experts of a layer.
@@ -180,191 +137,6 @@ class _Gathered:
         for part in rows.split(TOKENS_PER_MICRO_BATCH):
             x, own = inputs.tokens(part), None if dense_inputs is None else dense_inputs.tokens(part)
             yield x if compressed is None else compressed(x), own if own is None or dense is None else dense(own)
-
-
-class Room:
-    """Bytes that suspended forwards may hold together. limit: None for as many as they need."""
-
-    def __init__(self, limit: int | None = None):
-        self.limit = limit
-        self.used = 0
-
-    def take(self, nbytes: int) -> bool:
-        """Whether there is room for so many more, which are then taken."""
-        if self.limit is not None and self.used + nbytes > self.limit:
-            return False
-        self.used += nbytes
-        return True
-
-
-def _modes() -> tuple[Any, ...]:
-    """torch's thread-local modes, which coroutines of one thread share and therefore must agree on."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-        torch.get_default_dtype(),
-    )
-
-
-@dataclass
-class _Forward:
-    """The forward of one micro-batch.
-
-    release: of what it never reads again
-    held:    bytes that count for it in the room
-    """
-
-    run: greenlet
-    release: Release
-    held: int = 0
-
-    def to(self, stop: int, value: Any = None) -> Any:
-        """Let it run to a stop, counted from 0, or to its end. value: what it begins with. Returns where it waits, or its output."""
-        with self.release:
-            arrived = self.run.switch() if value is None else self.run.switch(value)
-        if not self.run.dead:
-            self.release.at(stop)
-        return arrived
-
-
-class _InStep:
-    """The forwards of all micro-batches through one block, which stop at one linear after the other.
-
-    room:    for those that wait; one that finds none is given up and computed anew when it is to go on
-    watched: the forward of the first micro-batch, operation by operation
-    alone:   the block writes into what it is given, so every forward needs its own copy
-    phase:   that its time counts for
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        stops: Sequence[nn.Module],
-        hidden: Activations,
-        calls: Sequence[Sequence[BlockCall]],
-        index: int,
-        room: Room,
-        watched: Footprint,
-        alone: bool,
-        phase: str,
-    ):
-        self.main = getcurrent()
-        self.modes = _modes()
-        self.block, self.hidden, self.calls, self.index = block, hidden, calls, index
-        self.hooks = [stop.register_forward_pre_hook(self._wait) for stop in stops]
-        self.room, self.watched, self.alone, self.phase = room, watched, alone, phase
-        own = hidden[0].nbytes if alone else 0
-        self.waiting = [nbytes + own for nbytes in watched.waiting]
-        self.passed = 0  # stops where every micro-batch has been
-        self.running = 0  # the micro-batch whose forward goes on
-        self.kept: dict[int, _Forward] = {}
-        self.known: Tensor | None = None  # what a linear will make of the micro-batch that waits at it
-        self.handing: list[nn.Module] = []
-
-    def _wait(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert _modes() == self.modes, (
-            "the model changes torch's modes around a linear; its forwards cannot be suspended there"
-        )
-        self.main.switch((module, args))  # returns None: a pre-hook's value would replace the input
-
-    def advance(self, i: int, goes_on: bool = False) -> tuple[nn.Module | None, Any]:
-        """Take one micro-batch to its next stop. Returns the linear that it waits at and what that reads, [tokens, K], or
-        the experts and what they are called with; None and the output [B, T, d] when it has left the block.
-
-        goes_on: from its next stop before any other micro-batch, so that there is room for it"""
-        self.running = i
-        forward = self._taken(i)
-        with phase(self.phase):
-            forward, arrived = self._begun(i) if forward is None else self._gone_on(i, forward)
-        if not isinstance(arrived, tuple):
-            return None, arrived
-        module, args = arrived
-        self._keep(i, forward, 0 if goes_on else self._bytes(i))
-        return module, args if isinstance(module, SeparateExperts) else args[0].reshape(-1, args[0].shape[-1])
-
-    def _taken(self, i: int) -> _Forward | None:
-        """The forward of a micro-batch, which goes on, if it was kept."""
-        forward = self.kept.pop(i, None)
-        if forward is not None:
-            self.room.used -= forward.held
-        return forward
-
-    def _keep(self, i: int, forward: _Forward, held: int) -> None:
-        """Keep a forward that waits; where there is no room for it, it ends."""
-        if self.room.take(held):
-            forward.held = held
-            self.kept[i] = forward
-        else:
-            forward.run.throw()
-
-    def _gone_on(self, i: int, forward: _Forward) -> tuple[_Forward, Any]:
-        """A forward at its next stop, or what it returned. One that reads again what it let go of is computed anew."""
-        try:
-            return forward, forward.to(self.passed)
-        except ReadAgain:
-            return self._begun(i, releases=False)
-
-    def _begun(self, i: int, releases: bool = True) -> tuple[_Forward, Any]:
-        """A new forward of a micro-batch, past the linears where it has been, or what it returned."""
-        x, call = self.hidden[i], self.calls[i][self.index]
-        watched = self.watched if releases else Footprint((), 0)
-        forward = _Forward(greenlet(lambda hidden: run_block(self.block, hidden, call)), Release(watched))
-        try:
-            arrived = forward.to(0, x.clone() if self.alone else x)
-            for stop in range(1, self.passed + 1):
-                if forward.run.dead:
-                    raise _different_paths()
-                arrived = forward.to(stop)
-        except ReadAgain:
-            return self._begun(i, releases=False)
-        return forward, arrived
-
-    def _bytes(self, i: int) -> int:
-        """What a micro-batch holds at the stop that it has come to; the first one is the largest."""
-        if self.passed >= len(self.waiting):
-            return 0
-        first, this = self.hidden.shapes[0].numel(), self.hidden.shapes[i].numel()
-        return -(-self.waiting[self.passed] * this // first)
-
-    def output(self, linear: nn.Module, x: Tensor) -> Tensor:
-        """What the linear that a micro-batch waits at makes of it, which is not computed again when that goes on.
-        x: [tokens, K]. Returns [tokens, N]."""
-        with phase(self.phase):
-            self.known = type(linear).forward(linear, x)
-        return self.known
-
-    def hands_over(self, linear: nn.Module) -> None:
-        """Let a linear return what `output` found for the micro-batch that goes on."""
-
-        def forward(x: Tensor) -> Tensor:
-            known, self.known = self.known, None
-            return type(linear).forward(linear, x) if known is None else known.view(*x.shape[:-1], -1)
-
-        linear.forward = forward
-        self.handing.append(linear)
-
-    def finish(self, i: int) -> None:
-        """Keep the output of a micro-batch as the hidden state that enters the next block."""
-        stop, output = self.advance(i)
-        if stop is not None:
-            raise _different_paths()
-        self.hidden[i] = output
-
-    def close(self) -> None:
-        while self.hooks:
-            self.hooks.pop().remove()
-        while self.handing:
-            del self.handing.pop().forward  # or block and walk would hold each other
-        while self.kept:
-            forward = self.kept.popitem()[1]
-            self.room.used -= forward.held
-            forward.run.throw()
-
-
-def _different_paths() -> SparsifyError:
-    return SparsifyError("the micro-batches take different paths through a block; recipes cannot calibrate this model")
 
 
 def _captured(model: BlockModel, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
@@ -453,7 +225,7 @@ class Walk:
         groups, skipped = find_groups(block, self.probe[0], self.probe[1][index])
         alone = self.probe[0]._version != version  # the block writes into what it is given
         groups = [replace(g, names=kept) for g in groups if (kept := tuple(n for n in g.names if wanted(prefix + n)))]
-        dense: _InStep | None = None
+        dense: InStep | None = None
         last = groups[-1] if groups and groups[-1].experts is None else None  # where dense forwards need not wait
         by_outputs = last if last is not None and self.dense_outputs and is_narrow(block, last) else None
         if self.dense is not None:  # first: a block with the hooks of a walk cannot be copied
@@ -520,7 +292,7 @@ class Walk:
         block: nn.Module,
         group: LinearGroup,
         batches: Iterator[tuple[Any, Any]],
-        dense: _InStep | None,
+        dense: InStep | None,
         rewrite: Rewrite,
     ) -> dict[str, LinearWeights]:
         """Rewrite the experts of a mixture, one after the other."""
@@ -550,7 +322,7 @@ class Walk:
                 done |= new
         return done
 
-    def _gather(self, group: LinearGroup, batches: Iterator[tuple[Any, Any]], dense: _InStep | None) -> _Gathered:
+    def _gather(self, group: LinearGroup, batches: Iterator[tuple[Any, Any]], dense: InStep | None) -> _Gathered:
         """Keep what all micro-batches bring to the experts of a layer, and let the dense block go on from there."""
         assert group.experts is not None
         shapes = [torch.Size([*shape[:2], group.in_features]) for shape in self.hidden.shapes]
@@ -645,12 +417,12 @@ class Walk:
 
     def _step(
         self, block: nn.Module, groups: Sequence[LinearGroup], hidden: Activations, index: int, alone: bool, phase: str
-    ) -> _InStep:
+    ) -> InStep:
         stops = [block.get_submodule(g.stop) for g in groups]
         kind = (kind_of(block), tuple(g.stop for g in groups))
         if kind not in self.footprints:
             self.footprints[kind] = footprint(block, stops, self.hidden[0].clone(), self.calls[0][index])
-        return _InStep(block, stops, hidden, self.calls, index, self.room, self.footprints[kind], alone, phase)
+        return InStep(block, stops, hidden, self.calls, index, self.room, self.footprints[kind], alone, phase)
 
 
 def rows_of_micro_batch(length: int) -> int:
@@ -659,7 +431,7 @@ def rows_of_micro_batch(length: int) -> int:
     return max(1, TOKENS_PER_MICRO_BATCH // length)
 
 
-def _of_running(stream: _InStep, outputs: Activations) -> Callable[[], Tensor]:
+def _of_running(stream: InStep, outputs: Activations) -> Callable[[], Tensor]:
     """Gives the part of the micro-batch that is running."""
     return lambda: outputs[stream.running]
 
@@ -671,7 +443,7 @@ def _beside(block: nn.Module) -> nn.Module:
 
 
 def _in_turn(
-    compressed: _InStep, dense: _InStep | None, stop: nn.Module, x: Any, ends: bool, outputs: bool
+    compressed: InStep, dense: InStep | None, stop: nn.Module, x: Any, ends: bool, outputs: bool
 ) -> Iterator[tuple[Any, Any]]:
     """What every micro-batch reads at `stop` in both models; x: what the first one reads, which is there already.
 
@@ -684,7 +456,7 @@ def _in_turn(
         if i > 0:
             arrived, own = compressed.advance(i)
             if arrived is not stop:
-                raise _different_paths()
+                raise different_paths()
             batch.append(own)
             del own
         if dense is None:

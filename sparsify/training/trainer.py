@@ -26,12 +26,27 @@ from sparsify.data.mixture import draw
 from sparsify.distributed import is_main, main_first, processes
 from sparsify.errors import CheckpointError, NumericalError
 from sparsify.files import as_written, publish, read_json, write_json
-from sparsify.formats.tensor_file import read_tensor
-from sparsify.manifest import damage, seal
-from sparsify.model.checkpoint import read_header
-from sparsify.progress import Task, progress_bar, say
+from sparsify.manifest import seal
+from sparsify.progress import Task, progress_bar
 from sparsify.recipe import Distill, Finetune
 from sparsify.training.averaging import WeightAverage, first_averaged
+from sparsify.training.checkpoints import (
+    AVERAGE,
+    BEST,
+    KEPT,
+    MASKS,
+    MEASURED,
+    OPTIMIZER,
+    PARAMETERS,
+    PREFIX,
+    SAVING,
+    WATCH,
+    checkpoints,
+    discard_unfinished,
+    last_checkpoint,
+    load_parameters,
+    step_of,
+)  # fmt: skip
 from sparsify.training.distill import TextRows
 from sparsify.training.held_out import HeldOutText, Measurements, measure
 from sparsify.training.learned_masks import LearnedMasks
@@ -40,19 +55,10 @@ from sparsify.training.loss_monitor import WINDOW, LossWatch
 from sparsify.training.optimizer import TensorwiseAdamW, load_states, save_gathered, states_by_name
 from sparsify.training.processes import rows_at_once
 from sparsify.training.qat_linear import TrainableLinear
-from sparsify.training.sharding import is_sharded, kept_square_mean, share_of, whole
+from sparsify.training.sharding import is_sharded, kept_square_mean, whole
 from sparsify.training.student import Student
 from sparsify.training.tracking import Trackers
 
-PARAMETERS = "parameters.safetensors"
-OPTIMIZER = "optimizer.safetensors"
-WATCH = "losses.json"
-AVERAGE = "average.safetensors"
-BEST = "best.safetensors"
-MEASURED = "held-out.json"
-MASKS = "masks.safetensors"
-PREFIX = "checkpoint-"  # the Trainer's own
-KEPT = 2  # checkpoints on disk at a time
 BETAS = (0.9, 0.95)
 GRADIENT_NORM = 1.0
 WIDE = 120  # columns from which the progress bar has room for the parts of the loss
@@ -354,7 +360,7 @@ class DistillTrainer(Trainer):
         if not self.watch.good and self.state.global_step < self.state.max_steps:
             return
         self.verify_masks()
-        aside = self.directory / "saving"
+        aside = self.directory / SAVING
         name = f"{PREFIX}{self.state.global_step}"
         self._saving_to = aside
         try:
@@ -550,45 +556,6 @@ def optimizer_of(settings: Distill | Finetune) -> tuple[type[torch.optim.AdamW],
 def root_mean_square(parameter: Tensor) -> float:
     """Over what is not zero: pruned weights do not count. 1 for a tensor of zeros, such as a new bias."""
     return math.sqrt(kept_square_mean(parameter)) or 1.0
-
-
-# ---------------------------------------------------------------------------------------------- checkpoint directories
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(PREFIX))
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints of a training directory, oldest first."""
-    return sorted((p for p in directory.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()), key=step_of)
-
-
-def last_checkpoint(directory: Path) -> Path | None:
-    return next(reversed(checkpoints(directory)), None)
-
-
-def discard_unfinished(directory: Path) -> None:
-    """What a killed run was writing, and checkpoints that are not any more what was written."""
-    shutil.rmtree(directory / "saving", ignore_errors=True)
-    for checkpoint in checkpoints(directory):
-        if problem := damage(checkpoint):
-            say(f"{checkpoint} is left out: {problem}; training goes on from the one before")
-            shutil.rmtree(checkpoint)
-
-
-def load_parameters(model: nn.Module, checkpoint: Path) -> None:
-    """Put the trained parameters of a checkpoint into the student they belong to, of each the share of this process."""
-    file = checkpoint / PARAMETERS
-    stored, _ = read_header(file)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if set(stored) != set(trained) or any(stored[name].shape != tuple(p.shape) for name, p in trained.items()):
-        raise CheckpointError(
-            f"{checkpoint} belongs to another training; remove {checkpoint.parent} to train again from the start"
-        )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(share_of(read_tensor(file, name), parameter))
 
 
 @contextmanager

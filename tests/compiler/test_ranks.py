@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sparsify.training.checkpoints as checkpoints
 import sparsify.training.trainer as trainer
 from sparsify.compiler.apply import apply
 from sparsify.compiler.calibrate import Walk
@@ -143,7 +144,7 @@ def test_a_run_goes_on_with_another_number_of_processes(place, uninterrupted, mo
     assert ended.said[0].count("\n") == 1 and "--resume" in ended.said[0] and not fewer.exists()
     work = tmp_path / "fewer.partial"
     if name != "walk":
-        assert [d.name for d in trainer.checkpoints(work / "training-1")] == ["checkpoint-4", "checkpoint-8"]
+        assert [d.name for d in checkpoints.checkpoints(work / "training-1")] == ["checkpoint-4", "checkpoint-8"]
     recipe = parse_recipe((place / f"{name}.yaml").read_text())
     apply(recipe, model_of(place, name), fewer, resume=True, quiet=True)
     same(uninterrupted(name), fewer)
@@ -173,7 +174,7 @@ def test_two_processes_train_as_one_does_and_never_hold_the_model(place, uninter
 def test_a_checkpoint_of_one_process_holds_the_state_by_name(place, monkeypatch, tmp_path):
     interrupt(place, "distill", tmp_path / "out", monkeypatch)
     kept = tmp_path / "out.partial" / "training-1" / "checkpoint-8"
-    parameters, states = load_file(kept / trainer.PARAMETERS), load_file(kept / trainer.OPTIMIZER)
+    parameters, states = load_file(kept / checkpoints.PARAMETERS), load_file(kept / checkpoints.OPTIMIZER)
     assert states.keys() == {f"{name}.{kind}" for name in parameters for kind in ("exp_avg", "exp_avg_sq")}
     assert all(states[f"{name}.exp_avg_sq"].shape == tensor.shape for name, tensor in parameters.items())
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsify.compiler.calibrate as calibrate
 import sparsify.compiler.run_training as training
+import sparsify.training.checkpoints as checkpoints
 import sparsify.training.loss_monitor as watch
 import sparsify.training.trainer as trainer
 from sparsify.compiler.apply import apply
@@ -210,7 +211,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, recipe, text, source, 
         with pytest.raises(Killed):
             apply(asked, str(source), tmp_path / "again", quiet=True)
     assert not (tmp_path / "again").exists()
-    found = [d.name for d in trainer.checkpoints(tmp_path / "again.partial" / "training-1")]
+    found = [d.name for d in checkpoints.checkpoints(tmp_path / "again.partial" / "training-1")]
     expected = {"step 4": ["checkpoint-3"], "step 5": ["checkpoint-3"], "while saving": ["checkpoint-3"]}
     assert found == expected.get(where.removeprefix("8 bits, "), ["checkpoint-9", "checkpoint-10"])
     text.unlink()  # a resumed run has its text already
@@ -240,7 +241,7 @@ def test_a_diverging_training_stops_and_goes_on_from_its_last_good_state(tmp_pat
     message = str(caught.value)
     assert "diverged at step 6 of 10: the loss is nan" in message and str(kept) in message and kept.is_dir()
     assert "--set passes.distill.learning_rate=0.007" in message and not (tmp_path / "out").exists()
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(kept / trainer.PARAMETERS).values())
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(kept / checkpoints.PARAMETERS).values())
     with pytest.raises(CheckpointError, match="another recipe"):  # anything else would be another training
         apply(recipe(640, ", save_every: 2, seed: 1"), str(source), tmp_path / "out", resume=True, quiet=True)
     lower = recipe(640, ", save_every: 2", COMPRESS, "sparse24", "passes.distill.learning_rate=0.007")
@@ -268,9 +269,9 @@ def test_a_rising_loss_is_divergence(tmp_path, recipe, source, monkeypatch):
         NumericalError, match=r"the smoothed loss rose from .* to .*; the state after step \d+ is kept in"
     ):
         apply(asked, str(source), tmp_path / "out", quiet=True)
-    kept = trainer.last_checkpoint(tmp_path / "out.partial" / "training-1")
-    saved = watch.LossWatch.from_json(json.loads((kept / trainer.WATCH).read_text()))
-    assert saved.good and len(saved.losses) == trainer.step_of(kept)
+    kept = checkpoints.last_checkpoint(tmp_path / "out.partial" / "training-1")
+    saved = watch.LossWatch.from_json(json.loads((kept / checkpoints.WATCH).read_text()))
+    assert saved.good and len(saved.losses) == checkpoints.step_of(kept)
 
 
 def test_the_progress_bar_says_what_fits():
@@ -310,7 +311,7 @@ def test_a_mask_that_changed_is_noticed_before_anything_is_saved(tmp_path, recip
     monkeypatch.setattr(trainer.DistillTrainer, "_end_of_step", flip)
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj: its mask changed"):
         apply(recipe(), str(source), tmp_path / "out", quiet=True)
-    assert not trainer.checkpoints(tmp_path / "out.partial" / "training-1")
+    assert not checkpoints.checkpoints(tmp_path / "out.partial" / "training-1")
 
 
 def test_teachers_that_cannot_teach_are_refused_before_the_walk(tmp_path, recipe, source, compressed, monkeypatch):

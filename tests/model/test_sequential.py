@@ -15,9 +15,11 @@ from sparsify.model.capture import BlockCall
 from sparsify.model.checkpoint import open_checkpoint
 from sparsify.model.decoder import open_blocks
 from sparsify.model.footprint import Release, footprint
+from sparsify.model.hidden_states import Activations
 from sparsify.model.linear import LinearWeights
 from sparsify.model.linear_groups import find_groups
-from sparsify.model.sequential import Activations, Room, Walk, _InStep
+from sparsify.model.sequential import Walk
+from sparsify.model.suspended import InStep, Room
 from tests.helpers.tiny import FAMILIES, save_tiny
 
 SAMPLES, LENGTH = 5, 24
@@ -213,7 +215,7 @@ def test_a_forward_that_reads_again_what_it_let_go_of_is_computed_anew():
     with torch.no_grad():
         watched = footprint(block, stops, states[0], call)
         assert watched.unread[1]  # the input of `first`
-        steps = _InStep(block, stops, hidden, [[call]] * 3, 0, Room(), watched, False, "forward")
+        steps = InStep(block, stops, hidden, [[call]] * 3, 0, Room(), watched, False, "forward")
         for stop in stops:
             for i in range(3):
                 assert steps.advance(i)[0] is stop
