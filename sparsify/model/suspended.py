@@ -200,4 +200,5 @@ class InStep:
 
 
 def different_paths() -> SparsifyError:
+    """What to raise when a forward stops elsewhere than the others, or not at all."""
     return SparsifyError("the micro-batches take different paths through a block; recipes cannot calibrate this model")
