@@ -4,8 +4,8 @@
     python benchmarks/memory.py out/small --samples 16 64 128 --output out/memory.json -- --memory 4GB
 
 What follows `--` goes to `apply`. The recipe is `2of4-w4a16` with `sparsegpt`, without coordinate descent and without the
-head, as --set changes it. Anonymous and shared memory (RssAnon + RssShmem) is sampled from outside every 20 ms; run.json has
-what the run sampled itself.
+head, as --set changes it; with --whole it is as it stands but for the head. Anonymous and shared memory (RssAnon + RssShmem)
+is sampled from outside every 20 ms; run.json has what the run sampled itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SETTINGS = ("export.head=null", "solver.coordinate_descent=0", "passes.prune.method=sparsegpt")
+PAPERS = ("solver.coordinate_descent=0", "passes.prune.method=sparsegpt")
 
 
 def anonymous(process: int) -> int:
@@ -48,7 +48,8 @@ def measure(command: list[str], log: Path) -> tuple[int, float]:
 def run(model: Path, samples: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One compression and one prediction."""
     settings = [f"calibration.source=file:{model / 'tokens.safetensors'}", f"calibration.samples={samples}"]
-    settings += [f"calibration.sequence_length={args.length}", *SETTINGS, *(args.set or [])]
+    settings += [f"calibration.sequence_length={args.length}", "export.head=null"]
+    settings += [*(() if args.whole else PAPERS), *(args.set or [])]
     base = [args.recipe, "--model", str(model)]
     base += [part for setting in settings for part in ("--set", setting)]
     sparsify = [sys.executable, "-m", "sparsify"]
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[16])
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--recipe", default="2of4-w4a16")
+    parser.add_argument("--whole", action="store_true", help="leave the recipe's mask search and coordinate descent in")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE")
     parser.add_argument("--output", type=Path)
     arguments = sys.argv[1:]

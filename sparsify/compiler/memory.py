@@ -358,7 +358,7 @@ def _steps(scheme: Scheme, keeps_factor: bool) -> list[tuple[int, float, bool]]:
     mask = 2 if scheme.prune not in (None, "sparsegpt") else 0
     steps: list[tuple[int, float, bool]] = [(1 if scheme.sweeps or target else 0, 4 + target, False)]
     if scheme.prune == "alps":
-        steps.append((1 + keeps_factor, 4 + target + 8, True))  # the factor of each round's system
+        steps.append((1 + keeps_factor, 4 + target + 1, True))  # the factor of each round's system; the mask
     if scheme.sweeps:
         steps.append((1, 4 + target + 4 + 2 + mask, False))
         if scheme.coordinate_descent:

@@ -25,8 +25,9 @@ try:
     import lm_eval.api.task as harness_task
     from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks._yaml_loader import load_yaml
+
+    from sparsify.evaluation.shared_prompts import Request, SharedPrompts
 except ImportError as error:
     raise MissingDependency(
         f"tasks are scored by lm-evaluation-harness, which cannot be imported ({error}): pip install 'sparsify-24[eval]'"
@@ -35,8 +36,6 @@ except ImportError as error:
 BATCH = 8  # sequences in one forward pass, which are sorted by length
 FEWSHOT_SEED = 1234  # from which lm_eval draws examples, unless it is told otherwise
 DEFINITIONS = Path(lm_eval.__file__).parent / "tasks"
-
-Pair = tuple[tuple[str, str], list[int], list[int]]  # prompt and answer as text, their tokens
 
 
 class Watch:
@@ -75,7 +74,7 @@ class Checked:
     room = 1
     truncated = 0
 
-    def _loglikelihood_tokens(self, requests: list[Pair], disable_tqdm: bool = False, **options: Any) -> Any:
+    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **options: Any) -> Any:
         self.truncated = self._check(requests)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)  # type: ignore[misc]
 
@@ -90,7 +89,7 @@ class Checked:
         self.truncated = sum(len(self.tokenizer(prompt)["input_ids"]) > limit for prompt in prompts)
         return super().generate_until(requests, disable_tqdm=True)  # type: ignore[misc]
 
-    def _check(self, requests: list[Pair]) -> int:
+    def _check(self, requests: list[Request]) -> int:
         """Refuse tokens and lengths that cannot be scored. Returns how many items lose their beginning."""
         vocabulary, tokenizer = vocabulary_of(self.config), self.tokenizer
         positions = self.max_length
@@ -109,7 +108,7 @@ class Checked:
         return len(cut)
 
 
-class HarnessModel(Checked, HFLM):
+class HarnessModel(Checked, SharedPrompts):
     """A model in memory and its tokenizer, as lm-evaluation-harness calls them. advance: that of `Watch`"""
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, advance: Callable[[], None] = lambda: None) -> None:

@@ -1,0 +1,150 @@
+"""Log-likelihoods of the answers to a prompt, where several answers have one prompt and it is computed once.
+
+lm-evaluation-harness computes every answer together with its prompt: multiple choice of four answers computes each prompt four
+times. Here the keys and values of a prompt are kept and every answer attends to them. Prompts of equal length are computed
+together, so that nothing is padded in front of an answer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
+
+TOKENS = 1024  # of prompts and padded answers in one forward pass
+TOLERANCE = 0.01  # by which a log-likelihood may differ from the harness's, absolutely and relatively
+
+Request = tuple[tuple[str, str], list[int], list[int]]  # prompt and answer as text, their tokens
+Score = tuple[float, bool]  # log-likelihood, whether greedy decoding gives this answer
+
+
+class Prompt(NamedTuple):
+    """Tokens of a prompt, and the answers to it by the number of their request."""
+
+    tokens: tuple[int, ...]
+    answers: dict[int, list[int]]
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.answers.values()))
+
+
+class SharedPrompts(HFLM):
+    """The harness's model of transformers, which computes a prompt once for all answers to it.
+
+    Where a layer keeps anything but keys and values (a recurrent state is not continued by several tokens in every
+    implementation), where no prompt is shared, and where two prompts that are computed both ways differ, the harness computes.
+    """
+
+    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **options: Any) -> list[Score]:
+        prompts = by_prompt(requests, self.max_length)
+        passes = list(batches(prompts))
+        if len(prompts) == len(requests) or not self._agrees(requests, passes):
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **options)
+        scores: dict[int, Score] = {}
+        for batch in passes:
+            found = self._score(batch)
+            assert found is not None  # _agrees had an answer
+            scores |= found
+            for number, score in found.items():
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], score)
+        return [scores[number] for number in range(len(requests))]
+
+    def _agrees(self, requests: list[Request], passes: list[list[Prompt]]) -> bool:
+        """Whether two of the shortest prompts that an answer's own tokens continue are scored as by the harness."""
+        continued = [batch for batch in passes if any(prompt.longest > 1 for prompt in batch)]
+        mine = self._score((continued or passes)[-1][:2])
+        if mine is None:
+            return False
+        hook, self.cache_hook = self.cache_hook, _Silent()
+        try:
+            theirs = super()._loglikelihood_tokens([requests[number] for number in mine], disable_tqdm=True)
+        finally:
+            self.cache_hook = hook
+        # NaN is for the caller to refuse, wherever it comes from
+        return not any(
+            abs(one - other) > TOLERANCE * (1 + abs(other))
+            for (one, _), (other, _) in zip(mine.values(), theirs, strict=True)
+        )
+
+    @torch.inference_mode()
+    def _score(self, prompts: list[Prompt]) -> dict[int, Score] | None:
+        """Score all answers to prompts of one length by their requests' numbers; None where keys and values cannot be continued."""
+        ids = torch.tensor([prompt.tokens for prompt in prompts], device=self.device)
+        found = self.model(input_ids=ids, use_cache=True, **self._last_only)
+        kept = getattr(found, "past_key_values", None)
+        if not keeps_only_keys(kept):
+            return None
+        numbers = [number for prompt in prompts for number in prompt.answers]
+        rows = [answer for prompt in prompts for answer in prompt.answers.values()]
+        owner = torch.tensor(
+            [index for index, prompt in enumerate(prompts) for _ in prompt.answers], device=self.device
+        )
+        longest = max(map(len, rows))
+        answers = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
+        given = torch.zeros_like(answers, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            answers[index, : len(row)] = torch.tensor(row)
+            given[index, : len(row)] = True
+        likely, greedy = score(found.logits[:, -1:].index_select(0, owner), answers[:, :1])
+        if longest > 1:
+            kept.reorder_cache(owner)
+            logits = self.model(input_ids=answers[:, :-1], past_key_values=kept, use_cache=True).logits
+            more, greedy_too = score(logits, answers[:, 1:])
+            likely, greedy = torch.cat([likely, more], 1), torch.cat([greedy, greedy_too], 1)
+        likely, greedy = likely.where(given, 0).sum(1), greedy.logical_or(~given).all(1)
+        return dict(zip(numbers, zip(likely.tolist(), greedy.tolist(), strict=True), strict=True))
+
+    @property
+    def _last_only(self) -> dict[str, int]:
+        """What asks this model for the logits of the last token alone."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+
+
+class _Silent:
+    def add_partial(self, *_: Any) -> None: ...
+
+
+def score(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-likelihood [rows, T] of tokens [rows, T] under logits [rows, T, V], and whether each has the greatest logit."""
+    logits = logits.float()
+    given = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return given - logits.logsumexp(-1), logits.argmax(-1) == tokens
+
+
+def keeps_only_keys(kept: Any) -> bool:
+    """Whether a cache holds keys and values of attention in every layer, and nothing else."""
+    return isinstance(kept, Cache) and all(
+        isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in kept.layers
+    )
+
+
+def by_prompt(requests: list[Request], positions: int) -> list[Prompt]:
+    """The distinct prompts, longest first, one that does not fit before its answer without its beginning, as the harness cuts it."""
+    found: dict[tuple[int, ...], dict[int, list[int]]] = defaultdict(dict)
+    for number, (_, before, after) in enumerate(requests):
+        found[tuple(before[-(positions + 1 - len(after)) :])][number] = after
+    prompts = [Prompt(*one) for one in found.items()]
+    return sorted(prompts, key=lambda prompt: (-len(prompt.tokens), -prompt.longest))
+
+
+def batches(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+    """Prompts of equal length in passes of at most TOKENS tokens, or single ones."""
+    batch: list[Prompt] = []
+    for prompt in prompts:
+        rows = sum(len(one.answers) for one in (*batch, prompt))
+        longest = max(one.longest for one in (*batch, prompt))
+        tokens = (len(batch) + 1) * len(prompt.tokens) + rows * longest
+        if batch and (len(batch[0].tokens) != len(prompt.tokens) or tokens > TOKENS):
+            yield batch
+            batch = []
+        batch.append(prompt)
+    if batch:
+        yield batch
