@@ -10,14 +10,19 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-TOKENS = 1024  # of prompts and padded answers in one forward pass
+TOKENS = 2048  # of prompts and their answers that are computed together
+LOGITS = 512  # tokens of answers in one forward pass, for each of which there are all logits
+FEW = 64  # tokens of a pass to which shorter answers are added whatever their length
+LIKE = 0.75  # how long an answer is at least, relative to the longest of its pass, where it is not
 TOLERANCE = 0.01  # by which a log-likelihood may differ from the harness's, absolutely and relatively
 
 Request = tuple[tuple[str, str], list[int], list[int]]  # prompt and answer as text, their tokens
@@ -33,6 +38,19 @@ class Prompt(NamedTuple):
     @property
     def longest(self) -> int:
         return max(map(len, self.answers.values()))
+
+    @property
+    def size(self) -> int:
+        """Tokens of it and its answers."""
+        return len(self.tokens) + sum(map(len, self.answers.values()))
+
+
+class Row(NamedTuple):
+    """An answer: the number of its request and of its prompt in the pass, and its tokens."""
+
+    number: int
+    prompt: int
+    tokens: list[int]
 
 
 class SharedPrompts(HFLM):
@@ -81,25 +99,22 @@ class SharedPrompts(HFLM):
         kept = getattr(found, "past_key_values", None)
         if not keeps_only_keys(kept):
             return None
-        numbers = [number for prompt in prompts for number in prompt.answers]
-        rows = [answer for prompt in prompts for answer in prompt.answers.values()]
-        owner = torch.tensor(
-            [index for index, prompt in enumerate(prompts) for _ in prompt.answers], device=self.device
-        )
-        longest = max(map(len, rows))
-        answers = torch.zeros(len(rows), longest, dtype=torch.long, device=self.device)
-        given = torch.zeros_like(answers, dtype=torch.bool)
-        for index, row in enumerate(rows):
-            answers[index, : len(row)] = torch.tensor(row)
-            given[index, : len(row)] = True
-        likely, greedy = score(found.logits[:, -1:].index_select(0, owner), answers[:, :1])
-        if longest > 1:
-            kept.reorder_cache(owner)
-            logits = self.model(input_ids=answers[:, :-1], past_key_values=kept, use_cache=True).logits
-            more, greedy_too = score(logits, answers[:, 1:])
-            likely, greedy = torch.cat([likely, more], 1), torch.cat([greedy, greedy_too], 1)
-        likely, greedy = likely.where(given, 0).sum(1), greedy.logical_or(~given).all(1)
-        return dict(zip(numbers, zip(likely.tolist(), greedy.tolist(), strict=True), strict=True))
+        scores = {}
+        for rows in of_like_lengths(prompts):
+            owners = torch.tensor([row.prompt for row in rows], device=self.device)
+            tokens = pad_sequence([torch.tensor(row.tokens) for row in rows], batch_first=True, padding_value=-1)
+            tokens = tokens.to(self.device)
+            logits = found.logits[:, -1:].index_select(0, owners)
+            if tokens.shape[1] > 1:
+                own = deepcopy(kept)  # a pass appends its keys to it
+                own.reorder_cache(owners)
+                answers = tokens[:, :-1].clamp(min=0)
+                more = self.model(input_ids=answers, past_key_values=own, use_cache=True).logits
+                logits = torch.cat([logits, more], 1)
+            likely, greedy = score(logits, tokens)
+            for row, one, greediest in zip(rows, likely.tolist(), greedy.tolist(), strict=True):
+                scores[row.number] = (one, greediest)
+        return scores
 
     @property
     def _last_only(self) -> dict[str, int]:
@@ -112,10 +127,11 @@ class _Silent:
 
 
 def score(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-likelihood [rows, T] of tokens [rows, T] under logits [rows, T, V], and whether each has the greatest logit."""
-    logits = logits.float()
-    given = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return given - logits.logsumexp(-1), logits.argmax(-1) == tokens
+    """Log-likelihood [rows] of the tokens [rows, T] of each row under logits [rows, T, V], and whether all of them have the
+    greatest logit. Tokens of -1 are not there."""
+    logits, given = logits.float(), tokens >= 0
+    likely = logits.gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return likely.where(given, 0).sum(1), ((logits.argmax(-1) == tokens) | ~given).all(1)
 
 
 def keeps_only_keys(kept: Any) -> bool:
@@ -136,15 +152,31 @@ def by_prompt(requests: list[Request], positions: int) -> list[Prompt]:
 
 
 def batches(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
-    """Prompts of equal length in passes of at most TOKENS tokens, or single ones."""
+    """Prompts of equal length that have at most TOKENS tokens with their answers, or single ones."""
     batch: list[Prompt] = []
     for prompt in prompts:
-        rows = sum(len(one.answers) for one in (*batch, prompt))
-        longest = max(one.longest for one in (*batch, prompt))
-        tokens = (len(batch) + 1) * len(prompt.tokens) + rows * longest
-        if batch and (len(batch[0].tokens) != len(prompt.tokens) or tokens > TOKENS):
+        like = batch and len(batch[0].tokens) == len(prompt.tokens)
+        if batch and (not like or sum(one.size for one in batch) + prompt.size > TOKENS):
             yield batch
             batch = []
         batch.append(prompt)
     if batch:
         yield batch
+
+
+def of_like_lengths(prompts: list[Prompt]) -> Iterator[list[Row]]:
+    """The answers to some prompts, longest first, in passes of at most LOGITS tokens or one answer, with little padding."""
+    rows = [
+        Row(number, index, tokens) for index, prompt in enumerate(prompts) for number, tokens in prompt.answers.items()
+    ]
+    rows.sort(key=lambda row: -len(row.tokens))
+    some: list[Row] = []
+    for row in rows:
+        longest = len(some[0].tokens) if some else 0
+        short = len(row.tokens) < LIKE * longest and len(some) * longest >= FEW
+        if some and (short or (len(some) + 1) * longest > LOGITS):
+            yield some
+            some = []
+        some.append(row)
+    if some:
+        yield some

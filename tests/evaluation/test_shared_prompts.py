@@ -9,7 +9,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM
 
 from sparsify.evaluation.harness import quiet_harness
-from sparsify.evaluation.shared_prompts import Prompt, SharedPrompts, batches, by_prompt
+from sparsify.evaluation.shared_prompts import LOGITS, Prompt, SharedPrompts, batches, by_prompt, of_like_lengths
 
 from ..helpers.tiny import COMMON, FAMILIES, VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -139,10 +139,20 @@ def test_passes_hold_prompts_of_one_length_and_no_more_than_their_tokens(monkeyp
     found = list(batches(prompts))
     assert [prompt for batch in found for prompt in batch] == prompts
     assert all(len({len(prompt.tokens) for prompt in batch}) == 1 for batch in found)
-    sizes = [
-        sum(len(prompt.tokens) + len(prompt.answers) * max(one.longest for one in batch) for prompt in batch)
-        for batch in found
-    ]
-    assert all(size <= 100 or len(batch) == 1 for size, batch in zip(sizes, found, strict=True))
+    assert all(sum(prompt.size for prompt in batch) <= 100 or len(batch) == 1 for batch in found)
     assert max(map(len, found)) > 1
-    assert Prompt((1, 2), {0: [1], 1: [1, 2, 3]}).longest == 3
+    one = Prompt((1, 2), {0: [1], 1: [1, 2, 3]})
+    assert (one.longest, one.size) == (3, 6)
+
+
+def test_answers_of_a_pass_are_of_like_length():
+    prompts = by_prompt(questions(count=60, answers=(1, 40)), POSITIONS)
+    found = list(of_like_lengths(prompts))
+    rows = [row for some in found for row in some]
+    assert sorted((row.number, row.tokens) for row in rows) == sorted(
+        one for prompt in prompts for one in prompt.answers.items()
+    )
+    assert all(prompts[row.prompt].answers[row.number] == row.tokens for row in rows)
+    padded = sum(len(some) * len(some[0].tokens) for some in found)
+    assert padded < 1.2 * sum(len(row.tokens) for row in rows)
+    assert all(len(some) * len(some[0].tokens) <= LOGITS for some in found)
