@@ -17,6 +17,7 @@ from torch import nn
 from sparsify.data.fitting import refuse_beyond, vocabulary_of
 from sparsify.errors import CheckpointError, MissingDependency, NumericalError, SparsifyError
 from sparsify.evaluation.presets import Benchmark, PresetTask
+from sparsify.evaluation.shared_prompts import Request, SharedPrompts
 from sparsify.evaluation.task_files import TaskFile
 from sparsify.evaluation.task_score import Answers
 
@@ -25,9 +26,8 @@ try:
     import lm_eval.api.task as harness_task
     from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks._yaml_loader import load_yaml
-
-    from sparsify.evaluation.shared_prompts import Request, SharedPrompts
 except ImportError as error:
     raise MissingDependency(
         f"tasks are scored by lm-evaluation-harness, which cannot be imported ({error}): pip install 'sparsify-24[eval]'"
@@ -108,7 +108,7 @@ class Checked:
         return len(cut)
 
 
-class HarnessModel(Checked, SharedPrompts):
+class HarnessModel(Checked, SharedPrompts, HFLM):
     """A model in memory and its tokenizer, as lm-evaluation-harness calls them. advance: that of `Watch`"""
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, advance: Callable[[], None] = lambda: None) -> None:

@@ -14,7 +14,6 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
@@ -53,18 +52,25 @@ class Row(NamedTuple):
     tokens: list[int]
 
 
-class SharedPrompts(HFLM):
-    """The harness's model of transformers, which computes a prompt once for all answers to it.
+class SharedPrompts:
+    """What lets the harness's model of transformers compute a prompt once for all answers to it; goes before its `HFLM`.
 
     Where a layer keeps anything but keys and values (a recurrent state is not continued by several tokens in every
     implementation), where no prompt is shared, and where two prompts that are computed both ways differ, the harness computes.
     """
 
+    model: Any  # these four are the harness's
+    device: Any
+    max_length: int
+    cache_hook: Any
+
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **options: Any) -> list[Score]:
         prompts = by_prompt(requests, self.max_length)
         passes = list(batches(prompts))
         if len(prompts) == len(requests) or not self._agrees(requests, passes):
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **options)
+            return super()._loglikelihood_tokens(  # type: ignore[misc]
+                requests, disable_tqdm=disable_tqdm, **options
+            )
         scores: dict[int, Score] = {}
         for batch in passes:
             found = self._score(batch)
@@ -82,7 +88,9 @@ class SharedPrompts(HFLM):
             return False
         hook, self.cache_hook = self.cache_hook, _Silent()
         try:
-            theirs = super()._loglikelihood_tokens([requests[number] for number in mine], disable_tqdm=True)
+            theirs = super()._loglikelihood_tokens(  # type: ignore[misc]
+                [requests[number] for number in mine], disable_tqdm=True
+            )
         finally:
             self.cache_hook = hook
         # NaN is for the caller to refuse, wherever it comes from
@@ -96,7 +104,7 @@ class SharedPrompts(HFLM):
         """Score all answers to prompts of one length by their requests' numbers; None where keys and values cannot be continued."""
         ids = torch.tensor([prompt.tokens for prompt in prompts], device=self.device)
         found = self.model(input_ids=ids, use_cache=True, **self._last_only)
-        kept = getattr(found, "past_key_values", None)
+        kept: Any = getattr(found, "past_key_values", None)
         if not keeps_only_keys(kept):
             return None
         scores = {}

@@ -16,6 +16,10 @@ from ..helpers.tiny import COMMON, FAMILIES, VOCABULARY, tiny_model, tiny_tokeni
 POSITIONS = COMMON["max_position_embeddings"]
 
 
+class Sharing(SharedPrompts, HFLM):
+    """As `harness.HarnessModel`, without its checks."""
+
+
 def model_of(kind, model, **settings):
     with quiet_harness():
         return kind(pretrained=model, backend="causal", tokenizer=tiny_tokenizer(), batch_size=3, **settings)
@@ -58,7 +62,7 @@ def assert_as_the_harness(mine, model, requests):
 def test_scores_are_those_of_whole_sequences(family):
     absent = {"num_key_value_heads": None, "head_dim": None, "intermediate_size": None} if family == "bloom" else {}
     model, requests = tiny_model(family, **absent), questions(count=40)
-    shared = model_of(SharedPrompts, model)
+    shared = model_of(Sharing, model)
     seen = Seen(shared)
     mine = shared._loglikelihood_tokens(requests, disable_tqdm=True)
     whole = sum(len(before) + len(after) - 1 for _, before, after in requests)
@@ -73,14 +77,14 @@ def test_greedy_answers_are_known_as_such():
     before = list(range(4, 20))
     after = model.generate(torch.tensor([before]), max_new_tokens=4, do_sample=False)[0, len(before) :].tolist()
     requests = [(("p", str(n)), before, answer) for n, answer in enumerate([after, after[:1], [*after[:3], 5], [5]])]
-    found = model_of(SharedPrompts, model)._loglikelihood_tokens(requests, disable_tqdm=True)
+    found = model_of(Sharing, model)._loglikelihood_tokens(requests, disable_tqdm=True)
     assert [greedy for _, greedy in found] == [True, True, after[3] == 5, after[0] == 5]
     assert_as_the_harness(found, model, requests)
 
 
 def test_answers_of_one_token_cost_the_prompt_alone():
     model, requests = tiny_model(), questions(answers=(1, 1))
-    shared = model_of(SharedPrompts, model)
+    shared = model_of(Sharing, model)
     seen = Seen(shared)
     mine = shared._loglikelihood_tokens(requests, disable_tqdm=True)
     prompts = {tuple(before) for _, before, _ in requests}
@@ -90,7 +94,7 @@ def test_answers_of_one_token_cost_the_prompt_alone():
 
 def test_a_prompt_that_does_not_fit_loses_its_beginning_as_in_the_harness():
     model, requests = tiny_model(), questions(count=4, most=POSITIONS + 3)
-    shared = model_of(SharedPrompts, model)
+    shared = model_of(Sharing, model)
     assert_as_the_harness(shared._loglikelihood_tokens(requests, disable_tqdm=True), model, requests)
     assert all(
         len(prompt.tokens) + len(answer) == POSITIONS + 1
@@ -111,7 +115,7 @@ def test_what_cannot_be_continued_is_left_to_the_harness(kind, monkeypatch):
     else:
         model = tiny_model()
     requests = questions()
-    shared = model_of(SharedPrompts, model)
+    shared = model_of(Sharing, model)
     if kind == "keys of another prompt":
         monkeypatch.setattr(
             "transformers.cache_utils.Cache.reorder_cache",
