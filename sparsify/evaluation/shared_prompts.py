@@ -76,8 +76,8 @@ class SharedPrompts:
             found = self._score(batch)
             assert found is not None  # _agrees had an answer
             scores |= found
-            for number, score in found.items():
-                self.cache_hook.add_partial("loglikelihood", requests[number][0], score)
+            for number, one in found.items():
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], one)
         return [scores[number] for number in range(len(requests))]
 
     def _agrees(self, requests: list[Request], passes: list[list[Prompt]]) -> bool:
@@ -86,13 +86,8 @@ class SharedPrompts:
         mine = self._score((continued or passes)[-1][:2])
         if mine is None:
             return False
-        hook, self.cache_hook = self.cache_hook, _Silent()
-        try:
-            theirs = super()._loglikelihood_tokens(  # type: ignore[misc]
-                [requests[number] for number in mine], disable_tqdm=True
-            )
-        finally:
-            self.cache_hook = hook
+        unnamed = [(None, *requests[number][1:]) for number in mine]  # so that the hook is not told of them
+        theirs = super()._loglikelihood_tokens(unnamed, disable_tqdm=True)  # type: ignore[misc]
         # NaN is for the caller to refuse, wherever it comes from
         return not any(
             abs(one - other) > TOLERANCE * (1 + abs(other))
@@ -128,10 +123,6 @@ class SharedPrompts:
     def _last_only(self) -> dict[str, int]:
         """What asks this model for the logits of the last token alone."""
         return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-
-
-class _Silent:
-    def add_partial(self, *_: Any) -> None: ...
 
 
 def score(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,8 @@ def test_the_harness_gives_the_same_numbers(long, data, monkeypatch):
         )["results"]  # fmt: skip
         metric = f"{task.metric},{task.benchmark.filter}"
         expected = sum(theirs[one][metric] for one in asked) / len(asked)
-        assert mine.tasks[name].accuracy == pytest.approx(expected, abs=1e-6), name  # float32, summed in another order
+        rounding = 1e-6 if name == "truthfulqa_mc2" else 1e-9  # shares of one are float32, summed in another order
+        assert mine.tasks[name].accuracy == pytest.approx(expected, abs=rounding), name
         assert mine.tasks[name].items == 3 * len(asked)
     assert mine.tasks["truthfulqa_mc2"].right is None  # shares of one
     assert 0 < mine.tasks["truthfulqa_mc2"].accuracy < 1
