@@ -31,7 +31,7 @@
 #include <cstring>
 
 #include "amx.h"
-#include "cpu_features.h"
+#include "levels.h"
 
 #define INLINE inline __attribute__((always_inline))
 #if SPARSIFY_X86
@@ -47,13 +47,13 @@
 
 namespace {
 
+using namespace sparsify;
+
 constexpr int kMaxBlock = 1024;  // rows of T that any kernel sums in registers; chunks are multiples of it
 constexpr int kMaxPanel = 48;    // columns that any kernel packs together
 
 constexpr int kStep = 32;  // rows of one tdpbf16ps
 
-// As sparsify/processor.py counts them. AVX-VNNI multiplies integers: here it is AVX2.
-enum Level { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Bf16 = 4, kAmx = 5 };
 enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2, kOutOfMemory = 3 };
 // As sparsify/solver/gram.py counts them.
 enum OrderName { kFloat32 = 0, kPairs = 1, kTiles = 2 };
@@ -822,35 +822,6 @@ int accumulate(const Kernel& kernel, const Rows& left, const Rows& right, int64_
 }
 
 // ----------------------------------------------------------------------------------------------- dispatch
-
-const sparsify::CpuFeatures& cpu() {
-    static const sparsify::CpuFeatures features = sparsify::detect_cpu();
-    return features;
-}
-
-bool has_level(int level) {
-    switch (level) {
-        case kPortable:
-            return true;
-        case kAvx2:
-        case kAvxVnni:
-            return cpu().avx2;
-        case kAvx512:
-            return cpu().avx512;
-#if SPARSIFY_COMPILES_AVX512BF16
-        case kAvx512Bf16:
-            return cpu().avx512_bf16;
-#endif
-#if SPARSIFY_COMPILES_AMX
-        case kAmx: {
-            static const bool granted = cpu().amx_bf16 && sparsify::request_amx();
-            return granted;
-        }
-#endif
-        default:
-            return false;
-    }
-}
 
 // Fused multiply-adds, whatever the order: of the fastest level up to `level` that has nothing else.
 Kernel fused_kernel(int level, const Order& order) {

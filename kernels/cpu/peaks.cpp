@@ -12,7 +12,7 @@
 #include <cstring>
 
 #include "amx.h"
-#include "cpu_features.h"
+#include "levels.h"
 
 #if SPARSIFY_X86
 #if defined(__GNUC__) && !defined(__clang__)
@@ -26,7 +26,8 @@
 
 namespace {
 
-enum Level { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Bf16 = 4, kAmx = 5 };
+using namespace sparsify;
+
 enum Status { kOk = 0, kBadArgument = 1, kUnsupported = 2 };
 enum Kind { kFloat32 = 0, kBfloat16 = 1 };
 
@@ -282,35 +283,8 @@ TARGET_AMX double multiply_amx() {
 
 // ------------------------------------------------------------------------------------------------- dispatch
 
-const sparsify::CpuFeatures& cpu() {
-    static const sparsify::CpuFeatures features = sparsify::detect_cpu();
-    return features;
-}
-
-bool available(int level) {
-    switch (level) {
-        case kPortable:
-            return true;
-        case kAvx2:
-            return cpu().avx2;
-        case kAvxVnni:
-            return false;  // its reading and its arithmetic in floats are those of kAvx2
-        case kAvx512:
-            return cpu().avx512;
-#if SPARSIFY_COMPILES_AVX512BF16
-        case kAvx512Bf16:
-            return cpu().avx512_bf16;
-#endif
-#if SPARSIFY_COMPILES_AMX
-        case kAmx: {
-            static const bool granted = cpu().amx_bf16 && sparsify::request_amx();
-            return granted;
-        }
-#endif
-        default:
-            return false;
-    }
-}
+// AVX-VNNI reads, and multiplies floats, as AVX2 does.
+bool available(int level) { return level != kAvxVnni && has_level(level); }
 
 Reader reader_of(int level) {
 #if SPARSIFY_X86

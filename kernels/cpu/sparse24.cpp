@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cpu_features.h"
+#include "levels.h"
 #include "targets.h"
 
 #if SPARSIFY_X86 && defined(__GNUC__) && !defined(__clang__)
@@ -41,8 +42,8 @@
 
 namespace sparse24 {
 
-// As LEVELS of sparsify/processor.py counts them; the two change together.
-enum Level { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAvx512Bf16 = 4, kAmx = 5, kLevels = 6 };
+using namespace sparsify;  // the levels
+
 // Options, added to a level: all but the fewest rows may be multiplied in int8; few rows, many rows or fixed point kernels
 // whatever the number of rows (below avx512bf16, either of the first two: the fp32 kernels).
 constexpr int kInt8 = 256, kForceDirect = 512, kForceTiles = 1024, kForceFixed = 2048, kFirstOption = kInt8;
@@ -51,7 +52,7 @@ constexpr int kInt8 = 256, kForceDirect = 512, kForceTiles = 1024, kForceFixed =
 
 // `requested`, or -1 when this machine cannot run it; the fastest level of this machine for a request of -1.
 static int best_level(int requested) {
-    static const sparsify::CpuFeatures cpu = sparsify::detect_cpu();
+    static const CpuFeatures& cpu = sparsify::cpu();
     static const bool bf16 = SPARSIFY_COMPILES_AVX512BF16 && cpu.avx512_bf16 && cpu.avx512_vbmi && cpu.avx512_vnni;
     static const bool amx = SPARSIFY_COMPILES_AMX && bf16 && cpu.amx_bf16 && cpu.amx_int8 && sparsify::request_amx();
     static const bool vnni = SPARSIFY_COMPILES_AVXVNNI && cpu.avx_vnni;

@@ -51,7 +51,7 @@ def summary(metrics: Mapping[str, Any], title: str, record: Mapping[str, Any] | 
         worst = max(layers, key=lambda layer: layer["relative_error"] or 0)
         add_row("output error, mean", f"{sum(errors) / len(errors):.4f}")
         add_row("output error, worst", f"{worst['relative_error']:.4f} at {worst['module']}")
-    for what, said in experts_in_words(layers):
+    for what, said in tokens_of_experts(layers):
         add_row(what, said)
     for reason, count in Counter(entry["reason"] for entry in metrics["dense_modules"]).items():
         add_row("left dense", f"{count}: {reason}")
@@ -75,7 +75,7 @@ def summary(metrics: Mapping[str, Any], title: str, record: Mapping[str, Any] | 
     return table
 
 
-def experts_in_words(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def tokens_of_experts(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Tokens that experts were given, and how many had too few of them; [] where no expert was solved on tokens."""
     linears = [layer for layer in layers if "tokens" in layer]
     experts = {layer["module"].rpartition(".")[0]: layer["tokens"] for layer in linears}
